@@ -1,0 +1,57 @@
+"""What `register()` does: check the host, register our model classes, say so."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from vllm.logger import init_logger
+from vllm.model_executor.models import ModelRegistry
+
+from m3_plugin.backends import choose_kernels
+from m3_plugin.presence import absence, attestation, require_tested
+from m3_plugin.settings import Settings
+from m3_vllm.compat import VLLM_WINDOW, device_type, vllm_version
+
+# Under vllm.* so that vLLM's own logging configuration shows it in every process.
+logger = init_logger("vllm.m3_plugin")
+
+ARCHITECTURES = {
+    "MiniMaxM3SparseForCausalLM": "m3_vllm.model:M3ForCausalLM",
+    "MiniMaxM3SparseForConditionalGeneration": "m3_vllm.model:M3ForConditionalGeneration",
+}
+
+
+@cache
+def register_with_vllm() -> None:
+    """Register our classes for both M3 architectures, once per process.
+
+    A refusal (untested vLLM, no kernels for this device, an unknown M3_PLUGIN_ variable) leaves
+    vLLM's own classes in place and logs why; under `M3_PLUGIN_REQUIRED=1` it ends the process.
+
+    Raises
+    ------
+    Exception : whatever stopped the registration, when the plugin is required.
+    """
+    settings = Settings.from_environment()
+    if settings.disable:
+        logger.info("%s", absence("M3_PLUGIN_DISABLE=1"))
+        return
+    try:
+        require_tested(VLLM_WINDOW, vllm_version(), settings=settings)
+        kernels = choose_kernels(device_type(), settings.kernels)
+        for architecture, path in ARCHITECTURES.items():
+            ModelRegistry.register_model(architecture, path)
+    except Exception as error:
+        if settings.required:
+            raise
+        logger.warning("%s", absence(f"{type(error).__name__}: {error}"))
+        return
+    logger.info(
+        "%s",
+        attestation(
+            host="vLLM",
+            host_version=vllm_version(),
+            kernels=kernels,
+            detail=f"registered {', '.join(ARCHITECTURES)}",
+        ),
+    )

@@ -1,0 +1,72 @@
+"""Which kernels can run here, in which order of preference, and why the others cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import m3_kernels
+from m3_plugin.settings import KernelFamily
+
+
+class NoKernelError(RuntimeError):
+    """No kernel family can serve MSA on this device; the message says why for each of them."""
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernel family a session will use, and the reason for every family it did not take.
+
+    Attributes
+    ----------
+    family : name understood by the ops' `backend` argument
+    reason : why this one
+    refused : (family, reason) of each preferred family that cannot run here
+    """
+
+    family: str
+    reason: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def describe(self) -> str:
+        """One line for a log: the family, why, and what was refused."""
+        refused = "; ".join(f"{name} refused: {why}" for name, why in self.refused)
+        return f"{self.family} ({self.reason}{'; ' + refused if refused else ''})"
+
+
+def choose_kernels(device_type: str, requested: KernelFamily = "auto") -> KernelChoice:
+    """Pick the kernel family for a device; never falls back without a reason to show.
+
+    Parameters
+    ----------
+    device_type : `torch.device.type`, e.g. "cpu" or "cuda"
+    requested : a family by name, or "auto" for the best available one
+
+    Raises
+    ------
+    NoKernelError : the requested family, or every family, is refused; all reasons are named.
+    """
+    candidates = m3_kernels.kernel_families(device_type)
+    refused = tuple((c.name, c.refusal) for c in candidates if c.refusal is not None)
+    if requested == "auto":
+        for candidate in candidates:
+            if candidate.refusal is None:
+                earlier = [c.name for c in candidates[: candidates.index(candidate)]]
+                return KernelChoice(
+                    family=candidate.name,
+                    reason=f"best available on {device_type}",
+                    refused=tuple(entry for entry in refused if entry[0] in earlier),
+                )
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused)
+        raise NoKernelError(f"no MSA kernels for device {device_type!r} ({reasons})")
+    for candidate in candidates:
+        if candidate.name == requested:
+            if candidate.refusal is not None:
+                raise NoKernelError(
+                    f"M3_PLUGIN_KERNELS={requested} cannot run on {device_type!r}: "
+                    f"{candidate.refusal}"
+                )
+            return KernelChoice(family=requested, reason="requested by M3_PLUGIN_KERNELS")
+    raise NoKernelError(
+        f"M3_PLUGIN_KERNELS={requested} does not exist on {device_type!r}; "
+        f"known: {', '.join(c.name for c in candidates)}"
+    )

@@ -1,0 +1,50 @@
+"""MSABatch: the one neutral description of an engine step. A host that can fill it is supported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MSABatch:
+    """One scheduler step, as views of the host's own metadata; nothing is copied.
+
+    Row i of request r is the query at position `seq_lens[r] - q_len[r] + i`; rows at or past
+    `cu_seqlens_q[-1]` are padding. Decode, verify, prefill and chunked prefill rows may be mixed.
+
+    Attributes
+    ----------
+    cu_seqlens_q : int32 [num_reqs + 1], query rows of request r are [r]..[r + 1]
+    seq_lens : int32 [num_reqs], keys in the cache per request, this step's tokens included
+    page_table : int32 [num_reqs, max_pages], physical page of each block; tail arbitrary
+    slot_mapping : int64 [num_rows], page * page_size + offset per token; negative = do not store
+    max_query_len : host integer, upper bound of q_len
+    max_seq_len : host integer, upper bound of seq_lens
+    """
+
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    page_table: Tensor
+    slot_mapping: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+    def __post_init__(self) -> None:
+        num_reqs = self.seq_lens.shape[0]
+        if self.cu_seqlens_q.shape != (num_reqs + 1,):
+            raise ValueError(
+                f"cu_seqlens_q must be [num_reqs + 1] = [{num_reqs + 1}]; "
+                f"got {list(self.cu_seqlens_q.shape)}"
+            )
+        if self.page_table.ndim != 2 or self.page_table.shape[0] != num_reqs:
+            raise ValueError(
+                f"page_table must be [num_reqs, max_pages] with num_reqs={num_reqs}; "
+                f"got {list(self.page_table.shape)}"
+            )
+
+    @property
+    def num_reqs(self) -> int:
+        """Requests in the step, padded ones included."""
+        return self.seq_lens.shape[0]

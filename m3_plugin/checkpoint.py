@@ -1,0 +1,111 @@
+"""Names of the tensors a MiniMax-M3 checkpoint must hold, so that no loader can miss one silently.
+
+Hosts track loading by *parameter*: a fused parameter counts as loaded once any of its parts is, so
+a missing expert or a lost `index_k_proj` goes unnoticed there. The names below are the official ones
+relative to the text model (`model.…` and `lm_head.…`, the hub's `language_model.` prefix removed).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from m3_plugin.config import M3Config
+
+TEXT_PREFIX = "language_model."
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MTP = re.compile(r"(^|\.)mtp\.")
+
+
+def is_mtp_tensor(name: str) -> bool:
+    """Whether a tensor belongs to a multi-token-prediction module, which the target never loads."""
+    return _MTP.search(name) is not None
+
+
+def text_modules(config: M3Config, *, layers: Iterable[int] | None = None) -> frozenset[str]:
+    """Modules whose weights a text model must find: names as in the checkpoint, without suffix.
+
+    Parameters
+    ----------
+    config : the model
+    layers : decoder layers to list; all by default (a pipeline stage passes its own)
+    """
+    names = {"model.embed_tokens", "model.norm", "lm_head"}
+    for layer in range(config.num_hidden_layers) if layers is None else layers:
+        prefix = f"model.layers.{layer}"
+        names |= {f"{prefix}.input_layernorm", f"{prefix}.post_attention_layernorm"}
+        attention = ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"]
+        if config.sparse_layers[layer]:
+            attention += ["index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"]
+        names |= {f"{prefix}.self_attn.{module}" for module in attention}
+        mlp = ["gate_proj", "up_proj", "down_proj"]
+        if not config.moe_layers[layer]:
+            names |= {f"{prefix}.mlp.{module}" for module in mlp}
+            continue
+        moe = f"{prefix}.block_sparse_moe"
+        names.add(f"{moe}.gate")
+        if config.use_routing_bias:
+            names.add(f"{moe}.e_score_correction_bias")
+        if config.num_shared_experts:
+            names |= {f"{moe}.shared_experts.{module}" for module in mlp}
+        names |= {
+            f"{moe}.experts.{expert}.{module}"
+            for expert in range(config.num_experts)
+            for module in ("w1", "w2", "w3")
+        }
+    return frozenset(names)
+
+
+def layer_of(name: str) -> int | None:
+    """Decoder layer a tensor belongs to, None outside the layers."""
+    match = _LAYER.match(name)
+    return int(match.group(1)) if match else None
+
+
+@dataclass
+class TensorLedger:
+    """Keeps account of the tensors seen against those the config promises.
+
+    A tensor belongs to module M when it is named M or M.<suffix>: quantised checkpoints add scales
+    beside (or instead of) `weight`, and which suffixes exist is the quantisation's own affair.
+    """
+
+    expected: frozenset[str]
+    seen: set[str] = field(default_factory=set)
+    leftover: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> bool:
+        """Record one tensor; False when the config knows no module of that name."""
+        for module in (name, name.rpartition(".")[0]):
+            if module in self.expected:
+                self.seen.add(module)
+                return True
+        self.leftover.append(name)
+        return False
+
+    def require_complete(self) -> None:
+        """Refuse a checkpoint with tensors missing or left over.
+
+        Raises
+        ------
+        ValueError : names the first few of either and counts the rest.
+        """
+        missing = sorted(self.expected - self.seen)
+        problems = []
+        if missing:
+            problems.append(f"missing {_sample(missing)}")
+        if self.leftover:
+            problems.append(f"left over {_sample(sorted(self.leftover))}")
+        if problems:
+            raise ValueError(
+                "checkpoint does not match its config.json: "
+                + "; ".join(problems)
+                + ". Check that all shards are there and that the config is the checkpoint's own."
+            )
+
+
+def _sample(names: list[str], *, limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} tensor(s): {', '.join(names[:limit])}{more}"

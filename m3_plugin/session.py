@@ -1,0 +1,169 @@
+"""MSASession: the one order of operations of MiniMax sparse attention, for every host.
+
+    plan(batch)                      once per engine step, outside any graph capture
+    run(plan, q, k, v, ...)          once per sparse layer, device work only
+        cache_store                  K, V and index key of the step's tokens into their pages
+        index_topk                   the best blocks per query row and GQA group
+        sparse_attention             exact attention over those blocks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3_kernels.cache_store import cache_store
+from m3_kernels.index_topk import index_topk
+from m3_kernels.sparse_attention import sparse_attention
+from m3_plugin.backends import KernelChoice
+from m3_plugin.batch import MSABatch
+from m3_plugin.config import MSAConfig
+
+
+@dataclass(frozen=True)
+class MSACaches:
+    """Paged caches of one sparse layer, as views of whatever layout the host allocated.
+
+    Attributes
+    ----------
+    k_pages, v_pages : [num_pages, num_kv_heads, page_size, head_dim], any strides
+    index_k_pages : [num_pages, page_size, index_dim], any strides
+    """
+
+    k_pages: Tensor
+    v_pages: Tensor
+    index_k_pages: Tensor
+
+
+@dataclass(frozen=True)
+class MSAPlan:
+    """What one step's layers share. Nothing derived from a top-k may live here."""
+
+    batch: MSABatch
+
+
+@dataclass
+class MSAStatistics:
+    """How much of the context the sparse layers really read, summed over layers and heads.
+
+    `rows` counts (query row, layer) pairs; `blocks_read` the blocks chosen and `blocks_visible` the
+    blocks a dense layer would have read, both summed over the groups of those rows. `decode_*`
+    hold the part of steps in which no request had more than one row.
+    """
+
+    rows: int = 0
+    blocks_read: int = 0
+    blocks_visible: int = 0
+    decode_rows: int = 0
+    decode_blocks_read: int = 0
+    decode_blocks_visible: int = 0
+
+    def add(self, block_ids: Tensor, *, batch: MSABatch, block_size: int) -> None:
+        """Count one layer's selection; host lengths only, so for CPU tensors.
+
+        Parameters
+        ----------
+        block_ids : int32 [num_kv_heads, rows, topk], -1 where nothing was chosen
+        """
+        q_lens = batch.cu_seqlens_q.diff()
+        num_rows = int(batch.cu_seqlens_q[-1])
+        request = torch.repeat_interleave(torch.arange(batch.num_reqs), q_lens)
+        position = (
+            batch.seq_lens[request] - batch.cu_seqlens_q[1:][request] + torch.arange(num_rows)
+        )
+        visible = int((position // block_size + 1).sum()) * block_ids.shape[0]
+        read = int((block_ids[:, :num_rows] >= 0).sum())
+        self.rows += num_rows
+        self.blocks_read += read
+        self.blocks_visible += visible
+        if batch.max_query_len == 1:
+            self.decode_rows += num_rows
+            self.decode_blocks_read += read
+            self.decode_blocks_visible += visible
+
+
+class MSASession:
+    """Runs MSA for the layers of one worker; owns whatever outlives a step, shares nothing.
+
+    Parameters
+    ----------
+    msa : block selection rules of the model
+    kernels : the kernel family and the reason for it (`backends.choose_kernels`)
+    scale : softmax scale of the main branch, head_dim ** -0.5 for M3
+    """
+
+    def __init__(self, msa: MSAConfig, *, kernels: KernelChoice, scale: float) -> None:
+        self.msa = msa
+        self.kernels = kernels
+        self.scale = scale
+        self.statistics: MSAStatistics | None = None
+
+    def record_statistics(self, enabled: bool) -> None:
+        """Start counting blocks from zero, or stop; off by default because counting costs time."""
+        self.statistics = MSAStatistics() if enabled else None
+
+    def plan(self, batch: MSABatch) -> MSAPlan:
+        """Prepare one engine step. May look at host integers, never at device values."""
+        return MSAPlan(batch=batch)
+
+    def run(
+        self,
+        plan: MSAPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor,
+        index_k: Tensor,
+        *,
+        caches: MSACaches,
+        out: Tensor,
+    ) -> None:
+        """Store the step's keys and attend, for one sparse layer.
+
+        Parameters
+        ----------
+        q : [rows, num_q_heads, head_dim], after norm and RoPE
+        k, v : [rows, num_kv_heads, head_dim]; k after norm and RoPE
+        index_q : [rows, num_index_heads, index_dim], after norm and RoPE
+        index_k : [rows, index_dim], after norm and RoPE
+        caches : the layer's pages; written at the batch's slots before anything is read
+        out : [rows, num_q_heads, head_dim], filled in place; padding rows become zero
+        """
+        batch = plan.batch
+        cache_store(
+            k,
+            v,
+            index_k,
+            caches.k_pages,
+            caches.v_pages,
+            caches.index_k_pages,
+            slot_mapping=batch.slot_mapping,
+            backend=self.kernels.family,
+        )
+        block_ids = index_topk(
+            index_q,
+            caches.index_k_pages,
+            page_table=batch.page_table,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            seq_lens=batch.seq_lens,
+            topk=self.msa.topk_blocks,
+            num_local_blocks=self.msa.num_local_blocks,
+            num_init_blocks=self.msa.num_init_blocks,
+            backend=self.kernels.family,
+        )
+        sparse_attention(
+            q,
+            caches.k_pages,
+            caches.v_pages,
+            block_ids,
+            page_table=batch.page_table,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            seq_lens=batch.seq_lens,
+            scale=self.scale,
+            out=out,
+            backend=self.kernels.family,
+        )
+        if self.statistics is not None:
+            self.statistics.add(block_ids, batch=batch, block_size=self.msa.block_size)

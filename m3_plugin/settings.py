@@ -1,0 +1,67 @@
+"""Every environment variable of the plugin, typed; nothing else in the project reads them.
+
+| variable | values | effect |
+|---|---|---|
+| `M3_PLUGIN_DISABLE` | 0, 1 | 1: register nothing, the host runs as if the plugin were absent |
+| `M3_PLUGIN_REQUIRED` | 0, 1 | 1: absence, refusal or fallback ends the process with the reason |
+| `M3_PLUGIN_ALLOW_UNTESTED` | 0, 1 | 1: run on a host version outside the tested window |
+| `M3_PLUGIN_KERNELS` | auto, native, torch, reference | force one kernel family instead of the best |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+PREFIX = "M3_PLUGIN_"
+
+KernelFamily = Literal["auto", "native", "torch", "reference"]
+
+_FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's environment variables after validation."""
+
+    disable: bool = False
+    required: bool = False
+    allow_untested: bool = False
+    kernels: KernelFamily = "auto"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """Read `M3_PLUGIN_*`; a misspelt name or value is an error, never silently ignored.
+
+        Raises
+        ------
+        ValueError : unknown variable under the prefix, or a value outside its list.
+        """
+        given = {k.removeprefix(PREFIX): v for k, v in environment.items() if k.startswith(PREFIX)}
+        known = {"DISABLE", "REQUIRED", "ALLOW_UNTESTED", "KERNELS"}
+        for name in sorted(given.keys() - known):
+            raise ValueError(
+                f"unknown environment variable {PREFIX}{name}; "
+                f"known: {', '.join(PREFIX + k for k in sorted(known))}"
+            )
+        kernels = given.get("KERNELS") or "auto"
+        if kernels not in get_args(KernelFamily):
+            raise ValueError(
+                f"{PREFIX}KERNELS must be one of {', '.join(get_args(KernelFamily))}; "
+                f"got {kernels!r}"
+            )
+        return cls(
+            disable=_flag(given, "DISABLE"),
+            required=_flag(given, "REQUIRED"),
+            allow_untested=_flag(given, "ALLOW_UNTESTED"),
+            kernels=cast(KernelFamily, kernels),
+        )
+
+
+def _flag(given: Mapping[str, str], name: str) -> bool:
+    value = given.get(name, "").strip().lower()
+    if value not in _FLAGS:
+        raise ValueError(f"{PREFIX}{name} must be 0 or 1; got {given[name]!r}")
+    return _FLAGS[value]
