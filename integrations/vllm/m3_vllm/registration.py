@@ -25,8 +25,9 @@ ARCHITECTURES = {
 def register_with_vllm() -> None:
     """Register our classes for both M3 architectures, once per process.
 
-    A refusal (untested vLLM, no kernels for this device, an unknown M3_PLUGIN_ variable) leaves
-    vLLM's own classes in place and logs why; under `M3_PLUGIN_REQUIRED=1` it ends the process.
+    A refusal (untested vLLM, no kernels for this device) leaves vLLM's own classes in place and
+    logs why; under `M3_PLUGIN_REQUIRED=1` it ends the process. A misspelt `M3_PLUGIN_` variable
+    always ends it, because what the user wanted is not known.
 
     Raises
     ------

@@ -1,0 +1,396 @@
+"""MiniMax-M3 for vLLM, built from vLLM's public layers around our MSA attention.
+
+Text part: `M3ForCausalLM`. With images and video: `M3ForConditionalGeneration`, which adds the
+vision tower and hands its embeddings to the same text part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+from vllm.model_executor.layers.linear import (
+    MinimaxM3QKVParallelLinearWithIndexer,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from m3_plugin.backends import choose_kernels
+from m3_plugin.capacity import local_heads
+from m3_plugin.config import M3Config
+from m3_plugin.presence import attestation
+from m3_plugin.session import MSASession
+from m3_plugin.settings import Settings
+from m3_vllm.attention import M3SparseCacheLayer
+from m3_vllm.compat import device_type, vllm_version
+from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
+from m3_vllm.weights import TextWeightLoader
+
+logger = init_logger("vllm.m3_plugin.model")
+
+
+def read_config(vllm_config: VllmConfig) -> M3Config:
+    """The model's config as vLLM parsed it, checked for what a paged host can serve."""
+    config = M3Config.from_hf(vllm_config.model_config.hf_config.to_dict())
+    config.require_paged_host()
+    return config
+
+
+def make_session(config: M3Config) -> MSASession | None:
+    """One MSA session for this worker, None for a model without sparse layers."""
+    if config.msa is None:
+        return None
+    kernels = choose_kernels(device_type(), Settings.from_environment().kernels)
+    return MSASession(config.msa, kernels=kernels, scale=config.head_dim**-0.5)
+
+
+class _M3AttentionBase(nn.Module):
+    """Projections, per-head Gemma QK norm and partial RoPE common to both kinds of layer."""
+
+    def __init__(self, config: M3Config, *, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        tp_size = get_tensor_model_parallel_world_size()
+        self.head_dim = config.head_dim
+        self.num_heads = local_heads(config.num_attention_heads, tp_size)
+        self.num_kv_heads = local_heads(config.num_key_value_heads, tp_size)
+        self.q_size = self.num_heads * self.head_dim
+        self.kv_size = self.num_kv_heads * self.head_dim
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.q_norm = GemmaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = GemmaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters={
+                "rope_theta": config.rope_theta,
+                "partial_rotary_factor": config.partial_rotary_factor,
+            },
+        )
+
+    def norm_and_rope(
+        self, positions: Tensor, q: Tensor, k: Tensor, q_norm: nn.Module, k_norm: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise each head, then turn its first `rotary_dim` channels.
+
+        Parameters
+        ----------
+        q, k : [tokens, heads * head_dim]; returned as [tokens, heads, head_dim]
+        """
+        tokens = q.shape[0]
+        q = q_norm(q.reshape(tokens, -1, self.head_dim)).view(tokens, -1)
+        k = k_norm(k.reshape(tokens, -1, self.head_dim)).view(tokens, -1)
+        q, k = self.rotary_emb(positions, q, k)
+        return q.view(tokens, -1, self.head_dim), k.view(tokens, -1, self.head_dim)
+
+
+class M3DenseAttention(_M3AttentionBase):
+    """Causal GQA over the whole context (the first layers), on vLLM's own attention backend."""
+
+    def __init__(self, config: M3Config, *, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__(config, vllm_config=vllm_config, prefix=prefix)
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.attn = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k = self.norm_and_rope(positions, q, k, self.q_norm, self.k_norm)
+        attended = self.attn(q.flatten(1), k.flatten(1), v)
+        output, _ = self.o_proj(attended)
+        return output
+
+
+class M3SparseAttention(_M3AttentionBase):
+    """MSA: index branch and main branch from one projection, attention over chosen blocks only."""
+
+    def __init__(
+        self, config: M3Config, *, session: MSASession, vllm_config: VllmConfig, prefix: str
+    ) -> None:
+        super().__init__(config, vllm_config=vllm_config, prefix=prefix)
+        msa = session.msa
+        if msa.index_dim != config.head_dim:
+            raise ValueError(
+                "config key 'sparse_attention_config.sparse_index_dim' must equal "
+                f"head_dim={config.head_dim} in vLLM's fused projection; got {msa.index_dim}"
+            )
+        # [q | k | v | index_q | index_k]; index_q is split and replicated like the KV heads,
+        # the single index_k head is on every rank
+        self.qkv_proj = MinimaxM3QKVParallelLinearWithIndexer(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            msa.num_index_heads,
+            msa.index_dim,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
+        self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
+        self.split_sizes = [
+            self.q_size,
+            self.kv_size,
+            self.kv_size,
+            self.num_kv_heads * msa.index_dim,
+            msa.index_dim,
+        ]
+        self.attn = M3SparseCacheLayer(
+            session=session,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v, index_q, index_k = qkv.split(self.split_sizes, dim=-1)
+        q, k = self.norm_and_rope(positions, q, k, self.q_norm, self.k_norm)
+        index_q, index_k = self.norm_and_rope(
+            positions, index_q, index_k, self.index_q_norm, self.index_k_norm
+        )
+        v = v.view(-1, self.num_kv_heads, self.head_dim)
+        attended = self.attn(q, k, v, index_q, index_k.squeeze(1))
+        output, _ = self.o_proj(attended.flatten(1))
+        return output
+
+
+class M3DecoderLayer(nn.Module):
+    """Pre-norm layer: attention (dense or MSA), then MLP (dense or routed)."""
+
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        session: MSASession | None,
+        vllm_config: VllmConfig,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        layer = int(prefix.rpartition(".")[2])
+        if config.sparse_layers[layer]:
+            assert session is not None
+            self.self_attn: nn.Module = M3SparseAttention(
+                config, session=session, vllm_config=vllm_config, prefix=f"{prefix}.self_attn"
+            )
+        else:
+            self.self_attn = M3DenseAttention(
+                config, vllm_config=vllm_config, prefix=f"{prefix}.self_attn"
+            )
+        # the attribute carries the checkpoint's name, which quantisation ignore-lists refer to
+        self.feed_forward_name = "block_sparse_moe" if config.moe_layers[layer] else "mlp"
+        feed_forward_prefix = f"{prefix}.{self.feed_forward_name}"
+        if config.moe_layers[layer]:
+            self.block_sparse_moe = M3MoE(
+                config, quant_config=vllm_config.quant_config, prefix=feed_forward_prefix
+            )
+        else:
+            self.mlp = M3MLP(
+                config,
+                intermediate_size=config.dense_intermediate_size,
+                quant_config=vllm_config.quant_config,
+                reduce_results=True,
+                prefix=feed_forward_prefix,
+            )
+        self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        feed_forward = getattr(self, self.feed_forward_name)
+        return feed_forward(hidden_states), residual
+
+
+@support_torch_compile
+class M3Model(nn.Module):
+    """Embedding, decoder layers of this pipeline stage, final norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = read_config(vllm_config)
+        self.m3_config = config
+        self.session = make_session(config)
+        if get_pp_group().is_first_rank:
+            self.embed_tokens: nn.Module = VocabParallelEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.embed_tokens",
+            )
+        else:
+            self.embed_tokens = PPMissingLayer()
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda prefix: M3DecoderLayer(
+                config, session=self.session, vllm_config=vllm_config, prefix=prefix
+            ),
+            prefix=f"{prefix}.layers",
+        )
+        if get_pp_group().is_last_rank:
+            self.norm: nn.Module = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        else:
+            self.norm = PPMissingLayer()
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        if get_pp_group().is_first_rank:
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = self.embed_input_ids(input_ids)
+            hidden_states = inputs_embeds
+            residual = None
+        else:
+            assert intermediate_tensors is not None
+            hidden_states = intermediate_tensors["hidden_states"]
+            residual = intermediate_tensors["residual"]
+        for layer in self.layers[self.start_layer : self.end_layer]:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+
+class M3ForCausalLM(nn.Module, SupportsPP):
+    """Text model: decoder stack and output head."""
+
+    # vLLM's quantisation maps its fused names back to the checkpoint's through this
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.model_config.hf_text_config
+        self.model = M3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        config = self.model.m3_config
+        if get_pp_group().is_last_rank:
+            self.lm_head: nn.Module = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        moe_layers = [
+            layer.block_sparse_moe
+            for layer in self.model.layers[self.model.start_layer : self.model.end_layer]
+            if layer.feed_forward_name == "block_sparse_moe"
+        ]
+        if moe_layers:
+            self.clamp_probe = ClampProbe(moe_layers[0], vllm_config=vllm_config)
+        self._attest()
+
+    def _attest(self) -> None:
+        session = self.model.session
+        if session is None:
+            logger.warning("m3-plugin: no layer of this checkpoint is sparse; MSA is not used")
+            return
+        stage = range(self.model.start_layer, self.model.end_layer)
+        sparse = sum(self.model.m3_config.sparse_layers[layer] for layer in stage)
+        logger.info(
+            "%s",
+            attestation(
+                host="vLLM",
+                host_version=vllm_version(),
+                kernels=session.kernels,
+                detail=f"serving MiniMax-M3 with {sparse} MSA and {len(stage) - sparse} dense "
+                "attention layers in this process",
+            ),
+        )
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor | IntermediateTensors:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def weight_loader(self) -> TextWeightLoader:
+        """A loader for this stage's tensors; feed it every text tensor, then call `finish`."""
+        return TextWeightLoader(
+            self,
+            config=self.model.m3_config,
+            layers=range(self.model.start_layer, self.model.end_layer),
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loader = self.weight_loader()
+        for name, tensor in weights:
+            loader.load(name.removeprefix("language_model."), tensor)
+        return loader.finish()

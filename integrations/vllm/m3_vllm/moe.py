@@ -1,0 +1,241 @@
+"""Routed experts of MiniMax-M3 from vLLM's FusedMoE, and the proof that the clamp survived."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.activation import SiluAndMulWithClamp
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from m3_plugin.config import M3Config
+from m3_vllm.compat import device_type
+
+logger = init_logger("vllm.m3_plugin.moe")
+
+# The constants vLLM's CPU expert kernel has compiled into its "swigluoai" activation.
+_CPU_SWIGLU = (1.702, 7.0, 1.0)
+
+
+class M3MLP(nn.Module):
+    """SwiGLU-OAI MLP of the dense layers and of the shared expert: [tokens, hidden] to same."""
+
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        intermediate_size: int,
+        quant_config: QuantizationConfig | None,
+        reduce_results: bool,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            reduce_results=reduce_results,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.act_fn = SiluAndMulWithClamp(
+            swiglu_limit=config.swiglu_limit, alpha=config.swiglu_alpha, beta=config.swiglu_beta
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate_up, _ = self.gate_up_proj(hidden_states)
+        output, _ = self.down_proj(self.act_fn(gate_up))
+        return output
+
+
+class M3MoE(nn.Module):
+    """Sigmoid-routed experts with a selection bias, plus the shared expert.
+
+    Router weight, bias and logits are fp32 (they are stored so, and a bf16 router flips experts).
+    """
+
+    def __init__(
+        self, config: M3Config, *, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        if get_tensor_model_parallel_world_size() > config.num_experts:
+            raise ValueError(
+                f"tensor parallel size must be at most num_local_experts={config.num_experts}; "
+                f"got {get_tensor_model_parallel_world_size()}"
+            )
+        self.config = config
+        self.on_cpu = device_type() == "cpu"
+        self.gate = GateLinear(
+            config.hidden_size,
+            config.num_experts,
+            bias=False,
+            params_dtype=torch.float32,
+            out_dtype=torch.float32,
+            prefix=f"{prefix}.gate",
+        )
+        self.e_score_correction_bias: nn.Parameter | None = None
+        if config.use_routing_bias:
+            self.e_score_correction_bias = nn.Parameter(
+                torch.empty(config.num_experts, dtype=torch.float32), requires_grad=False
+            )
+        self.shared_experts: M3MLP | None = None
+        if config.num_shared_experts:
+            self.shared_experts = M3MLP(
+                config,
+                intermediate_size=config.shared_intermediate_size * config.num_shared_experts,
+                quant_config=quant_config,
+                reduce_results=False,
+                prefix=f"{prefix}.shared_experts",
+            )
+        if self.on_cpu:
+            self._require_cpu_swiglu()
+        # vLLM's CPU experts know only the activation that reads gate and up interleaved (so the
+        # rows are interleaved after loading), and only its grouped router adds the selection bias
+        # to sigmoid scores; one group holding every expert is plain top-k.
+        routing = (
+            {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
+            if self.on_cpu
+            else {}
+        )
+        self.experts = FusedMoEFactory(
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_token,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            scoring_func="sigmoid",
+            e_score_correction_bias=self.e_score_correction_bias,
+            renormalize=True,
+            routed_scaling_factor=config.routed_scaling_factor,
+            activation="swigluoai" if self.on_cpu else "swigluoai_uninterleave",
+            swiglu_limit=config.swiglu_limit,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_beta=config.swiglu_beta,
+            router_logits_dtype=torch.float32,
+            shared_experts=self.shared_experts,
+            quant_config=quant_config,
+            prefix=f"{prefix}.experts",
+            **routing,
+        )
+
+    def _require_cpu_swiglu(self) -> None:
+        wanted = (self.config.swiglu_alpha, self.config.swiglu_limit, self.config.swiglu_beta)
+        if wanted != _CPU_SWIGLU:
+            raise ValueError(
+                "config keys 'swiglu_alpha', 'swiglu_limit', 'swiglu_beta' must be "
+                f"{_CPU_SWIGLU} on CPU (fixed in vLLM's expert kernel); got {wanted}"
+            )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        router_logits, _ = self.gate(hidden_states)
+        return self.experts(hidden_states=hidden_states, router_logits=router_logits)
+
+    def finish_loading(self) -> None:
+        """Bring the experts' gate and up rows into the order the activation expects."""
+        if not self.on_cpu:
+            return
+        for name, weight in self.experts.named_parameters():
+            if name.endswith("w13_weight"):
+                weight.data = interleave_gate_up(weight.data)
+
+
+def interleave_gate_up(w13: Tensor) -> Tensor:
+    """[experts, gates | ups, hidden] -> [experts, gate 0, up 0, gate 1, ..., hidden]."""
+    experts, rows, hidden = w13.shape
+    halves = w13.view(experts, 2, rows // 2, hidden)
+    return halves.transpose(1, 2).reshape(experts, rows, hidden).contiguous()
+
+
+class ClampProbe(nn.Module):
+    """Refuses an expert kernel that drops the SwiGLU clamp, once the weights are in place.
+
+    Kernels have lost the clamp before (garbled output on quantised checkpoints). With it, experts
+    saturate: four times the input gives nearly the same output. Without it the output grows with
+    the square. So one token at two magnitudes tells them apart, whatever backend vLLM picked,
+    however the weights are quantised, and without a reference.
+
+    Attached as the last module of the model: vLLM calls `quant_method.process_weights_after_loading`
+    module by module, which makes this run after every expert kernel has its final weights.
+    """
+
+    def __init__(self, moe: M3MoE, *, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        # in a tuple so that the experts are not registered, and loaded, twice
+        self._moe = (moe,)
+        self.vllm_config = vllm_config
+        self.quant_method = _RunClampProbe()
+
+    def run(self) -> None:
+        """Probe the first MoE layer; all layers share one backend.
+
+        Raises
+        ------
+        ValueError : the experts' output keeps growing with their input.
+        """
+        if self.vllm_config.parallel_config.data_parallel_size > 1:
+            logger.info("clamp probe skipped: it would need every data parallel rank at once")
+            return
+        norms = [self._output_norm(4.0**power) for power in range(3, 10)]
+        if not grows_unclamped(norms):
+            return
+        raise ValueError(
+            "vLLM's MoE backend does not apply swiglu_limit="
+            f"{self._moe[0].config.swiglu_limit}: the experts' output grows without bound "
+            f"(norms {', '.join(f'{n:.3g}' for n in norms)} for inputs growing 4x each); "
+            "choose another backend with --moe-backend"
+        )
+
+    def _output_norm(self, magnitude: float) -> float:
+        moe = self._moe[0]
+        generator = torch.Generator().manual_seed(0)
+        probe = magnitude * torch.randn(1, moe.config.hidden_size, generator=generator)
+        hidden = probe.to(dtype=self.vllm_config.model_config.dtype, device=device_type())
+        logits = torch.zeros(1, moe.config.num_experts, device=hidden.device)
+        with set_forward_context(None, self.vllm_config, num_tokens=1):
+            return float(moe.experts(hidden_states=hidden, router_logits=logits).float().norm())
+
+
+def grows_unclamped(norms: list[float]) -> bool:
+    """Whether outputs for inputs growing 4x each never settle.
+
+    A clamped SwiGLU saturates: some step grows less than 4x. Without the clamp every step grows
+    about 16x. Overflow in a narrow dtype ends the sequence; all-zero experts settle at once.
+    """
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    return len(finite) > 1 and all(
+        large > 4 * small for small, large in itertools.pairwise(finite)
+    )
+
+
+class _RunClampProbe(QuantizeMethodBase):
+    """Carries vLLM's after-loading call to the probe; owns no weights."""
+
+    requires_device_loading = False
+    supports_pre_processed_weights = True
+
+    def create_weights(self, layer: nn.Module, *weight_args: object, **attrs: object) -> None:
+        raise NotImplementedError("the clamp probe owns no weights")
+
+    def apply(self, layer: nn.Module, *args: object, **kwargs: object) -> Tensor:
+        raise NotImplementedError("the clamp probe is not part of the forward pass")
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        assert isinstance(layer, ClampProbe)
+        layer.run()
