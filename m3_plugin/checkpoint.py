@@ -1,8 +1,8 @@
 """Names of the tensors a MiniMax-M3 checkpoint must hold, so that no loader can miss one silently.
 
 Hosts track loading by *parameter*: a fused parameter counts as loaded once any of its parts is, so
-a missing expert or a lost `index_k_proj` goes unnoticed there. The names below are the official ones
-relative to the text model (`model.…` and `lm_head.…`, the hub's `language_model.` prefix removed).
+a missing expert or a lost `index_k_proj` goes unnoticed there. The names below are the official
+ones, relative to the text model: `model...` and `lm_head...`, without the hub's `language_model.`.
 """
 
 from __future__ import annotations

@@ -142,24 +142,24 @@ class M3Config:
             max_position_embeddings=fields.positive_int("max_position_embeddings"),
             rope_theta=_rope_theta(fields),
             rotary_dim=_rotary_dim(fields, head_dim=head_dim),
-            rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             dense_intermediate_size=fields.positive_int("dense_intermediate_size"),
             intermediate_size=intermediate_size,
-            shared_intermediate_size=int(fields.get("shared_intermediate_size", intermediate_size)),
+            shared_intermediate_size=fields.integer("shared_intermediate_size", intermediate_size),
             # transformers' dialect has no key for it and always builds one shared expert
-            num_shared_experts=int(fields.get("n_shared_experts", 1) or 0),
+            num_shared_experts=fields.integer("n_shared_experts", 1),
             num_experts=num_experts,
             num_experts_per_token=experts_per_token,
-            routed_scaling_factor=float(fields.get("routed_scaling_factor", 1.0)),
-            use_routing_bias=bool(fields.get("use_routing_bias", True)),
-            swiglu_alpha=float(fields.get("swiglu_alpha", 1.702)),
-            swiglu_limit=float(fields.get("swiglu_limit", 7.0)),
+            routed_scaling_factor=fields.number("routed_scaling_factor", 1.0),
+            use_routing_bias=fields.flag("use_routing_bias", True),
+            swiglu_alpha=fields.number("swiglu_alpha", 1.702),
+            swiglu_limit=fields.number("swiglu_limit", 7.0),
             # the released config has no key for beta; the activation is (up + 1) * glu(gate)
-            swiglu_beta=float(fields.get("swiglu_beta", 1.0)),
+            swiglu_beta=fields.number("swiglu_beta", 1.0),
             sparse_layers=sparse_layers,
             moe_layers=_moe_layers(fields, num_layers=num_layers),
             msa=_msa_config(fields, num_kv_heads=num_kv_heads) if any(sparse_layers) else None,
-            num_mtp_modules=int(fields.get("num_mtp_modules", 0) or 0),
+            num_mtp_modules=fields.integer("num_mtp_modules", 0),
             quantization=str(quantization.get("quant_method")) if quantization else None,
         )
 
@@ -192,6 +192,17 @@ class _Fields:
     def positive_int(self, key: str) -> int:
         return _positive_int(self.values.get(key), key=key)
 
+    def integer(self, key: str, default: int) -> int:
+        return _integer(self.get(key, default), key=key)
+
+    def number(self, key: str, default: float) -> float:
+        return _number(self.get(key, default), key=key)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        _require(value in (True, False), key=key, rule="true or false", value=value)
+        return bool(value)
+
     def mapping(self, key: str) -> Mapping[str, Any]:
         return _as_mapping(self.values.get(key), key=key) or {}
 
@@ -209,11 +220,24 @@ def _as_mapping(value: object, *, key: str) -> Mapping[str, Any] | None:
     return value
 
 
-def _positive_int(value: object, *, key: str) -> int:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    _require(ok, key=key, rule="a positive integer", value=value)
+def _integer(value: object, *, key: str) -> int:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    _require(ok, key=key, rule="an integer, zero or positive", value=value)
     assert isinstance(value, int)
     return value
+
+
+def _positive_int(value: object, *, key: str) -> int:
+    number = _integer(value, key=key)
+    _require(number > 0, key=key, rule="a positive integer", value=value)
+    return number
+
+
+def _number(value: object, *, key: str) -> float:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    _require(ok, key=key, rule="a positive number", value=value)
+    assert isinstance(value, int | float)
+    return float(value)
 
 
 def _flags(value: object, *, key: str, length: int) -> tuple[bool, ...]:
@@ -270,9 +294,7 @@ def _rope_parameters(fields: _Fields) -> Mapping[str, Any]:
 
 def _rope_theta(fields: _Fields) -> float:
     value = fields.get("rope_theta", _rope_parameters(fields).get("rope_theta"))
-    ok = isinstance(value, int | float) and value > 0
-    _require(ok, key="rope_theta", rule="a positive number", value=value)
-    return float(value)
+    return _number(value, key="rope_theta")
 
 
 def _rotary_dim(fields: _Fields, *, head_dim: int) -> int:
@@ -292,15 +314,15 @@ def _rotary_dim(fields: _Fields, *, head_dim: int) -> int:
         value=None,
     )
     if factor is not None:
-        from_factor = round(head_dim * float(factor))
+        from_factor = round(head_dim * _number(factor, key="partial_rotary_factor"))
         _require(
-            dim is None or int(dim) == from_factor,
+            dim is None or dim == from_factor,
             key="rotary_dim",
             rule=f"head_dim * partial_rotary_factor = {head_dim} * {factor} = {from_factor}",
             value=dim,
         )
         dim = from_factor
-    dim = _positive_int(int(dim), key="rotary_dim")
+    dim = _positive_int(dim, key="rotary_dim")
     _require(
         dim <= head_dim and dim % 2 == 0,
         key="rotary_dim",
@@ -371,12 +393,8 @@ def _msa_config(fields: _Fields, *, num_kv_heads: int) -> MSAConfig:
         value=num_index_heads,
     )
     topk = _positive_int(sparse.get("sparse_topk_blocks"), key=f"{prefix}sparse_topk_blocks")
-    local = int(sparse["sparse_local_block"])
-    init = int(sparse.get("sparse_init_block") or 0)
-    _require(
-        local >= 0, key=f"{prefix}sparse_local_block", rule="zero or positive", value=local
-    )
-    _require(init >= 0, key=f"{prefix}sparse_init_block", rule="zero or positive", value=init)
+    local = _integer(sparse["sparse_local_block"], key=f"{prefix}sparse_local_block")
+    init = _integer(sparse.get("sparse_init_block") or 0, key=f"{prefix}sparse_init_block")
     _require(
         init + local <= topk,
         key=f"{prefix}sparse_topk_blocks",
@@ -386,9 +404,7 @@ def _msa_config(fields: _Fields, *, num_kv_heads: int) -> MSAConfig:
     return MSAConfig(
         num_index_heads=num_index_heads,
         index_dim=_positive_int(sparse.get("sparse_index_dim"), key=f"{prefix}sparse_index_dim"),
-        block_size=_positive_int(
-            sparse.get("sparse_block_size"), key=f"{prefix}sparse_block_size"
-        ),
+        block_size=_positive_int(sparse.get("sparse_block_size"), key=f"{prefix}sparse_block_size"),
         topk_blocks=topk,
         num_init_blocks=init,
         num_local_blocks=local,
@@ -404,8 +420,11 @@ def _require_no_index_value(fields: _Fields, sparse: Mapping[str, Any], *, key: 
     if isinstance(disabled, bool | int):
         disabled = [disabled] * len(layers)
     flags = _flags(disabled, key=key, length=len(layers))
-    enabled = [i for i, (is_sparse, off) in enumerate(zip(layers, flags, strict=True))
-               if is_sparse and not off]
+    enabled = [
+        i
+        for i, (is_sparse, off) in enumerate(zip(layers, flags, strict=True))
+        if is_sparse and not off
+    ]
     _require(
         not enabled,
         key=key,

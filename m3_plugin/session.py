@@ -1,10 +1,10 @@
 """MSASession: the one order of operations of MiniMax sparse attention, for every host.
 
-    plan(batch)                      once per engine step, outside any graph capture
-    run(plan, q, k, v, ...)          once per sparse layer, device work only
-        cache_store                  K, V and index key of the step's tokens into their pages
-        index_topk                   the best blocks per query row and GQA group
-        sparse_attention             exact attention over those blocks
+plan(batch)                      once per engine step, outside any graph capture
+run(plan, q, k, v, ...)          once per sparse layer, device work only
+    cache_store                  K, V and index key of the step's tokens into their pages
+    index_topk                   the best blocks per query row and GQA group
+    sparse_attention             exact attention over those blocks
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 | `M3_PLUGIN_DISABLE` | 0, 1 | 1: register nothing, the host runs as if the plugin were absent |
 | `M3_PLUGIN_REQUIRED` | 0, 1 | 1: absence, refusal or fallback ends the process with the reason |
 | `M3_PLUGIN_ALLOW_UNTESTED` | 0, 1 | 1: run on a host version outside the tested window |
-| `M3_PLUGIN_KERNELS` | auto, native, torch, reference | force one kernel family instead of the best |
+| `M3_PLUGIN_KERNELS` | auto, native, torch, reference | force a kernel family, not the best |
 """
 
 from __future__ import annotations

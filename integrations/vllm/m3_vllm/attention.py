@@ -137,9 +137,7 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
             )
         return self.caches
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor) -> Tensor:
         """Attend; shapes as in `MSASession.run`. Returns [rows, num_q_heads, head_dim]."""
         out = torch.empty_like(q)
         torch.ops.vllm.m3_msa_attention(q, k, v, index_q, index_k, out, self.layer_name)

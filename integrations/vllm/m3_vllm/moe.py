@@ -171,8 +171,9 @@ class ClampProbe(nn.Module):
     the square. So one token at two magnitudes tells them apart, whatever backend vLLM picked,
     however the weights are quantised, and without a reference.
 
-    Attached as the last module of the model: vLLM calls `quant_method.process_weights_after_loading`
-    module by module, which makes this run after every expert kernel has its final weights.
+    Attached as the last module of the model: vLLM calls each module's
+    `quant_method.process_weights_after_loading` in order, so this one runs after every expert
+    kernel has its final weights.
     """
 
     def __init__(self, moe: M3MoE, *, vllm_config: VllmConfig) -> None:
@@ -219,9 +220,7 @@ def grows_unclamped(norms: list[float]) -> bool:
     about 16x. Overflow in a narrow dtype ends the sequence; all-zero experts settle at once.
     """
     finite = [norm for norm in norms if math.isfinite(norm)]
-    return len(finite) > 1 and all(
-        large > 4 * small for small, large in itertools.pairwise(finite)
-    )
+    return len(finite) > 1 and all(large > 4 * small for small, large in itertools.pairwise(finite))
 
 
 class _RunClampProbe(QuantizeMethodBase):

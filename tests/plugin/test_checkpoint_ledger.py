@@ -1,0 +1,64 @@
+"""The tensor ledger: complete checkpoints pass, any lost or extra tensor is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor, layer_of, text_modules
+from m3_plugin.config import M3Config
+from tests.plugin.test_config import HUB
+
+CONFIG = M3Config.from_hf(HUB)
+
+
+def test_released_checkpoint_has_the_published_number_of_text_tensors() -> None:
+    """3 root, 11 per dense layer, 401 per sparse MoE layer (the released index's inventory)."""
+    assert len(text_modules(CONFIG)) == 3 + 3 * 11 + 57 * 401
+
+
+def ledger_with(*, without: str = "", extra: str = "") -> TensorLedger:
+    ledger = TensorLedger(text_modules(CONFIG))
+    for module in text_modules(CONFIG):
+        name = module if module.endswith("e_score_correction_bias") else f"{module}.weight"
+        if module != without:
+            assert ledger.add(name)
+    if extra:
+        assert not ledger.add(extra)
+    return ledger
+
+
+def test_complete() -> None:
+    ledger_with().require_complete()
+
+
+def test_scales_beside_a_weight_are_part_of_its_module() -> None:
+    ledger = ledger_with()
+    assert ledger.add("model.layers.5.self_attn.q_proj.weight_scale_inv")
+    ledger.require_complete()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.layers.7.block_sparse_moe.experts.127.w2",
+        "model.layers.59.self_attn.index_k_proj",
+        "model.layers.3.block_sparse_moe.e_score_correction_bias",
+        "lm_head",
+    ],
+)
+def test_one_missing_tensor_is_named(module: str) -> None:
+    with pytest.raises(ValueError, match=rf"missing 1 tensor\(s\): {module}"):
+        ledger_with(without=module).require_complete()
+
+
+def test_one_extra_tensor_is_named() -> None:
+    extra = "model.layers.0.self_attn.index_q_proj.weight"
+    with pytest.raises(ValueError, match=rf"left over 1 tensor\(s\): {extra}"):
+        ledger_with(extra=extra).require_complete()
+
+
+def test_mtp_and_layer_names() -> None:
+    assert is_mtp_tensor("model.mtp.layers.0.enorm.weight")
+    assert not is_mtp_tensor("model.layers.0.mlp.up_proj.weight")
+    assert layer_of("model.layers.41.input_layernorm.weight") == 41
+    assert layer_of("lm_head.weight") is None
