@@ -4,9 +4,11 @@ Text part: `M3ForCausalLM`. With images and video: `M3ForConditionalGeneration`,
 vision tower and hands its embeddings to the same text part.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: torch.compile support reads the annotations of
+# `M3Model.forward` to find its dynamic dimensions and does not understand strings.
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ from vllm.sequence import IntermediateTensors
 
 from m3_plugin.backends import choose_kernels
 from m3_plugin.capacity import local_heads
+from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
 from m3_plugin.presence import attestation
 from m3_plugin.session import MSASession
@@ -317,7 +320,7 @@ class M3ForCausalLM(nn.Module, SupportsPP):
     """Text model: decoder stack and output head."""
 
     # vLLM's quantisation maps its fused names back to the checkpoint's through this
-    packed_modules_mapping = {
+    packed_modules_mapping: ClassVar = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
@@ -392,5 +395,7 @@ class M3ForCausalLM(nn.Module, SupportsPP):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loader = self.weight_loader()
         for name, tensor in weights:
-            loader.load(name.removeprefix("language_model."), tensor)
+            # the released checkpoint may be served as a text model; its vision part is then unused
+            if not name.startswith(VISION_PREFIXES):
+                loader.load(name.removeprefix(TEXT_PREFIX), tensor)
         return loader.finish()

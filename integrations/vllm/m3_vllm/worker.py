@@ -1,0 +1,37 @@
+"""Questions one can put to the workers of a running vLLM: `--worker-extension-cls` of this class."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from m3_plugin.session import MSASession
+
+
+class M3WorkerExtension:
+    """Methods vLLM mixes into its worker; called with `collective_rpc`, they answer per worker."""
+
+    model_runner: Any
+
+    def m3_model_class(self) -> str:
+        """Qualified name of the class that serves the model."""
+        model = type(self.model_runner.get_model())
+        return f"{model.__module__}.{model.__qualname__}"
+
+    def m3_record_statistics(self, enabled: bool) -> None:
+        """Count blocks read by the MSA layers from now on, or stop counting."""
+        self._m3_session().record_statistics(enabled)
+
+    def m3_statistics(self) -> dict[str, int]:
+        """The counters of `MSAStatistics` since recording was switched on."""
+        statistics = self._m3_session().statistics
+        if statistics is None:
+            raise RuntimeError("m3_record_statistics(True) must be called first")
+        return asdict(statistics)
+
+    def _m3_session(self) -> MSASession:
+        model = self.model_runner.get_model()
+        session = getattr(model, "language_model", model).model.session
+        if session is None:
+            raise RuntimeError("this model has no MSA layers")
+        return session

@@ -1,0 +1,145 @@
+"""Start a host's real HTTP server as a child process, wait until it answers, and stop it for sure.
+
+Used by the demo, the benchmarks and the tests; listens on loopback only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+LOOPBACK = "127.0.0.1"
+
+
+class ServerFailed(RuntimeError):
+    """The server ended or stayed silent; the message carries the end of its log."""
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def vllm_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list[str]:
+    """Command line of vLLM's OpenAI server in the running interpreter's environment.
+
+    The module is started rather than the `vllm` script because the CPU distribution's script looks
+    up the version of a distribution called `vllm` and does not find one.
+    """
+    module = "vllm.entrypoints.openai.api_server"
+    endpoint = ["--host", LOOPBACK, "--port", str(port)]
+    return [sys.executable, "-m", module, "--model", str(model), *endpoint, *options]
+
+
+class ServerProcess:
+    """One server with its whole process group. Use as a context manager.
+
+    Parameters
+    ----------
+    command : what to start; it must listen on `port`
+    port : loopback port of the HTTP API
+    log : file that receives the server's output
+    environment : additions to the current environment
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        port: int,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.url = f"http://{LOOPBACK}:{port}"
+        self.log = log
+        with log.open("wb") as output:
+            # a session of its own, so that stopping reaches the engine and worker processes too
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
+
+    def wait_until_ready(
+        self, *, timeout_s: float = 600.0, on_wait: Callable[[str], None] | None = None
+    ) -> None:
+        """Return once `/health` answers.
+
+        Parameters
+        ----------
+        timeout_s : how long the start may take
+        on_wait : called about twice a second with the newest line of the log
+
+        Raises
+        ------
+        ServerFailed : the process ended, or the time ran out.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerFailed(
+                    f"server ended with {self.process.returncode}; end of {self.log}:\n"
+                    + self.log_tail()
+                )
+            if self._answers():
+                return
+            if on_wait is not None:
+                on_wait(self.log_tail(lines=1))
+            time.sleep(0.5)
+        raise ServerFailed(
+            f"server did not answer within {timeout_s:.0f} s; end of its log:\n{self.log_tail()}"
+        )
+
+    def log_tail(self, *, lines: int = 30) -> str:
+        """The last lines of the server's output."""
+        text = self.log.read_text(errors="replace")
+        return "\n".join(text.rstrip().splitlines()[-lines:])
+
+    def stop(self, *, grace_s: float = 20.0) -> None:
+        """Ask the server to end, then make sure that nothing of its process group is left."""
+        if self.process.poll() is None:
+            self._signal(signal.SIGTERM)
+            try:
+                self.process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                pass
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass

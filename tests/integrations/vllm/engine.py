@@ -1,0 +1,232 @@
+"""A real vLLM engine in a process of its own, driven over a pipe.
+
+One process per engine keeps vLLM's process-wide state (distributed groups, compiled ops, caches)
+apart between configurations, and lets the plugin be found the way users get it: through its entry
+point, by vLLM's own loader.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT_S = 300
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    # a wrong decision of the plugin must end the engine, not show as vLLM's own model
+    "M3_PLUGIN_REQUIRED": "1",
+    # spinning worker threads starve each other on machines with few cores
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished request as vLLM reports it."""
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[dict[int, float]]
+    num_cached_tokens: int
+    finish_reason: str | None
+
+
+class EngineProcess:
+    """`vllm.LLM` behind a pipe. Close it, or use it as a context manager.
+
+    Parameters
+    ----------
+    model : checkpoint folder
+    environment : additions to `ENVIRONMENT`
+    options : arguments of `vllm.LLM`
+    """
+
+    def __init__(
+        self, model: Path, *, environment: dict[str, str] | None = None, **options: Any
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        arguments: dict[str, Any] = {
+            "model": str(model),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 8192,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 256 << 20,
+            "limit_mm_per_prompt": {"image": 0, "video": 0},
+            "worker_extension_cls": "m3_vllm.worker.M3WorkerExtension",
+            **options,
+        }
+        saved = dict(os.environ)
+        os.environ.update(ENVIRONMENT | (environment or {}))
+        try:
+            # not a daemon: tensor parallel engines have children of their own
+            self._process = context.Process(target=_serve, args=(child, arguments))
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+        child.close()
+        try:
+            self._receive(START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
+    ) -> list[Completion]:
+        """Generate for all prompts together, greedily unless told otherwise.
+
+        Parameters
+        ----------
+        prompts : lists of token ids, or anything `LLM.generate` takes
+        max_tokens : one number, or one per prompt
+        """
+        return self._call("generate", list(prompts), max_tokens, sampling)
+
+    def chat(self, messages: list[dict], *, max_tokens: int = 8, **options: Any) -> Completion:
+        """One chat through the checkpoint's template, greedily."""
+        return self._call("chat", messages, max_tokens, options)
+
+    def abort_midway(self, prompts: Sequence[Any], *, steps: int, max_tokens: int) -> int:
+        """Start requests, run some engine steps, abort them all; returns tokens produced so far."""
+        return self._call("abort_midway", list(prompts), steps, max_tokens)
+
+    def metric(self, name: str) -> float:
+        """Sum of one of vLLM's own Prometheus counters in the engine process."""
+        return self._call("metric", name)
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """`collective_rpc` to every worker."""
+        return self._call("rpc", method, args)
+
+    def model_class(self) -> str:
+        """Qualified name of the class vLLM built for the checkpoint."""
+        return self._call("model_class")
+
+    def close(self) -> None:
+        """End the engine and wait for its process."""
+        if self._process.is_alive():
+            try:
+                self._pipe.send(None)
+                self._process.join(30)
+            except (BrokenPipeError, OSError):
+                pass
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _call(self, command: str, *args: Any) -> Any:
+        self._pipe.send((command, args))
+        return self._receive(None)
+
+    def _receive(self, timeout: float | None) -> Any:
+        if not self._pipe.poll(timeout):
+            raise TimeoutError(f"engine said nothing for {timeout} s")
+        try:
+            ok, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise EngineDiedError(f"engine ended with {self._process.exitcode}") from None
+        if not ok:
+            raise EngineError(value)
+        return value
+
+
+class EngineError(RuntimeError):
+    """The engine refused or failed; carries its traceback."""
+
+
+class EngineDiedError(RuntimeError):
+    """The engine's process ended without a word."""
+
+
+def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
+    try:
+        from vllm import LLM
+
+        engine = _Engine(LLM(**arguments, disable_log_stats=False))
+        pipe.send((True, None))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+        return
+    while (request := pipe.recv()) is not None:
+        command, args = request
+        try:
+            pipe.send((True, getattr(engine, command)(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+class _Engine:
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def generate(self, prompts: list[Any], max_tokens: Any, sampling: dict) -> list[Completion]:
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        params = [_sampling(limit, sampling) for limit in limits]
+        inputs = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
+        return [_completion(o) for o in self.llm.generate(inputs, params, use_tqdm=False)]
+
+    def chat(self, messages: list[dict], max_tokens: int, options: dict) -> Completion:
+        params = _sampling(max_tokens, {})
+        return _completion(self.llm.chat(messages, params, use_tqdm=False, **options)[0])
+
+    def abort_midway(self, prompts: list[Any], steps: int, max_tokens: int) -> int:
+        engine = self.llm.llm_engine
+        names = [f"abort-{index}" for index in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": prompt}, _sampling(max_tokens, {}))
+        produced = 0
+        for _ in range(steps):
+            outputs = engine.step()
+            produced = sum(len(o.outputs[0].token_ids) for o in outputs) or produced
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return produced
+
+    def metric(self, name: str) -> float:
+        return float(sum(m.value for m in self.llm.get_metrics() if m.name == name))
+
+    def rpc(self, method: str, args: tuple) -> list[Any]:
+        return self.llm.collective_rpc(method, args=args)
+
+    def model_class(self) -> str:
+        return self.llm.collective_rpc("m3_model_class")[0]
+
+
+def _sampling(max_tokens: int, options: dict) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **options})
+
+
+def _completion(output: Any) -> Completion:
+    first = output.outputs[0]
+    return Completion(
+        token_ids=list(first.token_ids),
+        text=first.text,
+        logprobs=[
+            {token: entry.logprob for token, entry in step.items()} for step in first.logprobs or []
+        ],
+        num_cached_tokens=output.num_cached_tokens or 0,
+        finish_reason=first.finish_reason,
+    )
