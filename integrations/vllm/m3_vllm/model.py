@@ -31,11 +31,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
     PPMissingLayer,
+    WeightsMapper,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
 )
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from m3_plugin.backends import choose_kernels
@@ -48,6 +51,13 @@ from m3_plugin.settings import Settings
 from m3_vllm.attention import M3SparseCacheLayer
 from m3_vllm.compat import device_type, vllm_version
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
+from m3_vllm.multimodal import (
+    M3DummyInputsBuilder,
+    M3MultiModalMixin,
+    M3MultiModalProcessor,
+    M3ProcessingInfo,
+)
+from m3_vllm.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
 from m3_vllm.weights import TextWeightLoader
 
 logger = init_logger("vllm.m3_plugin.model")
@@ -399,3 +409,50 @@ class M3ForCausalLM(nn.Module, SupportsPP):
             if not name.startswith(VISION_PREFIXES):
                 loader.load(name.removeprefix(TEXT_PREFIX), tensor)
         return loader.finish()
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    M3MultiModalProcessor, info=M3ProcessingInfo, dummy_inputs=M3DummyInputsBuilder
+)
+class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP):
+    """The released model: vision tower and projector in front of the text model."""
+
+    packed_modules_mapping = M3ForCausalLM.packed_modules_mapping
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        with self._mark_tower_model(vllm_config, {"image", "video"}):
+            self.vision_tower = M3Vision(VisionConfig.from_hf(self.config))
+        with self._mark_language_model(vllm_config):
+            self.language_model = M3ForCausalLM(
+                vllm_config=vllm_config, prefix=maybe_prefix(prefix, "language_model")
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor | IntermediateTensors:
+        return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        text = self.language_model.weight_loader()
+
+        def vision_tensors() -> Iterable[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if name.startswith(VISION_PREFIXES):
+                    yield name, tensor
+                else:
+                    text.load(name.removeprefix(TEXT_PREFIX), tensor)
+
+        mapper = WeightsMapper(orig_to_new_prefix=CHECKPOINT_PREFIXES)
+        loaded = AutoWeightsLoader(self).load_weights(vision_tensors(), mapper=mapper)
+        return loaded | {f"{TEXT_PREFIX}{name}" for name in text.finish()}
