@@ -17,6 +17,9 @@ then fails on every frame size that is not a multiple of 28. Where it accepts, r
 nothing as long as a frame's area is within the video processor's min_pixels (56x56) and max_pixels
 (896x672); beyond that, resizing keeps a request within what the engine has reserved. For
 transformers' default, pass `mm_processor_kwargs={"videos_kwargs": {"do_resize": False}}`.
+
+One step before us differs from transformers for every model: vLLM lays transparent images over
+white, where transformers drops the alpha channel.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ __all__ = [
     "M3MultiModalProcessor",
     "M3ProcessingInfo",
     "M3VideoLoader",
+    "PatchGeometry",
 ]
 
 # MiniMax's service refuses videos of more pixels, counted over all frames after resizing.
@@ -72,43 +76,52 @@ def _refuse(modality: str) -> ValueError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Geometry:
-    """How one of transformers' two vision processors turns pixels into tokens."""
+class PatchGeometry:
+    """How one of transformers' two vision processors turns pixels into tokens.
+
+    Sides are rounded to multiples of `factor`, the area is brought between `min_pixels` and
+    `max_pixels`, and each `factor` x `factor` square of what comes out is one token.
+    """
 
     factor: int
     temporal_patch_size: int
+    min_pixels: int
     max_pixels: int
+
+    @classmethod
+    def of(cls, processor: Any) -> PatchGeometry:
+        # The bounds are edges of `size` where the processor has them, else attributes.
+        size = getattr(processor, "size", None)
+        return cls(
+            factor=processor.patch_size * processor.merge_size,
+            temporal_patch_size=processor.temporal_patch_size,
+            min_pixels=_entry(size, "shortest_edge") or processor.min_pixels,
+            max_pixels=_entry(size, "longest_edge") or processor.max_pixels,
+        )
 
     @property
     def max_tokens(self) -> int:
         """Bound of the tokens of an image, or of one temporal patch of a video."""
-        # Sides are rounded to multiples of `factor` and the area kept below `max_pixels`, but no
-        # side falls below one `factor`, so that a long strip may exceed the area.
-        strip = math.isqrt(_MAX_ASPECT * self.max_pixels) // self.factor
-        return max(self.max_pixels // self.factor**2, strip, 1)
+        area = self.max_pixels / self.factor**2
+        # No side shrinks below one factor, so that a long strip may keep more than the area.
+        strip = math.sqrt(_MAX_ASPECT * area)
+        # Enlarging rounds both sides up.
+        least = self.min_pixels / self.factor**2
+        enlarged = least + math.sqrt(_MAX_ASPECT * least) + math.sqrt(least / _MAX_ASPECT) + 1
+        return max(math.floor(area), math.ceil(strip), math.floor(enlarged))
 
     @property
     def largest(self) -> ImageSize:
-        """A size of at most `max_pixels` with as many tokens as there can be, near to a square."""
+        """A size with as many tokens as `max_pixels` has room for, near to a square."""
         units = max(self.max_pixels // self.factor**2, 1)
         short = max(n for n in range(1, math.isqrt(units) + 1) if units % n == 0)
-        if units > _MAX_ASPECT // 2 * short**2:
+        if units // short > short * _MAX_ASPECT:
             short = math.isqrt(units)
         return ImageSize(width=units // short * self.factor, height=short * self.factor)
 
     def pairs(self, num_frames: int) -> int:
         """Temporal patches of a video; an odd last frame is repeated."""
         return -(-num_frames // self.temporal_patch_size)
-
-
-def _geometry(processor: Any) -> _Geometry:
-    # The area bound is `size["longest_edge"]` where the processor has one, else `max_pixels`.
-    longest_edge = _entry(getattr(processor, "size", None), "longest_edge")
-    return _Geometry(
-        factor=processor.patch_size * processor.merge_size,
-        temporal_patch_size=processor.temporal_patch_size,
-        max_pixels=longest_edge or processor.max_pixels,
-    )
 
 
 def _entry(holder: Any, key: str) -> Any:
@@ -144,16 +157,16 @@ class M3ProcessingInfo(BaseProcessingInfo):
             raise _refuse(modality)
         super().validate_num_items(modality, num_items)
 
-    def image_geometry(self) -> _Geometry:
-        # A bound given for images alone does not reach the processor's own settings.
+    def image_geometry(self) -> PatchGeometry:
+        geometry = PatchGeometry.of(self.get_hf_processor().image_processor)
+        # A bound configured for images alone does not reach the processor's own settings.
         kwargs = self.ctx.get_merged_mm_kwargs({}).get("images_kwargs") or {}
-        geometry = _geometry(self.get_hf_processor().image_processor)
         bound = _entry(kwargs.get("size"), "longest_edge") or kwargs.get("max_pixels")
         return replace(geometry, max_pixels=bound or geometry.max_pixels)
 
-    def video_geometry(self) -> _Geometry:
+    def video_geometry(self) -> PatchGeometry:
+        geometry = PatchGeometry.of(self.get_hf_processor().video_processor)
         kwargs = self.ctx.get_merged_mm_kwargs({}).get("videos_kwargs") or {}
-        geometry = _geometry(self.get_hf_processor().video_processor)
         return replace(geometry, max_pixels=kwargs.get("max_pixels") or geometry.max_pixels)
 
     def max_video_frames(self, seq_len: int, *, num_videos: int = 1) -> int:
