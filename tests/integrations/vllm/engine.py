@@ -99,6 +99,10 @@ class EngineProcess:
         """One chat through the checkpoint's template, greedily."""
         return self._call("chat", messages, max_tokens, options)
 
+    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+        """Log probability of every prompt token after the first."""
+        return self._call("prompt_logprobs", prompt)
+
     def abort_midway(self, prompts: Sequence[Any], *, steps: int, max_tokens: int) -> int:
         """Start requests, run some engine steps, abort them all; returns tokens produced so far."""
         return self._call("abort_midway", list(prompts), steps, max_tokens)
@@ -184,6 +188,12 @@ class _Engine:
         params = [_sampling(limit, sampling) for limit in limits]
         inputs = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
         return [_completion(o) for o in self.llm.generate(inputs, params, use_tqdm=False)]
+
+    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+        params = _sampling(1, {"prompt_logprobs": 0})
+        (output,) = self.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        steps = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        return [step[token].logprob for token, step in steps]
 
     def chat(self, messages: list[dict], max_tokens: int, options: dict) -> Completion:
         params = _sampling(max_tokens, {})

@@ -13,17 +13,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from m3_plugin.testing.hub_layout import byte_level_tokenizer
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.vllm
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
+# Words of more than one byte to which a time stamp's "]<]" can belong, as in the published
+# vocabulary, and how text is cut into words.
+_MERGED = ("]<]", " ]<]", ":]<]", "]]<]", "[>[", "the", " the", " seconds", "00", " 7")
+_PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 _CHANNELS = {"RGB": 3, "RGBA": 4, "L": 1}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("multimodal") / "m3", preset="small")
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("multimodal") / "m3", preset="small")
+    # Special tokens keep their ids, the first ones.
+    tokenizer = byte_level_tokenizer(words=_MERGED, pattern=_PATTERN)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +185,13 @@ def test_time_stamps_merge_with_the_text_before_them(processor, reference, befor
     videos = [_timed(_video(5, 56, 56, seed=i), fps=30.0, step=15 * (i + 1)) for i in range(3)]
     text = f"{before}{VIDEO} and {VIDEO}{VIDEO} end"
     _assert_equal(processor, reference, text, {"video": videos})
+
+
+def test_the_tokenizer_here_can_show_a_merge(tokenizer) -> None:
+    stamp = tokenizer.encode("]<]0.0 seconds[>[")
+    for before in ("the ", "Look:", "]"):
+        joint = tokenizer.encode(f"{before}]<]0.0 seconds[>[")
+        assert joint != tokenizer.encode(before) + stamp
 
 
 def test_time_stamps_leave_unusual_token_ids_alone(processor, tokenizer) -> None:

@@ -150,6 +150,19 @@ def test_bf16_is_as_close_to_fp32_as_transformers(
     assert error(features) < 0.02 * expected.std()
 
 
+def test_rotation_is_applied_in_fp32(config: VisionConfig) -> None:
+    from m3_vllm.vision import _rotate
+
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(200, 1, config.head_dim // 6 * 3, generator=generator) * 200
+    x = torch.randn(200, config.num_heads, config.head_dim, generator=generator).bfloat16()
+    exact = _rotate(x.double(), angles.cos(), angles.sin())
+    rounded = _rotate(x, angles.cos(), angles.sin())
+    assert rounded.dtype == torch.bfloat16
+    # Half a unit in the last of bf16's eight bits, and nothing on top of it.
+    torch.testing.assert_close(rounded.double(), exact, rtol=2.0**-8, atol=2.0**-20)
+
+
 def test_pixel_dtype_follows_the_weights(tower: M3Vision) -> None:
     grids = [(1, 4, 4)]
     pixels = _pixels(grids).bfloat16()
