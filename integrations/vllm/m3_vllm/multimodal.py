@@ -254,6 +254,28 @@ class _VideoTime:
         return f"]<]{index / self.fps:.1f} seconds[>["
 
 
+@dataclass(frozen=True, kw_only=True)
+class _TokenIds:
+    """The added tokens that images and videos are written with."""
+
+    image: int
+    video: int
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, processor: MiniMaxM3VLProcessor) -> _TokenIds:
+        ids: dict[str, Any] = {
+            "image": processor.image_token_id,
+            "video": processor.video_token_id,
+            "start": processor.vision_start_token_id,
+            "end": processor.vision_end_token_id,
+        }
+        if missing := [name for name, token in ids.items() if not isinstance(token, int)]:
+            raise ValueError(f"the tokenizer lacks MiniMax-M3's tokens for {', '.join(missing)}")
+        return cls(**ids)
+
+
 class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
     """Runs transformers' processor on the items vLLM has not cached and lays out their tokens."""
 
@@ -319,31 +341,31 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
     ) -> Sequence[PromptUpdate]:
         processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
         tokenizer = self.info.get_tokenizer()
+        ids = _TokenIds.of(processor)
         merge_length = processor.image_processor.merge_size**2
-        image_token, video_token = processor.image_token_id, processor.video_token_id
-        start, end = processor.vision_start_token_id, processor.vision_end_token_id
+        frames_per_patch = processor.video_processor.temporal_patch_size
 
         def image_tokens(item: int) -> PromptUpdateDetails:
-            t, h, w = out_mm_kwargs["image"][item]["image_grid_thw"].data.tolist()
-            full = [start, *[image_token] * (t * h * w // merge_length), end]
-            return PromptUpdateDetails.select_token_id(full, image_token)
+            t, h, w = _grid(out_mm_kwargs["image"][item]["image_grid_thw"].data)
+            full = [ids.start, *[ids.image] * (t * h * w // merge_length), ids.end]
+            return PromptUpdateDetails.select_token_id(full, ids.image)
 
         def video_tokens(item: int) -> PromptUpdateDetails:
-            t, h, w = out_mm_kwargs["video"][item]["video_grid_thw"].data.tolist()
+            t, h, w = _grid(out_mm_kwargs["video"][item]["video_grid_thw"].data)
             _, metadata = mm_items["video"][item]
             time = _VideoTime.of(metadata)
-            patch = [start, *[video_token] * (h * w // merge_length), end]
+            patch = [ids.start, *[ids.video] * (h * w // merge_length), ids.end]
             full: list[int] = []
             for pair in range(t):
-                stamp = time.stamp(pair * processor.video_processor.temporal_patch_size)
+                stamp = time.stamp(pair * frames_per_patch)
                 if stamp is not None:
                     full += tokenizer.encode(stamp, add_special_tokens=False)
                 full += patch
-            return PromptUpdateDetails.select_token_id(full, video_token)
+            return PromptUpdateDetails.select_token_id(full, ids.video)
 
         return [
-            PromptReplacement(modality="image", target=[image_token], replacement=image_tokens),
-            PromptReplacement(modality="video", target=[video_token], replacement=video_tokens),
+            PromptReplacement(modality="image", target=[ids.image], replacement=image_tokens),
+            PromptReplacement(modality="video", target=[ids.video], replacement=video_tokens),
         ]
 
     def _apply_prompt_updates(self, token_ids, mm_prompt_updates):
@@ -359,10 +381,9 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         it ("Look: ]<]0.0"), as it does in transformers, which inserts stamps before it tokenizes.
         All later stamps follow an end token, across which nothing merges.
         """
-        processor = self.info.get_hf_processor()
         tokenizer = self.info.get_tokenizer()
-        target, start = processor.video_token_id, processor.vision_start_token_id
-        places = [i for i, token in enumerate(token_ids) if token == target]
+        ids = _TokenIds.of(self.info.get_hf_processor())
+        places = [i for i, token in enumerate(token_ids) if token == ids.video]
         if len(places) != len(updates):
             # Left to vLLM, which tells the user.
             return token_ids, updates
@@ -372,14 +393,14 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         done = 0
         for place, candidates in zip(places, updates, strict=True):
             full = candidates[0].content.full
-            stamp, rest = full[: full.index(start)], full[full.index(start) :]
+            stamp, rest = full[: full.index(ids.start)], full[full.index(ids.start) :]
             prompt += token_ids[done:place]
             if stamp:
                 begin = next((i for i in range(len(prompt), 0, -1) if prompt[i - 1] in added), 0)
                 prompt[begin:] = _extend_text(tokenizer, prompt[begin:], stamp)
-            prompt.append(target)
+            prompt.append(ids.video)
             done = place + 1
-            details = PromptUpdateDetails.select_token_id(rest, target)
+            details = PromptUpdateDetails.select_token_id(rest, ids.video)
             moved.append([replace(update, content=details) for update in candidates])
         return prompt + list(token_ids[done:]), moved
 
@@ -394,6 +415,12 @@ def _extend_text(tokenizer: Any, text: list[int], suffix: list[int]) -> list[int
         return text + suffix
     whole = written + tokenizer.decode(suffix, skip_special_tokens=False)
     return tokenizer.encode(whole, add_special_tokens=False)
+
+
+def _grid(value: object) -> tuple[int, int, int]:
+    assert isinstance(value, torch.Tensor)
+    t, h, w = value.tolist()
+    return t, h, w
 
 
 def _join_segments(grid_thw: torch.Tensor, pairs: Sequence[int]) -> torch.Tensor:
@@ -433,9 +460,22 @@ class M3VideoLoader(VideoBackend):
 
     @classmethod
     def load_bytes(
-        cls, data: bytes, num_frames: int = -1, fps: float = 1.0, **kwargs: Any
+        cls,
+        data: bytes,
+        num_frames: int = -1,
+        fps: int = 1,
+        max_duration: int = 300,
+        frame_recovery: bool = False,
+        **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        return super().load_bytes(data, num_frames=num_frames, fps=fps, **kwargs)
+        return super().load_bytes(
+            data,
+            num_frames=num_frames,
+            fps=fps,
+            max_duration=max_duration,
+            frame_recovery=frame_recovery,
+            **kwargs,
+        )
 
     @classmethod
     def compute_frames_index_to_sample(cls, source: Any, target: Any, **kwargs: Any) -> list[int]:
