@@ -1,0 +1,33 @@
+"""`m3-plugin`: the command line. Every command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from m3_plugin import __version__
+from m3_plugin.cli.demo import demo
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="MiniMax-M3 and its block-sparse attention for an existing vLLM or SGLang.",
+)
+app.command()(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"m3-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
+    ] = False,
+) -> None:
+    """MiniMax-M3 and its block-sparse attention for an existing vLLM or SGLang."""
