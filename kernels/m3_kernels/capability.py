@@ -1,0 +1,82 @@
+"""Which implementations of the ops can run on a device, in order of preference, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, cast
+
+from m3_kernels import native_build
+
+Backend = Literal["auto", "reference", "torch", "native"]
+Implementation = Literal["reference", "torch", "native"]
+
+NO_CUDA_KERNELS = "CUDA kernels are not part of this version"
+
+
+@dataclass(frozen=True)
+class KernelFamily:
+    """One implementation of all ops, as seen from one device type.
+
+    Attributes
+    ----------
+    name : value of the ops' `backend` argument
+    refusal : why it cannot run here, for a person to read; None if it can
+    """
+
+    name: Implementation
+    refusal: str | None = None
+
+
+@cache
+def kernel_families(device_type: str) -> tuple[KernelFamily, ...]:
+    """Implementations for a device, best first.
+
+    The first call for "cpu" compiles the C++ kernels when no cached build exists (seconds).
+
+    Parameters
+    ----------
+    device_type : `torch.device.type`, e.g. "cpu" or "cuda"
+
+    Returns
+    -------
+    Every implementation, refused ones included with their reason.
+    """
+    if device_type == "cpu":
+        return (
+            KernelFamily("native", native_build.refusal()),
+            KernelFamily("torch"),
+            KernelFamily("reference"),
+        )
+    if device_type == "cuda":
+        reason = NO_CUDA_KERNELS
+    else:
+        reason = f"no kernels exist for device type {device_type!r}"
+    return tuple(KernelFamily(name, reason) for name in ("native", "torch", "reference"))
+
+
+def implementation_for(op: str, *, backend: Backend, device_type: str) -> Implementation:
+    """Resolve an op's `backend` argument.
+
+    Raises
+    ------
+    NotImplementedError : nothing can run on this device, or the named implementation cannot;
+        the message holds the reason. A named implementation is never replaced by another.
+    ValueError : no such backend.
+    """
+    families = kernel_families(device_type)
+    if backend == "auto":
+        for family in families:
+            if family.refusal is None:
+                return family.name
+        reasons = "; ".join(sorted({str(f.refusal) for f in families}))
+        raise NotImplementedError(f"{op} cannot run on {device_type!r}: {reasons}")
+    for family in families:
+        if family.name == backend:
+            if family.refusal is not None:
+                raise NotImplementedError(
+                    f"{op}: backend {backend!r} cannot run on {device_type!r}: {family.refusal}"
+                )
+            return family.name
+    known = ", ".join(repr(cast(str, f.name)) for f in families)
+    raise ValueError(f"{op}: backend must be 'auto' or one of {known}; got {backend!r}")

@@ -1,0 +1,127 @@
+"""`index_topk` in chunked plain torch: any CPU, no compiler, bounded workspace.
+
+Scores go through the BLAS library, whose order of summation depends on the shape of the call. Two
+blocks whose scores differ by less than fp32 rounding can therefore swap when a row is computed in
+other company; the C++ implementation has no such freedom.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Bytes of fp32 scores in flight; keys, masks and copies around them stay within three times this.
+SCORE_BYTES = 64 * 2**20
+KEY_BYTES = 16 * 2**20
+
+
+def index_topk_torch(
+    index_q: Tensor,
+    index_k_pages: Tensor,
+    *,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    num_local_blocks: int,
+    num_init_blocks: int,
+    out: Tensor,
+) -> None:
+    """Fill `out`; arguments as in the public function, already checked."""
+    heads, _, topk = out.shape
+    page_size, dim = index_k_pages.shape[1:]
+    out.fill_(-1)
+    bounds = cu_seqlens_q.tolist()
+    for request, seq_len in enumerate(seq_lens.tolist()):
+        first, last = bounds[request : request + 2]
+        # A row at a negative position has nothing to see; positions rise, so they come first.
+        row = max(first, last - seq_len)
+        while row < last:
+            blocks = (seq_len - 1) // page_size + 1
+            key_blocks = min(blocks, max(1, KEY_BYTES // (page_size * dim * 4)))
+            score_row_bytes = 4 * heads * (key_blocks * page_size + 2 * blocks)
+            rows = min(last - row, max(1, SCORE_BYTES // score_row_bytes))
+            positions = torch.arange(rows, dtype=torch.int64) + (seq_len - (last - row))
+            visible = int(positions[-1]) // page_size + 1
+            own = positions // page_size
+            if visible <= topk:
+                ids = torch.arange(visible, dtype=torch.int32).expand(rows, visible)
+                ids = torch.where(ids <= own[:, None], ids, -1)
+                out[:, row : row + rows, :visible] = ids
+            else:
+                scores = _block_scores(
+                    index_q[row : row + rows],
+                    index_k_pages,
+                    page_table[request, :visible],
+                    positions,
+                    key_blocks,
+                )
+                chosen = _choose(scores, own, topk, num_local_blocks, num_init_blocks)
+                out[:, row : row + rows] = _ascending_ids(chosen, topk).transpose(0, 1)
+            row += rows
+
+
+def _block_scores(
+    queries: Tensor, pages: Tensor, page_ids: Tensor, positions: Tensor, chunk: int
+) -> Tensor:
+    """Block maxima [rows, heads, blocks], -inf where a block has no visible key."""
+    rows, heads, dim = queries.shape
+    page_size = pages.shape[1]
+    flat = queries.float().reshape(rows * heads, dim)
+    scores = torch.empty(rows, heads, page_ids.shape[0])
+    for start in range(0, page_ids.shape[0], chunk):
+        ids = page_ids[start : start + chunk].long()
+        # Keys past the last row's position are not visible to any row; they may hold anything.
+        keys = pages[ids].float().reshape(-1, dim)
+        dots = (flat @ keys.T).view(rows, heads, -1)
+        dots.masked_fill_(dots.isnan(), -math.inf)
+        if (start + len(ids)) * page_size - 1 > int(positions[0]):
+            key_positions = torch.arange(dots.shape[2]) + start * page_size
+            dots.masked_fill_((key_positions > positions[:, None])[:, None], -math.inf)
+        torch.amax(
+            dots.view(rows, heads, len(ids), page_size),
+            dim=-1,
+            out=scores[:, :, start : start + len(ids)],
+        )
+    return scores
+
+
+def _choose(
+    scores: Tensor, own: Tensor, topk: int, num_local_blocks: int, num_init_blocks: int
+) -> Tensor:
+    """Mask [rows, heads, blocks] of the chosen blocks, tier by tier."""
+    ids = torch.arange(scores.shape[2])
+    own = own[:, None, None]
+    visible = ids <= own
+    init = visible & (ids < num_init_blocks)
+    local = visible & (ids > own - num_local_blocks) & ~init
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    left = torch.full((*scores.shape[:2], 1), topk)
+    for tier in (init, local, visible & ~init & ~local):
+        picked = _best(scores, tier.expand_as(scores), left)
+        chosen |= picked
+        left = left - picked.sum(dim=-1, keepdim=True)
+    return chosen
+
+
+def _best(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+    """Mask of the `count` best eligible blocks; equal scores go to the lower id."""
+    take = torch.minimum(count, eligible.sum(dim=-1, keepdim=True))
+    most = int(take.max())
+    if most == 0:
+        return torch.zeros_like(eligible)
+    best = torch.where(eligible, scores, -math.inf).topk(most, dim=-1).values
+    threshold = best.gather(-1, (take - 1).clamp_min(0))
+    above = eligible & (scores > threshold)
+    equal = eligible & (scores == threshold)
+    room = take - above.sum(dim=-1, keepdim=True)
+    return (take > 0) & (above | (equal & (equal.cumsum(dim=-1) <= room)))
+
+
+def _ascending_ids(chosen: Tensor, topk: int) -> Tensor:
+    """Ids [rows, heads, topk] of a mask with at most `topk` true values per row, tail -1."""
+    blocks = chosen.shape[2]
+    ids = torch.where(chosen, torch.arange(blocks, dtype=torch.int32), blocks)
+    ids = ids.topk(topk, dim=-1, largest=False, sorted=True).values
+    return torch.where(ids < blocks, ids, -1)
