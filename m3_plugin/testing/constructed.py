@@ -64,10 +64,11 @@ _KEY_PLAIN = _ONE + 9  # the key of this fact is in lower case
 _KEY_DECOY = _ONE + 10  # the key of this fact is capitalised
 _LANTERN = _ONE + 11
 _CANDLE = _ONE + 12
-_NEXT_EOS = _ONE + 13
-_NEXT_THINK_END = _ONE + 14
-_NOTHING = _ONE + 15  # brings every embedding to the same length
-_SCRATCH = _ONE + 16  # written by MLPs that must run but must not matter
+_MIRROR = _ONE + 13
+_NEXT_EOS = _ONE + 14
+_NEXT_THINK_END = _ONE + 15
+_NOTHING = _ONE + 16  # brings every embedding to the same length
+_SCRATCH = _ONE + 17  # written by MLPs that must run but must not matter
 _HIDDEN = 640
 
 # Squared length of every embedding; with 640 channels the first RMSNorm then divides by 0.5.
@@ -84,11 +85,17 @@ _BALLAST = 0
 # Rotated pair 31 turns by 0.33 rad over a million tokens: the lanterns' score fades by 5 % at most.
 _SLOW = 31
 
-# Sparse layers, index branch. A searching query is (word, lantern) = (1, 1) / sqrt(2), an idle one
-# (0, 1). Scores as cosines, from the top, while searching: lantern 0.70, searched fact 0.57, decoy
-# 0.50, candle 0.42, any other fact below 0.15. While idle: lantern 1.0, candle 0.6, all others 0.
-_INDEX_FACT = 0.8
-_INDEX_DECOY = 0.7
+# Rotated pairs 1..10 of an index key: a mirror's score is the mean of cos(distance * frequency).
+_FAST = range(1, 11)
+
+# Sparse layers, index branch. A searching query is (word, lantern, mirror) = (1.75, 1, 1), an idle
+# one (0, 1, 1), both then brought to the same length. Products before that, from the top: lantern
+# 0.99, searched fact 0.8, decoy 0.7, candle 0.6, mirror below 0.5 where prompts put it (0.98 without
+# RoPE), any other fact below 0.25; while idle the same without facts. Afterwards a candle scores
+# more while idle (0.42) than the fact while searching (0.36): heads must not be pooled.
+_INDEX_WORD = 1.75
+_INDEX_FACT = 0.8 / _INDEX_WORD
+_INDEX_DECOY = 0.7 / _INDEX_WORD
 _INDEX_CANDLE = 0.6
 _INDEX_LANTERN = 2.0
 _INDEX_REST = 0.2
@@ -98,7 +105,8 @@ _MAIN_FACT = 0.7071
 _MAIN_FILL = 0.45
 _MAIN_REST = 0.2
 _MAIN_NORM = 5.0
-_INDEX_NORM = 1.5
+_INDEX_QUERY_NORM = 2.0
+_INDEX_KEY_NORM = 0.5
 _FIRST_LAYER_NORM = 8.0
 
 # A word's logit when found is about 60; _NOWHERE of that wins against anything worse than 60 %.
@@ -263,6 +271,7 @@ def _embeddings(vocab_size: int) -> torch.Tensor:
     rows[v.nowhere_id, _NEXT_EOS] = 1.0
     rows[v.lantern_id, _LANTERN] = 1.0
     rows[v.candle_id, _CANDLE] = 1.0
+    rows[v.mirror_id, _MIRROR] = 1.0
     for token in (IMAGE_TOKEN, VIDEO_TOKEN):
         # Replaced by what the vision tower sees; a host that forgets to gets a token without role.
         rows[v.id_of(token), _FILL] = 1.0
@@ -355,8 +364,8 @@ def _lookup_attention(layer: dict[str, torch.Tensor], *, kind: int) -> None:
     index_k = layer["self_attn.index_k_proj.weight"]
     layer["self_attn.q_norm.weight"].fill_(_MAIN_NORM - 1.0)
     layer["self_attn.k_norm.weight"].fill_(_MAIN_NORM - 1.0)
-    layer["self_attn.index_q_norm.weight"].fill_(_INDEX_NORM - 1.0)
-    layer["self_attn.index_k_norm.weight"].fill_(_INDEX_NORM - 1.0)
+    layer["self_attn.index_q_norm.weight"].fill_(_INDEX_QUERY_NORM - 1.0)
+    layer["self_attn.index_k_norm.weight"].fill_(_INDEX_KEY_NORM - 1.0)
     # Makes the length of a code 1.
     unit = 1.0 / math.sqrt(CODE_SIZE)
 
@@ -367,28 +376,33 @@ def _lookup_attention(layer: dict[str, torch.Tensor], *, kind: int) -> None:
         own = _class_channels(_OWN, kind, group)
         prev = _class_channels(_PREV, kind, group)
         for i in range(CODE_SIZE):
-            index_q[group, place + i, own[i]] = unit
+            index_q[group, place + i, own[i]] = _INDEX_WORD * unit
             index_k[place + i, prev[i]] = unit
             k[group, place + i, prev[i]] = unit
             for head in (2 * group, 2 * group + 1):
                 q[head, place + i, own[i]] = unit
         index_q[group, _SLOW, _ONE] = 1.0
+        index_q[group, _FAST, _ONE] = 1.0 / math.sqrt(len(_FAST))
         for head in (2 * group, 2 * group + 1):
             q[head, fill_place, _ONE] = _MAIN_FILL
         k[group, fill_place, _FILL] = 1.0
         k[group, _BALLAST, _ONE] = _MAIN_REST
         k[group, _BALLAST, _KEY_PLAIN] = _ballast_for(_MAIN_FACT) - _MAIN_REST
 
-        # Each of the group's two heads carries the values of one kind.
+        # Each of the group's two heads carries the values of one kind; each group shifts its
+        # channels differently, so that values of another group read as other words.
+        shifted = [(channel + 2 * CODE_SIZE * group) % _CODES for channel in range(_CODES)]
         for channel in range(_CODES):
-            v[group, channel, _OWN + channel] = 1.0
-            o[_OUT + channel, 2 * group + channel // (_CODES // 2), channel] = _RMS
+            v[group, shifted[channel], _OWN + channel] = 1.0
+            head = 2 * group + channel // (_CODES // 2)
+            o[_OUT + channel, head, shifted[channel]] = _RMS
         for i, colour in enumerate(VOCABULARY.colours):
-            start = colour.class_index * CODE_SIZE
-            v[group, start : start + CODE_SIZE, _IMAGE_CODE + i] = v.new_tensor(colour.code)
+            channels = [shifted[channel] for channel in _code_channels(0, colour)]
+            v[group, channels, _IMAGE_CODE + i] = v.new_tensor(colour.code)
 
     index_k[_SLOW, _LANTERN] = _INDEX_LANTERN
     index_k[_SLOW, _CANDLE] = _INDEX_REST / _ballast_for(_INDEX_CANDLE)
+    index_k[_FAST, _MIRROR] = 1.0 / math.sqrt(len(_FAST))
     index_k[_BALLAST, _ONE] = _INDEX_REST
     index_k[_BALLAST, _KEY_PLAIN] = _ballast_for(_INDEX_FACT) - _INDEX_REST
     index_k[_BALLAST, _KEY_DECOY] = _ballast_for(_INDEX_DECOY) - _INDEX_REST

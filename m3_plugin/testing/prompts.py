@@ -6,6 +6,7 @@ also behind the system turns of a chat template.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from m3_plugin.testing.hub_layout import EOS_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN
 from m3_plugin.testing.vocabulary import (
     CANDLE,
     LANTERN,
+    MIRROR,
     NOWHERE,
     NUM_CLASSES,
     NUM_GROUPS,
@@ -39,7 +41,8 @@ class NeedlePrompt:
     lost_answer : the answer, from the hop whose block was not selected: " nowhere" and eos
     groups : per hop, (sparse layer - 1, GQA group) that has to find it
     needle_positions : per hop, position in `token_ids` of the word to be found
-    decoy_positions, lantern_positions, candle_position : what else the selection sees
+    decoy_positions, lantern_positions, candle_position, mirror_position : what else the selection
+        sees
     """
 
     text: str
@@ -54,6 +57,7 @@ class NeedlePrompt:
     decoy_positions: tuple[int, ...]
     lantern_positions: tuple[int, ...]
     candle_position: int | None
+    mirror_position: int | None
 
     @property
     def max_tokens(self) -> int:
@@ -129,15 +133,21 @@ def needle_prompt(
             f"decoys={decoys}, got {num_tokens}"
         )
     rng = random.Random(f"needle {seed}")
-    zones = _plan_zones(chain, topk_blocks, decoys)
-    rng.shuffle(zones)
     question = _question(chain.keys[0])
-
     # Marked tokens of two zones are a block apart, so no shift puts them into one block; the last
     # zone keeps as far from the question, whose block is always selected.
     apart = _BLOCK if decoys else 0
     slack = num_tokens - needed
-    cuts = sorted(rng.randint(0, slack) for _ in zones)
+    while True:
+        zones = _plan_zones(chain, topk_blocks, decoys)
+        rng.shuffle(zones)
+        cuts = sorted(rng.randint(0, slack) for _ in zones)
+        if not decoys:
+            break
+        mirror = next(i for i, zone in enumerate(zones) if zone[0][1] == "mirror")
+        position = _LEAD + sum(len(z) + apart for z in zones[:mirror]) + cuts[mirror]
+        if _mirror_is_dim(num_tokens - 1 - position, hops):
+            break
     tokens: list[str] = []
     marks: dict[str, list[int]] = {}
     start = _LEAD
@@ -168,6 +178,7 @@ def needle_prompt(
         decoy_positions=tuple(marks.get("decoy", ())),
         lantern_positions=tuple(marks.get("lantern", ())),
         candle_position=marks["candle"][0] if decoys else None,
+        mirror_position=marks["mirror"][0] if decoys else None,
     )
 
 
@@ -299,8 +310,8 @@ def _plan_zones(chain: _Chain, topk_blocks: int, decoys: bool) -> list[list[_Mar
     if not decoys:
         return zones
     zones += [[(LANTERN, "lantern")] for _ in range(topk_blocks - 2)]
-    zones.append([(CANDLE, "candle")])
-    # After a wrong answer the wrong chain goes on. Twice over: by the mean or sum of its scores,
+    zones += [[(CANDLE, "candle")], [(MIRROR, "mirror")]]
+    # After a wrong answer the wrong chain goes on. Three times over: by the mean or sum of its scores,
     # instead of the largest, the decoys' block outranks the fact's.
     wrong = [
         fact
@@ -310,8 +321,20 @@ def _plan_zones(chain: _Chain, topk_blocks: int, decoys: bool) -> list[list[_Mar
             *([_fact(chain.wrong_values[i - 1].decoy, value.text, "decoy")] if i else []),
         ]
     ]
-    zones.append([token for fact in wrong * 2 for token in fact])
+    zones.append([token for fact in wrong * 3 for token in fact])
     return zones
+
+
+# Answers come up to so many tokens after the question: the end of a generation prompt.
+_MAX_SUFFIX = 16
+
+
+def _mirror_is_dim(distance: int, hops: int) -> bool:
+    """Whether a mirror `distance` tokens before the question stays below a candle for all hops."""
+    return all(
+        sum(math.cos(d * 5e6 ** (-pair / 32)) for pair in range(1, 11)) < 0.5 * 10
+        for d in range(distance, distance + _MAX_SUFFIX + hops)
+    )
 
 
 def _question(key: Word) -> list[str]:

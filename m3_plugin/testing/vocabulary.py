@@ -30,12 +30,12 @@ daisy delta desert dolphin dragon ebony eagle echo elder elm ember engine falcon
 fiddle finch flint forest fossil fountain fox galaxy garden garnet ginger glacier granite grape
 hammer harbor harvest hazel heron hickory honey horizon indigo iris iron island ivory ivy
 jasmine jasper jungle juniper kettle kite ladder lagoon lemon lily linen lion lotus lupine
-magnet mango maple marble marsh meadow melon meteor mint mirror moss moth mulberry needle nettle
-nickel nutmeg oak oasis olive onion opal orbit orchid otter oyster paddle palm paper parrot
-peach pebble pepper petal pine planet plum pocket pollen poplar prairie quartz quill rabbit
-raven reed ribbon robin rocket saddle saffron sage salmon sandal satin shadow shell sierra
-spider spruce squid statue summit sunset swallow thistle thunder tiger timber topaz tulip tundra
-turnip umber valley vanilla velvet violet walnut walrus
+magnet mango maple marble marsh meadow melon meteor mint moss moth mulberry needle nettle nickel
+nutmeg oak oasis olive onion opal orbit orchid otter oyster paddle palm paper parrot peach
+pebble pepper petal pine planet plum pocket pollen poplar prairie quartz quill rabbit raven reed
+ribbon robin rocket saddle saffron sage salmon sandal satin shadow shell sierra spider spruce
+squid statue summit sunset swallow thistle thunder tiger timber topaz tulip tundra turnip umber
+valley vanilla velvet violet walnut walrus quiver
 """
 _TREASURES = "gold silver pearl ruby diamond emerald sapphire platinum".split()
 _COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta", "white", "black")
@@ -52,10 +52,11 @@ colour answer
 """
 _PUNCTUATION = (",", ".", ";", ":")
 
-# In the first sparse layers' eyes: blocks with a lantern outrank the searched block, a candle does
-# so for the groups that search nothing.
+# To the index branch a block with a lantern outranks the searched one, one with a candle only the
+# blocks without anything, and one with a mirror does the former if RoPE is forgotten.
 LANTERN = " lantern"
 CANDLE = " candle"
+MIRROR = " mirror"
 # What the model says when the searched block was not among the selected ones.
 NOWHERE = " nowhere"
 # The end of the generation prompt "]~b]ai\n" as one token.
@@ -99,7 +100,9 @@ def codes() -> tuple[tuple[int, ...], ...]:
     for bits in range(1 << (CODE_SIZE - 1)):
         if all(low <= (bits ^ other).bit_count() <= high for other in found):
             found.append(bits)
-    return tuple(tuple(1 - 2 * (bits >> i & 1) for i in reversed(range(CODE_SIZE))) for bits in found)
+    return tuple(
+        tuple(1 - 2 * (bits >> i & 1) for i in reversed(range(CODE_SIZE))) for bits in found
+    )
 
 
 class Vocabulary:
@@ -115,6 +118,7 @@ class Vocabulary:
             self._add(text)
         self.lantern_id = self._add(LANTERN)
         self.candle_id = self._add(CANDLE)
+        self.mirror_id = self._add(MIRROR)
         self.nowhere_id = self._add(NOWHERE)
         self.assistant_id = self._add(ASSISTANT)
 
@@ -203,6 +207,4 @@ VOCABULARY = Vocabulary()
 
 # Letters with a question mark stay one piece, so that a question is one token; the last blank
 # before a word belongs to the word.
-PATTERN = (
-    r" ?\p{L}+\?|ai\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+PATTERN = r" ?\p{L}+\?|ai\n| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
