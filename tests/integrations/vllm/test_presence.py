@@ -1,0 +1,95 @@
+"""Never silently absent: vLLM's own loader finds us, and what stops us stops the server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m3_plugin.serving import ServerFailed, ServerProcess, free_port, vllm_command
+from tests.integrations.vllm.engine import ENVIRONMENT
+
+LOAD = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+load_general_plugins()
+from vllm.model_executor.models import ModelRegistry
+for name in ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"):
+    model = ModelRegistry.models[name]
+    print("CLASS", model.module_name, model.class_name)
+"""
+
+
+def load_plugins(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run vLLM's plugin loader in a fresh interpreter and print what serves M3."""
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", LOAD],
+        env={**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def break_kernels(tmp_path: Path) -> str:
+    """A path entry whose `m3_kernels` cannot be imported; the value for PYTHONPATH."""
+    package = tmp_path / "broken" / "m3_kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('m3_kernels is broken on purpose')\n")
+    return str(package.parent)
+
+
+def test_entry_point_registers_both_architectures_once(tmp_path: Path) -> None:
+    result = load_plugins(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("CLASS m3_vllm.model") == 2
+    assert (result.stdout + result.stderr).count("m3-plugin 0.") == 1
+
+
+def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path) -> None:
+    result = load_plugins(tmp_path, M3_PLUGIN_DISABLE="1")
+    assert result.returncode == 0, result.stderr
+    assert "CLASS m3_vllm" not in result.stdout
+    assert "NOT ACTIVE" in result.stdout + result.stderr
+
+
+def test_unknown_variable_is_an_error(tmp_path: Path) -> None:
+    result = load_plugins(tmp_path, M3_PLUGIN_KERNEL="native")
+    assert result.returncode != 0
+    assert "M3_PLUGIN_KERNEL;" in result.stderr
+
+
+def test_impossible_kernels_fall_back_loudly_or_fail_when_required(tmp_path: Path) -> None:
+    wish = {"M3_PLUGIN_KERNELS": "native", "CXX": "/nonexistent/compiler"}
+    wish["XDG_CACHE_HOME"] = str(tmp_path)
+    loud = load_plugins(tmp_path, **wish)
+    assert loud.returncode == 0, loud.stderr
+    assert "NOT ACTIVE" in loud.stdout + loud.stderr
+    required = load_plugins(tmp_path, M3_PLUGIN_REQUIRED="1", **wish)
+    assert required.returncode != 0
+    assert "NoKernelError" in required.stderr
+
+
+def test_broken_import_stops_a_server_that_requires_the_plugin(
+    tmp_path: Path, constructed_checkpoint: Path
+) -> None:
+    port = free_port()
+    environment = {
+        **ENVIRONMENT,
+        "PYTHONPATH": break_kernels(tmp_path),
+        "VLLM_CACHE_ROOT": str(tmp_path),
+    }
+    command = vllm_command(constructed_checkpoint, port=port, options=("--enforce-eager",))
+    with (
+        ServerProcess(
+            command, port=port, log=tmp_path / "server.log", environment=environment
+        ) as server,
+        pytest.raises(ServerFailed, match="broken on purpose"),
+    ):
+        server.wait_until_ready(timeout_s=300)
+    assert server.process.returncode != 0
