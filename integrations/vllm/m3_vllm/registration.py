@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 from vllm.logger import init_logger
@@ -35,7 +36,7 @@ def register_with_vllm() -> None:
     """
     settings = Settings.from_environment()
     if settings.disable:
-        logger.info("%s", absence("M3_PLUGIN_DISABLE=1"))
+        _say(absence("M3_PLUGIN_DISABLE=1"))
         return
     try:
         require_tested(VLLM_WINDOW, vllm_version(), settings=settings)
@@ -47,12 +48,20 @@ def register_with_vllm() -> None:
             raise
         logger.warning("%s", absence(f"{type(error).__name__}: {error}"))
         return
-    logger.info(
-        "%s",
+    _say(
         attestation(
             host="vLLM",
             host_version=vllm_version(),
             kernels=kernels,
             detail=f"registered {', '.join(ARCHITECTURES)}",
-        ),
+        )
     )
+
+
+def _say(line: str) -> None:
+    """Log a line that must be seen.
+
+    The API server loads plugins before it sets its logging up, when only warnings get through.
+    """
+    level = logging.INFO if logger.isEnabledFor(logging.INFO) else logging.WARNING
+    logger.log(level, "%s", line)

@@ -1,4 +1,4 @@
-"""Questions one can put to the workers of a running vLLM: `--worker-extension-cls` of this class."""
+"""Questions to the workers of a running vLLM: pass the class as `--worker-extension-cls`."""
 
 from __future__ import annotations
 
