@@ -60,6 +60,9 @@ def require_batch(
     num_reqs = seq_lens.shape[0]
     require_shape("page_table", page_table, (num_reqs, None), "[R, max_pages]")
     require_shape("cu_seqlens_q", cu_seqlens_q, (num_reqs + 1,), "[R + 1]")
+    require_dense_rows("page_table", page_table)
+    require_dense_rows("cu_seqlens_q", cu_seqlens_q)
+    require_dense_rows("seq_lens", seq_lens)
     require_device("page_table", page_table, device)
     require_device("cu_seqlens_q", cu_seqlens_q, device)
     require_device("seq_lens", seq_lens, device)

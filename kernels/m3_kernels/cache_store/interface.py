@@ -56,6 +56,7 @@ def cache_store(
     )
     validation.require_dtype("slot_mapping", slot_mapping, torch.int64)
     validation.require_shape("slot_mapping", slot_mapping, (rows,), "[T]")
+    validation.require_dense_rows("slot_mapping", slot_mapping)
     validation.require_device("slot_mapping", slot_mapping, device)
     named = {
         "k": k,

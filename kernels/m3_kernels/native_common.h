@@ -1,0 +1,396 @@
+// What the C++ kernels share: array descriptors, 16-lane vectors, dtype loads and stores, and the one
+// inner product everything is built from.
+//
+// A result row must not depend by a single bit on what is computed beside it. Therefore every output
+// of `multiply_panel` is one chain of fused multiply-adds over k = 0, 1, 2, ..., in lanes of its own,
+// whichever tile of rows it is part of.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include <omp.h>
+
+#if !defined(__GNUC__)
+#error "needs the vector extensions of GCC or Clang"
+#endif
+
+namespace m3 {
+
+constexpr int64_t kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kRowTile = 8;
+constexpr int kPanelVectors = 2;
+#else
+constexpr int kRowTile = 4;
+constexpr int kPanelVectors = 1;
+#endif
+constexpr int64_t kPanel = kPanelVectors * kLanes;
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+enum Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt32 = 3, kInt64 = 4 };
+
+// A tensor as the caller describes it; strides count elements. Mirrored in native_build.py.
+struct Array {
+  void* data;
+  int64_t dtype;
+  int64_t size[4];
+  int64_t stride[4];
+};
+
+enum Status : int64_t {
+  kOk = 0,
+  kOutOfMemory = 1,
+  kPageOutsidePool = 2,
+  kRowsOutsideQueries = 3,
+  kPageTableTooNarrow = 4,
+  kSlotOutsidePool = 5,
+};
+
+// The first failure seen by any thread, and the offending value.
+struct Failure {
+  std::atomic<int64_t> status{kOk};
+  std::atomic<int64_t> value{0};
+  void set(Status code, int64_t bad) {
+    int64_t expected = kOk;
+    if (status.compare_exchange_strong(expected, code)) value.store(bad);
+  }
+  int64_t report(int64_t* bad) const {
+    *bad = value.load();
+    return status.load();
+  }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline int64_t element_size(int64_t dtype) {
+  return dtype == kInt64 ? 8 : (dtype == kFloat32 || dtype == kInt32) ? 4 : 2;
+}
+
+inline const char* element(const Array& array, int64_t offset) {
+  return static_cast<const char*>(array.data) + offset * element_size(array.dtype);
+}
+
+// Cache-line aligned floats, one equal part per thread.
+class Scratch {
+ public:
+  Scratch(int64_t parts, int64_t floats_per_part)
+      : part_(round_up(floats_per_part, kLanes)),
+        data_(static_cast<float*>(std::aligned_alloc(64, round_up(parts * part_ * 4 + 64, 64)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* part(int64_t index) const { return data_ + index * part_; }
+
+ private:
+  int64_t part_;
+  float* data_;
+};
+
+template <typename T>
+inline T load(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+template <typename T>
+inline void store(void* to, T value) {
+  std::memcpy(to, &value, sizeof(T));
+}
+
+template <typename To, typename From>
+inline To bits(From value) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+inline f32x16 splat(float value) { return value - f32x16{}; }
+
+#if defined(__clang__)
+#define M3_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define M3_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, u32x16{__VA_ARGS__})
+#endif
+
+inline u32x16 zip_low(u32x16 a, u32x16 b) {
+  return M3_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+
+inline u32x16 zip_high(u32x16 a, u32x16 b) {
+  return M3_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// Four perfect shuffles of the 256 elements rotate (row, column) index bits by four: a transpose.
+inline void transpose(u32x16 (&x)[16]) {
+  u32x16 y[16];
+  for (int round = 0; round < 2; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      y[2 * i] = zip_low(x[i], x[i + 8]);
+      y[2 * i + 1] = zip_high(x[i], x[i + 8]);
+    }
+    for (int i = 0; i < 8; ++i) {
+      x[2 * i] = zip_low(y[i], y[i + 8]);
+      x[2 * i + 1] = zip_high(y[i], y[i + 8]);
+    }
+  }
+}
+
+// Exact: shift the fields into place, then rescale the exponent; infinity and NaN need its top value.
+inline f32x16 widen_float16(u32x16 half) {
+  const u32x16 magnitude = (half & 0x7fffu) << 13;
+  const f32x16 scaled = bits<f32x16>(magnitude) * 0x1p112f;
+  const u32x16 special = (u32x16)((half & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return bits<f32x16>(bits<u32x16>(scaled) | special | ((half & 0x8000u) << 16));
+}
+
+inline f32x16 widen(u32x16 half, int64_t dtype) {
+  return dtype == kBfloat16 ? bits<f32x16>(half << 16) : widen_float16(half);
+}
+
+inline f32x16 load_as_float(const char* from, int64_t dtype) {
+  if (dtype == kFloat32) return load<f32x16>(from);
+  return widen(__builtin_convertvector(load<u16x16>(from), u32x16), dtype);
+}
+
+inline float load_one_as_float(const char* from, int64_t dtype) {
+  if (dtype == kFloat32) return load<float>(from);
+  return widen(u32x16{} + static_cast<uint32_t>(load<uint16_t>(from)), dtype)[0];
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline u32x16 narrow_bfloat16(f32x16 value) {
+  const u32x16 raw = bits<u32x16>(value);
+  const u32x16 rounded = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
+  return value == value ? rounded : ((raw >> 16) | 0x40u);
+}
+
+inline u32x16 narrow_float16(f32x16 value) {
+  const u32x16 raw = bits<u32x16>(value);
+  const u32x16 sign = (raw >> 16) & 0x8000u;
+  const u32x16 magnitude = raw & 0x7fffffffu;
+  const u32x16 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding one half aligns the bits of a subnormal result with the end of the fraction.
+  const u32x16 small = bits<u32x16>(bits<f32x16>(magnitude) + 0.5f) - 0x3f000000u;
+  const u32x16 overflow = magnitude > 0x7f800000u ? (u32x16{} + 0x7e00u) : (u32x16{} + 0x7c00u);
+  u32x16 result = magnitude < (113u << 23) ? small : normal;
+  result = magnitude >= (143u << 23) ? overflow : result;
+  return result | sign;
+}
+
+inline void store_floats(char* to, int64_t dtype, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = count - i < kLanes ? count - i : kLanes;
+    f32x16 value{};
+    std::memcpy(&value, from + i, n * 4);
+    if (dtype == kFloat32) {
+      std::memcpy(to + i * 4, &value, n * 4);
+    } else {
+      const u32x16 wide = dtype == kBfloat16 ? narrow_bfloat16(value) : narrow_float16(value);
+      const u16x16 half = __builtin_convertvector(wide, u16x16);
+      std::memcpy(to + i * 2, &half, n * 2);
+    }
+  }
+}
+
+inline void load_floats(float* to, const char* from, int64_t dtype, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store(to + i, load_as_float(from + i * element_size(dtype), dtype));
+  }
+  for (; i < count; ++i) to[i] = load_one_as_float(from + i * element_size(dtype), dtype);
+}
+
+inline float reduce_max(f32x16 v) {
+  float best = v[0];
+  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// A fixed tree, so that the sum is the same wherever it is taken.
+inline float reduce_sum(f32x16 v) {
+  float x[kLanes];
+  store(x, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+  return x[0];
+}
+
+inline f32x16 lane_numbers() {
+  return f32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+}
+
+// All ones in the lanes below `count`.
+inline i32x16 first_lanes(int64_t count) {
+  const int64_t clamped = count < 0 ? 0 : count > kLanes ? kLanes : count;
+  return lane_numbers() < splat(static_cast<float>(clamped));
+}
+
+// e^x for x <= 0 within two units in the last place; NaN stays NaN. Below the smallest normal
+// number: 0. Polynomial: Cephes expf.
+inline f32x16 exp_nonpositive(f32x16 x) {
+  const f32x16 lowest = splat(-87.0f);
+  const f32x16 clamped = x < lowest ? lowest : x;
+  const f32x16 shifted = clamped * 1.44269504088896341f + 12582912.0f;
+  const f32x16 n = shifted - 12582912.0f;
+  f32x16 r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  f32x16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // The low bits of `shifted` hold n; as a power of two they go to the exponent field.
+  const u32x16 exponent = (bits<u32x16>(shifted) - 0x4b400000u + 127u) << 23;
+  const f32x16 result = p * bits<f32x16>(exponent);
+  return x < lowest ? f32x16{} : result;
+}
+
+inline float exp_nonpositive(float x) { return exp_nonpositive(splat(x))[0]; }
+
+// Keys to columns: panel[d * kPanel + j] = key j, channel d, as float; absent keys are zero.
+inline void pack_keys(float* panel, const char* keys, int64_t key_stride, int64_t dtype,
+                      int64_t count, int64_t dim) {
+  const int64_t size = element_size(dtype);
+  const int64_t step = 64 / size;
+  for (int64_t group = 0; group < kPanel; group += kLanes) {
+    const int64_t present = count - group < kLanes ? count - group : kLanes;
+    float* column = panel + group;
+    if (present <= 0) {
+      for (int64_t d = 0; d < dim; ++d) store(column + d * kPanel, f32x16{});
+      continue;
+    }
+    const char* first = keys + group * key_stride * size;
+    int64_t d = 0;
+    for (; d + step <= dim; d += step) {
+      u32x16 x[16];
+      for (int64_t j = 0; j < 16; ++j) {
+        x[j] = j < present ? load<u32x16>(first + (j * key_stride + d) * size) : u32x16{};
+      }
+      transpose(x);
+      if (dtype == kFloat32) {
+        for (int64_t i = 0; i < 16; ++i) store(column + (d + i) * kPanel, x[i]);
+      } else {
+        for (int64_t i = 0; i < 16; ++i) {
+          float* pair = column + (d + 2 * i) * kPanel;
+          store(pair, widen(x[i] & 0xffffu, dtype));
+          store(pair + kPanel, widen(x[i] >> 16, dtype));
+        }
+      }
+    }
+    for (; d < dim; ++d) {
+      for (int64_t j = 0; j < kLanes; ++j) {
+        const char* from = first + (j * key_stride + d) * size;
+        column[d * kPanel + j] = j < present ? load_one_as_float(from, dtype) : 0.0f;
+      }
+    }
+  }
+}
+
+// Rows stay rows: panel[j * kPanel + i] = row j, column i of `width` columns, as float.
+inline void pack_rows(float* panel, const char* rows, int64_t row_stride, int64_t dtype,
+                      int64_t count, int64_t width) {
+  const int64_t size = element_size(dtype);
+  for (int64_t j = 0; j < count; ++j) {
+    const char* from = rows + j * row_stride * size;
+    float* to = panel + j * kPanel;
+    if (width < kPanel) std::memset(to, 0, kPanel * 4);
+    load_floats(to, from, dtype, width);
+  }
+}
+
+template <int Rows>
+inline void multiply_rows(const float* const* a, const float* panel, int64_t depth,
+                          float* const* c) {
+  f32x16 sum[Rows][kPanelVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    f32x16 b[kPanelVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) b[v] = load<f32x16>(panel + k * kPanel + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const f32x16 x = splat(a[r][k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] += x * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) store(c[r] + v * kLanes, sum[r][v]);
+  }
+}
+
+// c[r][0:kPanel] = sum over k of a[r][k] * panel[k][0:kPanel], for every row r.
+inline void multiply_panel(const float* const* a, int64_t rows, const float* panel, int64_t depth,
+                           float* const* c) {
+  int64_t r = 0;
+  for (; r + kRowTile <= rows; r += kRowTile) multiply_rows<kRowTile>(a + r, panel, depth, c + r);
+  if (kRowTile > 4 && r + 4 <= rows) {
+    multiply_rows<4>(a + r, panel, depth, c + r);
+    r += 4;
+  }
+  if (r + 2 <= rows) {
+    multiply_rows<2>(a + r, panel, depth, c + r);
+    r += 2;
+  }
+  if (r < rows) multiply_rows<1>(a + r, panel, depth, c + r);
+}
+
+// The tensors which describe a step; layouts in kernels/README.md.
+struct Batch {
+  const Array& page_table;
+  const Array& cu_seqlens_q;
+  const Array& seq_lens;
+
+  int64_t requests() const { return seq_lens.size[0]; }
+  int64_t first_row(int64_t request) const { return load<int32_t>(element(cu_seqlens_q, request)); }
+  int64_t seq_len(int64_t request) const { return load<int32_t>(element(seq_lens, request)); }
+  int64_t page(int64_t request, int64_t block) const {
+    return load<int32_t>(element(page_table, request * page_table.stride[0] + block));
+  }
+  int64_t max_pages() const { return page_table.size[1]; }
+
+  // Query rows of a request that see at least one key, and the position of the first of them.
+  struct Rows {
+    int64_t first, last, position;
+  };
+  Rows visible_rows(int64_t request) const {
+    const int64_t first = first_row(request), last = first_row(request + 1);
+    const int64_t length = seq_len(request);
+    const int64_t from = last - first > length ? last - (length > 0 ? length : 0) : first;
+    return {from, last, length - (last - from)};
+  }
+  bool rows_inside(int64_t rows, Failure& failure) const {
+    for (int64_t r = 0; r <= requests(); ++r) {
+      const int64_t bound = first_row(r);
+      if (bound < 0 || bound > rows || (r > 0 && bound < first_row(r - 1))) {
+        failure.set(kRowsOutsideQueries, bound);
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
+}  // namespace m3
