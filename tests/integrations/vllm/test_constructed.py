@@ -51,7 +51,7 @@ def words(token_ids: tuple[int, ...] | list[int]) -> str:
     return "".join(VOCABULARY.text_of(token) for token in token_ids)
 
 
-@pytest.mark.parametrize("num_tokens", [1280, 8192, 32768])
+@pytest.mark.parametrize("num_tokens", [1400, 8192, 32768])
 def test_chain_with_decoys(engine: EngineProcess, num_tokens: int) -> None:
     prompt = needle_prompt(num_tokens, num_tokens=num_tokens)
     completions = answer(engine, [prompt])
@@ -76,7 +76,7 @@ def test_blocks_read_stay_within_the_budget(engine: EngineProcess) -> None:
 def test_several_chains_at_once(engine: EngineProcess) -> None:
     prompts = [
         needle_prompt(seed, num_tokens=tokens)
-        for seed, tokens in enumerate((1280, 1407, 1408, 1409, 2047, 2048, 2049, 5000))
+        for seed, tokens in enumerate((1400, 1407, 1408, 1409, 2047, 2048, 2049, 5000))
     ]
     check(prompts, answer(engine, prompts))
 
@@ -150,7 +150,7 @@ def test_picture_beyond_the_block_budget(engine: EngineProcess) -> None:
     assert tuple(output.token_ids) == prompt.expected_ids
 
 
-MIXED = [(600, 1280), (601, 1500), (602, 2300), (603, 4000)]
+MIXED = [(600, 1400), (601, 1500), (602, 2300), (603, 4000)]
 
 
 @pytest.mark.parametrize("chunk", [128, 192])

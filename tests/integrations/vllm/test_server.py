@@ -136,7 +136,7 @@ def test_tools_and_reasoning_parsers_accept_a_request(client: OpenAI) -> None:
 
 
 def test_metrics(server: ServerProcess, client: OpenAI) -> None:
-    prompt = needle_prompt(704, num_tokens=1300)
+    prompt = needle_prompt(704, num_tokens=1400)
     ask(client, prompt.messages(), prompt.max_tokens)
     text = httpx.get(f"{server.url}/metrics").text
     assert "vllm:prompt_tokens_total" in text
@@ -201,7 +201,7 @@ def test_bad_requests_get_a_4xx_with_a_reason(server: ServerProcess, name: str) 
 
 def test_the_server_lives_on_after_bad_requests(client: OpenAI, server: ServerProcess) -> None:
     assert httpx.get(f"{server.url}/health").status_code == 200
-    prompt = needle_prompt(705, num_tokens=1300)
+    prompt = needle_prompt(705, num_tokens=1400)
     reply = ask(client, prompt.messages(), prompt.max_tokens)
     assert reply.choices[0].message.content == prompt.expected_text
 

@@ -1,0 +1,161 @@
+"""MSASession: one order of operations, checked against dense attention done by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3_plugin.backends import choose_kernels
+from m3_plugin.batch import MSABatch
+from m3_plugin.config import MSAConfig
+from m3_plugin.session import MSACaches, MSASession
+
+PAGE = 128
+HEADS, KV_HEADS, DIM = 8, 4, 128
+
+
+def msa(topk: int = 4, **changes: int) -> MSAConfig:
+    fields = {
+        "num_index_heads": KV_HEADS,
+        "index_dim": DIM,
+        "block_size": PAGE,
+        "topk_blocks": topk,
+        "num_init_blocks": 0,
+        "num_local_blocks": 1,
+    }
+    return MSAConfig(**{**fields, **changes})
+
+
+def session(config: MSAConfig) -> MSASession:
+    return MSASession(config, kernels=choose_kernels("cpu"), scale=DIM**-0.5)
+
+
+def caches(num_pages: int) -> MSACaches:
+    """Packed K | V pages as vLLM allocates them, and index pages; all NaN."""
+    packed = torch.full((num_pages, KV_HEADS, PAGE, 2 * DIM), torch.nan)
+    k_pages, v_pages = packed.split(DIM, dim=-1)
+    return MSACaches(k_pages, v_pages, torch.full((num_pages, PAGE, DIM), torch.nan))
+
+
+def step(seq_len: int, num_rows: int, pages: Tensor) -> MSABatch:
+    """One request whose last `num_rows` tokens are this step's."""
+    positions = torch.arange(seq_len - num_rows, seq_len)
+    return MSABatch(
+        cu_seqlens_q=torch.tensor([0, num_rows], dtype=torch.int32),
+        seq_lens=torch.tensor([seq_len], dtype=torch.int32),
+        page_table=pages[None],
+        slot_mapping=pages[positions // PAGE].long() * PAGE + positions % PAGE,
+        max_query_len=num_rows,
+        max_seq_len=seq_len,
+    )
+
+
+def inputs(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return (
+        draw(length, HEADS, DIM),
+        draw(length, KV_HEADS, DIM),
+        draw(length, KV_HEADS, DIM),
+        draw(length, KV_HEADS, DIM),
+        draw(length, DIM),
+    )
+
+
+def run(config: MSAConfig, length: int, chunks: list[int]) -> Tensor:
+    """Outputs of a whole sequence, stored and attended chunk by chunk."""
+    generator = torch.Generator().manual_seed(1)
+    num_pages = -(-length // PAGE)
+    pages = torch.randperm(num_pages + 3, generator=generator)[:num_pages].int()
+    cache = caches(num_pages + 3)
+    tensors = inputs(length)
+    out = torch.full((length, HEADS, DIM), torch.nan)
+    target = session(config)
+    start = 0
+    for size in chunks:
+        rows = slice(start, start + size)
+        plan = target.plan(step(start + size, size, pages))
+        target.run(plan, *(t[rows] for t in tensors), caches=cache, out=out[rows])
+        start += size
+    assert start == length
+    return out
+
+
+def dense(length: int) -> Tensor:
+    q, k, v, _, _ = inputs(length)
+    group = HEADS // KV_HEADS
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1),
+        k.transpose(0, 1).repeat_interleave(group, 0),
+        v.transpose(0, 1).repeat_interleave(group, 0),
+        is_causal=True,
+    )
+    return attended.transpose(0, 1)
+
+
+def test_equals_dense_attention_within_the_budget() -> None:
+    torch.testing.assert_close(run(msa(), 4 * PAGE, [4 * PAGE]), dense(4 * PAGE))
+
+
+def test_differs_from_dense_attention_beyond_the_budget() -> None:
+    """One block past the budget some rows lose a block, earlier rows do not."""
+    sparse, full = run(msa(), 5 * PAGE, [5 * PAGE]), dense(5 * PAGE)
+    torch.testing.assert_close(sparse[: 4 * PAGE], full[: 4 * PAGE])
+    assert (sparse[4 * PAGE :] - full[4 * PAGE :]).abs().amax() > 1e-2
+
+
+@pytest.mark.parametrize("chunks", [[1] * 3 + [700], [128, 127, 129, 319], [500, 1, 1, 201]])
+def test_chunks_change_no_bit(chunks: list[int]) -> None:
+    assert torch.equal(run(msa(), 703, chunks), run(msa(), 703, [703]))
+
+
+def test_init_blocks_reach_the_selection() -> None:
+    """With init + local = topk the choice is known, so the result is known too."""
+    config = msa(topk=2, num_init_blocks=1)
+    length = 4 * PAGE
+    q, k, v, _, _ = inputs(length)
+    keep = torch.cat([torch.arange(PAGE), torch.arange(3 * PAGE, length)])
+    scores = torch.einsum("hd,nhd->hn", q[-1], k[keep].repeat_interleave(2, 1)) * DIM**-0.5
+    expected = torch.einsum("hn,nhd->hd", scores.softmax(-1), v[keep].repeat_interleave(2, 1))
+    torch.testing.assert_close(run(config, length, [length])[-1], expected)
+
+
+def test_statistics_count_what_was_read() -> None:
+    target = session(msa())
+    target.record_statistics(True)
+    length = 6 * PAGE
+    pages = torch.arange(6, dtype=torch.int32)
+    cache = caches(6)
+    tensors = inputs(length)
+    out = torch.empty(length, HEADS, DIM)
+    target.run(
+        target.plan(step(length - 1, length - 1, pages)),
+        *(t[:-1] for t in tensors),
+        caches=cache,
+        out=out[:-1],
+    )
+    target.run(
+        target.plan(step(length, 1, pages)), *(t[-1:] for t in tensors), caches=cache, out=out[-1:]
+    )
+    counted = target.statistics
+    assert counted is not None
+    assert counted.rows == length
+    assert counted.decode_rows == 1
+    assert counted.decode_blocks_read == 4 * KV_HEADS
+    assert counted.decode_blocks_visible == 6 * KV_HEADS
+    assert counted.blocks_visible == KV_HEADS * PAGE * (1 + 2 + 3 + 4 + 5 + 6)
+    assert counted.blocks_read == KV_HEADS * PAGE * (1 + 2 + 3 + 4 + 4 + 4)
+    target.record_statistics(False)
+    assert target.statistics is None
+
+
+def test_batch_shapes_are_checked() -> None:
+    good = step(256, 2, torch.arange(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must be \[num_reqs \+ 1\] = \[2\]"):
+        MSABatch(**{**good.__dict__, "cu_seqlens_q": torch.zeros(3, dtype=torch.int32)})
+    with pytest.raises(ValueError, match="page_table must be"):
+        MSABatch(**{**good.__dict__, "page_table": torch.zeros(2, 2, dtype=torch.int32)})

@@ -1,0 +1,78 @@
+"""The shape of the repository: what may import what, what an import may do, what a wheel holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ["m3_plugin", "m3_kernels", "m3_vllm", "m3_sglang"]
+
+IMPORT = """
+import os, sys
+before = dict(os.environ)
+import {package}
+import torch
+heavy = {{"vllm", "sglang", "transformers", "triton", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+assert not torch.cuda.is_initialized()
+assert dict(os.environ) == before
+"""
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "m3_plugin.cli", "m3_plugin.testing"])
+def test_an_import_is_light_and_silent(package: str) -> None:
+    code = IMPORT.format(package=package)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout + result.stderr == ""
+
+
+@pytest.mark.parametrize("folder", ["kernels", "integrations", "integrations/vllm"])
+def test_source_roots_are_not_packages(folder: str) -> None:
+    """A package called `kernels` would shadow the library that transformers imports."""
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_no_module_is_called_utils() -> None:
+    assert not [p for name in PACKAGES for p in ROOT.rglob(f"{name}/**/utils.py")]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    top = {name.split("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == set(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "m3_kernels/index_topk/native.cpp",
+        "m3_kernels/native_common.h",
+        "m3_plugin/testing/chat_template.jinja",
+        "m3_vllm/py.typed",
+    ],
+)
+def test_the_wheel_holds_what_is_not_python(wheel: zipfile.ZipFile, name: str) -> None:
+    assert name in wheel.namelist()
+
+
+def test_the_wheel_announces_plugin_and_command(wheel: zipfile.ZipFile) -> None:
+    (entry_points,) = [n for n in wheel.namelist() if n.endswith("entry_points.txt")]
+    text = wheel.read(entry_points).decode()
+    assert "[vllm.general_plugins]\nm3 = m3_vllm:register" in text
+    assert "m3-plugin = m3_plugin.cli:app" in text
