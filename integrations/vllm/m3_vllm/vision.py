@@ -7,9 +7,9 @@ Modules are named as in the released checkpoint, so loading it needs no renaming
 
 Attention never leaves a *segment*: one image, or up to `segment_patches` temporal patches of a
 video. vLLM and SGLang cut so, and the released configuration asks for it with
-`vision_segment_max_frames`, which counts temporal patches, i.e. pairs of frames. transformers 5.19
-attends over everything in one call instead, other images of the prompt included; it is a reference
-for one segment per call.
+`vision_segment_max_frames`, which counts temporal patches, i.e. pairs of frames. transformers 5.23
+does too; up to 5.20 it attends over everything in one call, other images of the prompt included, so
+that it is a reference for one segment per call only, and 5.17 lacks the rotation over time.
 
 Numerics: everything is computed in the model's dtype, the patch embedding too, as in transformers:
 keeping its weight in the checkpoint's fp32 made no measurable difference to bf16 features. Only the
