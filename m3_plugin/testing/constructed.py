@@ -78,7 +78,7 @@ _RMS = math.sqrt(_EMBEDDING_ENERGY / _HIDDEN)
 _HEAD = 128
 _ROTARY = 64
 _THETA = 5_000_000.0
-# Head channels: word codes in the 64 that RoPE leaves alone, so that a code matches at any distance.
+# Head channels: word codes in the 64 that RoPE leaves alone, so that they match at any distance.
 _UNROTATED = 64
 # Rotated pair 0 of a key: takes length away from the rest of the key, never meets a query.
 _BALLAST = 0
@@ -90,9 +90,9 @@ _FAST = range(1, 11)
 
 # Sparse layers, index branch. A searching query is (word, lantern, mirror) = (1.75, 1, 1), an idle
 # one (0, 1, 1), both then brought to the same length. Products before that, from the top: lantern
-# 0.99, searched fact 0.8, decoy 0.7, candle 0.6, mirror below 0.5 where prompts put it (0.98 without
-# RoPE), any other fact below 0.25; while idle the same without facts. Afterwards a candle scores
-# more while idle (0.42) than the fact while searching (0.36): heads must not be pooled.
+# 0.99, searched fact 0.8, decoy 0.7, candle 0.6, mirror below 0.5 where prompts put it (0.98
+# without RoPE), any other fact below 0.25; while idle the same without facts. Afterwards a candle
+# scores more while idle (0.42) than the fact while searching (0.36): heads must not be pooled.
 _INDEX_WORD = 1.75
 _INDEX_FACT = 0.8 / _INDEX_WORD
 _INDEX_DECOY = 0.7 / _INDEX_WORD

@@ -140,7 +140,9 @@ def needle_prompt(
     slack = num_tokens - needed
     while True:
         zones = _plan_zones(chain, topk_blocks, decoys)
-        rng.shuffle(zones)
+        # The candle stays in front: a first block that is forced must cost the fact its place.
+        front = zones[:1] if decoys else []
+        zones = front + rng.sample(zones[len(front) :], len(zones) - len(front))
         cuts = sorted(rng.randint(0, slack) for _ in zones)
         if not decoys:
             break
@@ -303,16 +305,15 @@ def _fact(key: str, value: str, mark: str = "") -> list[_Marked]:
 
 def _plan_zones(chain: _Chain, topk_blocks: int, decoys: bool) -> list[list[_Marked]]:
     """Stretches of text of which each has to stay in blocks of its own."""
-    zones = [
+    facts = [
         _fact(key.text, value.text, f"needle {i}")
         for i, (key, value) in enumerate(zip(chain.keys, chain.values, strict=True))
     ]
     if not decoys:
-        return zones
-    zones += [[(LANTERN, "lantern")] for _ in range(topk_blocks - 2)]
-    zones += [[(CANDLE, "candle")], [(MIRROR, "mirror")]]
-    # After a wrong answer the wrong chain goes on. Three times over: by the mean or sum of its scores,
-    # instead of the largest, the decoys' block outranks the fact's.
+        return facts
+    lanterns: list[list[_Marked]] = [[(LANTERN, "lantern")] for _ in range(topk_blocks - 2)]
+    # After a wrong answer the wrong chain goes on. Three times over: by the mean or sum of its
+    # scores, instead of the largest, the decoys' block outranks the fact's.
     wrong = [
         fact
         for i, value in enumerate(chain.wrong_values)
@@ -321,8 +322,8 @@ def _plan_zones(chain: _Chain, topk_blocks: int, decoys: bool) -> list[list[_Mar
             *([_fact(chain.wrong_values[i - 1].decoy, value.text, "decoy")] if i else []),
         ]
     ]
-    zones.append([token for fact in wrong * 3 for token in fact])
-    return zones
+    wrong_facts = [token for fact in wrong * 3 for token in fact]
+    return [[(CANDLE, "candle")], [(MIRROR, "mirror")], wrong_facts, *lanterns, *facts]
 
 
 # Answers come up to so many tokens after the question: the end of a generation prompt.
@@ -343,11 +344,10 @@ def _question(key: Word) -> list[str]:
 
 def _filler_text(rng: random.Random, count: int) -> list[str]:
     """`count` tokens of sentences that mean nothing to the model."""
-    words = VOCABULARY.fillers[: -len(" note means question follow picture pictures video".split())]
     tokens: list[str] = []
     while len(tokens) < count:
         length = rng.randint(5, 11)
-        tokens += [*rng.choices(words, k=length), " ."]
+        tokens += [*rng.choices(VOCABULARY.fillers, k=length), " ."]
     return tokens[:count]
 
 

@@ -37,7 +37,7 @@ ribbon robin rocket saddle saffron sage salmon sandal satin shadow shell sierra 
 squid statue summit sunset swallow thistle thunder tiger timber topaz tulip tundra turnip umber
 valley vanilla velvet violet walnut walrus quiver
 """
-_TREASURES = "gold silver pearl ruby diamond emerald sapphire platinum".split()
+_TREASURES = ("gold", "silver", "pearl", "ruby", "diamond", "emerald", "sapphire", "platinum")
 _COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta", "white", "black")
 _ORDINALS = ("first", "second", "third", "fourth")
 
@@ -47,9 +47,10 @@ without over under near behind beside into onto from toward across along before 
 never always still once soon late early cold warm quiet loud bright dark small large old new
 river road hill town house door window table market train boat wind rain snow cloud morning
 evening night day people children farmer sailor walked waited slept sang worked talked looked
-stood moved turned opened closed watched note means question follow picture pictures video
-colour answer
+stood moved turned opened closed watched
 """
+# Fillers too, but kept for the phrases of prompts.
+_PHRASE_WORDS = ("note", "means", "question", "follow", "picture", "video", "colour")
 _PUNCTUATION = (",", ".", ";", ":")
 
 # To the index branch a block with a lantern outranks the searched one, one with a candle only the
@@ -67,8 +68,8 @@ ASSISTANT = "ai\n"
 class Word:
     """A word that can be looked up or be an answer.
 
-    `text` has its leading space. `key_id` is None for words that are only answers; `decoy_id` is
-    the capitalised form, which the main attention takes for the same key.
+    `text` has its leading space. `question_id` is the form with a question mark and `decoy_id` the
+    capitalised one, which the main attention takes for the same key; None for words without them.
     """
 
     text: str
@@ -114,7 +115,8 @@ class Vocabulary:
         self.num_reserved = len(SPECIAL_TOKENS) + len(MARKER_TOKENS) + 256
 
         self.fillers = tuple(" " + word for word in _FILLERS.split())
-        for text in (*self.fillers, *(" " + mark for mark in _PUNCTUATION)):
+        phrases = tuple(" " + word for word in (*_PHRASE_WORDS, *_PUNCTUATION))
+        for text in (*self.fillers, *phrases):
             self._add(text)
         self.lantern_id = self._add(LANTERN)
         self.candle_id = self._add(CANDLE)

@@ -1,0 +1,185 @@
+"""`m3-plugin tiny`: write a small MiniMax-M3 checkpoint in the published layout."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+class Kind(StrEnum):
+    """Which weights to write."""
+
+    constructed = "constructed"
+    random = "random"
+
+
+class Preset(StrEnum):
+    """Sizes of a random checkpoint."""
+
+    small = "small"
+    kernel = "kernel"
+    engine = "engine"
+
+
+class Dtype(StrEnum):
+    """Data type of the stored tensors."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+def tiny(
+    folder: Annotated[Path, typer.Argument(help="Folder to write, created if it is not there.")],
+    kind: Annotated[
+        Kind,
+        typer.Option(help="constructed: its answers are known; random: for comparing numbers."),
+    ] = Kind.constructed,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Default: bfloat16 for constructed, float32 for random."),
+    ] = None,
+    topk: Annotated[
+        int | None, typer.Option(help="Constructed: blocks a query may see. Default: 4.")
+    ] = None,
+    preset: Annotated[Preset | None, typer.Option(help="Random: sizes. Default: engine.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random: seed. Default: 0.")] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Declare every layer dense, with the same weights.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a checkpoint that lies in the folder.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Write a tiny MiniMax-M3 checkpoint that loads wherever the published one does."""
+    _refuse_foreign_options(kind, topk=topk, preset=preset, seed=seed)
+    try:
+        if kind is Kind.constructed:
+            summary = _constructed(folder, dtype=dtype, topk=topk, dense=dense, force=force)
+        else:
+            summary = _random(
+                folder, dtype=dtype, preset=preset, seed=seed, dense=dense, force=force
+            )
+    except (OSError, ValueError) as error:
+        # markup off: paths may hold brackets
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        _report(summary)
+
+
+def _refuse_foreign_options(
+    kind: Kind, *, topk: int | None, preset: Preset | None, seed: int | None
+) -> None:
+    """An option of the other kind would silently do nothing."""
+    of_random = {"--preset": preset, "--seed": seed}
+    foreign = of_random if kind is Kind.constructed else {"--topk": topk}
+    for option, value in foreign.items():
+        if value is not None:
+            raise typer.BadParameter(f"has no meaning with --kind {kind}", param_hint=option)
+
+
+def _constructed(
+    folder: Path, *, dtype: Dtype | None, topk: int | None, dense: bool, force: bool
+) -> dict[str, Any]:
+    import torch
+
+    from m3_plugin.testing.constructed import ConstructedCheckpoint
+    from m3_plugin.testing.prompts import min_needle_tokens, needle_prompt
+
+    checkpoint = ConstructedCheckpoint(
+        topk_blocks=4 if topk is None else topk, use_sparse_attention=not dense
+    )
+    stored = dtype or Dtype.bfloat16
+    checkpoint.write(folder, dtype=getattr(torch, stored), force=force)
+    tokens = max(1536, min_needle_tokens(topk_blocks=checkpoint.topk_blocks))
+    prompt = needle_prompt(0, num_tokens=tokens, topk_blocks=checkpoint.topk_blocks)
+    answer = prompt.dense_answer if dense and prompt.dense_answer else prompt.expected_text
+    return _summary(folder, Kind.constructed, stored, checkpoint.shape, dense=dense) | {
+        "example": {
+            "num_tokens": len(prompt.token_ids),
+            "question": prompt.question.strip(),
+            "answer": answer.strip(),
+        }
+    }
+
+
+def _random(
+    folder: Path,
+    *,
+    dtype: Dtype | None,
+    preset: Preset | None,
+    seed: int | None,
+    dense: bool,
+    force: bool,
+) -> dict[str, Any]:
+    import torch
+
+    from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
+
+    stored = dtype or Dtype.float32
+    name = (preset or Preset.engine).value
+    seed = 0 if seed is None else seed
+    write_random_checkpoint(
+        folder,
+        preset=name,
+        seed=seed,
+        dtype=getattr(torch, stored),
+        use_sparse_attention=not dense,
+        force=force,
+    )
+    summary = _summary(folder, Kind.random, stored, PRESETS[name], dense=dense)
+    return summary | {"preset": name, "seed": seed}
+
+
+def _summary(folder: Path, kind: Kind, dtype: Dtype, shape: Any, *, dense: bool) -> dict[str, Any]:
+    return {
+        "folder": str(folder),
+        "kind": kind.value,
+        "dtype": dtype.value,
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "files": sorted(file.name for file in folder.iterdir()),
+        "layers": shape.num_hidden_layers,
+        "sparse_layers": 0 if dense else shape.num_hidden_layers - shape.num_dense_layers,
+        "hidden_size": shape.hidden_size,
+        "heads": [shape.num_attention_heads, shape.num_key_value_heads],
+        "head_dim": shape.head_dim,
+        "block_size": shape.block_size,
+        "topk_blocks": shape.topk_blocks,
+        "vocab_size": shape.vocab_size,
+    }
+
+
+def _report(summary: dict[str, Any]) -> None:
+    table = Table(title=f"{summary['kind']} MiniMax-M3 checkpoint", show_header=False)
+    query_heads, kv_heads = summary["heads"]
+    budget = summary["topk_blocks"] * summary["block_size"]
+    rows = {
+        "folder": summary["folder"],
+        "size": f"{summary['bytes'] / 1e6:.1f} MB in {len(summary['files'])} files, "
+        f"{summary['dtype']}",
+        "layers": f"{summary['layers']}, {summary['sparse_layers']} of them sparse",
+        "attention": f"{query_heads} query and {kv_heads} KV heads of {summary['head_dim']}, "
+        f"hidden size {summary['hidden_size']}",
+        "selection": f"{summary['topk_blocks']} blocks of {summary['block_size']}: "
+        f"sparse beyond {budget} tokens",
+    }
+    if "preset" in summary:
+        rows["preset"] = f"{summary['preset']}, seed {summary['seed']}"
+    if "example" in summary:
+        example = summary["example"]
+        rows["example"] = (
+            f"needle_prompt(0, num_tokens={example['num_tokens']}) asks "
+            f"{example['question']!r}: {example['answer']!r}"
+        )
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console().print(table)
