@@ -1,7 +1,7 @@
 """Compiles the C++ kernels once per machine and loads them; a failure is a reason, not an error.
 
-The kernels have a plain C interface and include no torch header, so they compile in seconds, fit any
-torch, and are called through ctypes, which releases the interpreter lock.
+The kernels have a plain C interface and include no torch header, so they compile in seconds, fit
+any torch, and are called through ctypes, which releases the interpreter lock.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ def refusal() -> str | None:
     try:
         library()
     except NativeUnavailableError as error:
+        logger.warning("the C++ kernels are not used: %s", error)
         return str(error)
     return None
 

@@ -1,0 +1,1 @@
+"""Cases, comparison and timing, shared by the tests and the benchmarks."""

@@ -1,0 +1,266 @@
+"""Inputs of the ops: a case is a frozen description from which the same tensors are always built.
+
+Whatever a correct kernel must not read is poisoned: unwritten slots hold NaN, page-table entries
+past a sequence hold numbers no pool has, and tensors are views into larger ones full of NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine step and the geometry of the layer.
+
+    Attributes
+    ----------
+    name : readable id of a test
+    requests : (keys cached before the step, query rows of the step) of each request
+    shared_blocks : leading blocks which all requests have in common, on the same pages
+    padding_rows : rows of the query tensors that belong to no request
+    missing_keys : taken off every sequence length, so that the first rows stand before position 0
+    """
+
+    name: str
+    requests: tuple[tuple[int, int], ...]
+    num_q_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    index_dim: int = 32
+    page_size: int = 16
+    topk: int = 4
+    num_local_blocks: int = 1
+    num_init_blocks: int = 0
+    dtype: torch.dtype = torch.float32
+    shared_blocks: int = 0
+    padding_rows: int = 0
+    missing_keys: int = 0
+    seed: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Query rows of all requests, padding excluded."""
+        return sum(rows for _, rows in self.requests)
+
+    def with_dtype(self, dtype: torch.dtype) -> Case:
+        """The same case in another dtype."""
+        short = str(dtype).removeprefix("torch.")
+        return dataclasses.replace(self, name=f"{self.name}-{short}", dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a case; names and layouts as in the ops' contracts.
+
+    Attributes
+    ----------
+    sequences : the keys, values and index keys of each request in order, before paging
+    """
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index_q: Tensor
+    index_k: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    index_k_pages: Tensor
+    page_table: Tensor
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    slot_mapping: Tensor
+    sequences: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """The keyword arguments which describe the step."""
+        return {
+            "page_table": self.page_table,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "seq_lens": self.seq_lens,
+        }
+
+    @property
+    def scale(self) -> float:
+        """Softmax scale of the main branch."""
+        return self.case.head_dim**-0.5
+
+    @property
+    def selection(self) -> dict[str, int]:
+        """The keyword arguments which rule the choice of blocks."""
+        return {
+            "topk": self.case.topk,
+            "num_local_blocks": self.case.num_local_blocks,
+            "num_init_blocks": self.case.num_init_blocks,
+        }
+
+
+def build(case: Case) -> Inputs:
+    """Make the tensors of a case; the same case always gives the same bits."""
+    random = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).to(case.dtype)
+
+    size, heads, dim = case.page_size, case.num_kv_heads, case.head_dim
+    lengths = [max(0, cached + rows - case.missing_keys) for cached, rows in case.requests]
+    shared = case.shared_blocks * size
+    common = (
+        normal(shared, heads, dim),
+        normal(shared, heads, dim),
+        normal(shared, case.index_dim),
+    )
+    sequences = []
+    for length in lengths:
+        own = (
+            normal(length, heads, dim),
+            normal(length, heads, dim),
+            normal(length, case.index_dim),
+        )
+        for mine, theirs in zip(own, common, strict=True):
+            mine[:shared] = theirs[:length]
+        sequences.append(own)
+
+    # One page more than used, permuted, so that no page id equals its block id by chance.
+    blocks = [-(-length // size) for length in lengths]
+    num_pages = case.shared_blocks + sum(blocks) + 1
+    free = torch.randperm(num_pages, generator=random).tolist()
+    shared_pages = [free.pop() for _ in range(case.shared_blocks)]
+    max_pages = max([*blocks, 0]) + 2
+    page_table = torch.full((len(lengths), max_pages), INT32_MAX, dtype=torch.int32)
+    page_table[:, 1::2] = -7
+    k_pages, v_pages, index_k_pages = empty_pages(case, num_pages)
+    slots = []
+    for request, (length, own) in enumerate(zip(lengths, sequences, strict=True)):
+        pages = (shared_pages + [free.pop() for _ in range(blocks[request])])[: blocks[request]]
+        page_table[request, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        for block, page in enumerate(pages):
+            part = slice(block * size, min(length, (block + 1) * size))
+            count = part.stop - part.start
+            k_pages[page, :, :count] = own[0][part].transpose(0, 1)
+            v_pages[page, :, :count] = own[1][part].transpose(0, 1)
+            index_k_pages[page, :count] = own[2][part]
+        positions = range(length - case.requests[request][1], length)
+        slots += [pages[p // size] * size + p % size if p >= 0 else -1 for p in positions]
+
+    rows = case.num_rows + case.padding_rows
+    q, k, v = split_rows(normal(rows, case.num_q_heads + 2 * heads, dim), case.num_q_heads, heads)
+    index_q = padded(normal(rows, heads, case.index_dim))
+    index_k = padded(normal(rows, case.index_dim))
+    return Inputs(
+        case=case,
+        q=q,
+        k=k,
+        v=v,
+        index_q=index_q,
+        index_k=index_k,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        index_k_pages=index_k_pages,
+        page_table=page_table,
+        cu_seqlens_q=torch.tensor([0, *(n for _, n in case.requests)]).cumsum(0).int(),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        slot_mapping=torch.tensor(slots + [-1] * case.padding_rows, dtype=torch.int64),
+        sequences=tuple(sequences),
+    )
+
+
+def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
+    """K, V and index pages full of NaN, as strided views of one allocation each."""
+    size, heads, dim = case.page_size, case.num_kv_heads, case.head_dim
+    fused = torch.full((num_pages, 2, size, heads, dim), torch.nan, dtype=case.dtype)
+    index = torch.full((num_pages, size, case.index_dim + 8), torch.nan, dtype=case.dtype)
+    k_pages, v_pages = fused.transpose(2, 3).unbind(1)
+    return k_pages, v_pages, index[:, :, : case.index_dim]
+
+
+def split_rows(fused: Tensor, num_q_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as the views of one projection's output that a model would pass."""
+    q, k, v = fused.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+    return q, k, v
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """The same values as a view whose neighbours in memory are NaN."""
+    larger = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan)
+    larger[..., : tensor.shape[-1]] = tensor
+    return larger[..., : tensor.shape[-1]]
+
+
+def regular_cases() -> tuple[Case, ...]:
+    """Steps a server sees every day, scaled down."""
+    prefixes = ((0, 30), (1, 5), (127, 3), (128, 4), (129, 6), (700, 1))
+    return (
+        Case("prefill", ((0, 100),)),
+        Case("prefill-small-pages", ((0, 90), (37, 20)), page_size=8),
+        Case("cached-prefix", prefixes, num_q_heads=16, num_kv_heads=4, head_dim=64, page_size=128),
+        Case("decode-ragged", ((15, 1), (16, 1), (17, 1), (0, 1), (300, 1), (64, 1))),
+        Case("verify", ((90, 4), (13, 4), (127, 4)), num_q_heads=4, num_kv_heads=1),
+        Case("mixed", ((200, 1), (0, 33), (55, 17), (31, 1)), topk=5),
+        Case("shared-prefix", ((64, 9), (64, 1), (80, 7), (70, 0)), shared_blocks=4, topk=3),
+    )
+
+
+def corner_cases() -> tuple[Case, ...]:
+    """What breaks kernels: emptiness, edges, odd sizes and forced blocks that do not fit."""
+    return (
+        Case("no-requests", ()),
+        Case("no-requests-padding", (), padding_rows=3),
+        Case("one-token", ((0, 1),)),
+        Case("empty-requests", ((0, 0), (300, 0), (40, 1), (0, 0), (0, 5), (9, 0))),
+        Case("padding-rows", ((60, 3), (0, 20)), padding_rows=5),
+        Case("rows-before-zero", ((0, 40), (0, 3)), missing_keys=4),
+        Case("fewer-blocks-than-topk", ((0, 70), (63, 2)), topk=16),
+        Case("topk-one", ((0, 60),), topk=1),
+        Case("init-one", ((0, 120),), num_init_blocks=1),
+        Case("init-and-local", ((0, 200),), num_init_blocks=2, num_local_blocks=2, topk=5),
+        Case("forced-exceed-topk", ((0, 200),), num_init_blocks=3, num_local_blocks=4, topk=5),
+        Case("init-exceeds-topk", ((0, 200),), num_init_blocks=7, topk=4),
+        Case("local-exceeds-topk", ((0, 200),), num_local_blocks=9, topk=4),
+        Case("no-local", ((0, 150),), num_local_blocks=0),
+        Case("odd-sizes", ((0, 50), (77, 9)), head_dim=40, index_dim=24, page_size=12),
+        Case("group-of-one", ((50, 9),), num_q_heads=3, num_kv_heads=3),
+        Case("block-edges", ((2046, 1), (2047, 1), (2048, 1), (126, 2)), page_size=128, topk=16),
+    )
+
+
+def production_cases() -> tuple[Case, ...]:
+    """The geometry of MiniMax-M3: 64 query and 4 KV heads of 128, pages of 128, 16 blocks."""
+    m3 = Case(
+        "m3",
+        ((3000, 2), (2600, 1), (2047, 2), (0, 3)),
+        num_q_heads=64,
+        num_kv_heads=4,
+        head_dim=128,
+        index_dim=128,
+        page_size=128,
+        topk=16,
+    )
+    rank = dataclasses.replace(m3, name="m3-one-rank-of-four", num_q_heads=16, num_kv_heads=1)
+    return (m3, rank, dataclasses.replace(m3, name="m3.1", num_init_blocks=1))
+
+
+def all_cases() -> tuple[Case, ...]:
+    """Every case; the dtypes other than fp32 where the conversion code differs."""
+    everyday = regular_cases()
+    return (
+        *everyday,
+        *corner_cases(),
+        *production_cases(),
+        *(
+            case.with_dtype(dtype)
+            for case in (everyday[1], everyday[2], everyday[5], production_cases()[0])
+            for dtype in DTYPES[1:]
+        ),
+        dataclasses.replace(corner_cases()[14], name="odd-sizes-float16", dtype=torch.float16),
+        dataclasses.replace(corner_cases()[14], name="odd-sizes-bfloat16", dtype=torch.bfloat16),
+    )

@@ -1,0 +1,149 @@
+"""`index_topk`: every implementation against the reference, then what is special about blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3_kernels.capability import Backend
+from m3_kernels.index_topk import index_topk
+from m3_kernels.testing.cases import Case, Inputs, all_cases, build
+from m3_kernels.testing.compare import selection_faults
+
+BACKENDS: tuple[Backend, ...] = ("native", "torch")
+EVERY_BACKEND: tuple[Backend, ...] = (*BACKENDS, "reference")
+
+
+def select(inputs: Inputs, backend: Backend, **changes: object) -> Tensor:
+    """Run the op into a buffer of garbage."""
+    heads, topk = inputs.index_q.shape[1], inputs.case.topk
+    out = torch.full((heads, inputs.index_q.shape[0], topk), 123456789, dtype=torch.int32)
+    arguments = {**inputs.batch, **inputs.selection, "out": out, "backend": backend, **changes}
+    returned = index_topk(inputs.index_q, inputs.index_k_pages, **arguments)
+    assert returned is out
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+def test_equals_the_reference(case: Case, backend: Backend) -> None:
+    inputs = build(case)
+    ids = select(inputs, backend)
+    assert selection_faults(ids, select(inputs, "reference"), inputs) == []
+
+
+def one_head(scores: list[float], *, topk: int = 3, **changes: int) -> Inputs:
+    """A decode step of one head whose blocks of one key each have exactly these scores."""
+    case = Case(
+        "scores",
+        ((len(scores) - 1, 1),),
+        num_q_heads=1,
+        num_kv_heads=1,
+        index_dim=32,
+        page_size=1,
+        topk=topk,
+        **changes,
+    )
+    inputs = build(case)
+    inputs.index_q.zero_()
+    inputs.index_q[..., 0] = 1
+    for block, score in enumerate(scores):
+        page = int(inputs.page_table[0, block])
+        inputs.index_k_pages[page] = 0
+        inputs.index_k_pages[page, 0, 0] = score
+    return inputs
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize(
+    ("scores", "rules", "expected"),
+    [
+        pytest.param([5, 1, 9, 2, 0], {}, [0, 2, 4], id="best-two-and-local"),
+        pytest.param([7, 7, 7, 7, 7, 0], {}, [0, 1, 5], id="ties-to-the-lower-id"),
+        pytest.param([1, 7, 9, 7, 7, 0], {}, [1, 2, 5], id="tie-at-the-edge"),
+        pytest.param([0, -0.0, 0, -0.0, 0], {}, [0, 1, 4], id="zeros-are-equal"),
+        pytest.param([math.nan, 1, math.nan, 2, 0], {}, [1, 3, 4], id="nan-loses"),
+        pytest.param([math.nan, 1, 2, 3, math.nan], {}, [2, 3, 4], id="nan-local-is-kept"),
+        pytest.param([-math.inf] * 6, {}, [0, 1, 5], id="minus-infinity-can-be-chosen"),
+        pytest.param([math.nan] * 6, {}, [0, 1, 5], id="all-nan"),
+        pytest.param([1, math.inf, 2, math.inf, math.inf, 0], {}, [1, 3, 5], id="infinite-ties"),
+        pytest.param([3e38, 9, 8, 3e38, 0, -1], {"topk": 2}, [0, 5], id="local-beats-any-score"),
+        pytest.param([0, 9, 8, 7, 6, 5], {"num_init_blocks": 1}, [0, 1, 5], id="init"),
+        pytest.param(
+            [0, 9, 8, 7, 6, 5],
+            {"num_init_blocks": 2, "num_local_blocks": 2},
+            [0, 1, 4],
+            id="init-before-local-and-better-local-first",
+        ),
+        pytest.param(
+            [0, 9, 8, 7, 5, 5],
+            {"num_init_blocks": 2, "num_local_blocks": 2},
+            [0, 1, 4],
+            id="equal-locals",
+        ),
+        pytest.param([4, 9, 8, 7, 6, 5], {"num_init_blocks": 5}, [1, 2, 3], id="best-of-init"),
+        pytest.param([4, 9, 8, 7, 6, 1], {"num_local_blocks": 0}, [1, 2, 3], id="no-local"),
+        pytest.param([4, 9, 8], {"num_local_blocks": 5, "topk": 4}, [0, 1, 2, -1], id="tail"),
+    ],
+)
+def test_ranking(
+    scores: list[float], rules: dict[str, int], expected: list[int], backend: Backend
+) -> None:
+    assert select(one_head(scores, **rules), backend)[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_blocks_start_at_the_sequence_not_at_the_page(backend: Backend) -> None:
+    inputs = build(Case("local", ((0, 70),), topk=2))
+    ids = select(inputs, backend)
+    own = torch.arange(70) // inputs.case.page_size
+    assert (ids == own[:, None]).any(dim=2).all()
+    assert ((ids >= 0).sum(dim=2) == (own + 1).clamp(max=2)).all()
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_a_key_that_arrives_later_does_not_raise_the_block(backend: Backend) -> None:
+    inputs = build(Case("future", ((0, 64),), num_local_blocks=0, topk=1, num_kv_heads=1))
+    before = select(inputs, backend)
+    # The last key of block 1 becomes the best of all; rows before it must not notice.
+    page = int(inputs.page_table[0, 1])
+    inputs.index_k_pages[page, 15] = 1e4 * inputs.index_q[30, 0]
+    after = select(inputs, backend)
+    assert torch.equal(before[:, :31], after[:, :31])
+    inputs.index_q[31:, 0] = inputs.index_q[30, 0]
+    assert (select(inputs, backend)[0, 31:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_context_with_a_workspace_of_several_chunks(backend: Backend) -> None:
+    case = Case("long", ((40_000, 40),), page_size=16, topk=16, num_kv_heads=2, index_dim=32)
+    inputs = build(case)
+    few = dataclasses.replace(
+        inputs,
+        index_q=inputs.index_q[-2:],
+        cu_seqlens_q=torch.tensor([0, 2], dtype=torch.int32),
+    )
+    ids = select(inputs, backend)[:, -2:]
+    assert selection_faults(ids, select(few, "reference"), few) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_may_be_a_view(backend: Backend) -> None:
+    inputs = build(Case("view", ((0, 60),)))
+    larger = torch.full((60, 2, 9), -5, dtype=torch.int32)
+    view = larger[:, :, 2:6].transpose(0, 1)
+    index_topk(
+        inputs.index_q,
+        inputs.index_k_pages,
+        **inputs.batch,
+        **inputs.selection,
+        out=view,
+        backend=backend,
+    )
+    assert torch.equal(view, select(inputs, backend))
+    assert (larger[:, :, :2] == -5).all()
+    assert (larger[:, :, 6:] == -5).all()
