@@ -8,6 +8,7 @@ import json
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -42,11 +43,11 @@ def folder(tmp_path_factory):
     return ConstructedCheckpoint().write(tmp_path_factory.mktemp("constructed"))
 
 
-def load_model(folder, dtype=torch.float32, **options):
+def load_model(folder, dtype=torch.float32) -> Any:
     declare_missing_ops()
     from transformers import MiniMaxM3SparseForConditionalGeneration
 
-    return MiniMaxM3SparseForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options)
+    return MiniMaxM3SparseForConditionalGeneration.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.fixture(scope="module")

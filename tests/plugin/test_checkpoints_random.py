@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def small(tmp_path_factory):
     return write_random_checkpoint(tmp_path_factory.mktemp("small"), preset="small")
 
 
-def load_model(folder, dtype=torch.float32):
+def load_model(folder, dtype=torch.float32) -> Any:
     declare_missing_ops()
     from transformers import MiniMaxM3SparseForConditionalGeneration
 
