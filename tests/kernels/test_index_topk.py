@@ -18,12 +18,18 @@ BACKENDS: tuple[Backend, ...] = ("native", "torch")
 EVERY_BACKEND: tuple[Backend, ...] = (*BACKENDS, "reference")
 
 
-def select(inputs: Inputs, backend: Backend, **changes: object) -> Tensor:
+def select(inputs: Inputs, backend: Backend) -> Tensor:
     """Run the op into a buffer of garbage."""
     heads, topk = inputs.index_q.shape[1], inputs.case.topk
     out = torch.full((heads, inputs.index_q.shape[0], topk), 123456789, dtype=torch.int32)
-    arguments = {**inputs.batch, **inputs.selection, "out": out, "backend": backend, **changes}
-    returned = index_topk(inputs.index_q, inputs.index_k_pages, **arguments)
+    returned = index_topk(
+        inputs.index_q,
+        inputs.index_k_pages,
+        **inputs.batch,
+        **inputs.selection,
+        out=out,
+        backend=backend,
+    )
     assert returned is out
     return out
 
@@ -36,7 +42,9 @@ def test_equals_the_reference(case: Case, backend: Backend) -> None:
     assert selection_faults(ids, select(inputs, "reference"), inputs) == []
 
 
-def one_head(scores: list[float], *, topk: int = 3, **changes: int) -> Inputs:
+def one_head(
+    scores: list[float], *, topk: int = 3, num_local_blocks: int = 1, num_init_blocks: int = 0
+) -> Inputs:
     """A decode step of one head whose blocks of one key each have exactly these scores."""
     case = Case(
         "scores",
@@ -46,7 +54,8 @@ def one_head(scores: list[float], *, topk: int = 3, **changes: int) -> Inputs:
         index_dim=32,
         page_size=1,
         topk=topk,
-        **changes,
+        num_local_blocks=num_local_blocks,
+        num_init_blocks=num_init_blocks,
     )
     inputs = build(case)
     inputs.index_q.zero_()

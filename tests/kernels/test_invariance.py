@@ -88,7 +88,7 @@ def run(inputs: Inputs, backend: Backend = "native") -> tuple[Tensor, Tensor, Te
 
 
 def part(inputs: Inputs, pieces: list[tuple[int, int, int]]) -> Inputs:
-    """The step which computes only rows `first:last` (counted in their request) of some requests."""
+    """The step of only the rows `first:last`, counted in their request, of some requests."""
     starts = inputs.cu_seqlens_q.tolist()
     rows, counts, lengths = [], [0], []
     for request, first, last in pieces:

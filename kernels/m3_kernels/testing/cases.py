@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -56,6 +57,22 @@ class Case:
         return dataclasses.replace(self, name=f"{self.name}-{short}", dtype=dtype)
 
 
+class Step(TypedDict):
+    """The keyword arguments which describe a step."""
+
+    page_table: Tensor
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+
+
+class Selection(TypedDict):
+    """The keyword arguments which rule the choice of blocks."""
+
+    topk: int
+    num_local_blocks: int
+    num_init_blocks: int
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Tensors of a case; names and layouts as in the ops' contracts.
@@ -81,8 +98,8 @@ class Inputs:
     sequences: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
     @property
-    def batch(self) -> dict[str, Tensor]:
-        """The keyword arguments which describe the step."""
+    def batch(self) -> Step:
+        """The step, for the ops that take one."""
         return {
             "page_table": self.page_table,
             "cu_seqlens_q": self.cu_seqlens_q,
@@ -95,8 +112,8 @@ class Inputs:
         return self.case.head_dim**-0.5
 
     @property
-    def selection(self) -> dict[str, int]:
-        """The keyword arguments which rule the choice of blocks."""
+    def selection(self) -> Selection:
+        """The rules of `index_topk`."""
         return {
             "topk": self.case.topk,
             "num_local_blocks": self.case.num_local_blocks,

@@ -1,0 +1,48 @@
+"""The ops' READMEs have one shape, and their examples and contract tables are true."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import m3_kernels
+from m3_kernels.cache_store import cache_store
+from m3_kernels.index_topk import index_topk
+from m3_kernels.sparse_attention import sparse_attention
+
+PACKAGE = Path(m3_kernels.__file__).parent
+OPS = {"cache_store": cache_store, "index_topk": index_topk, "sparse_attention": sparse_attention}
+HEADINGS = ["## Purpose", "## Example", "## Contract", "## Maths", "## Limits"]
+
+
+def readme(op: str) -> str:
+    return (PACKAGE / op / "README.md").read_text()
+
+
+def test_every_op_has_a_readme() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/interface.py")} == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_headings(op: str) -> None:
+    lines = readme(op).splitlines()
+    assert lines[0] == f"# {op}"
+    assert [line for line in lines if line.startswith("## ")] == HEADINGS
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_example_runs(op: str) -> None:
+    code = re.findall(r"## Example\n```python\n(.*?)```", readme(op), re.DOTALL)
+    assert len(code) == 1
+    exec(code[0], {})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_contract_names_every_argument(op: str) -> None:
+    table = readme(op).split("## Contract")[1].split("## Maths")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))))
+    parameters = set(inspect.signature(OPS[op]).parameters) - {"backend"}
+    assert parameters <= named
