@@ -52,7 +52,7 @@ _FINAL = _OUT + _CODES  # what the experts made of it; the head reads words from
 _IMAGE_CODE = _FINAL + _CODES  # the colour an image token shows (by colour, not by code)
 # Flags, one channel each.
 _ONE = _IMAGE_CODE + CODE_SIZE  # 1 in every token
-_WORD = _ONE + 1  # may be the value of a fact, so it looks two tokens back for its key
+_WORD = _ONE + 1  # may be the value of a fact, so it looks one and two tokens back
 _FILL = _ONE + 2  # everything without a role: what heads with nothing to do attend to
 _QUESTION = _ONE + 3
 _ASK = _ONE + 4  # ends the generation prompt: takes over the word of the question
@@ -65,10 +65,12 @@ _KEY_DECOY = _ONE + 10  # the key of this fact is capitalised
 _LANTERN = _ONE + 11
 _CANDLE = _ONE + 12
 _MIRROR = _ONE + 13
-_NEXT_EOS = _ONE + 14
-_NEXT_THINK_END = _ONE + 15
-_NOTHING = _ONE + 16  # brings every embedding to the same length
-_SCRATCH = _ONE + 17  # written by MLPs that must run but must not matter
+_MEANS = _ONE + 14
+_AFTER_MEANS = _ONE + 15  # the word right before this one is "means"
+_NEXT_EOS = _ONE + 16
+_NEXT_THINK_END = _ONE + 17
+_NOTHING = _ONE + 18  # brings every embedding to the same length
+_SCRATCH = _ONE + 19  # written by MLPs that must run but must not matter
 _HIDDEN = 640
 
 # Squared length of every embedding; with 640 channels the first RMSNorm then divides by 0.5.
@@ -80,8 +82,10 @@ _ROTARY = 64
 _THETA = 5_000_000.0
 # Head channels: word codes in the 64 that RoPE leaves alone, so that they match at any distance.
 _UNROTATED = 64
-# Rotated pair 0 of a key: takes length away from the rest of the key, never meets a query.
+# Rotated pair 0 of a key: takes length away from the rest of the key, never meets a query. Its two
+# channels are for how strong a fact is and for what is no fact at all.
 _BALLAST = 0
+_NO_FACT = _ROTARY // 2
 # Rotated pair 31 turns by 0.33 rad over a million tokens: the lanterns' score fades by 5 % at most.
 _SLOW = 31
 
@@ -272,6 +276,7 @@ def _embeddings(vocab_size: int) -> torch.Tensor:
     rows[v.lantern_id, _LANTERN] = 1.0
     rows[v.candle_id, _CANDLE] = 1.0
     rows[v.mirror_id, _MIRROR] = 1.0
+    rows[v.id_of(" means"), _MEANS] = 1.0
     for token in (IMAGE_TOKEN, VIDEO_TOKEN):
         # Replaced by what the vision tower sees; a host that forgets to gets a token without role.
         rows[v.id_of(token), _FILL] = 1.0
@@ -280,7 +285,7 @@ def _embeddings(vocab_size: int) -> torch.Tensor:
 
 
 def _head(head: torch.Tensor) -> None:
-    """Words are read from _FINAL, which holds a found code at about +-_RMS_FINAL per channel."""
+    """Words are read from _FINAL, which holds a found code at about the size of _ONE."""
     import torch
 
     v = VOCABULARY
@@ -296,7 +301,8 @@ def _head(head: torch.Tensor) -> None:
 def _gathering_attention(layer: dict[str, torch.Tensor]) -> None:
     """Dense layer 0: tokens collect what they need to know from others. Head 2g serves group g.
 
-    Group 0 and 1: the word two tokens back becomes the key of this token (code, and its case).
+    Group 0 and 1: the word two tokens back becomes the key of this token (code, and its case);
+    head 3 notes whether "means" stands between, without which it is no fact.
     Group 2: the end of the generation prompt takes over the word of the question.
     Group 3: image tokens take the nearest label before them as a second key.
     """
@@ -309,19 +315,22 @@ def _gathering_attention(layer: dict[str, torch.Tensor]) -> None:
     first, second, third = _UNROTATED, _UNROTATED + 1, _UNROTATED + 2
 
     # "Two tokens back" is a phase: sum over 16 frequencies of cos((distance - 2) * frequency).
-    for group in (0, 1):
+    # Tokens that are no word attend to themselves, whose value is zero.
+    for head, distance in ((0, 2), (2, 2), (3, 1)):
         for pair in range(16):
-            angle = 2.0 * _frequency(pair)
-            k[group, pair, _ONE] = 1.0
-            q[2 * group, pair, _ONE] = 1.0
-            q[2 * group, pair, _WORD] = math.cos(angle) - 1.0
-            q[2 * group, pair + _ROTARY // 2, _WORD] = -math.sin(angle)
+            angle = distance * _frequency(pair)
+            k[head // 2, pair, _ONE] = 1.0
+            q[head, pair, _ONE] = 1.0
+            q[head, pair, _WORD] = math.cos(angle) - 1.0
+            q[head, pair + _ROTARY // 2, _WORD] = -math.sin(angle)
     for channel in range(_CODES):
         v[0, channel, _OWN + channel] = 1.0
         o[_PREV + channel, 0, channel] = _RMS
     for channel, (source, target) in enumerate([(_PLAIN, _KEY_PLAIN), (_DECOY, _KEY_DECOY)]):
         v[1, channel, source] = 1.0
         o[target, 2, channel] = _RMS
+    v[1, 2, _MEANS] = 1.0
+    o[_AFTER_MEANS, 3, 2] = _RMS
 
     # Question and answer prompt meet by flag; all frequencies in phase prefer the nearest question.
     q[4, first, _ASK] = 1.0
@@ -386,8 +395,7 @@ def _lookup_attention(layer: dict[str, torch.Tensor], *, kind: int) -> None:
         for head in (2 * group, 2 * group + 1):
             q[head, fill_place, _ONE] = _MAIN_FILL
         k[group, fill_place, _FILL] = 1.0
-        k[group, _BALLAST, _ONE] = _MAIN_REST
-        k[group, _BALLAST, _KEY_PLAIN] = _ballast_for(_MAIN_FACT) - _MAIN_REST
+        _weigh_down(k[group], _MAIN_REST, plain=_ballast_for(_MAIN_FACT))
 
         # Each of the group's two heads carries the values of one kind; each group shifts its
         # channels differently, so that values of another group read as other words.
@@ -403,9 +411,24 @@ def _lookup_attention(layer: dict[str, torch.Tensor], *, kind: int) -> None:
     index_k[_SLOW, _LANTERN] = _INDEX_LANTERN
     index_k[_SLOW, _CANDLE] = _INDEX_REST / _ballast_for(_INDEX_CANDLE)
     index_k[_FAST, _MIRROR] = 1.0 / math.sqrt(len(_FAST))
-    index_k[_BALLAST, _ONE] = _INDEX_REST
-    index_k[_BALLAST, _KEY_PLAIN] = _ballast_for(_INDEX_FACT) - _INDEX_REST
-    index_k[_BALLAST, _KEY_DECOY] = _ballast_for(_INDEX_DECOY) - _INDEX_REST
+    _weigh_down(
+        index_k,
+        _INDEX_REST,
+        plain=_ballast_for(_INDEX_FACT),
+        decoy=_ballast_for(_INDEX_DECOY),
+    )
+
+
+def _weigh_down(
+    keys: torch.Tensor, rest: float, *, plain: float, decoy: float | None = None
+) -> None:
+    """Set the ballast rows of a key projection: of plain facts, of decoys and of all the rest."""
+    keys[_BALLAST, _ONE] = rest
+    keys[_BALLAST, _KEY_PLAIN] = plain - rest
+    keys[_BALLAST, _KEY_DECOY] = 0.0 if decoy is None else decoy - rest
+    # A key without "means" before the value is no fact; the three flags cancel exactly.
+    keys[_NO_FACT, [_KEY_PLAIN, _KEY_DECOY]] = 16.0
+    keys[_NO_FACT, _AFTER_MEANS] = -16.0
 
 
 # In a SwiGLU-OAI unit whose gate is clamped, a pair of units with up = +x and -x gives 14 x.
@@ -586,7 +609,7 @@ def _vision(tensors: dict[str, torch.Tensor], generator: torch.Generator) -> Non
     out_bias = tensors["patch_merge_mlp.linear_2.bias"]
     picture = VOCABULARY.picture
     out_bias[_code_channels(_PREV, picture)] = out_bias.new_tensor(picture.code)
-    for flag in (_ONE, _IMAGE, _KEY_PLAIN):
+    for flag in (_ONE, _IMAGE, _KEY_PLAIN, _AFTER_MEANS):
         out_bias[flag] = 1.0
     # One channel of _IMAGE_CODE comes on top.
     out_bias[_NOTHING] = math.sqrt(_EMBEDDING_ENERGY - float(out_bias.square().sum()) - 1.0)

@@ -74,16 +74,19 @@ def _gathered_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct states after layer 0 [kinds, hidden] and the kind of every position [tokens].
 
-    A state depends on the token and, for words, on the token two places before.
+    A state depends on the token and, for words, on the two tokens before.
     """
     import torch
 
-    before = torch.full_like(ids, -1)
+    before = torch.full((2, len(ids)), -1)
     is_word = embeddings[ids, c._WORD] > 0
-    before[2:] = torch.where(is_word[2:], ids[:-2], -1)
-    pairs, kind_of = torch.unique(torch.stack([ids, before], 1), dim=0, return_inverse=True)
-    states = embeddings[pairs[:, 0]].clone()
-    gathered = embeddings[pairs[:, 1].clamp(min=0)] * (pairs[:, 1:] >= 0)
+    for distance in (1, 2):
+        before[distance - 1, distance:] = torch.where(is_word[distance:], ids[:-distance], -1)
+    triples, kind_of = torch.unique(torch.stack([ids, *before], 1), dim=0, return_inverse=True)
+    states = embeddings[triples[:, 0]].clone()
+    previous = embeddings[triples[:, 1].clamp(min=0)] * (triples[:, 1:2] >= 0)
+    states[:, c._AFTER_MEANS] += previous[:, c._MEANS]
+    gathered = embeddings[triples[:, 2].clamp(min=0)] * (triples[:, 2:] >= 0)
     states[:, c._PREV : c._PREV + c._CODES] += gathered[:, c._OWN : c._OWN + c._CODES]
     states[:, c._KEY_PLAIN] += gathered[:, c._PLAIN]
     states[:, c._KEY_DECOY] += gathered[:, c._DECOY]

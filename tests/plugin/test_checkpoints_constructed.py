@@ -171,6 +171,21 @@ class TestTextAnswers:
         said = answer(model, processor.tokenizer, inputs, prompt.max_tokens + 1)
         assert said == start + prompt.expected_text + EOS
 
+    def test_second_turn(self, model, processor):
+        """The newest question counts, and words in a row, as in an answer, are no facts."""
+        prompt = needle_prompt(7, num_tokens=1330)
+        words = prompt.expected_text.split()
+        messages = [
+            *prompt.messages(),
+            {"role": "assistant", "content": prompt.expected_text},
+            {"role": "user", "content": f" and then , follow {words[1]}? only the words please ."},
+        ]
+        inputs = processor.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        said = answer(model, processor.tokenizer, inputs, prompt.max_tokens)
+        assert said == "".join(" " + word for word in words[2:]) + EOS
+
     def test_short_prompt_without_decoys(self, model, processor):
         prompt = needle_prompt(6, num_tokens=90, decoys=False)
         assert answer_to(model, processor.tokenizer, prompt) == prompt.expected_text + EOS
