@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import m3_kernels
+from m3_kernels.capability import Implementation
 from m3_plugin.settings import KernelFamily
 
 
@@ -23,7 +24,7 @@ class KernelChoice:
     refused : (family, reason) of each preferred family that cannot run here
     """
 
-    family: str
+    family: Implementation
     reason: str
     refused: tuple[tuple[str, str], ...] = ()
 
@@ -65,7 +66,7 @@ def choose_kernels(device_type: str, requested: KernelFamily = "auto") -> Kernel
                     f"M3_PLUGIN_KERNELS={requested} cannot run on {device_type!r}: "
                     f"{candidate.refusal}"
                 )
-            return KernelChoice(family=requested, reason="requested by M3_PLUGIN_KERNELS")
+            return KernelChoice(family=candidate.name, reason="requested by M3_PLUGIN_KERNELS")
     raise NoKernelError(
         f"M3_PLUGIN_KERNELS={requested} does not exist on {device_type!r}; "
         f"known: {', '.join(c.name for c in candidates)}"

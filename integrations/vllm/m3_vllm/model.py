@@ -262,6 +262,7 @@ class M3DecoderLayer(nn.Module):
         hidden_states = self.self_attn(positions, hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         feed_forward = getattr(self, self.feed_forward_name)
+        assert residual is not None
         return feed_forward(hidden_states), residual
 
 
@@ -316,10 +317,11 @@ class M3Model(nn.Module):
             residual = None
         else:
             assert intermediate_tensors is not None
-            hidden_states = intermediate_tensors["hidden_states"]
-            residual = intermediate_tensors["residual"]
+            hidden_states = intermediate_tensors.tensors["hidden_states"]
+            residual = intermediate_tensors.tensors["residual"]
         for layer in self.layers[self.start_layer : self.end_layer]:
             hidden_states, residual = layer(positions, hidden_states, residual)
+        assert residual is not None
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
         hidden_states, _ = self.norm(hidden_states, residual)
@@ -351,11 +353,7 @@ class M3ForCausalLM(nn.Module, SupportsPP):
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
-        moe_layers = [
-            layer.block_sparse_moe
-            for layer in self.model.layers[self.model.start_layer : self.model.end_layer]
-            if layer.feed_forward_name == "block_sparse_moe"
-        ]
+        moe_layers = [module for module in self.model.modules() if isinstance(module, M3MoE)]
         if moe_layers:
             self.clamp_probe = ClampProbe(moe_layers[0], vllm_config=vllm_config)
         self._attest()

@@ -60,5 +60,5 @@ def test_an_expert_kernel_without_the_clamp_is_refused_at_start(
         "            moe.FusedMoEFactory = lambda **kw: factory(**{**kw, 'activation': 'silu'})\n"
         "sys.meta_path.insert(0, Break())\n"
     )
-    with pytest.raises(EngineError, match="does not apply swiglu_limit=7.0"):
+    with pytest.raises(EngineError, match=r"does not apply swiglu_limit=7\.0"):
         EngineProcess(random_checkpoint("engine"), environment={"PYTHONPATH": str(tmp_path)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,12 +187,11 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 def test_bad_requests_get_a_4xx_with_a_reason(server: ServerProcess, name: str) -> None:
     body = BAD_REQUESTS[name]
-    content = {"content": body} if isinstance(body, bytes) else {"json": body}
     reply = httpx.post(
         f"{server.url}/v1/chat/completions",
         headers={"content-type": "application/json"},
+        content=body if isinstance(body, bytes) else json.dumps(body).encode(),
         timeout=60,
-        **content,
     )
     assert 400 <= reply.status_code < 500, reply.text
     assert reply.json()["error"]["message"]
