@@ -303,7 +303,9 @@ def prepare_folder(path: str | Path, *, force: bool) -> Path:
         raise NotADirectoryError(f"{folder} exists and is not a folder")
     if folder.exists() and any(folder.iterdir()):
         if not force:
-            raise FileExistsError(f"{folder} is not empty; choose another folder or force it")
+            raise FileExistsError(
+                f"{folder} is not empty; choose another folder or replace it with --force"
+            )
         if not (folder / "config.json").exists():
             # Only an earlier checkpoint is emptied, never what lies at a mistyped path.
             raise FileExistsError(f"{folder} holds no config.json, so it is not replaced")
@@ -410,6 +412,8 @@ def _write_shards(
             weight_map[name] = file
             total_size += shard[name].nbytes
         save_file(shard, folder / file, metadata={"format": "pt"})
+        # save_file leaves it to its owner alone, unlike the files beside it.
+        (folder / file).chmod((folder / "config.json").stat().st_mode)
     _write_json(
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total_size}, "weight_map": weight_map},
