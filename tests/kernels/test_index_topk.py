@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from m3_kernels.capability import Backend
@@ -74,6 +76,7 @@ def one_head(
         pytest.param([5, 1, 9, 2, 0], {}, [0, 2, 4], id="best-two-and-local"),
         pytest.param([7, 7, 7, 7, 7, 0], {}, [0, 1, 5], id="ties-to-the-lower-id"),
         pytest.param([1, 7, 9, 7, 7, 0], {}, [1, 2, 5], id="tie-at-the-edge"),
+        pytest.param([7, 7, 9, 1, 0], {}, [0, 2, 4], id="later-best-displaces-the-higher-id"),
         pytest.param([0, -0.0, 0, -0.0, 0], {}, [0, 1, 4], id="zeros-are-equal"),
         pytest.param([math.nan, 1, math.nan, 2, 0], {}, [1, 3, 4], id="nan-loses"),
         pytest.param([math.nan, 1, 2, 3, math.nan], {}, [2, 3, 4], id="nan-local-is-kept"),
@@ -103,6 +106,45 @@ def test_ranking(
     scores: list[float], rules: dict[str, int], expected: list[int], backend: Backend
 ) -> None:
     assert select(one_head(scores, **rules), backend)[0, 0].tolist() == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.tuples(st.integers(0, 300), st.integers(1, 20)),
+    topk=st.integers(1, 12),
+    num_local_blocks=st.integers(0, 3),
+    num_init_blocks=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+def test_scores_full_of_ties_are_ranked_exactly_alike(
+    lengths: tuple[int, int], topk: int, num_local_blocks: int, num_init_blocks: int, seed: int
+) -> None:
+    case = Case(
+        "ties",
+        (lengths,),
+        page_size=8,
+        topk=topk,
+        num_local_blocks=num_local_blocks,
+        num_init_blocks=num_init_blocks,
+        seed=seed,
+    )
+    inputs = build(case)
+    # Small integers: few different scores, and all of them exact in any order of summation.
+    for tensor in (inputs.index_q, inputs.index_k_pages):
+        tensor.copy_(tensor.clamp(-1, 1).round())
+    ids = {backend: select(inputs, backend) for backend in EVERY_BACKEND}
+    assert torch.equal(ids["native"], ids["reference"])
+    assert torch.equal(ids["torch"], ids["reference"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_anywhere_in_a_block_is_as_if_its_key_were_absent(backend: Backend) -> None:
+    size = 40
+    inputs = build(Case("nan", ((size * (size + 3), 1),), page_size=size, topk=20))
+    for block in range(size):
+        inputs.index_k_pages[int(inputs.page_table[0, block]), block] = math.nan
+    ids = select(inputs, backend)
+    assert torch.equal(ids, select(inputs, "reference"))
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)

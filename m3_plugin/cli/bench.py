@@ -1,0 +1,523 @@
+"""`m3-plugin bench`: the kernels' speed on this machine, next to dense attention in torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from m3_kernels.testing.timing import Timing
+
+app = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
+
+# MiniMax-M3's own geometry: one sparse layer on one device.
+NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, INDEX_DIM = 64, 4, 128, 128
+PAGE_SIZE, TOPK = 128, 16
+GROUP = NUM_Q_HEADS // NUM_KV_HEADS
+SCALE = HEAD_DIM**-0.5
+BYTES_PER_VALUE = 2
+DENSE = ("dense sdpa", "dense bmm")
+BMM_KEYS = 8192
+
+
+class GateError(RuntimeError):
+    """Two implementations disagree, so no speed of theirs is worth printing."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured function at one context.
+
+    Attributes
+    ----------
+    phase : "decode" (one query row) or "prefill" (the last `rows` of the context)
+    bytes_read : cache bytes the method cannot avoid reading; None where compute decides
+    """
+
+    phase: str
+    name: str
+    context: int
+    rows: int
+    median_ms: float
+    first_quartile_ms: float
+    third_quartile_ms: float
+    minimum_ms: float
+    rounds: int
+    bytes_read: int | None = None
+    gb_per_second: float | None = None
+
+
+@dataclass
+class Report:
+    """Everything a reader needs to judge the numbers."""
+
+    machine: dict[str, Any]
+    geometry: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    def median(self, phase: str, name: str, context: int) -> float | None:
+        """Median milliseconds of one measurement, None if it was not made."""
+        for row in self.rows:
+            if (row.phase, row.name, row.context) == (phase, name, context):
+                return row.median_ms
+        return None
+
+    def speedup(self, phase: str, name: str, context: int) -> float | None:
+        """How many times faster than the better dense peer of the same run."""
+        ours = self.median(phase, name, context)
+        peers = [self.median(phase, peer, context) for peer in DENSE]
+        known = [peer for peer in peers if peer is not None]
+        return min(known) / ours if ours and known else None
+
+
+@app.callback()
+def bench() -> None:
+    """Measure the kernels on this machine."""
+
+
+@app.command()
+def cpu(
+    contexts: Annotated[
+        str, typer.Option(help="Decode: keys in the cache, separated by commas.")
+    ] = "8192,32768,131072",
+    prefill_contexts: Annotated[
+        str, typer.Option(help="Prefill: context after the chunk; empty for no prefill.")
+    ] = "8192,32768",
+    prefill_rows: Annotated[int, typer.Option(help="Query rows of the prefill chunk.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Timed decode runs of each method.")] = 15,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's own choice.")] = 0,
+    dense: Annotated[bool, typer.Option(help="Also run the dense peers.")] = True,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Write the results as JSON; - for stdout.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
+) -> None:
+    """One sparse layer of MiniMax-M3 in bf16 against dense attention over the same context."""
+    import torch
+
+    if threads > 0:
+        torch.set_num_threads(threads)
+    console = Console(stderr=json_file == "-")
+    decode_at = _numbers(contexts, "--contexts")
+    prefill_at = _numbers(prefill_contexts, "--prefill-contexts")
+    if any(context < prefill_rows for context in prefill_at):
+        raise typer.BadParameter("a context is shorter than the chunk", param_hint="--prefill-rows")
+    report = Report(machine=_machine(), geometry=_geometry())
+    prefill_rounds = max(3, rounds // 5)
+    try:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        ) as progress:
+            work = [("decode", context, 1, rounds) for context in decode_at]
+            work += [("prefill", context, prefill_rows, prefill_rounds) for context in prefill_at]
+            for phase, context, rows, count in work:
+                task = progress.add_task(f"{phase} {context:,}", total=count + 1)
+                report.rows += measure(
+                    phase,
+                    context,
+                    rows=rows,
+                    rounds=count,
+                    dense=dense,
+                    after_round=lambda task=task: progress.advance(task),
+                )
+    except GateError as error:
+        console.print(f"no numbers: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    report.machine["load_average_after"] = _load_average()
+    _print(report, console)
+    if json_file is not None:
+        text = json.dumps(asdict(report), indent=1)
+        if json_file == "-":
+            typer.echo(text)
+        else:
+            Path(json_file).write_text(text + "\n")
+    if plot is not None:
+        _plot(report, plot)
+        console.print(f"picture: {plot}", markup=False)
+
+
+def measure(
+    phase: str,
+    context: int,
+    *,
+    rows: int,
+    rounds: int,
+    dense: bool = True,
+    after_round: Callable[[], object] = lambda: None,
+) -> list[Row]:
+    """Time every method on the same keys and values, in turn.
+
+    Parameters
+    ----------
+    context : keys in the cache, the rows' own included
+    rows : query rows, which stand at the end of the context
+
+    Raises
+    ------
+    GateError : the C++ and the torch implementation disagree beyond rounding
+    """
+    import torch
+
+    from m3_kernels import kernel_families
+    from m3_kernels.testing.timing import time_interleaved
+
+    layer = _Layer(context, rows)
+    ours = [family.name for family in kernel_families("cpu") if family.refusal is None]
+    ours.remove("reference")
+    if {"native", "torch"} <= set(ours):
+        _check(layer)
+    # Plain torch gathers whole pages per row; in prefill that is minutes, and known to be slow.
+    if phase == "prefill" and "native" in ours:
+        ours.remove("torch")
+    functions: dict[str, Callable[[], object]] = {}
+    for name in ours:
+        functions[f"{name} index_topk"] = lambda name=name: layer.index_topk(name)
+        functions[f"{name} sparse_attention"] = lambda name=name: layer.sparse_attention(name)
+        functions[name] = lambda name=name: layer.both(name)
+    if dense:
+        functions["dense sdpa"] = layer.dense_sdpa if rows == 1 else layer.dense_sdpa_chunk
+        if rows == 1:
+            functions["dense bmm"] = layer.dense_bmm
+    with torch.inference_mode():
+        timings = time_interleaved(functions, rounds=rounds, after_round=after_round)
+    return [_row(phase, name, context, rows, timing) for name, timing in timings.items()]
+
+
+class _Layer:
+    """One sparse layer's inputs: paged for our kernels, contiguous for the dense peers."""
+
+    def __init__(self, context: int, rows: int) -> None:
+        import torch
+
+        random = torch.Generator().manual_seed(context)
+
+        def normal(*shape: int) -> Tensor:
+            # Generated in pieces: one fp32 tensor of a long context would not fit beside the rest.
+            out = torch.empty(shape, dtype=torch.bfloat16)
+            for piece in out.view(-1, shape[-1]).split(2**16):
+                piece.copy_(torch.randn(piece.shape, generator=random))
+            return out
+
+        pages = -(-context // PAGE_SIZE)
+        self.rows = rows
+        self.context = context
+        self.pages = pages
+        self.q = normal(rows, NUM_Q_HEADS, HEAD_DIM)
+        self.index_q = normal(rows, NUM_KV_HEADS, INDEX_DIM)
+        self.k_pages = normal(pages, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM)
+        self.v_pages = normal(pages, NUM_KV_HEADS, PAGE_SIZE, HEAD_DIM)
+        self.index_k_pages = normal(pages, PAGE_SIZE, INDEX_DIM)
+        self.page_table = torch.randperm(pages, generator=random).int()[None]
+        self.cu_seqlens_q = torch.tensor([0, rows], dtype=torch.int32)
+        self.seq_lens = torch.tensor([context], dtype=torch.int32)
+        self.block_ids = self.index_topk("auto")
+        self._dense: tuple[Tensor, Tensor] | None = None
+
+    def index_topk(self, backend: Any) -> Tensor:
+        from m3_kernels.index_topk import index_topk
+
+        return index_topk(
+            self.index_q,
+            self.index_k_pages,
+            page_table=self.page_table,
+            cu_seqlens_q=self.cu_seqlens_q,
+            seq_lens=self.seq_lens,
+            topk=TOPK,
+            backend=backend,
+        )
+
+    def sparse_attention(self, backend: Any, block_ids: Tensor | None = None) -> Tensor:
+        from m3_kernels.sparse_attention import sparse_attention
+
+        return sparse_attention(
+            self.q,
+            self.k_pages,
+            self.v_pages,
+            self.block_ids if block_ids is None else block_ids,
+            page_table=self.page_table,
+            cu_seqlens_q=self.cu_seqlens_q,
+            seq_lens=self.seq_lens,
+            scale=SCALE,
+            backend=backend,
+        )
+
+    def both(self, backend: Any) -> Tensor:
+        return self.sparse_attention(backend, self.index_topk(backend))
+
+    def dense_keys(self) -> tuple[Tensor, Tensor]:
+        """K and V [num_kv_heads, context, head_dim] without paging: the peers' best case."""
+        if self._dense is None:
+            order = self.page_table[0].long()
+            k, v = (
+                pages[order].transpose(0, 1).flatten(1, 2)[:, : self.context].contiguous()
+                for pages in (self.k_pages, self.v_pages)
+            )
+            self._dense = k, v
+        return self._dense
+
+    def dense_sdpa(self) -> Tensor:
+        """SDPA with the heads of a group folded into rows, its fastest form on CPU."""
+        from torch.nn.functional import scaled_dot_product_attention
+
+        k, v = self.dense_keys()
+        q = self.q.view(1, NUM_KV_HEADS, GROUP, HEAD_DIM)
+        return scaled_dot_product_attention(q, k[None], v[None], scale=SCALE)
+
+    def dense_sdpa_chunk(self) -> Tensor:
+        """SDPA of a chunk of rows at the end of the context, causal."""
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        k, v = self.dense_keys()
+        q = self.q.view(self.rows, NUM_KV_HEADS, GROUP, HEAD_DIM).permute(1, 2, 0, 3)
+        first = self.context - self.rows
+        mask = torch.arange(self.context) <= torch.arange(first, self.context)[:, None]
+        # KV heads take the place of the batch, so that the group shares keys without copies.
+        shape = (NUM_KV_HEADS, GROUP, self.context, HEAD_DIM)
+        return scaled_dot_product_attention(
+            q, k[:, None].expand(shape), v[:, None].expand(shape), attn_mask=mask, scale=SCALE
+        )
+
+    def dense_bmm(self) -> Tensor:
+        """Online softmax over blocks of keys with batched products."""
+        import torch
+
+        k, v = self.dense_keys()
+        q = self.q.view(NUM_KV_HEADS, GROUP, HEAD_DIM)
+        best = torch.full((NUM_KV_HEADS, GROUP, 1), -torch.inf)
+        total = torch.zeros_like(best)
+        out = torch.zeros(NUM_KV_HEADS, GROUP, HEAD_DIM)
+        for keys, values in zip(k.split(BMM_KEYS, 1), v.split(BMM_KEYS, 1), strict=True):
+            logits = torch.bmm(q, keys.transpose(1, 2)).float() * SCALE
+            new_best = torch.maximum(best, logits.amax(-1, keepdim=True))
+            weights = (logits - new_best).exp_()
+            rescale = (best - new_best).exp_()
+            total = total * rescale + weights.sum(-1, keepdim=True)
+            out = out * rescale + torch.bmm(weights.bfloat16(), values)
+            best = new_best
+        return (out / total).bfloat16()
+
+
+def _check(layer: _Layer) -> None:
+    """Raise GateError unless C++ and plain torch choose the same blocks and give the same output.
+
+    One id in 500, or in a single row one id per head, may differ: scores closer than rounding.
+    """
+    native_ids, plain_ids = layer.index_topk("native"), layer.index_topk("torch")
+    different = float((native_ids != plain_ids).float().mean())
+    if different > (0.002 if layer.rows > 1 else 1 / TOPK):
+        raise GateError(f"{different:.1%} of the chosen blocks differ")
+    native, plain = layer.sparse_attention("native"), layer.sparse_attention("torch")
+    error = float((native.float() - plain.float()).abs().max())
+    if not error < 0.01:
+        raise GateError(f"the outputs differ by {error:.3g}")
+
+
+def _bytes_read(name: str, context: int) -> int | None:
+    keys_and_values = 2 * NUM_KV_HEADS * HEAD_DIM * BYTES_PER_VALUE
+    index = context * INDEX_DIM * BYTES_PER_VALUE
+    chosen = min(context, TOPK * PAGE_SIZE) * keys_and_values
+    if name in DENSE:
+        return context * keys_and_values
+    if name.endswith("index_topk"):
+        return index
+    if name.endswith("sparse_attention"):
+        return chosen
+    return index + chosen
+
+
+def _row(phase: str, name: str, context: int, rows: int, timing: Timing) -> Row:
+    first, third = timing.quartiles
+    read = _bytes_read(name, context) if phase == "decode" else None
+    return Row(
+        phase=phase,
+        name=name,
+        context=context,
+        rows=rows,
+        median_ms=timing.median * 1e3,
+        first_quartile_ms=first * 1e3,
+        third_quartile_ms=third * 1e3,
+        minimum_ms=timing.minimum * 1e3,
+        rounds=len(timing.seconds),
+        bytes_read=read,
+        gb_per_second=read / timing.median / 1e9 if read else None,
+    )
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"not numbers: {text!r}", param_hint=option) from None
+    if any(number < 1 for number in numbers):
+        raise typer.BadParameter(f"must be positive: {text!r}", param_hint=option)
+    return numbers
+
+
+def _geometry() -> dict[str, Any]:
+    return {
+        "num_q_heads": NUM_Q_HEADS,
+        "num_kv_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "index_dim": INDEX_DIM,
+        "page_size": PAGE_SIZE,
+        "topk": TOPK,
+        "dtype": "bfloat16",
+    }
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    from m3_kernels import kernel_families
+
+    return {
+        "cpu": _cpu_model(),
+        "logical_cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kernels": {f.name: f.refusal or "available" for f in kernel_families("cpu")},
+        "commit": _commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_average_before": _load_average(),
+        "read_gb_per_second": _read_bandwidth(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    family = f"family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
+    return f"{facts.get('model name', platform.machine())} {family}".strip()
+
+
+def _load_average() -> list[float] | None:
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def _read_bandwidth() -> float:
+    """How fast plain torch reads memory here: the yardstick for achieved bandwidth."""
+    import torch
+
+    data = torch.ones(2**26)
+    durations = []
+    for _ in range(7):
+        start = time.perf_counter()
+        data.sum()
+        durations.append(time.perf_counter() - start)
+    return round(data.nbytes / sorted(durations)[3] / 1e9, 1)
+
+
+def _commit() -> str | None:
+    """The commit of the sources, "+" appended if the kernels differ from it; None outside git."""
+    import m3_kernels
+
+    folder = Path(m3_kernels.__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", str(folder))
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _print(report: Report, console: Console) -> None:
+    machine = report.machine
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, reads {machine['read_gb_per_second']} "
+        f"GB/s; torch {machine['torch']}, commit {machine['commit']}; "
+        f"load {machine['load_average_before']} to {machine['load_average_after']}",
+        highlight=False,
+    )
+    for phase in ("decode", "prefill"):
+        rows = [row for row in report.rows if row.phase == phase]
+        if not rows:
+            continue
+        chunk = f", last {rows[0].rows} rows" if phase == "prefill" else ", one row"
+        table = Table(title=f"{phase} of one sparse layer{chunk}, bf16")
+        table.add_column("context", justify="right")
+        table.add_column("method")
+        for heading in ("median ms", "quartiles ms", "GB/s", "vs best dense"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            whole = row.name in ("native", "torch")
+            speedup = report.speedup(phase, row.name, row.context) if whole else None
+            table.add_row(
+                f"{row.context:,}",
+                row.name,
+                f"{row.median_ms:.3g}",
+                f"{row.first_quartile_ms:.3g} to {row.third_quartile_ms:.3g}",
+                f"{row.gb_per_second:.1f}" if row.gb_per_second else "",
+                f"{speedup:.1f}x" if speedup else "",
+                style="bold" if row.name == "native" else None,
+                end_section=row is rows[-1] or rows[rows.index(row) + 1].context != row.context,
+            )
+        console.print(table)
+
+
+def _plot(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    phases = [p for p in ("decode", "prefill") if any(row.phase == p for row in report.rows)]
+    figure, axes = plt.subplots(1, len(phases), figsize=(5.5 * len(phases), 4.2), squeeze=False)
+    colours = {"native": "C3", "torch": "C1", "dense sdpa": "C0", "dense bmm": "C2"}
+    labels = {"native": "sparse, C++", "torch": "sparse, plain torch"}
+    for axis, phase in zip(axes[0], phases, strict=True):
+        for name, colour in colours.items():
+            rows = [row for row in report.rows if (row.phase, row.name) == (phase, name)]
+            if not rows:
+                continue
+            at = [row.context for row in rows]
+            axis.plot(at, [r.median_ms for r in rows], "o-", color=colour, label=labels.get(name))
+            axis.lines[-1].set_label(labels.get(name, name))
+            low, high = [r.first_quartile_ms for r in rows], [r.third_quartile_ms for r in rows]
+            axis.fill_between(at, low, high, color=colour, alpha=0.2)
+        ticks = sorted({row.context for row in report.rows if row.phase == phase})
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
+        axis.set_xlabel("context")
+        axis.set_ylabel("ms per layer, median and quartiles")
+        axis.set_title("decode, one row" if phase == "decode" else "prefill chunk")
+        axis.grid(True, which="both", alpha=0.2)
+        axis.legend()
+    machine = report.machine
+    figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
