@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from m3_plugin import __version__
+from m3_plugin.cli import bench
 from m3_plugin.cli.demo import demo
+from m3_plugin.cli.tiny import tiny
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +17,8 @@ app = typer.Typer(
     help="MiniMax-M3 and its block-sparse attention for an existing vLLM or SGLang.",
 )
 app.command()(demo)
+app.command()(tiny)
+app.add_typer(bench.app, name="bench", help="Measure kernels and servers on this machine.")
 
 
 def _print_version(wanted: bool) -> None:

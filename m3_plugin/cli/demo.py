@@ -198,7 +198,12 @@ def _ask(url: str, question: Question) -> Answer:
         return reply.json()["results"][0]
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
+
+    def decode_seconds() -> float:
+        return _metric(httpx.get(f"{url}/metrics").text, "vllm:request_decode_time_seconds_sum")
+
     workers("m3_record_statistics", True)
+    decoded_before = decode_seconds()
     start = time.perf_counter()
     stream = client.chat.completions.create(
         model=MODEL_NAME,
@@ -209,16 +214,18 @@ def _ask(url: str, question: Question) -> Answer:
         stream_options={"include_usage": True},
         extra_body={"chat_template_kwargs": {"thinking_mode": "disabled"}},
     )
-    text, times, usage = "", [], None
+    text, first_token, usage = "", start, None
     for chunk in stream:
         usage = chunk.usage or usage
         if chunk.choices and chunk.choices[0].delta.content:
+            first_token = first_token if text else time.perf_counter()
             text += chunk.choices[0].delta.content
-            times.append(time.perf_counter())
     blocks = workers("m3_statistics")
     assert usage is not None
     details = usage.prompt_tokens_details
-    gaps = len(times) - 1
+    # the prefill step gives the first token, every decode step one more
+    decode_steps = usage.completion_tokens - 1
+    decode_s = decode_seconds() - decoded_before
     return Answer(
         label=question.label,
         asked=question.asked,
@@ -231,9 +238,15 @@ def _ask(url: str, question: Question) -> Answer:
             blocks["blocks_visible"] - blocks["decode_blocks_visible"],
         ),
         decode_blocks=(blocks["decode_blocks_read"], blocks["decode_blocks_visible"]),
-        first_token_s=times[0] - start if times else 0.0,
-        decode_ms_per_token=1e3 * (times[-1] - times[0]) / gaps if gaps > 0 else None,
+        first_token_s=first_token - start,
+        decode_ms_per_token=1e3 * decode_s / decode_steps if decode_steps else None,
     )
+
+
+def _metric(exposition: str, name: str) -> float:
+    """Sum of a Prometheus metric over its labels."""
+    lines = exposition.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 @contextmanager
@@ -292,4 +305,9 @@ def _report(answers: list[Answer], *, right: bool) -> None:
         console.print("all answers right", style="green")
     else:
         console.print("WRONG ANSWERS", style="bold red")
-    console.print(Panel(GPU_COMMAND, title="the released weights on GPUs", expand=False))
+    note = (
+        "\n\nThis version brings CPU kernels only: on GPUs the plugin stands aside with a\n"
+        "warning and vLLM's own MiniMax-M3 answers (M3_PLUGIN_REQUIRED=1 makes that an error)."
+    )
+    title = "the released weights on GPUs"
+    console.print(Panel(GPU_COMMAND + note, title=title, expand=False, highlight=False))
