@@ -138,13 +138,27 @@ def test_scores_full_of_ties_are_ranked_exactly_alike(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_nan_anywhere_in_a_block_is_as_if_its_key_were_absent(backend: Backend) -> None:
-    size = 40
-    inputs = build(Case("nan", ((size * (size + 3), 1),), page_size=size, topk=20))
-    for block in range(size):
-        inputs.index_k_pages[int(inputs.page_table[0, block]), block] = math.nan
-    ids = select(inputs, backend)
-    assert torch.equal(ids, select(inputs, "reference"))
+@pytest.mark.parametrize("size", [40, 128])
+@pytest.mark.parametrize("distance", [1, 16, 32, -16])
+def test_a_nan_hides_no_other_key_of_its_block(size: int, distance: int, backend: Backend) -> None:
+    decoys = 10
+    case = Case(
+        "nan",
+        (((size + decoys) * size, 1),),
+        num_q_heads=1,
+        num_kv_heads=1,
+        page_size=size,
+        topk=size + 1,
+    )
+    inputs = build(case)
+    inputs.index_q.zero_()
+    inputs.index_q[..., 0] = 1
+    for block, page in enumerate(inputs.page_table[0, : size + decoys].tolist()):
+        inputs.index_k_pages[page, :, 0] = 1 if block >= size else 0
+        if block < size:
+            inputs.index_k_pages[page, (block + distance) % size, 0] = 5
+            inputs.index_k_pages[page, block, 0] = math.nan
+    assert select(inputs, backend)[0, 0].tolist() == [*range(size), size + decoys]
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)

@@ -27,8 +27,10 @@ quick = settings(
 
 
 @pytest.fixture(autouse=True)
-def restore_threads() -> Iterator[None]:
+def two_threads() -> Iterator[None]:
+    """Steps of few rows are cut differently with more than one thread, so have more than one."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 

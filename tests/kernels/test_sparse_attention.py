@@ -159,3 +159,38 @@ def test_only_minus_infinite_logits_count_as_no_key(backend: Backend) -> None:
     out, lse = attend(inputs, torch.tensor([[[0, 1]]], dtype=torch.int32), backend)
     assert (out == 0).all()
     assert (lse == -math.inf).all()
+
+
+def one_key_each(values: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """Attention of as many requests as there are rows of values, each with that single key."""
+    rows, dim = values.shape
+    return sparse_attention(
+        torch.zeros(rows, 1, dim, dtype=dtype),
+        torch.zeros(rows, 1, 1, dim, dtype=values.dtype),
+        values[:, None, None],
+        torch.zeros(1, rows, 1, dtype=torch.int32),
+        page_table=torch.arange(rows, dtype=torch.int32)[:, None],
+        cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32),
+        seq_lens=torch.ones(rows, dtype=torch.int32),
+        scale=1.0,
+        backend=backend,
+    )[:, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_value_is_read_exactly(dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(512, 128)
+    out = one_key_each(patterns, torch.float32, "native")
+    torch.testing.assert_close(out, patterns.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_outputs_round_as_torch_rounds(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    anything = torch.randint(-(2**31), 2**31, (500, 128), generator=random).int()
+    # Halfway between neighbours, on either side of even, in the middle of the range of fp16.
+    halfway = torch.randint(0x3000, 0x4000, (500, 128), generator=random).int() << 12
+    bits = torch.cat([anything, halfway, (anything & 0x0FFFFFFF) | 0x30000000, anything | -65536])
+    values = bits.view(torch.float32)
+    out = one_key_each(values, dtype, "native")
+    torch.testing.assert_close(out, values.to(dtype), rtol=0, atol=0, equal_nan=True)

@@ -12,7 +12,7 @@
 namespace m3 {
 namespace {
 
-constexpr int64_t kTileLanes = 128;  // (row, query head of the group) pairs of a tile, at most
+constexpr int64_t kTileLanes = 1024;  // (row, query head of the group) pairs of a tile, at most
 constexpr int64_t kItemsPerThread = 4;
 
 // Rows share converted pages within a tile, threads share tiles: as large as leaves enough tiles.

@@ -236,6 +236,7 @@ def corner_cases() -> tuple[Case, ...]:
         Case("empty-requests", ((0, 0), (300, 0), (40, 1), (0, 0), (0, 5), (9, 0))),
         Case("padding-rows", ((60, 3), (0, 20)), padding_rows=5),
         Case("rows-before-zero", ((0, 40), (0, 3)), missing_keys=4),
+        Case("one-row-before-zero", ((0, 20), (0, 1)), missing_keys=1),
         Case("fewer-blocks-than-topk", ((0, 70), (63, 2)), topk=16),
         Case("topk-one", ((0, 60),), topk=1),
         Case("init-one", ((0, 120),), num_init_blocks=1),
@@ -269,6 +270,7 @@ def production_cases() -> tuple[Case, ...]:
 def all_cases() -> tuple[Case, ...]:
     """Every case; the dtypes other than fp32 where the conversion code differs."""
     everyday = regular_cases()
+    odd = next(case for case in corner_cases() if case.name == "odd-sizes")
     return (
         *everyday,
         *corner_cases(),
@@ -278,6 +280,5 @@ def all_cases() -> tuple[Case, ...]:
             for case in (everyday[1], everyday[2], everyday[5], production_cases()[0])
             for dtype in DTYPES[1:]
         ),
-        dataclasses.replace(corner_cases()[14], name="odd-sizes-float16", dtype=torch.float16),
-        dataclasses.replace(corner_cases()[14], name="odd-sizes-bfloat16", dtype=torch.bfloat16),
+        *(odd.with_dtype(dtype) for dtype in DTYPES[1:]),
     )
