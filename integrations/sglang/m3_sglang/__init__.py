@@ -1,1 +1,20 @@
-"""SGLang adapter of m3-plugin. It holds no code yet and registers nothing with SGLang."""
+"""SGLang adapter of m3-plugin: registration through the `sglang.srt.plugins` entry point."""
+
+
+def register() -> None:
+    """Entry point called by SGLang in the launcher, every scheduler and the detokenizer.
+
+    SGLang logs and swallows whatever an entry point raises, at import and when called, except
+    `SystemExit`. So this module imports nothing, and a plugin that must be there but cannot be
+    ends the process here.
+
+    Raises
+    ------
+    SystemExit : `M3_PLUGIN_REQUIRED=1` and the registration failed, or a misspelt variable.
+    """
+    from m3_sglang.exits import ending_the_process
+
+    with ending_the_process():
+        from m3_sglang.registration import register_with_sglang
+
+        register_with_sglang()

@@ -1,0 +1,161 @@
+"""Attention layers of MiniMax-M3 from SGLang's projections and norms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang.srt.layers.layernorm import GemmaRMSNorm
+from sglang.srt.layers.linear import (
+    QKVParallelLinear,
+    ReplicatedParallelGroup,
+    RowParallelLinear,
+)
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.radix_attention import RadixAttention
+from torch import Tensor, nn
+
+from m3_plugin.capacity import local_heads
+from m3_plugin.config import M3Config
+from m3_sglang.compat import tensor_parallel_size
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class M3DenseAttention(nn.Module):
+    """Causal GQA over the whole context (the first layers), on SGLang's own attention backend.
+
+    Projections, per-head Gemma QK norm and partial RoPE are the same in both kinds of layer.
+    """
+
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        layer: int,
+        rope: nn.Module,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        tp_size = tensor_parallel_size()
+        self.head_dim = config.head_dim
+        self.num_heads = local_heads(config.num_attention_heads, tp_size)
+        self.num_kv_heads = local_heads(config.num_key_value_heads, tp_size)
+        self.split_sizes = [
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        ]
+        # one RoPE for all layers, in a tuple so that it is no parameter of each of them
+        self.rope = (rope,)
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.q_norm = GemmaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = GemmaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.attn = RadixAttention(
+            self.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            layer_id=layer,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def norm_and_rope(
+        self, positions: Tensor, q: Tensor, k: Tensor, q_norm: nn.Module, k_norm: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise each head, then turn its first `rotary_dim` channels.
+
+        Parameters
+        ----------
+        q, k : [tokens, heads * head_dim], returned in the same shape
+        """
+        tokens = q.shape[0]
+        q = q_norm(q.reshape(-1, self.head_dim)).view(tokens, -1)
+        k = k_norm(k.reshape(-1, self.head_dim)).view(tokens, -1)
+        return self.rope[0](positions, q, k)
+
+    def project(self, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Main q, k, v of the step: [tokens, heads * head_dim] each, q and k ready to attend."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split(self.split_sizes, dim=-1)
+        q, k = self.norm_and_rope(positions, q, k, self.q_norm, self.k_norm)
+        return q, k, v
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
+    ) -> Tensor:
+        q, k, v = self.project(positions, hidden_states)
+        output, _ = self.o_proj(self.attn(q, k, v, forward_batch))
+        return output
+
+
+class M3SparseAttention(M3DenseAttention):
+    """MSA: beside the main branch an index branch, which chooses the blocks to attend to."""
+
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        layer: int,
+        rope: nn.Module,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__(config, layer=layer, rope=rope, quant_config=quant_config, prefix=prefix)
+        msa = config.msa
+        assert msa is not None
+        if msa.index_dim != config.head_dim:
+            raise ValueError(
+                "config key 'sparse_attention_config.sparse_index_dim' must equal "
+                f"head_dim={config.head_dim} (RoPE is shared); got {msa.index_dim}"
+            )
+        tp_size = tensor_parallel_size()
+        # Index query heads follow the KV heads, also when ranks exceed them and share a head;
+        # the single index key is on every rank.
+        self.index_qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            msa.index_dim,
+            msa.num_index_heads,
+            total_num_kv_heads=1,
+            bias=False,
+            quant_config=quant_config,
+            v_head_size=0,
+            prefix=f"{prefix}.index_qkv_proj",
+            parallel_group=ReplicatedParallelGroup(
+                group="tp", replica_size=max(1, tp_size // msa.num_index_heads)
+            ),
+        )
+        self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
+        self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
+        self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
+    ) -> Tensor:
+        q, k, v = self.project(positions, hidden_states)
+        index, _ = self.index_qkv_proj(hidden_states)
+        index_q, index_k = index.split(self.index_split_sizes, dim=-1)
+        index_q, index_k = self.norm_and_rope(
+            positions, index_q, index_k, self.index_q_norm, self.index_k_norm
+        )
+        index_q = index_q.unflatten(-1, (self.num_kv_heads, -1))
+        _, attended = self.attn(q, k, v, forward_batch, idx_q=index_q, idx_k=index_k)
+        output, _ = self.o_proj(attended)
+        return output

@@ -1,0 +1,213 @@
+"""SGLang's attention backend `msa`: MSA layers through MSASession, dense layers on the host's own.
+
+K, V and index keys live in SGLang's `MiniMaxSparseKVPool`. Index keys share the slots of K and V
+there, so that paged allocation, radix cache, eviction and retraction need nothing from us.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from m3_plugin.backends import choose_kernels
+from m3_plugin.config import PAGED_BLOCK_SIZE, M3Config
+from m3_plugin.presence import PluginRefusal, attestation
+from m3_plugin.session import MSACaches, MSAPlan, MSASession
+from m3_plugin.settings import Settings
+from m3_sglang.batch import msa_batch
+from m3_sglang.compat import sglang_version
+from m3_sglang.options import require_served
+from m3_sglang.registration import MODEL_PACKAGE, WRAPPER, wrapper_hook_is_applied
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def create_backend(runner: Any) -> M3AttentionBackend:
+    """Backend `msa` around the dense backend SGLang would choose for this machine."""
+    name = dense_backend_name(runner)
+    return M3AttentionBackend(runner, dense=ATTENTION_BACKENDS[name](runner))
+
+
+def dense_backend_name(runner: Any) -> str:
+    """The host's own choice for dense attention, were there no sparse layers."""
+    if torch.device(runner.device).type == "cpu":
+        return "torch_native"
+    from sglang.srt.arg_groups.overrides import get_default_attn_backend
+
+    return get_default_attn_backend(runner.server_args, False, runner.model_config)
+
+
+class M3AttentionBackend(AttentionBackend):
+    """Plans each step once for all MSA layers; hands dense layers to the backend it holds.
+
+    Parameters
+    ----------
+    runner : SGLang's model runner, with model and cache pool already built
+    dense : the host's backend for layers without an index branch
+
+    Raises
+    ------
+    PluginRefusal : SGLang is only half ours (model, hook or pool are its own).
+    """
+
+    def __init__(self, runner: Any, *, dense: AttentionBackend) -> None:
+        super().__init__()
+        require_served(runner.server_args)
+        require_complete_presence(runner)
+        config = M3Config.from_hf(runner.model_config.hf_config.to_dict())
+        config.require_paged_host()
+        if config.msa is None:
+            raise PluginRefusal(
+                "no layer of this checkpoint is sparse; serve it with "
+                "--attention-backend of SGLang and M3_PLUGIN_DISABLE=1"
+            )
+        kernels = choose_kernels(
+            torch.device(runner.device).type, Settings.from_environment().kernels
+        )
+        self.dense = dense
+        self.pool = runner.token_to_kv_pool
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.session = MSASession(config.msa, kernels=kernels, scale=config.head_dim**-0.5)
+        self.plan: MSAPlan | None = None
+        self.caches: dict[int, MSACaches] = {}
+        sparse = config.num_sparse_layers
+        logger.info(
+            "%s",
+            attestation(
+                host="SGLang",
+                host_version=sglang_version(),
+                kernels=kernels,
+                detail=f"serving MiniMax-M3 with {sparse} MSA and "
+                f"{config.num_hidden_layers - sparse} dense attention layers in this process, "
+                f"dense ones on {type(dense).__name__}",
+            ),
+        )
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Prepare one eager step, for both kinds of layer."""
+        if forward_batch.forward_mode.is_idle():
+            self.plan = None
+            return
+        self.dense.init_forward_metadata(forward_batch)
+        self.plan = self.session.plan(msa_batch(forward_batch, req_to_token=self.req_to_token))
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Refuse: steps are planned with fresh tensors, which a graph would not see."""
+        raise NotImplementedError(
+            "m3-plugin does not capture CUDA graphs yet; start SGLang with --disable-cuda-graph"
+        )
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def support_triton(self) -> bool:
+        return self.dense.support_triton()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        *,
+        idx_q: Tensor | None = None,
+        idx_k: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Attend for one layer; a layer that brings `idx_q` and `idx_k` is an MSA layer.
+
+        Parameters
+        ----------
+        q, k, v : [rows, heads * head_dim] or [rows, heads, head_dim], after norm and RoPE
+        idx_q : [rows, index heads, index_dim]; the name is SGLang's, which looks for it
+        idx_k : [rows, index_dim]
+
+        Returns
+        -------
+        [rows, heads * head_dim]; for an MSA layer (None, that), as SGLang expects beside `idx_q`
+        """
+        if idx_q is None:
+            return self.dense.forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        assert idx_k is not None
+        if not save_kv_cache:
+            raise NotImplementedError("an MSA layer always stores its keys before reading them")
+        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        out = torch.empty_like(q)
+        if self.plan is None:
+            return None, out.flatten(1)
+        self.session.run(
+            self.plan,
+            q,
+            k.view(-1, layer.tp_k_head_num, layer.head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+            idx_q,
+            idx_k,
+            caches=self._caches(layer.layer_id),
+            out=out,
+        )
+        return None, out.flatten(1)
+
+    def _caches(self, layer_id: int) -> MSACaches:
+        """Pages of one layer as views of SGLang's pool, whose rows are slots: page * 128 + offset.
+
+        [slots, heads, dim] -> [pages, heads, 128, dim]; the index pool has a single head.
+        """
+        if layer_id not in self.caches:
+            self.caches[layer_id] = MSACaches(
+                k_pages=paged(self.pool.get_key_buffer(layer_id)),
+                v_pages=paged(self.pool.get_value_buffer(layer_id)),
+                index_k_pages=paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1),
+            )
+        return self.caches[layer_id]
+
+
+def paged(slots: Tensor) -> Tensor:
+    """[pages * 128, heads, dim] -> [pages, heads, 128, dim], a view."""
+    return slots.unflatten(0, (-1, PAGED_BLOCK_SIZE)).transpose(1, 2)
+
+
+def require_complete_presence(runner: Any) -> None:
+    """Refuse to run beside pieces of SGLang's own MiniMax-M3.
+
+    SGLang logs and passes over an import error in our model package, a hook target it does not
+    find, and another plugin that replaces what we registered. Each would leave a server that is
+    half ours.
+
+    Raises
+    ------
+    PluginRefusal : names the piece that is not ours, or not what we need.
+    """
+    model = type(runner.model)
+    if not model.__module__.startswith(f"{MODEL_PACKAGE}."):
+        raise PluginRefusal(
+            f"the model was built by {model.__module__}.{model.__qualname__}, not by m3-plugin; "
+            f"an import error of {MODEL_PACKAGE} is in the log above, or another plugin owns it"
+        )
+    if not wrapper_hook_is_applied():
+        raise PluginRefusal(f"SGLang did not apply our hook: {WRAPPER} is gone or was replaced")
+    missing = [
+        name
+        for name in ("get_key_buffer", "get_value_buffer", "get_index_k_buffer")
+        if not hasattr(runner.token_to_kv_pool, name)
+    ]
+    if missing:
+        raise PluginRefusal(
+            f"SGLang's cache pool {type(runner.token_to_kv_pool).__name__} keeps no index keys "
+            f"(no {', '.join(missing)})"
+        )
+    if runner.page_size != PAGED_BLOCK_SIZE:
+        raise PluginRefusal(
+            f"page size must be {PAGED_BLOCK_SIZE} (one sparse block per page); "
+            f"got {runner.page_size}"
+        )

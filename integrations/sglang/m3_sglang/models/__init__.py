@@ -1,0 +1,1 @@
+"""Model classes under SGLang's architecture names; SGLang imports every module of this package."""

@@ -1,0 +1,219 @@
+"""Text model of MiniMax-M3, built from SGLang's public layers around our MSA attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from sglang.srt.layers.layernorm import GemmaRMSNorm
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from torch import Tensor, nn
+
+from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.config import M3Config
+from m3_plugin.presence import PluginRefusal
+from m3_sglang.attention import M3DenseAttention, M3SparseAttention
+from m3_sglang.backend import M3AttentionBackend
+from m3_sglang.moe import M3MLP, M3MoE
+from m3_sglang.rope import make_rope
+from m3_sglang.weights import TextWeightLoader
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+def read_config(hf_config: Any) -> M3Config:
+    """The model's config as SGLang parsed it, checked for what a paged host can serve."""
+    config = M3Config.from_hf(hf_config.to_dict())
+    config.require_paged_host()
+    return config
+
+
+class M3DecoderLayer(nn.Module):
+    """Pre-norm layer: attention (dense or MSA), then MLP (dense or routed)."""
+
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        layer: int,
+        rope: nn.Module,
+        device_type: str,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        attention = M3SparseAttention if config.sparse_layers[layer] else M3DenseAttention
+        self.self_attn = attention(
+            config, layer=layer, rope=rope, quant_config=quant_config, prefix=f"{prefix}.self_attn"
+        )
+        # the attribute carries the checkpoint's name, which quantisation ignore-lists refer to
+        self.feed_forward_name = "block_sparse_moe" if config.moe_layers[layer] else "mlp"
+        feed_forward_prefix = f"{prefix}.{self.feed_forward_name}"
+        if config.moe_layers[layer]:
+            self.block_sparse_moe = M3MoE(
+                config,
+                layer=layer,
+                device_type=device_type,
+                quant_config=quant_config,
+                prefix=feed_forward_prefix,
+            )
+        else:
+            self.mlp = M3MLP(
+                config,
+                intermediate_size=config.dense_intermediate_size,
+                quant_config=quant_config,
+                reduce_results=True,
+                prefix=feed_forward_prefix,
+            )
+        self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: Tensor,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        forward_batch: ForwardBatch,
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        feed_forward = getattr(self, self.feed_forward_name)
+        return feed_forward(hidden_states), residual
+
+
+class M3Model(nn.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(
+        self, config: M3Config, *, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        # SGLang builds models under the device they will live on
+        self.device_type = torch.get_default_device().type
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
+        )
+        rope = make_rope(config, device_type=self.device_type)
+        self.layers = nn.ModuleList(
+            M3DecoderLayer(
+                config,
+                layer=layer,
+                rope=rope,
+                device_type=self.device_type,
+                quant_config=quant_config,
+                prefix=f"{prefix}.layers.{layer}",
+            )
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: Tensor | None = None,
+    ) -> Tensor:
+        require_our_backend()
+        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        residual = None
+        with self._activations():
+            for layer in self.layers:
+                hidden_states, residual = layer(positions, hidden_states, residual, forward_batch)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states
+
+    def _activations(self) -> AbstractContextManager[None]:
+        """SGLang's SwiGLU-OAI is under `torch.compile`, which on CPU only costs start-up time."""
+        if self.device_type == "cpu":
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
+
+
+class M3CausalLM(nn.Module):
+    """Decoder stack and output head.
+
+    Parameters
+    ----------
+    config : SGLang's config of the whole checkpoint or of its text part
+    quant_config : SGLang's
+    prefix : of the text model's names in the checkpoint, which quantisation refers to
+    """
+
+    # SGLang's quantisation maps its fused names back to the checkpoint's through this
+    packed_modules_mapping: ClassVar = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "index_qkv_proj": ["index_q_proj", "index_k_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(
+        self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.m3_config = read_config(config)
+        dot = f"{prefix}." if prefix else ""
+        self.model = M3Model(self.m3_config, quant_config=quant_config, prefix=f"{dot}model")
+        self.lm_head = ParallelLMHead(
+            self.m3_config.vocab_size,
+            self.m3_config.hidden_size,
+            quant_config=quant_config,
+            prefix=f"{dot}lm_head",
+        )
+        self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: Tensor | None = None,
+    ) -> Any:
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+
+    def weight_loader(self) -> TextWeightLoader:
+        """A loader for the text model; feed it every text tensor, then call `finish`."""
+        return TextWeightLoader(self, config=self.m3_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loader = self.weight_loader()
+        for name, tensor in weights:
+            # the released checkpoint may be served as a text model; its vision part is then unused
+            if not name.startswith(VISION_PREFIXES):
+                loader.load(name.removeprefix(TEXT_PREFIX), tensor)
+        return loader.finish()
+
+
+def require_our_backend() -> None:
+    """Refuse to run MSA layers on a backend that is not ours.
+
+    Raises
+    ------
+    PluginRefusal : SGLang put its own backend around our model.
+    """
+    backend = get_attn_backend()
+    if not isinstance(backend, M3AttentionBackend):
+        raise PluginRefusal(
+            f"SGLang runs m3-plugin's model on {type(backend).__name__}; start it with "
+            "--attention-backend msa and without another plugin that replaces attention backends"
+        )
