@@ -16,7 +16,6 @@ from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import (
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from m3_plugin.config import M3Config
 from m3_sglang.compat import tensor_parallel_size

@@ -1,0 +1,75 @@
+"""Checkpoints of the SGLang tests; every test here is marked `sglang`, none runs without SGLang."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from m3_plugin.torchvision_ops import declare_missing_ops
+
+declare_missing_ops()
+
+
+def _sglang_is_installed() -> bool:
+    try:
+        importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+# The two hosts pin different releases of what they share, so an environment holds one of them.
+collect_ignore_glob = [] if _sglang_is_installed() else ["test_*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "sglang: needs SGLang installed and runs a real engine or server"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.sglang)
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a random checkpoint of a preset once; fp32."""
+    from m3_plugin.testing.random_checkpoint import write_random_checkpoint
+
+    written: dict[str, Path] = {}
+
+    def write(preset: str) -> Path:
+        if preset not in written:
+            path = tmp_path_factory.mktemp("random") / preset
+            written[preset] = write_random_checkpoint(path, preset=preset)  # type: ignore[arg-type]
+        return written[preset]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def constructed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint whose answers are known; fp32."""
+    import torch
+
+    from m3_plugin.testing.constructed import ConstructedCheckpoint
+
+    path = tmp_path_factory.mktemp("constructed") / "checkpoint"
+    ConstructedCheckpoint().write(path, dtype=torch.float32)
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_leftover_processes() -> Iterator[None]:
+    """Nothing a test started may outlive the session."""
+    yield
+    import multiprocessing
+
+    assert not [child.name for child in multiprocessing.active_children()]

@@ -1,0 +1,218 @@
+"""A real SGLang engine in a process of its own, driven over a pipe.
+
+The engine starts its scheduler and detokenizer itself; all of them find the plugin the way users
+get it: through its entry point, by SGLang's own loader.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT_S = 300
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    # a wrong decision of the plugin must end the engine, not show as SGLang's own model
+    "M3_PLUGIN_REQUIRED": "1",
+    # spinning worker threads starve each other on machines with few cores
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "context_length": 8192,
+    "max_total_tokens": 16384,
+    "max_running_requests": 8,
+    "mem_fraction_static": 0.1,
+    "chunked_prefill_size": 2048,
+    "log_level": "info",
+}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished request as SGLang reports it."""
+
+    token_ids: list[int]
+    text: str
+    num_cached_tokens: int
+    num_prompt_tokens: int
+    finish_reason: str | None
+    input_logprobs: list[float]
+
+
+class EngineProcess:
+    """`sglang.Engine` behind a pipe. Close it, or use it as a context manager.
+
+    Parameters
+    ----------
+    model : checkpoint folder
+    log : file that receives the output of all the engine's processes
+    environment : additions to `ENVIRONMENT`
+    options : arguments of `sglang.Engine`, over `OPTIONS`
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        log: Path,
+        environment: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self.log = log
+        arguments = {"model_path": str(model), **OPTIONS, **options}
+        saved = dict(os.environ)
+        os.environ.update(ENVIRONMENT | (environment or {}))
+        try:
+            # not a daemon: the engine has children of its own
+            self._process = context.Process(target=_serve, args=(child, log, arguments))
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+        child.close()
+        try:
+            self._receive(START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def generate(
+        self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
+    ) -> list[Completion]:
+        """Generate for all prompts together, greedily unless told otherwise.
+
+        Parameters
+        ----------
+        prompts : lists of token ids, or dicts of arguments of `Engine.generate` for one prompt
+        max_tokens : one number, or one per prompt
+        """
+        return self._call("generate", list(prompts), max_tokens, sampling)
+
+    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+        """Log probability of every prompt token after the first."""
+        return self._call("prompt_logprobs", prompt)
+
+    def flush(self) -> None:
+        """Empty the radix cache."""
+        self._call("flush")
+
+    def log_text(self) -> str:
+        """Everything the engine's processes have written so far."""
+        return self.log.read_text(errors="replace")
+
+    def close(self) -> None:
+        """End the engine and wait for its process."""
+        if self._process.is_alive():
+            try:
+                self._pipe.send(None)
+                self._process.join(30)
+            except (BrokenPipeError, OSError):
+                pass
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _call(self, command: str, *args: Any) -> Any:
+        self._pipe.send((command, args))
+        return self._receive(None)
+
+    def _receive(self, timeout: float | None) -> Any:
+        if not self._pipe.poll(timeout):
+            raise TimeoutError(f"engine said nothing for {timeout} s; its log is {self.log}")
+        try:
+            ok, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise EngineDiedError(
+                f"engine ended with {self._process.exitcode}:\n{self.log_text()[-6000:]}"
+            ) from None
+        if not ok:
+            raise EngineError(f"{value}\n{self.log_text()[-6000:]}")
+        return value
+
+
+class EngineError(RuntimeError):
+    """The engine refused or failed; carries its traceback and the end of its log."""
+
+
+class EngineDiedError(RuntimeError):
+    """The engine's process ended without a word; carries the end of its log."""
+
+
+def _serve(pipe: Connection, log: Path, arguments: dict[str, Any]) -> None:
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    try:
+        from sglang import Engine
+
+        engine = _Engine(Engine(**arguments))
+        pipe.send((True, None))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+        return
+    while (request := pipe.recv()) is not None:
+        command, args = request
+        try:
+            pipe.send((True, getattr(engine, command)(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    engine.host.shutdown()
+
+
+class _Engine:
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def generate(self, prompts: list[Any], max_tokens: Any, sampling: dict) -> list[Completion]:
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        params = [{"temperature": 0, "max_new_tokens": n, **sampling} for n in limits]
+        if all(isinstance(prompt, list) for prompt in prompts):
+            outputs = self.host.generate(input_ids=prompts, sampling_params=params)
+        else:
+            outputs = [
+                self.host.generate(**prompt, sampling_params=p)
+                for prompt, p in zip(prompts, params, strict=True)
+            ]
+        return [_completion(output) for output in outputs]
+
+    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+        output = self.host.generate(
+            input_ids=prompt,
+            sampling_params={"temperature": 0, "max_new_tokens": 1},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        return _completion(output).input_logprobs[1:]
+
+    def flush(self) -> None:
+        self.host.flush_cache()
+
+
+def _completion(output: dict[str, Any]) -> Completion:
+    meta = output["meta_info"]
+    return Completion(
+        token_ids=list(output["output_ids"]),
+        text=output["text"],
+        num_cached_tokens=meta["cached_tokens"],
+        num_prompt_tokens=meta["prompt_tokens"],
+        finish_reason=(meta["finish_reason"] or {}).get("type"),
+        input_logprobs=[entry[0] for entry in meta.get("input_token_logprobs") or []],
+    )
