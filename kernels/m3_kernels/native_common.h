@@ -76,6 +76,20 @@ struct Failure {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// How many threads to wake, and the amount of work below which one more is not worth waking: a team
+// costs microseconds on an idle machine and milliseconds on a busy one. Work counts multiply-adds.
+struct Team {
+  int64_t threads;
+  int64_t work_per_thread;
+  int64_t size(int64_t work) const {
+    const int64_t useful = work / (work_per_thread > 0 ? work_per_thread : 1);
+    return useful < 1 ? 1 : useful < threads ? useful : threads;
+  }
+};
+
+// Converting an element of a page costs about as much as this many multiply-adds.
+constexpr int64_t kConversionWork = 4;
+
 inline int64_t element_size(int64_t dtype) {
   return dtype == kInt64 ? 8 : (dtype == kFloat32 || dtype == kInt32) ? 4 : 2;
 }

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3_kernels import kernel_families
+from m3_kernels import kernel_families, native_build
 from m3_kernels.capability import Backend
 from m3_kernels.index_topk import index_topk
 from m3_kernels.sparse_attention import sparse_attention
@@ -27,8 +27,9 @@ quick = settings(
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Steps of few rows are cut differently with more than one thread, so have more than one."""
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work is cut differently with more than one thread, so have two, however small the step."""
+    monkeypatch.setattr(native_build, "WORK_PER_THREAD", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -217,6 +218,16 @@ def test_the_real_geometry(dtype: torch.dtype) -> None:
         assert_same_bits(alone, tuple(result[row : row + 1] for result in together))
     verify = run(part(inputs, [(0, 36, 40), (1, 0, 3)]))
     assert_same_bits(verify, tuple(result[36:43] for result in together))
+
+
+def test_small_steps_wake_no_thread_and_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = build(production_cases()[0])
+    together = run(inputs)
+    for work in (0, 1000, 2**20, 2**62):
+        monkeypatch.setattr(native_build, "WORK_PER_THREAD", work)
+        assert_same_bits(run(inputs), together)
 
 
 def test_a_run_repeats_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,31 @@ def test_descriptors_hold_the_real_strides() -> None:
     assert list(described.size) == [2, 3, 5, 0]
     assert list(described.stride) == [5, 20, 1, 0]
     assert described.data == tensor.data_ptr()
+
+
+PRELOADED = sorted(Path(sys.prefix, "lib").glob("libiomp5.so"))
+
+
+@pytest.mark.skipif(not PRELOADED, reason="no other OpenMP runtime here")
+def test_a_preloaded_runtime_serves_the_kernels_too() -> None:
+    script = LOAD + (
+        "from m3_kernels import native_build\n"
+        "native_build.WORK_PER_THREAD = 1\n"
+        "from m3_kernels.index_topk import index_topk\n"
+        "from m3_kernels.testing.cases import build, production_cases\n"
+        "i = build(production_cases()[0])\n"
+        "print(index_topk(i.index_q, i.index_k_pages, **i.batch, **i.selection).sum().item())\n"
+    )
+    sums = []
+    for preload in ("", str(PRELOADED[0])):
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "LD_PRELOAD": preload},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        sums.append(done.stdout.split())
+    assert sums[0] == sums[1]
+    assert sums[0][0] == "None"

@@ -15,7 +15,7 @@ void copy_row(const Array& from, int64_t source, const Array& to, int64_t target
 extern "C" int64_t m3_cache_store(const m3::Array* k, const m3::Array* v, const m3::Array* index_k,
                                   const m3::Array* k_pages, const m3::Array* v_pages,
                                   const m3::Array* index_k_pages, const m3::Array* slot_mapping,
-                                  int64_t threads, int64_t* bad) {
+                                  int64_t threads, int64_t work_per_thread, int64_t* bad) {
   using namespace m3;
   const int64_t tokens = slot_mapping->size[0];
   const int64_t page_size = index_k_pages->size[1];
@@ -27,9 +27,9 @@ extern "C" int64_t m3_cache_store(const m3::Array* k, const m3::Array* v, const 
       return kSlotOutsidePool;
     }
   }
-  constexpr int64_t kTokensPerThread = 64;  // below this a second thread costs more than it saves
-  const int64_t useful = ceil_div(tokens, kTokensPerThread);
-  const int team = static_cast<int>(useful < threads ? (useful < 1 ? 1 : useful) : threads);
+  const int64_t elements = tokens * (2 * k->size[1] * k->size[2] + index_k->size[1]);
+  const Team team{threads, work_per_thread};
+  const int members_wanted = static_cast<int>(team.size(elements * kConversionWork));
   const auto store_token = [&](int64_t t) {
     const int64_t slot = load<int64_t>(element(*slot_mapping, t));
     if (slot < 0) return;
@@ -46,7 +46,7 @@ extern "C" int64_t m3_cache_store(const m3::Array* k, const m3::Array* v, const 
              page * index_k_pages->stride[0] + offset * index_k_pages->stride[1],
              index_k->size[1]);
   };
-#pragma omp parallel num_threads(team)
+#pragma omp parallel num_threads(members_wanted)
   {
     const int64_t members = omp_get_num_threads(), thread = omp_get_thread_num();
     for (int64_t t = tokens * thread / members; t < tokens * (thread + 1) / members; ++t) {

@@ -61,9 +61,10 @@ void select(const float* scores, int64_t first, int64_t last, int64_t count, Can
 class IndexTopk {
  public:
   IndexTopk(const Array& q, const Array& pages, const Batch& batch, const Array& out,
-            int64_t num_local, int64_t num_init, int64_t threads)
+            int64_t num_local, int64_t num_init, const Team& team)
       : q_(q), pages_(pages), batch_(batch), out_(out), num_local_(num_local),
-        num_init_(num_init), threads_(threads), heads_(q.size[1]), dim_(q.size[2]),
+        num_init_(num_init), team_(team), threads_(team.threads), heads_(q.size[1]),
+        dim_(q.size[2]),
         page_size_(pages.size[1]), topk_(out.size[2]),
         tile_rows_(std::max<int64_t>(1, kTileLanes / std::max<int64_t>(1, heads_))) {}
 
@@ -72,6 +73,11 @@ class IndexTopk {
     if (heads_ == 0 || !batch_.rows_inside(q_.size[0], failure_)) return failure_.report(bad);
     std::vector<Tile> tiles = cut_into_tiles();
     if (failure_.status != kOk) return failure_.report(bad);
+    int64_t work = 0;
+    for (const Tile& tile : tiles) {
+      if (scored(tile)) work += (tile.rows * heads_ + kConversionWork) * tile.blocks;
+    }
+    threads_ = team_.size(work * page_size_ * dim_);
     const int64_t lanes = tile_rows_ * heads_;
     const Scratch scratch(threads_, lanes * (dim_ + kPanel + kLanes) + dim_ * kPanel);
     std::vector<Candidate> heaps(threads_ * topk_);
@@ -246,7 +252,10 @@ class IndexTopk {
   const Array &q_, &pages_;
   const Batch& batch_;
   const Array& out_;
-  const int64_t num_local_, num_init_, threads_, heads_, dim_, page_size_, topk_, tile_rows_;
+  const int64_t num_local_, num_init_;
+  const Team team_;
+  int64_t threads_;
+  const int64_t heads_, dim_, page_size_, topk_, tile_rows_;
   Failure failure_;
 };
 
@@ -257,10 +266,11 @@ extern "C" int64_t m3_index_topk(const m3::Array* q, const m3::Array* pages,
                                  const m3::Array* page_table, const m3::Array* cu_seqlens_q,
                                  const m3::Array* seq_lens, const m3::Array* out,
                                  int64_t num_local, int64_t num_init, int64_t threads,
-                                 int64_t* bad) {
+                                 int64_t work_per_thread, int64_t* bad) {
   try {
     const m3::Batch batch{*page_table, *cu_seqlens_q, *seq_lens};
-    return m3::IndexTopk(*q, *pages, batch, *out, num_local, num_init, threads).run(bad);
+    const m3::Team team{threads, work_per_thread};
+    return m3::IndexTopk(*q, *pages, batch, *out, num_local, num_init, team).run(bad);
   } catch (const std::bad_alloc&) {
     return m3::kOutOfMemory;
   }

@@ -64,12 +64,13 @@ class SparseAttention {
  public:
   SparseAttention(const Array& q, const Array& k, const Array& v, const Array& ids,
                   const Batch& batch, float scale, const Array& out, const Array* lse,
-                  int64_t threads)
+                  const Team& team)
       : q_(q), k_(k), v_(v), ids_(ids), batch_(batch), scale_(scale), out_(out), lse_(lse),
-        threads_(threads), kv_heads_(k.size[1]), group_(q.size[1] / k.size[1]), dim_(q.size[2]),
+        kv_heads_(k.size[1]), group_(q.size[1] / k.size[1]), dim_(q.size[2]),
         width_(round_up(dim_, kPanel)), page_size_(k.size[2]),
         padded_keys_(round_up(page_size_, kPanel)), topk_(ids.size[2]),
-        tile_rows_(rows_per_tile(q.size[0], kv_heads_, group_, threads)) {}
+        threads_(team.size(work())),
+        tile_rows_(rows_per_tile(q.size[0], kv_heads_, group_, threads_)) {}
 
   int64_t run(int64_t* bad) {
     if (!batch_.rows_inside(q_.size[0], failure_)) return failure_.report(bad);
@@ -96,6 +97,17 @@ class SparseAttention {
     std::vector<int32_t> ids, counts, cursors;
     std::vector<Reader> readers;
   };
+
+  // At most; ids that are not valid cost nothing.
+  int64_t work() const {
+    int64_t blocks = 0;
+    for (int64_t r = 0; r < batch_.requests(); ++r) {
+      const Batch::Rows rows = batch_.visible_rows(r);
+      const int64_t visible = ceil_div(std::max<int64_t>(0, batch_.seq_len(r)), page_size_);
+      blocks += (rows.last - rows.first) * std::min(topk_, visible);
+    }
+    return blocks * kv_heads_ * (group_ + kConversionWork) * page_size_ * dim_ * 2;
+  }
 
   std::unique_ptr<Workspace> new_workspace(int64_t rows) const {
     auto w = std::make_unique<Workspace>();
@@ -379,7 +391,7 @@ class SparseAttention {
   const float scale_;
   const Array& out_;
   const Array* lse_;
-  const int64_t threads_, kv_heads_, group_, dim_, width_, page_size_, padded_keys_, topk_,
+  const int64_t kv_heads_, group_, dim_, width_, page_size_, padded_keys_, topk_, threads_,
       tile_rows_;
   Failure failure_;
 };
@@ -391,10 +403,11 @@ extern "C" int64_t m3_sparse_attention(const m3::Array* q, const m3::Array* k, c
                                        const m3::Array* ids, const m3::Array* page_table,
                                        const m3::Array* cu_seqlens_q, const m3::Array* seq_lens,
                                        float scale, const m3::Array* out, const m3::Array* lse,
-                                       int64_t threads, int64_t* bad) {
+                                       int64_t threads, int64_t work_per_thread, int64_t* bad) {
   try {
     const m3::Batch batch{*page_table, *cu_seqlens_q, *seq_lens};
-    return m3::SparseAttention(*q, *k, *v, *ids, batch, scale, *out, lse, threads).run(bad);
+    const m3::Team team{threads, work_per_thread};
+    return m3::SparseAttention(*q, *k, *v, *ids, batch, scale, *out, lse, team).run(bad);
   } catch (const std::bad_alloc&) {
     return m3::kOutOfMemory;
   }
