@@ -48,6 +48,7 @@ from m3_plugin.config import M3Config
 from m3_plugin.presence import attestation
 from m3_plugin.session import MSASession
 from m3_plugin.settings import Settings
+from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
 from m3_vllm.attention import M3SparseCacheLayer
 from m3_vllm.compat import device_type, vllm_version
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
@@ -57,7 +58,6 @@ from m3_vllm.multimodal import (
     M3MultiModalProcessor,
     M3ProcessingInfo,
 )
-from m3_vllm.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
 from m3_vllm.weights import TextWeightLoader
 
 logger = init_logger("vllm.m3_plugin.model")

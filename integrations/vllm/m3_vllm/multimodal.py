@@ -48,7 +48,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
 
-from m3_vllm.vision import M3Vision
+from m3_plugin.vision import M3Vision
 
 __all__ = [
     "M3DummyInputsBuilder",

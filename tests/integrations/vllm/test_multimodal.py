@@ -100,7 +100,7 @@ def _process(processor, text: str, data: Mapping[str, Any], *, cache=None, **kwa
 
 
 def _segments(grids: list[list[int]]) -> list[tuple[int, int, int]]:
-    from m3_vllm.vision import split_segments
+    from m3_plugin.vision import split_segments
 
     return split_segments(grids, segment_patches=4)
 
@@ -454,8 +454,8 @@ def test_a_video_file_reaches_the_prompt(
 
 
 def test_embeddings_come_per_item_in_the_order_of_the_keywords() -> None:
+    from m3_plugin.vision import M3Vision, VisionConfig
     from m3_vllm.multimodal import M3MultiModalMixin
-    from m3_vllm.vision import M3Vision, VisionConfig
 
     class Model(torch.nn.Module, M3MultiModalMixin):
         def __init__(self) -> None:
