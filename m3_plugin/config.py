@@ -257,7 +257,7 @@ def _layer_types(value: object, *, key: str, length: int, names: Mapping[str, bo
 
 
 def _require_text_variant(fields: _Fields) -> None:
-    """The branches M3 does not take are refused, not guessed (spec section 1.1)."""
+    """The branches M3 does not take are refused, not guessed."""
     for key, wanted in {
         "use_gemma_norm": True,
         "use_qk_norm": True,
