@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 MODEL_PACKAGE = "m3_sglang.models"
+PROCESSOR_PACKAGE = "m3_sglang.processors"
 WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
 
 
@@ -110,6 +111,7 @@ def _register_models() -> None:
     SGLang knows one external package; naming it before the registry exists also saves the import
     of every other model. A user's own package keeps its place, ours is then added to the registry.
     """
+    os.environ.setdefault("SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE", PROCESSOR_PACKAGE)
     package = os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODEL_PACKAGE)
     if package == MODEL_PACKAGE and "sglang.srt.models.registry" not in sys.modules:
         return

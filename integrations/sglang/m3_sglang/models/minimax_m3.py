@@ -2,15 +2,125 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.managers.mm_utils import general_mm_embed_routine, pad_mm_tokens
+from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from torch import Tensor, nn
+
+from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
 from m3_sglang.text import M3CausalLM
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class MiniMaxM3SparseForCausalLM(M3CausalLM):
-    """Text model."""
+    """Text model; of the released checkpoint it leaves the vision part unused."""
 
 
-class MiniMaxM3SparseForConditionalGeneration(M3CausalLM):
-    """The released model, text only so far: its vision part is not loaded."""
+class MiniMaxM3SparseForConditionalGeneration(nn.Module):
+    """The released model: vision tower and projector in front of the text model."""
+
+    packed_modules_mapping = M3CausalLM.packed_modules_mapping
+
+    def __init__(
+        self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.config = config
+        dot = f"{prefix}." if prefix else ""
+        self.vision_tower = M3Vision(VisionConfig.from_hf(config))
+        self.language_model = M3CausalLM(config, quant_config, f"{dot}language_model")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def pad_input_ids(self, input_ids: array, mm_inputs: MultimodalInputs) -> array:
+        """Put each item's hash in the place of its tokens, so that prefixes tell pictures apart."""
+        return pad_mm_tokens(input_ids, mm_inputs)
+
+    def get_image_feature(self, items: list[MultimodalDataItem]) -> Tensor:
+        return self._features(items, "image_grid_thw")
+
+    def get_video_feature(self, items: list[MultimodalDataItem]) -> Tensor:
+        return self._features(items, "video_grid_thw")
+
+    def _features(self, items: list[MultimodalDataItem], grid: str) -> Tensor:
+        """[tokens, hidden] of all items in order."""
+        weight = next(self.vision_tower.parameters())
+        pixels = [torch.as_tensor(item.feature).to(weight.device) for item in items]
+        grids = [row for item in items for row in getattr(item, grid).tolist()]
+        return self.vision_tower(torch.cat(pixels), grids)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: ForwardBatch,
+        get_embedding: bool = False,
+    ) -> Any:
+        hidden_states = general_mm_embed_routine(
+            input_ids=input_ids,
+            forward_batch=forward_batch,
+            language_model=self.language_model.model,
+            multimodal_model=self,
+            positions=positions,
+        )
+        return self.language_model.logits_processor(
+            input_ids, hidden_states, self.language_model.lm_head, forward_batch
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load every tensor of the checkpoint.
+
+        Raises
+        ------
+        ValueError : tensors missing or left over, in the text part or in the vision part.
+        """
+        text = self.language_model.weight_loader()
+        vision = VisionWeights(self.vision_tower)
+        for name, tensor in weights:
+            if name.startswith(VISION_PREFIXES):
+                vision.load(name, tensor)
+            else:
+                text.load(name.removeprefix(TEXT_PREFIX), tensor)
+        return vision.finish() | {f"{TEXT_PREFIX}{name}" for name in text.finish()}
+
+
+class VisionWeights:
+    """Loads vision tower and projector; their modules are named as in the checkpoint."""
+
+    def __init__(self, tower: M3Vision) -> None:
+        self.parameters = {f"vision_tower.{n}": p for n, p in tower.named_parameters()}
+        self.loaded: set[str] = set()
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Load one tensor by its name in the checkpoint."""
+        target = name
+        for checkpoint, ours in CHECKPOINT_PREFIXES.items():
+            if name.startswith(checkpoint):
+                target = ours + name.removeprefix(checkpoint)
+        if target not in self.parameters:
+            raise ValueError(f"checkpoint tensor {name} has no counterpart in the vision tower")
+        default_weight_loader(self.parameters[target], tensor)
+        self.loaded.add(target)
+
+    def finish(self) -> set[str]:
+        """Names of what was loaded: everything."""
+        missing = sorted(self.parameters.keys() - self.loaded)
+        if missing:
+            raise ValueError(
+                f"checkpoint lacks {len(missing)} vision tensor(s): {', '.join(missing[:5])}"
+            )
+        return self.loaded
 
 
 EntryClass = [MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration]

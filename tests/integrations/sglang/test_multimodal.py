@@ -1,0 +1,117 @@
+"""Pictures and videos through the real engine: prompts and features as transformers makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m3_plugin.testing.prompts import PicturePrompt, colour_rgb, picture_prompt
+from tests.integrations.sglang.engine import EngineProcess
+from tests.integrations.vllm import golden
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_checkpoint: Callable[[str], Path]) -> Path:
+    return random_checkpoint("engine")
+
+
+@pytest.fixture(scope="module")
+def random_engine(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
+    log = tmp_path_factory.mktemp("pictures") / "engine.log"
+    with EngineProcess(checkpoint, log=log) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def engine(
+    constructed_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
+    log = tmp_path_factory.mktemp("colours") / "engine.log"
+    with EngineProcess(constructed_checkpoint, log=log) as engine:
+        yield engine
+
+
+def noise_image(width: int, height: int) -> Any:
+    from PIL import Image
+
+    noise = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(3))
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("size", [(120, 90), (28, 28), (1000, 700)])
+def test_image_tokens_equal_transformers(
+    random_engine: EngineProcess, checkpoint: Path, size: tuple[int, int], as_ids: bool
+) -> None:
+    """Prompt length and greedy tokens; 1000x700 is shrunk by transformers' area rule."""
+    from transformers import AutoProcessor
+
+    image = noise_image(*size)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    text = "the old man ]<]image[>[ and the sea" + " of words" * 400
+    inputs = processor(text=text, images=[image], return_tensors="pt")
+    token_ids = inputs.pop("input_ids")[0].tolist()
+    inputs.pop("attention_mask")
+    expected = golden.greedy(checkpoint, token_ids, num_tokens=6, **inputs)
+    prompt = {"input_ids": processor.tokenizer(text).input_ids} if as_ids else {"prompt": text}
+    (ours,) = random_engine.generate(
+        [{**prompt, "image_data": [image]}], max_tokens=6, ignore_eos=True
+    )
+    assert ours.num_prompt_tokens == len(token_ids) > 512
+    assert ours.token_ids == expected
+
+
+def test_pictures_are_part_of_the_cached_prefix(random_engine: EngineProcess) -> None:
+    """The same text about another picture must not be served from the first one's pages."""
+    text = "]<]image[>[" + " of words" * 300
+    first, second = noise_image(112, 112), noise_image(84, 112).resize((112, 112))
+    random_engine.flush()
+    outputs = [
+        random_engine.generate([{"prompt": text, "image_data": [image]}], max_tokens=1)[0]
+        for image in (first, second, first)
+    ]
+    assert outputs[0].num_cached_tokens == outputs[1].num_cached_tokens == 0
+    assert outputs[2].num_cached_tokens >= 512
+
+
+def request(prompt: PicturePrompt) -> dict[str, Any]:
+    from PIL import Image
+
+    if prompt.modality == "image":
+        images = [
+            Image.new("RGB", (112 + 28 * i, 84), colour_rgb(colour))
+            for i, colour in enumerate(prompt.colours)
+        ]
+        return {"prompt": prompt.text, "image_data": images}
+    frames = [
+        torch.tensor(colour_rgb(colour), dtype=torch.uint8).view(1, 3, 1, 1).expand(8, 3, 56, 84)
+        for colour in prompt.colours
+    ]
+    return {"prompt": prompt.text, "video_data": frames}
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+@pytest.mark.parametrize("colour", ["red", "cyan", "black"])
+def test_colour_of_one_picture(engine: EngineProcess, modality: str, colour: str) -> None:
+    prompt = picture_prompt((colour,), modality=modality)
+    (output,) = engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
+    assert tuple(output.token_ids) == prompt.expected_ids
+
+
+@pytest.mark.parametrize("ask", [0, 1, 2])
+def test_one_of_several_pictures(engine: EngineProcess, ask: int) -> None:
+    prompt = picture_prompt(("green", "magenta", "yellow"), ask=ask)
+    (output,) = engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
+    assert tuple(output.token_ids) == prompt.expected_ids
+
+
+def test_picture_beyond_the_block_budget(engine: EngineProcess) -> None:
+    prompt = picture_prompt(("blue",), num_filler_tokens=1500)
+    (output,) = engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
+    assert tuple(output.token_ids) == prompt.expected_ids
