@@ -1,8 +1,9 @@
-// index_topk: one pass over the index keys for all heads and all rows of a tile, then top-k per row.
+// index_topk: one pass over the index keys for all heads and all rows of a tile, then top-k per
+// row.
 //
-// Work is cut into (tile of query rows, range of blocks). A block's keys are converted and turned once
-// per item, so with one query row the pass runs at memory speed and with a full tile at the speed of
-// the multiply-adds. Scores live for one wave of tiles only.
+// Work is cut into (tile of query rows, range of blocks). A block's keys are converted and turned
+// once per item, so with one query row the pass runs at memory speed and with a full tile at the
+// speed of the multiply-adds. Scores live for one wave of tiles only.
 #include "native_common.h"
 
 #include <algorithm>
@@ -45,7 +46,9 @@ void select(const float* scores, int64_t first, int64_t last, int64_t count, Can
     return;
   }
   if (count <= 0) return;
-  for (int64_t i = 0; i < count; ++i) heap[i] = {scores[first + i], static_cast<int32_t>(first + i)};
+  for (int64_t i = 0; i < count; ++i) {
+    heap[i] = {scores[first + i], static_cast<int32_t>(first + i)};
+  }
   std::make_heap(heap, heap + count, better);
   for (int64_t b = first + count; b < last; ++b) {
     // Ids rise, so an equal score never displaces an earlier block.
@@ -164,7 +167,8 @@ class IndexTopk {
     }
   }
 
-  // Block maxima of one item; scratch: queries, products and running maxima of all lanes, one panel.
+  // Block maxima of one item; scratch: queries, products and running maxima of all lanes, one
+  // panel.
   void score(const Item& item, float* scratch) {
     const Tile& tile = *item.tile;
     const int64_t lanes = tile.rows * heads_;
@@ -207,7 +211,9 @@ class IndexTopk {
       for (int64_t key = 0; key < keys; key += kPanel) {
         const int64_t present = std::min(kPanel, keys - key);
         const int64_t offset = page * pages_.stride[0] + key * pages_.stride[1];
-        pack_keys(panel, element(pages_, offset), pages_.stride[1], pages_.dtype, present, dim_);
+        const char* rows = element(pages_, offset);
+        stream_rows(rows, pages_.stride[1], pages_.dtype, present, dim_);
+        pack_keys(panel, rows, pages_.stride[1], pages_.dtype, present, dim_);
         multiply_panel(query_rows, lanes, panel, dim_, product_rows);
         for (int64_t lane = 0; lane < lanes; ++lane) {
           const int64_t position = tile.position + lane / heads_;

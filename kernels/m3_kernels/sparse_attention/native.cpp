@@ -1,9 +1,9 @@
 // sparse_attention: one partial softmax per chosen block, merged in ascending block order.
 //
 // Prefill: a work item is (tile of rows of one request, KV head). It walks the union of the rows'
-// blocks upwards, converts each page once and serves every row that chose it.
-// Decode: with too few tiles to feed all threads, a work item is one chosen block of one row, and the
-// partials are merged afterwards, in the same order and by the same function. Both give the same bits.
+// blocks upwards, converts each page once and serves every row that chose it. Decode: with too few
+// tiles to feed all threads, a work item is one chosen block of one row, and the partials are
+// merged afterwards, in the same order and by the same function. Both give the same bits.
 #include "native_common.h"
 
 #include <algorithm>
@@ -198,8 +198,10 @@ class SparseAttention {
 
     const int64_t k_base = page * k_.stride[0] + head * k_.stride[1];
     for (int64_t key = 0; key < keys; key += kPanel) {
-      pack_keys(w.panel, element(k_, k_base + key * k_.stride[2]), k_.stride[2], k_.dtype,
-                std::min(kPanel, keys - key), dim_);
+      const int64_t present = std::min(kPanel, keys - key);
+      const char* k_rows = element(k_, k_base + key * k_.stride[2]);
+      stream_rows(k_rows, k_.stride[2], k_.dtype, present, dim_);
+      pack_keys(w.panel, k_rows, k_.stride[2], k_.dtype, present, dim_);
       int64_t i = 0;
       for (const Reader& reader : w.readers) {
         for (int64_t g = 0; g < group_; ++g, ++i) {
@@ -218,6 +220,7 @@ class SparseAttention {
     }
 
     const int64_t v_base = page * v_.stride[0] + head * v_.stride[1];
+    stream_rows(element(v_, v_base), v_.stride[2], v_.dtype, keys, dim_);
     for (int64_t d = 0; d < dim_; d += kPanel) {
       pack_rows(w.panel, element(v_, v_base + d), v_.stride[2], v_.dtype, keys,
                 std::min(kPanel, dim_ - d));
