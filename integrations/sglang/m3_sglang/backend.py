@@ -14,12 +14,12 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from m3_plugin.backends import choose_kernels
-from m3_plugin.config import PAGED_BLOCK_SIZE, M3Config
+from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.presence import PluginRefusal, attestation
 from m3_plugin.session import MSACaches, MSAPlan, MSASession
 from m3_plugin.settings import Settings
 from m3_sglang.batch import msa_batch
-from m3_sglang.compat import sglang_version
+from m3_sglang.compat import read_config, sglang_version
 from m3_sglang.options import require_served
 from m3_sglang.registration import MODEL_PACKAGE, WRAPPER, wrapper_hook_is_applied
 
@@ -63,8 +63,7 @@ class M3AttentionBackend(AttentionBackend):
         super().__init__()
         require_served(runner.server_args)
         require_complete_presence(runner)
-        config = M3Config.from_hf(runner.model_config.hf_config.to_dict())
-        config.require_paged_host()
+        config = read_config(runner.model_config.hf_config)
         if config.msa is None:
             raise PluginRefusal(
                 "no layer of this checkpoint is sparse; serve it with "

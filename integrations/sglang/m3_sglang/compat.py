@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
+from m3_plugin.config import M3Config
 from m3_plugin.presence import TestedWindow
+
+_ORIGINAL_HEADS = {
+    "num_attention_heads": "original_num_attention_heads",
+    "num_key_value_heads": "original_total_num_kv_heads",
+}
 
 SGLANG_WINDOW = TestedWindow(package="sglang", minimum="0.5.22", below="0.5.24")
 
@@ -26,3 +33,19 @@ def tensor_parallel_size() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return get_parallel().tp_size
+
+
+def read_config(hf_config: Any) -> M3Config:
+    """The model's config as SGLang parsed it, checked for what a paged host can serve.
+
+    On CPU, SGLang writes more heads into the config than the checkpoint has when the ranks exceed
+    them, and keeps the true numbers beside.
+    """
+    values = hf_config.to_dict()
+    text = values.get("text_config") or values
+    for key, original in _ORIGINAL_HEADS.items():
+        if original in text:
+            text[key] = text[original]
+    config = M3Config.from_hf(values)
+    config.require_paged_host()
+    return config

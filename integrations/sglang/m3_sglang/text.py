@@ -19,19 +19,13 @@ from m3_plugin.config import M3Config
 from m3_plugin.presence import PluginRefusal
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
+from m3_sglang.compat import read_config
 from m3_sglang.moe import M3MLP, M3MoE
 from m3_sglang.rope import make_rope
 from m3_sglang.weights import TextWeightLoader
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-
-def read_config(hf_config: Any) -> M3Config:
-    """The model's config as SGLang parsed it, checked for what a paged host can serve."""
-    config = M3Config.from_hf(hf_config.to_dict())
-    config.require_paged_host()
-    return config
 
 
 class M3DecoderLayer(nn.Module):

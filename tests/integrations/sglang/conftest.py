@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from m3_plugin.torchvision_ops import declare_missing_ops
+from tests.integrations.sglang.engine import EngineProcess
 
 declare_missing_ops()
 
@@ -64,6 +65,32 @@ def constructed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("constructed") / "checkpoint"
     ConstructedCheckpoint().write(path, dtype=torch.float32)
     return path
+
+
+@pytest.fixture(scope="session")
+def random_engine(
+    random_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
+    """An engine on the random checkpoint of preset `engine`, in fp32."""
+    log = tmp_path_factory.mktemp("random-engine") / "engine.log"
+    with EngineProcess(random_checkpoint("engine"), log=log) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def constructed_engine(
+    constructed_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
+    """An engine on the constructed checkpoint with room for 32K tokens."""
+    with EngineProcess(
+        constructed_checkpoint,
+        log=tmp_path_factory.mktemp("constructed-engine") / "engine.log",
+        context_length=40960,
+        max_total_tokens=49152,
+        # SGLang's torch-native dense attention computes a whole square per chunk, so few of them
+        chunked_prefill_size=8192,
+    ) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,6 +33,8 @@ OPTIONS: dict[str, Any] = {
     "mem_fraction_static": 0.1,
     "chunked_prefill_size": 2048,
     "log_level": "info",
+    # the scheduler would spin on a core between requests
+    "sleep_on_idle": True,
 }
 
 

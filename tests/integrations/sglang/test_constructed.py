@@ -16,21 +16,6 @@ PAGE = 128
 
 
 @pytest.fixture(scope="module")
-def engine(
-    constructed_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EngineProcess]:
-    with EngineProcess(
-        constructed_checkpoint,
-        log=tmp_path_factory.mktemp("constructed") / "engine.log",
-        context_length=40960,
-        max_total_tokens=49152,
-        # SGLang's torch-native dense attention computes a whole square per chunk, so few of them
-        chunked_prefill_size=8192,
-    ) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
 def tight_engine(
     constructed_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EngineProcess]:
@@ -69,44 +54,44 @@ def words(token_ids: tuple[int, ...] | list[int]) -> str:
 
 
 @pytest.mark.parametrize("num_tokens", [1400, 8192, 32768])
-def test_chain_with_decoys(engine: EngineProcess, num_tokens: int) -> None:
+def test_chain_with_decoys(constructed_engine: EngineProcess, num_tokens: int) -> None:
     prompt = needle_prompt(num_tokens, num_tokens=num_tokens)
-    completions = answer(engine, [prompt])
+    completions = answer(constructed_engine, [prompt])
     check([prompt], completions)
     assert prompt.dense_answer not in (None, completions[0].text)
 
 
-def test_several_chains_at_once(engine: EngineProcess) -> None:
+def test_several_chains_at_once(constructed_engine: EngineProcess) -> None:
     prompts = [
         needle_prompt(seed, num_tokens=tokens)
         for seed, tokens in enumerate((1400, 1407, 1408, 1409, 2047, 2048, 2049, 5000))
     ]
-    check(prompts, answer(engine, prompts))
+    check(prompts, answer(constructed_engine, prompts))
 
 
-def test_same_prompt_twice_is_served_from_the_cache(engine: EngineProcess) -> None:
+def test_same_prompt_twice_is_served_from_the_cache(constructed_engine: EngineProcess) -> None:
     prompt = needle_prompt(501, num_tokens=3000)
-    first, second = (answer(engine, [prompt]) for _ in range(2))
-    engine.flush()
-    third = answer(engine, [prompt])
+    first, second = (answer(constructed_engine, [prompt]) for _ in range(2))
+    constructed_engine.flush()
+    third = answer(constructed_engine, [prompt])
     for completions in (first, second, third):
         check([prompt], completions)
     assert [c[0].num_cached_tokens for c in (first, second, third)] == [0, 2999 // PAGE * PAGE, 0]
 
 
 @pytest.mark.parametrize("shared", [0, 1, 127, 128, 129])
-def test_prefixes_around_a_page(engine: EngineProcess, shared: int) -> None:
+def test_prefixes_around_a_page(constructed_engine: EngineProcess, shared: int) -> None:
     """A hit is whole pages: `shared` tokens beyond three pages give three or four of them."""
     prompt = needle_prompt(520, num_tokens=2000)
     length = 3 * PAGE + shared
-    engine.flush()
-    engine.generate([list(prompt.token_ids[:length])], max_tokens=1)
-    completions = answer(engine, [prompt])
+    constructed_engine.flush()
+    constructed_engine.generate([list(prompt.token_ids[:length])], max_tokens=1)
+    completions = answer(constructed_engine, [prompt])
     check([prompt], completions)
     assert completions[0].num_cached_tokens == length // PAGE * PAGE
 
 
-def test_shared_prefix_with_different_tails(engine: EngineProcess) -> None:
+def test_shared_prefix_with_different_tails(constructed_engine: EngineProcess) -> None:
     """The same context asked for each link of its chain; all but the first reuse its pages."""
     prompt = needle_prompt(502, num_tokens=4000)
     tails = []
@@ -114,8 +99,8 @@ def test_shared_prefix_with_different_tails(engine: EngineProcess) -> None:
         key = next(w for w in VOCABULARY.words if w.id == prompt.expected_ids[hop - 1])
         assert key.question_id is not None
         tails.append((hop, [*prompt.token_ids[:-1], key.question_id]))
-    check([prompt], answer(engine, [prompt]))
-    outputs = engine.generate([ids for _, ids in tails], max_tokens=prompt.max_tokens)
+    check([prompt], answer(constructed_engine, [prompt]))
+    outputs = constructed_engine.generate([ids for _, ids in tails], max_tokens=prompt.max_tokens)
     for (hop, _), output in zip(tails, outputs, strict=True):
         assert tuple(output.token_ids) == prompt.expected_ids[hop:]
         assert output.num_cached_tokens == 3999 // PAGE * PAGE

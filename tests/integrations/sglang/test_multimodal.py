@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,6 @@ from tests.integrations.vllm import golden
 @pytest.fixture(scope="module")
 def checkpoint(random_checkpoint: Callable[[str], Path]) -> Path:
     return random_checkpoint("engine")
-
-
-@pytest.fixture(scope="module")
-def random_engine(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EngineProcess]:
-    log = tmp_path_factory.mktemp("pictures") / "engine.log"
-    with EngineProcess(checkpoint, log=log) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def engine(
-    constructed_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EngineProcess]:
-    log = tmp_path_factory.mktemp("colours") / "engine.log"
-    with EngineProcess(constructed_checkpoint, log=log) as engine:
-        yield engine
 
 
 def noise_image(width: int, height: int) -> Any:
@@ -98,20 +80,22 @@ def request(prompt: PicturePrompt) -> dict[str, Any]:
 
 @pytest.mark.parametrize("modality", ["image", "video"])
 @pytest.mark.parametrize("colour", ["red", "cyan", "black"])
-def test_colour_of_one_picture(engine: EngineProcess, modality: str, colour: str) -> None:
+def test_colour_of_one_picture(
+    constructed_engine: EngineProcess, modality: str, colour: str
+) -> None:
     prompt = picture_prompt((colour,), modality=modality)
-    (output,) = engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
+    (output,) = constructed_engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
     assert tuple(output.token_ids) == prompt.expected_ids
 
 
 @pytest.mark.parametrize("ask", [0, 1, 2])
-def test_one_of_several_pictures(engine: EngineProcess, ask: int) -> None:
+def test_one_of_several_pictures(constructed_engine: EngineProcess, ask: int) -> None:
     prompt = picture_prompt(("green", "magenta", "yellow"), ask=ask)
-    (output,) = engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
+    (output,) = constructed_engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
     assert tuple(output.token_ids) == prompt.expected_ids
 
 
-def test_picture_beyond_the_block_budget(engine: EngineProcess) -> None:
+def test_picture_beyond_the_block_budget(constructed_engine: EngineProcess) -> None:
     prompt = picture_prompt(("blue",), num_filler_tokens=1500)
-    (output,) = engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
+    (output,) = constructed_engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
     assert tuple(output.token_ids) == prompt.expected_ids

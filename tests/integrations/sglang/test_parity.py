@@ -5,7 +5,7 @@ Prompts reach past the block budget, where a wrong selection shows; below it MSA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,34 +29,29 @@ def checkpoint(random_checkpoint: Callable[[str], Path]) -> Path:
     return random_checkpoint("engine")
 
 
-@pytest.fixture(scope="module")
-def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    log = tmp_path_factory.mktemp("parity") / "engine.log"
-    with EngineProcess(checkpoint, log=log) as engine:
-        yield engine
-
-
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 511, 512, 513, 1300])
 def test_greedy_tokens_equal_transformers(
-    engine: EngineProcess, checkpoint: Path, length: int
+    random_engine: EngineProcess, checkpoint: Path, length: int
 ) -> None:
     prompt = random_prompt(length, seed=length)
-    (ours,) = engine.generate([prompt], max_tokens=12, ignore_eos=True)
+    (ours,) = random_engine.generate([prompt], max_tokens=12, ignore_eos=True)
     assert ours.token_ids == golden.greedy(checkpoint, prompt, num_tokens=12)
 
 
-def test_batched_greedy_tokens_equal_transformers(engine: EngineProcess, checkpoint: Path) -> None:
+def test_batched_greedy_tokens_equal_transformers(
+    random_engine: EngineProcess, checkpoint: Path
+) -> None:
     prompts = [random_prompt(n, seed=100 + n) for n in (3, 200, 700, 1000)]
     limits = [9, 5, 7, 3]
-    outputs = engine.generate(prompts, max_tokens=limits, ignore_eos=True)
+    outputs = random_engine.generate(prompts, max_tokens=limits, ignore_eos=True)
     for prompt, limit, ours in zip(prompts, limits, outputs, strict=True):
         assert ours.token_ids == golden.greedy(checkpoint, prompt, num_tokens=limit)
 
 
-def test_prompt_logprobs_equal_transformers(engine: EngineProcess, checkpoint: Path) -> None:
+def test_prompt_logprobs_equal_transformers(random_engine: EngineProcess, checkpoint: Path) -> None:
     prompt = random_prompt(1500, seed=7)
     torch.testing.assert_close(
-        torch.tensor(engine.prompt_logprobs(prompt)),
+        torch.tensor(random_engine.prompt_logprobs(prompt)),
         golden.token_logprobs(checkpoint, prompt),
         atol=LOGPROB_ATOL,
         rtol=0,

@@ -1,0 +1,43 @@
+"""Two ranks over gloo: heads split, and heads shared where there are fewer than ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from m3_plugin.testing.prompts import needle_prompt
+from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
+from tests.integrations.sglang.engine import EngineProcess
+from tests.integrations.sglang.test_constructed import answer, check
+from tests.integrations.sglang.test_parity import LOGPROB_ATOL, random_prompt
+from tests.integrations.vllm import golden
+
+TWO_RANKS = {
+    "tp_size": 2,
+    "environment": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
+}
+
+
+def test_each_rank_holds_its_heads(constructed_checkpoint: Path, tmp_path: Path) -> None:
+    """Two KV heads and index heads per rank, one copy of the index keys on each."""
+    prompts = [
+        needle_prompt(seed, num_tokens=tokens)
+        for seed, tokens in ((600, 1400), (601, 1500), (602, 2300), (603, 4000))
+    ]
+    with EngineProcess(constructed_checkpoint, log=tmp_path / "engine.log", **TWO_RANKS) as engine:
+        check(prompts, answer(engine, prompts))
+        assert engine.log_text().count("serving MiniMax-M3 with 2 MSA") == 2
+
+
+def test_ranks_share_a_head(tmp_path: Path) -> None:
+    """One KV head and index head for two ranks: both hold it, and nothing counts twice."""
+    shape = replace(PRESETS["engine"], num_key_value_heads=1)
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", preset=shape)
+    prompt = random_prompt(1300, seed=11)
+    with EngineProcess(checkpoint, log=tmp_path / "engine.log", **TWO_RANKS) as engine:
+        ours = torch.tensor(engine.prompt_logprobs(prompt))
+    torch.testing.assert_close(
+        ours, golden.token_logprobs(checkpoint, prompt), atol=LOGPROB_ATOL, rtol=0
+    )
