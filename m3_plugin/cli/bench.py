@@ -490,7 +490,7 @@ def _print(report: Report, console: Console) -> None:
             continue
         chunk = f", last {rows[0].rows} rows" if phase == "prefill" else ", one row"
         table = Table(title=f"{phase} of one sparse layer{chunk}, bf16")
-        table.add_column("context", justify="right")
+        table.add_column("context", justify="right", no_wrap=True)
         table.add_column("method", no_wrap=True)
         for heading in ("median ms", "quartiles", "GB/s", "speed-up"):
             table.add_column(heading, justify="right", no_wrap=True)
