@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.linear import (
@@ -13,7 +15,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import (
     swiglu_no_interleaved_with_alpha_and_limit,
 )
-from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ from m3_sglang.compat import tensor_parallel_size
 
 # SGLang's activations add a fixed 1 to `up`.
 _HOST_BETA = 1.0
+# bf16 kernels stay below 1 %; a lost "+ 1", clamp or row order is off by tens of per cent.
+_PROOF_TOLERANCE = 0.03
 
 
 class M3MLP(nn.Module):
@@ -84,6 +88,7 @@ class M3MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.proof: ExpertProof | None = None
         self.tp_size = tensor_parallel_size()
         # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
         # say nothing when told that they are not: the rows are interleaved after loading.
@@ -148,6 +153,8 @@ class M3MoE(nn.Module):
 
     def finish_loading(self) -> None:
         """Bring the experts' gate and up rows into the order the activation expects."""
+        if self.proof is not None:
+            self.proof.expect(self.experts)
         if not self.interleave:
             return
         weight = self.experts.w13_weight
@@ -159,3 +166,95 @@ def interleave_gate_up(w13: Tensor) -> Tensor:
     experts, rows, hidden = w13.shape
     halves = w13.view(experts, 2, rows // 2, hidden)
     return halves.transpose(1, 2).reshape(experts, rows, hidden).contiguous()
+
+
+class ExpertProof(nn.Module):
+    """Refuses an expert kernel that does not compute SwiGLU-OAI, once the weights are in place.
+
+    SGLang has a dozen of them, and one that knows the activation only in another row order, or
+    without the clamp, says nothing. So what the first MoE layer's experts make of a token is
+    worked out from the weights as they were loaded, and compared with what the kernel makes of it.
+
+    A module of its own, attached last: SGLang calls `quant_method.process_weights_after_loading`
+    of each module in order, so this one runs when every kernel has its final weights. Experts
+    stored quantised are not compared; their weights mean nothing without their scales.
+    """
+
+    def __init__(self, moe: M3MoE) -> None:
+        super().__init__()
+        # in a tuple so that the experts are not registered, and loaded, twice
+        self._moe = (moe,)
+        self.expected: Tensor | None = None
+        self.quant_method = _RunProof()
+        moe.proof = self
+
+    def expect(self, experts: nn.Module) -> None:
+        """Work out the answer from weights in the checkpoint's row order."""
+        w13, w2 = experts.w13_weight, experts.w2_weight
+        if not (w13.dtype.is_floating_point and w13.dtype.itemsize >= 2):
+            return
+        config = self._moe[0].config
+        token = self._token(w13).float()
+        ids = range(config.num_experts_per_token)
+        outputs = [expert_output(token, w13[i].float(), w2[i].float(), config) for i in ids]
+        self.expected = torch.stack(outputs).mean(0)
+
+    def run(self) -> None:
+        """Compare the kernel's answer with the expected one.
+
+        Raises
+        ------
+        ValueError : they differ by more than rounding in the weights' dtype explains.
+        """
+        if self.expected is None:
+            return
+        experts = self._moe[0].experts
+        count = self._moe[0].config.num_experts_per_token
+        token = self._token(experts.w13_weight)
+        ids = torch.arange(count, dtype=torch.int32, device=token.device)[None]
+        weights = torch.full_like(ids, 1 / count, dtype=torch.float32)
+        logits = torch.zeros(1, self._moe[0].config.num_experts, device=token.device)
+        with activations_as_is(token.device.type):
+            answer = experts(token, StandardTopKOutput(weights, ids, logits)).float()
+        error = float((answer - self.expected).norm() / self.expected.norm())
+        self.expected = None
+        if not error <= _PROOF_TOLERANCE:
+            raise ValueError(
+                "SGLang's expert kernel does not compute MiniMax-M3's SwiGLU-OAI "
+                f"(relative error {error:.3g} on one token, at most {_PROOF_TOLERANCE} is "
+                "rounding); choose another one with --moe-runner-backend"
+            )
+
+    def _token(self, like: Tensor) -> Tensor:
+        """[1, hidden]: large enough for gates and ups of either sign to meet the clamp."""
+        generator = torch.Generator().manual_seed(0)
+        hidden = self._moe[0].config.hidden_size
+        token = 4.0 * torch.randn(1, hidden, generator=generator, device="cpu")
+        return token.to(dtype=like.dtype, device=like.device)
+
+
+def expert_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> Tensor:
+    """One expert by the book: rows of `w13` are all gates, then all ups. fp32 [1, hidden]."""
+    gate, up = (token @ w13.T).chunk(2, dim=-1)
+    gate = gate.clamp(max=config.swiglu_limit)
+    up = up.clamp(-config.swiglu_limit, config.swiglu_limit)
+    glu = gate * torch.sigmoid(config.swiglu_alpha * gate)
+    return ((up + config.swiglu_beta) * glu) @ w2.T
+
+
+def activations_as_is(device_type: str) -> AbstractContextManager[None]:
+    """SGLang's SwiGLU-OAI is under `torch.compile`, which on CPU only costs start-up time."""
+    if device_type == "cpu":
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+class _RunProof:
+    """Carries SGLang's after-loading call to the proof; owns no weights."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        assert isinstance(layer, ExpertProof)
+        layer.run()
+
+    def restore_weights_before_loading(self, layer: nn.Module) -> None:
+        """Nothing to restore."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from m3_plugin.presence import PluginRefusal
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
 from m3_sglang.compat import read_config
-from m3_sglang.moe import M3MLP, M3MoE
+from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
 from m3_sglang.weights import TextWeightLoader
 
@@ -125,17 +124,11 @@ class M3Model(nn.Module):
         require_our_backend()
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         residual = None
-        with self._activations():
+        with activations_as_is(self.device_type):
             for layer in self.layers:
                 hidden_states, residual = layer(positions, hidden_states, residual, forward_batch)
         hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states
-
-    def _activations(self) -> AbstractContextManager[None]:
-        """SGLang's SwiGLU-OAI is under `torch.compile`, which on CPU only costs start-up time."""
-        if self.device_type == "cpu":
-            return torch.compiler.set_stance("force_eager")
-        return nullcontext()
 
 
 class M3CausalLM(nn.Module):
@@ -160,6 +153,7 @@ class M3CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.quant_config = quant_config
         self.m3_config = read_config(config)
         dot = f"{prefix}." if prefix else ""
         self.model = M3Model(self.m3_config, quant_config=quant_config, prefix=f"{dot}model")
@@ -169,6 +163,13 @@ class M3CausalLM(nn.Module):
             quant_config=quant_config,
             prefix=f"{dot}lm_head",
         )
+        moe_layers = [
+            layer.block_sparse_moe
+            for layer in self.model.layers
+            if layer.feed_forward_name == "block_sparse_moe"
+        ]
+        if moe_layers:
+            self.expert_proof = ExpertProof(moe_layers[0])
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
 
     def get_input_embeddings(self) -> nn.Module:

@@ -35,6 +35,7 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.quant_config = quant_config
         dot = f"{prefix}." if prefix else ""
         self.vision_tower = M3Vision(VisionConfig.from_hf(config))
         self.language_model = M3CausalLM(config, quant_config, f"{dot}language_model")

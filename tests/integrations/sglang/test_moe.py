@@ -1,0 +1,49 @@
+"""The expert kernel's activation: row order on CPU, and a proof that sees a wrong kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integrations.sglang.engine import EngineDiedError, EngineProcess
+
+
+def test_gate_and_up_rows_are_interleaved_per_expert() -> None:
+    from m3_sglang.moe import interleave_gate_up
+
+    w13 = torch.arange(2 * 6).view(2, 6, 1)
+    assert interleave_gate_up(w13).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+# sabotage of our module that leaves SGLang computing something else than SwiGLU-OAI
+WRONG = {
+    "rows in another order": "moe.interleave_gate_up = lambda w13: w13",
+    "no clamp": "moe.FusedMoE = wrong(moe.FusedMoE, gemm1_clamp_limit=1e9)",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_expert_kernel_is_refused_at_start(
+    random_checkpoint: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """A real engine with sabotaged experts: the start must fail and say why."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, sys\n"
+        "def wrong(factory, **options):\n"
+        "    return lambda **given: factory(**{**given, **options})\n"
+        "class Break(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'm3_sglang.text':\n"
+        "            import m3_sglang.moe as moe\n"
+        f"            {WRONG[name]}\n"
+        "sys.meta_path.insert(0, Break())\n"
+    )
+    with pytest.raises(EngineDiedError, match="does not compute MiniMax-M3's SwiGLU-OAI"):
+        EngineProcess(
+            random_checkpoint("engine"),
+            log=tmp_path / "engine.log",
+            environment={"PYTHONPATH": str(tmp_path)},
+        )
