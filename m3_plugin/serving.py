@@ -43,6 +43,13 @@ def vllm_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list
     return [sys.executable, "-m", module, "--model", str(model), *endpoint, *options]
 
 
+def sglang_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list[str]:
+    """Command line of SGLang's OpenAI server in the running interpreter's environment."""
+    endpoint = ["--host", LOOPBACK, "--port", str(port)]
+    launcher = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    return [*launcher, *endpoint, *options]
+
+
 class ServerProcess:
     """One server with its whole process group. Use as a context manager.
 

@@ -46,11 +46,11 @@ class MSAPlan:
 
 @dataclass
 class MSAStatistics:
-    """How much of the context the sparse layers really read, summed over layers and heads.
+    """How much of the context the sparse layers really read, summed over layers.
 
     `rows` counts (query row, layer) pairs; `blocks_read` the blocks chosen and `blocks_visible` the
-    blocks a dense layer would have read, both summed over the groups of those rows. `decode_*`
-    hold the part of steps in which no request had more than one row.
+    blocks dense layers would have read, both summed over the groups of those rows. `decode_*` hold
+    the part of steps in which no request had more than one row.
     """
 
     rows: int = 0
@@ -61,27 +61,36 @@ class MSAStatistics:
     decode_blocks_visible: int = 0
 
     def add(self, block_ids: Tensor, *, batch: MSABatch, block_size: int) -> None:
-        """Count one layer's selection; host lengths only, so for CPU tensors.
+        """Count one layer's selection; reads its values, so it is for CPU tensors.
 
         Parameters
         ----------
         block_ids : int32 [num_kv_heads, rows, topk], -1 where nothing was chosen
         """
         q_lens = batch.cu_seqlens_q.diff()
-        num_rows = int(batch.cu_seqlens_q[-1])
+        rows = int(batch.cu_seqlens_q[-1])
         request = torch.repeat_interleave(torch.arange(batch.num_reqs), q_lens)
-        position = (
-            batch.seq_lens[request] - batch.cu_seqlens_q[1:][request] + torch.arange(num_rows)
-        )
+        position = batch.seq_lens[request] - batch.cu_seqlens_q[1:][request] + torch.arange(rows)
         visible = int((position // block_size + 1).sum()) * block_ids.shape[0]
-        read = int((block_ids[:, :num_rows] >= 0).sum())
-        self.rows += num_rows
+        read = int((block_ids[:, :rows] >= 0).sum())
+        self.rows += rows
         self.blocks_read += read
         self.blocks_visible += visible
         if batch.max_query_len == 1:
-            self.decode_rows += num_rows
+            self.decode_rows += rows
             self.decode_blocks_read += read
             self.decode_blocks_visible += visible
+
+    def phase(self, name: str) -> dict[str, int]:
+        """rows, blocks_read and blocks_visible of "decode", or of all other steps ("prefill")."""
+        decode = {
+            "rows": self.decode_rows,
+            "blocks_read": self.decode_blocks_read,
+            "blocks_visible": self.decode_blocks_visible,
+        }
+        if name == "decode":
+            return decode
+        return {key: getattr(self, key) - value for key, value in decode.items()}
 
 
 class MSASession:
@@ -98,11 +107,8 @@ class MSASession:
         self.msa = msa
         self.kernels = kernels
         self.scale = scale
+        # off by default because counting costs time
         self.statistics: MSAStatistics | None = None
-
-    def record_statistics(self, enabled: bool) -> None:
-        """Start counting blocks from zero, or stop; off by default because counting costs time."""
-        self.statistics = MSAStatistics() if enabled else None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
         """Prepare one engine step. May look at host integers, never at device values."""

@@ -5,6 +5,7 @@
 | `M3_PLUGIN_DISABLE` | 0, 1 | 1: register nothing, the host runs as if the plugin were absent |
 | `M3_PLUGIN_REQUIRED` | 0, 1 | 1: absence, refusal or fallback ends the process with the reason |
 | `M3_PLUGIN_ALLOW_UNTESTED` | 0, 1 | 1: run on a host version outside the tested window |
+| `M3_PLUGIN_STATISTICS` | 0, 1 | 1: count blocks read by MSA layers, in the host's /metrics |
 | `M3_PLUGIN_KERNELS` | auto, native, torch, reference | force a kernel family, not the best |
 """
 
@@ -29,6 +30,7 @@ class Settings:
     disable: bool = False
     required: bool = False
     allow_untested: bool = False
+    statistics: bool = False
     kernels: KernelFamily = "auto"
 
     @classmethod
@@ -40,7 +42,7 @@ class Settings:
         ValueError : unknown variable under the prefix, or a value outside its list.
         """
         given = {k.removeprefix(PREFIX): v for k, v in environment.items() if k.startswith(PREFIX)}
-        known = {"DISABLE", "REQUIRED", "ALLOW_UNTESTED", "KERNELS"}
+        known = {"DISABLE", "REQUIRED", "ALLOW_UNTESTED", "STATISTICS", "KERNELS"}
         for name in sorted(given.keys() - known):
             raise ValueError(
                 f"unknown environment variable {PREFIX}{name}; "
@@ -56,6 +58,7 @@ class Settings:
             disable=_flag(given, "DISABLE"),
             required=_flag(given, "REQUIRED"),
             allow_untested=_flag(given, "ALLOW_UNTESTED"),
+            statistics=_flag(given, "STATISTICS"),
             kernels=cast(KernelFamily, kernels),
         )
 

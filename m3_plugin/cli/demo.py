@@ -24,14 +24,8 @@ from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from m3_plugin.serving import ServerFailed, ServerProcess, free_port, vllm_command
-
-MODEL_NAME = "minimax-m3-constructed"
-MAX_MODEL_LEN = 32768
-
-GPU_COMMAND = """vllm serve MiniMaxAI/MiniMax-M3-MXFP8 --tensor-parallel-size 8 \\
-    --max-model-len 131072 --enable-auto-tool-choice \\
-    --tool-call-parser minimax_m3 --reasoning-parser minimax_m3"""
+from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, installed_host
+from m3_plugin.serving import ServerFailed, ServerProcess, free_port
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,10 @@ class Answer:
 
 
 def demo(
+    host_name: Annotated[
+        str | None,
+        typer.Option("--host", help="vllm or sglang; the one that is installed by default."),
+    ] = None,
     long_tokens: Annotated[
         int, typer.Option(min=2048, max=MAX_MODEL_LEN - 1024, help="Tokens of the long prompt.")
     ] = 16384,
@@ -79,68 +77,47 @@ def demo(
         Path | None, typer.Option(help="Write the server's log to this file and keep it.")
     ] = None,
 ) -> None:
-    """Serve the constructed checkpoint on a real vLLM and check its answers over HTTP."""
+    """Serve the constructed checkpoint on a real vLLM or SGLang and check its answers over HTTP."""
     # progress goes to stderr so that --json leaves nothing but JSON on stdout
     console = Console(stderr=True)
     try:
-        answers = _run(long_tokens=long_tokens, log=log, console=console)
-    except ServerFailed as failure:
+        host = installed_host(host_name)
+        answers = _run(host, long_tokens=long_tokens, log=log, console=console)
+    except (LookupError, ServerFailed) as failure:
         console.print(str(failure), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
     right = all(answer.right for answer in answers)
     if as_json:
         typer.echo(json.dumps({"right": right, "answers": [_as_dict(a) for a in answers]}))
     else:
-        _report(answers, right=right)
+        _report(answers, host=host, right=right)
     raise typer.Exit(0 if right else 1)
 
 
-def _run(*, long_tokens: int, log: Path | None, console: Console) -> list[Answer]:
+def _run(host: Host, *, long_tokens: int, log: Path | None, console: Console) -> list[Answer]:
     from m3_plugin.testing.constructed import ConstructedCheckpoint
 
     with tempfile.TemporaryDirectory(prefix="m3-plugin-demo-") as folder:
         with _step(console, "writing the constructed checkpoint"):
             checkpoint = ConstructedCheckpoint().write(Path(folder) / "checkpoint")
+        scratch = Path(folder)
         port = free_port()
-        command = vllm_command(checkpoint, port=port, options=_SERVER_OPTIONS)
-        server_log = log or Path(folder) / "server.log"
         with (
-            ServerProcess(command, port=port, log=server_log, environment=_ENVIRONMENT) as server,
-            _step(console, "starting vLLM") as say,
+            ServerProcess(
+                host.command(checkpoint, port, host.options),
+                port=port,
+                log=log or scratch / "server.log",
+                environment=host.environment(scratch),
+            ) as server,
+            _step(console, f"starting {host.title}") as say,
         ):
-            server.wait_until_ready(on_wait=lambda line: say(f"starting vLLM: {line}"))
+            server.wait_until_ready(on_wait=lambda line: say(f"starting {host.title}: {line}"))
             answers = []
             for question in _questions(long_tokens):
                 say(f"asking: {question.label}")
-                answers.append(_ask(server.url, question))
-            say("stopping vLLM")
+                answers.append(_ask(server.url, question, host=host))
+            say(f"stopping {host.title}")
         return answers
-
-
-_SERVER_OPTIONS = (
-    *("--served-model-name", MODEL_NAME),
-    *("--max-model-len", str(MAX_MODEL_LEN)),
-    *("--max-num-batched-tokens", "2048"),
-    *("--max-num-seqs", "4"),
-    *("--kv-cache-memory-bytes", str(512 << 20)),
-    *("--limit-mm-per-prompt", '{"image": 2, "video": 1}'),
-    "--enforce-eager",
-    "--enable-prompt-tokens-details",
-    *("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice"),
-    *("--reasoning-parser", "minimax_m3"),
-    *("--worker-extension-cls", "m3_vllm.worker.M3WorkerExtension"),
-)
-_ENVIRONMENT = {
-    "M3_PLUGIN_REQUIRED": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    # the worker's counters are read through the development endpoint
-    "VLLM_SERVER_DEV_MODE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    # every core, instead of leaving one to the API server
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 
 def _questions(long_tokens: int) -> Iterator[Question]:
@@ -187,23 +164,58 @@ def _with_pictures(parts: tuple[dict[str, str], ...], colours: tuple[str, ...]) 
         yield {"type": "image_url", "image_url": {"url": url}}
 
 
-def _ask(url: str, question: Question) -> Answer:
+@dataclass(frozen=True)
+class _Counters:
+    """The server's own counts up to now."""
+
+    requests: float
+    decode_s_per_token: float
+    prefill_blocks: tuple[float, float]
+    decode_blocks: tuple[float, float]
+
+
+def _read_counters(url: str, *, host: Host) -> _Counters:
     import httpx
+
+    text = httpx.get(f"{url}/metrics", timeout=60).text
+    time_per_token = f"{host.metrics}:request_time_per_output_token_seconds"
+
+    def blocks(phase: str) -> tuple[float, float]:
+        label = f'phase="{phase}"'
+        return (
+            _metric(text, "m3_plugin:msa_blocks_read_total", label=label),
+            _metric(text, "m3_plugin:msa_blocks_visible_total", label=label),
+        )
+
+    return _Counters(
+        requests=_metric(text, f"{time_per_token}_count"),
+        decode_s_per_token=_metric(text, f"{time_per_token}_sum"),
+        prefill_blocks=blocks("prefill"),
+        decode_blocks=blocks("decode"),
+    )
+
+
+def _metric(exposition: str, name: str, *, label: str = "") -> float:
+    """Sum of a Prometheus metric over its labels, of those samples that carry `label`."""
+    samples = [line for line in exposition.splitlines() if line.startswith(name)]
+    return sum(float(line.rpartition(" ")[2]) for line in samples if label in line)
+
+
+def _counters_after(url: str, before: _Counters, *, host: Host) -> _Counters:
+    """The counters once they hold one request more; the server counts after it has answered."""
+    deadline = time.monotonic() + 10
+    while True:
+        counters = _read_counters(url, host=host)
+        if counters.requests > before.requests or time.monotonic() > deadline:
+            return counters
+        time.sleep(0.1)
+
+
+def _ask(url: str, question: Question, *, host: Host) -> Answer:
     from openai import OpenAI
 
-    def workers(method: str, *args: Any) -> Any:
-        body = {"method": method, "args": list(args)}
-        reply = httpx.post(f"{url}/collective_rpc", json=body, timeout=60)
-        reply.raise_for_status()
-        return reply.json()["results"][0]
-
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
-
-    def decode_seconds() -> float:
-        return _metric(httpx.get(f"{url}/metrics").text, "vllm:request_decode_time_seconds_sum")
-
-    workers("m3_record_statistics", True)
-    decoded_before = decode_seconds()
+    before = _read_counters(url, host=host)
     start = time.perf_counter()
     stream = client.chat.completions.create(
         model=MODEL_NAME,
@@ -220,12 +232,10 @@ def _ask(url: str, question: Question) -> Answer:
         if chunk.choices and chunk.choices[0].delta.content:
             first_token = first_token if text else time.perf_counter()
             text += chunk.choices[0].delta.content
-    blocks = workers("m3_statistics")
+    after = _counters_after(url, before, host=host)
     assert usage is not None
     details = usage.prompt_tokens_details
-    # the prefill step gives the first token, every decode step one more
-    decode_steps = usage.completion_tokens - 1
-    decode_s = decode_seconds() - decoded_before
+    counted = after.requests > before.requests
     return Answer(
         label=question.label,
         asked=question.asked,
@@ -233,20 +243,17 @@ def _ask(url: str, question: Question) -> Answer:
         received=text.strip(),
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=(details.cached_tokens if details else 0) or 0,
-        prefill_blocks=(
-            blocks["blocks_read"] - blocks["decode_blocks_read"],
-            blocks["blocks_visible"] - blocks["decode_blocks_visible"],
-        ),
-        decode_blocks=(blocks["decode_blocks_read"], blocks["decode_blocks_visible"]),
+        prefill_blocks=_difference(after.prefill_blocks, before.prefill_blocks),
+        decode_blocks=_difference(after.decode_blocks, before.decode_blocks),
         first_token_s=first_token - start,
-        decode_ms_per_token=1e3 * decode_s / decode_steps if decode_steps else None,
+        decode_ms_per_token=1e3 * (after.decode_s_per_token - before.decode_s_per_token)
+        if counted
+        else None,
     )
 
 
-def _metric(exposition: str, name: str) -> float:
-    """Sum of a Prometheus metric over its labels."""
-    lines = exposition.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+def _difference(after: tuple[float, float], before: tuple[float, float]) -> tuple[int, int]:
+    return int(after[0] - before[0]), int(after[1] - before[1])
 
 
 @contextmanager
@@ -275,11 +282,11 @@ def _as_dict(answer: Answer) -> dict[str, Any]:
     return {**asdict(answer), "right": answer.right}
 
 
-def _report(answers: list[Answer], *, right: bool) -> None:
+def _report(answers: list[Answer], *, host: Host, right: bool) -> None:
     terminal = Console()
     # a pipe or a log has no width of its own, and a narrow table cannot be read
     console = terminal if terminal.is_terminal else Console(width=130)
-    table = Table(title="MiniMax-M3 (constructed checkpoint) on vLLM through m3-plugin")
+    table = Table(title=f"MiniMax-M3 (constructed checkpoint) on {host.title} through m3-plugin")
     for heading in ("question", "expected", "received"):
         table.add_column(heading)
     for heading in ("prompt\ntokens", "of them\ncached", "blocks read\nprefill | decode"):
@@ -307,7 +314,7 @@ def _report(answers: list[Answer], *, right: bool) -> None:
         console.print("WRONG ANSWERS", style="bold red")
     note = (
         "\n\nThis version brings CPU kernels only: on GPUs the plugin stands aside with a\n"
-        "warning and vLLM's own MiniMax-M3 answers (M3_PLUGIN_REQUIRED=1 makes that an error)."
+        f"warning and {host.title}'s own MiniMax-M3 answers (M3_PLUGIN_REQUIRED=1 forbids that)."
     )
     title = "the released weights on GPUs"
-    console.print(Panel(GPU_COMMAND + note, title=title, expand=False, highlight=False))
+    console.print(Panel(host.gpu_command + note, title=title, expand=False, highlight=False))

@@ -9,7 +9,7 @@ from torch import Tensor
 from m3_plugin.backends import choose_kernels
 from m3_plugin.batch import MSABatch
 from m3_plugin.config import MSAConfig
-from m3_plugin.session import MSACaches, MSASession
+from m3_plugin.session import MSACaches, MSASession, MSAStatistics
 
 PAGE = 128
 HEADS, KV_HEADS, DIM = 8, 4, 128
@@ -126,7 +126,7 @@ def test_init_blocks_reach_the_selection() -> None:
 
 def test_statistics_count_what_was_read() -> None:
     target = session(msa())
-    target.record_statistics(True)
+    target.statistics = MSAStatistics()
     length = 6 * PAGE
     pages = torch.arange(6, dtype=torch.int32)
     cache = caches(6)
@@ -149,8 +149,8 @@ def test_statistics_count_what_was_read() -> None:
     assert counted.decode_blocks_visible == 6 * KV_HEADS
     assert counted.blocks_visible == KV_HEADS * PAGE * (1 + 2 + 3 + 4 + 5 + 6)
     assert counted.blocks_read == KV_HEADS * PAGE * (1 + 2 + 3 + 4 + 4 + 4)
-    target.record_statistics(False)
-    assert target.statistics is None
+    assert counted.phase("decode")["rows"] == 1
+    assert counted.phase("prefill")["rows"] == length - 1
 
 
 def test_batch_shapes_are_checked() -> None:

@@ -41,13 +41,12 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from m3_plugin.backends import choose_kernels
+from m3_plugin.assembly import make_session
 from m3_plugin.capacity import local_heads
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
 from m3_plugin.presence import attestation
 from m3_plugin.session import MSASession
-from m3_plugin.settings import Settings
 from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
 from m3_vllm.attention import M3SparseCacheLayer
 from m3_vllm.compat import device_type, vllm_version
@@ -68,14 +67,6 @@ def read_config(vllm_config: VllmConfig) -> M3Config:
     config = M3Config.from_hf(vllm_config.model_config.hf_config.to_dict())
     config.require_paged_host()
     return config
-
-
-def make_session(config: M3Config) -> MSASession | None:
-    """One MSA session for this worker, None for a model without sparse layers."""
-    if config.msa is None:
-        return None
-    kernels = choose_kernels(device_type(), Settings.from_environment().kernels)
-    return MSASession(config.msa, kernels=kernels, scale=config.head_dim**-0.5)
 
 
 class _M3AttentionBase(nn.Module):
@@ -274,7 +265,7 @@ class M3Model(nn.Module):
         super().__init__()
         config = read_config(vllm_config)
         self.m3_config = config
-        self.session = make_session(config)
+        self.session = make_session(config, device_type=device_type())
         if get_pp_group().is_first_rank:
             self.embed_tokens: nn.Module = VocabParallelEmbedding(
                 config.vocab_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from m3_plugin.session import MSASession
+from m3_plugin.session import MSASession, MSAStatistics
 
 
 class M3WorkerExtension:
@@ -19,8 +19,8 @@ class M3WorkerExtension:
         return f"{model.__module__}.{model.__qualname__}"
 
     def m3_record_statistics(self, enabled: bool) -> None:
-        """Count blocks read by the MSA layers from now on, or stop counting."""
-        self._m3_session().record_statistics(enabled)
+        """Count blocks read by the MSA layers from zero on, or stop counting."""
+        self._m3_session().statistics = MSAStatistics() if enabled else None
 
     def m3_statistics(self) -> dict[str, int]:
         """The counters of `MSAStatistics` since recording was switched on."""

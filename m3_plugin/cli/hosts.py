@@ -1,0 +1,139 @@
+"""How the command line starts a small M3 on each host, and where it finds the host's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from m3_plugin.serving import sglang_command, vllm_command
+
+MODEL_NAME = "minimax-m3-constructed"
+MAX_MODEL_LEN = 32768
+
+
+@dataclass(frozen=True)
+class Host:
+    """One serving framework as the demo uses it.
+
+    Attributes
+    ----------
+    title : its name for people
+    distributions : names under which it may be installed
+    command : (model, port, options) to a command line
+    options : for a small model on a CPU
+    environment : (scratch folder) to variables of the server's process
+    metrics : prefix of its Prometheus metrics
+    gpu_command : how to serve the released weights
+    """
+
+    title: str
+    distributions: tuple[str, ...]
+    command: Callable[[Path, int, Sequence[str]], list[str]]
+    options: tuple[str, ...]
+    environment: Callable[[Path], Mapping[str, str]]
+    metrics: str
+    gpu_command: str
+
+
+_COMMON_ENVIRONMENT = {
+    "M3_PLUGIN_REQUIRED": "1",
+    "M3_PLUGIN_STATISTICS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # spinning worker threads starve each other on machines with few cores
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def _vllm_environment(scratch: Path) -> Mapping[str, str]:
+    counters = scratch / "prometheus"
+    counters.mkdir()
+    return {
+        **_COMMON_ENVIRONMENT,
+        "PROMETHEUS_MULTIPROC_DIR": str(counters),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # every core, instead of leaving one to the API server
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_RPC_BASE_PATH": str(scratch),
+    }
+
+
+HOSTS: Mapping[str, Host] = {
+    "vllm": Host(
+        title="vLLM",
+        distributions=("vllm", "vllm-cpu"),
+        command=lambda model, port, options: vllm_command(model, port=port, options=options),
+        options=(
+            *("--served-model-name", MODEL_NAME),
+            *("--max-model-len", str(MAX_MODEL_LEN)),
+            *("--max-num-batched-tokens", "2048"),
+            *("--max-num-seqs", "4"),
+            *("--kv-cache-memory-bytes", str(512 << 20)),
+            *("--limit-mm-per-prompt", '{"image": 2, "video": 1}'),
+            "--enforce-eager",
+            "--enable-prompt-tokens-details",
+            *("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice"),
+            *("--reasoning-parser", "minimax_m3"),
+        ),
+        environment=_vllm_environment,
+        metrics="vllm",
+        gpu_command=(
+            "vllm serve MiniMaxAI/MiniMax-M3-MXFP8 --tensor-parallel-size 8 \\\n"
+            "    --max-model-len 131072 --enable-auto-tool-choice \\\n"
+            "    --tool-call-parser minimax_m3 --reasoning-parser minimax_m3"
+        ),
+    ),
+    "sglang": Host(
+        title="SGLang",
+        distributions=("sglang",),
+        command=lambda model, port, options: sglang_command(model, port=port, options=options),
+        options=(
+            *("--served-model-name", MODEL_NAME),
+            *("--device", "cpu"),
+            *("--context-length", str(MAX_MODEL_LEN)),
+            *("--max-total-tokens", str(2 * MAX_MODEL_LEN)),
+            *("--max-running-requests", "4"),
+            *("--mem-fraction-static", "0.1"),
+            *("--chunked-prefill-size", "2048"),
+            "--sleep-on-idle",
+            "--enable-metrics",
+            "--enable-cache-report",
+            *("--tool-call-parser", "minimax-m3"),
+            *("--reasoning-parser", "minimax-m3"),
+        ),
+        environment=lambda scratch: _COMMON_ENVIRONMENT,
+        metrics="sglang",
+        gpu_command=(
+            "python -m sglang.launch_server --model-path MiniMaxAI/MiniMax-M3 --tp 8 \\\n"
+            "    --tool-call-parser minimax-m3 --reasoning-parser minimax-m3"
+        ),
+    ),
+}
+
+
+def installed_host(name: str | None) -> Host:
+    """The named host, or the one that is installed.
+
+    Raises
+    ------
+    LookupError : unknown name, or no host (or not that one) in this environment.
+    """
+    if name is not None and name not in HOSTS:
+        raise LookupError(f"--host must be one of {', '.join(HOSTS)}; got {name!r}")
+    for candidate in [name] if name else HOSTS:
+        if any(_is_installed(distribution) for distribution in HOSTS[candidate].distributions):
+            return HOSTS[candidate]
+    wanted = HOSTS[name].title if name else " or ".join(host.title for host in HOSTS.values())
+    raise LookupError(
+        f"{wanted} is not installed beside m3-plugin; run `make demo`, or install it here"
+    )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
