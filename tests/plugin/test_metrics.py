@@ -1,0 +1,58 @@
+"""Counters in the host's own /metrics, per phase."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from m3_plugin.batch import MSABatch
+from m3_plugin.cli.demo import _metric
+
+prometheus_client = pytest.importorskip("prometheus_client")
+
+
+def step(seq_len: int, num_rows: int) -> MSABatch:
+    return MSABatch(
+        cu_seqlens_q=torch.tensor([0, num_rows], dtype=torch.int32),
+        seq_lens=torch.tensor([seq_len], dtype=torch.int32),
+        page_table=torch.zeros(1, 8, dtype=torch.int32),
+        slot_mapping=torch.zeros(num_rows, dtype=torch.int64),
+        max_query_len=num_rows,
+        max_seq_len=seq_len,
+    )
+
+
+def exported(name: str, phase: str) -> float:
+    text = prometheus_client.generate_latest().decode()
+    return _metric(text, f"m3_plugin:msa_{name}_total", label=f'phase="{phase}"')
+
+
+def test_blocks_are_exported_by_phase() -> None:
+    from m3_plugin.metrics import ExportedStatistics
+
+    statistics = ExportedStatistics()
+    ids = torch.tensor([[[0, 3, 7, -1]], [[1, 7, -1, -1]]], dtype=torch.int32)
+    before = {p: exported("blocks_read", p) for p in ("prefill", "decode")}
+    statistics.add(ids, batch=step(1000, 1), block_size=128)
+    statistics.add(ids.repeat(1, 2, 1), batch=step(300, 2), block_size=128)
+    assert exported("blocks_read", "decode") - before["decode"] == 5
+    assert exported("blocks_read", "prefill") - before["prefill"] == 10
+    assert statistics.phase("decode") == {"rows": 1, "blocks_read": 5, "blocks_visible": 16}
+    assert statistics.phase("prefill") == {"rows": 2, "blocks_read": 10, "blocks_visible": 12}
+
+
+def test_statistics_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from m3_plugin.assembly import make_session
+    from m3_plugin.config import M3Config
+    from m3_plugin.metrics import ExportedStatistics
+    from tests.plugin.test_config import HUB
+
+    config = M3Config.from_hf(HUB)
+    silent = make_session(config, device_type="cpu")
+    assert silent is not None
+    assert silent.statistics is None
+    assert silent.scale == 128**-0.5
+    monkeypatch.setenv("M3_PLUGIN_STATISTICS", "1")
+    counting = make_session(config, device_type="cpu")
+    assert counting is not None
+    assert isinstance(counting.statistics, ExportedStatistics)
