@@ -13,11 +13,10 @@ import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from m3_plugin.backends import choose_kernels
+from m3_plugin.assembly import make_session
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.presence import PluginRefusal, attestation
-from m3_plugin.session import MSACaches, MSAPlan, MSASession
-from m3_plugin.settings import Settings
+from m3_plugin.session import MSACaches, MSAPlan
 from m3_sglang.batch import msa_batch
 from m3_sglang.compat import read_config, sglang_version
 from m3_sglang.options import require_served
@@ -64,18 +63,16 @@ class M3AttentionBackend(AttentionBackend):
         require_served(runner.server_args)
         require_complete_presence(runner)
         config = read_config(runner.model_config.hf_config)
-        if config.msa is None:
+        session = make_session(config, device_type=torch.device(runner.device).type)
+        if session is None:
             raise PluginRefusal(
-                "no layer of this checkpoint is sparse; serve it with "
-                "--attention-backend of SGLang and M3_PLUGIN_DISABLE=1"
+                "no layer of this checkpoint is sparse; SGLang alone serves it: "
+                "set M3_PLUGIN_DISABLE=1"
             )
-        kernels = choose_kernels(
-            torch.device(runner.device).type, Settings.from_environment().kernels
-        )
         self.dense = dense
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.session = MSASession(config.msa, kernels=kernels, scale=config.head_dim**-0.5)
+        self.session = session
         self.plan: MSAPlan | None = None
         self.caches: dict[int, MSACaches] = {}
         sparse = config.num_sparse_layers
@@ -84,7 +81,7 @@ class M3AttentionBackend(AttentionBackend):
             attestation(
                 host="SGLang",
                 host_version=sglang_version(),
-                kernels=kernels,
+                kernels=session.kernels,
                 detail=f"serving MiniMax-M3 with {sparse} MSA and "
                 f"{config.num_hidden_layers - sparse} dense attention layers in this process, "
                 f"dense ones on {type(dense).__name__}",

@@ -1,1 +1,9 @@
-"""Model classes under SGLang's architecture names; SGLang imports every module of this package."""
+"""Model classes under SGLang's architecture names; SGLang imports every module of this package.
+
+An import error of a module it would log and pass over, so the module is imported here first.
+"""
+
+from m3_sglang.exits import ending_the_process
+
+with ending_the_process():
+    from m3_sglang.models import minimax_m3  # noqa: F401

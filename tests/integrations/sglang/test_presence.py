@@ -1,0 +1,193 @@
+"""Never silently absent: SGLang's own loader finds us, and what stops us stops the server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m3_plugin.serving import ServerFailed, ServerProcess, free_port, sglang_command
+from tests.integrations.sglang.engine import ENVIRONMENT
+from tests.integrations.sglang.test_server import OPTIONS
+
+LOAD = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+load_plugins()
+from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, attn_backend_wrapper
+print("CHOICE", "msa" in ATTENTION_BACKEND_CHOICES, "msa" in ATTENTION_BACKENDS)
+print("HOOK", hasattr(attn_backend_wrapper, "__wrapped__"))
+if MODELS:
+    from sglang.srt.models.registry import ModelRegistry
+    for name in ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"):
+        print("CLASS", ModelRegistry.resolve_model_cls(name)[0].__module__)
+"""
+
+
+def load_plugins(*, models: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run SGLang's plugin loader in a fresh interpreter and print what it left behind."""
+    return subprocess.run(
+        [sys.executable, "-c", LOAD.replace("MODELS", str(models))],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def broken_package(tmp_path: Path, name: str) -> str:
+    """A path entry whose package of that name cannot be imported; the value for PYTHONPATH."""
+    package = tmp_path / "broken" / name
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"raise ImportError('{name} is broken on purpose')\n")
+    return str(package.parent)
+
+
+def test_entry_point_registers_everything_once() -> None:
+    result = load_plugins(models=True)
+    assert result.returncode == 0, result.stderr
+    assert "CHOICE True True" in result.stdout
+    assert "HOOK True" in result.stdout
+    assert result.stdout.count("CLASS m3_sglang.models.minimax_m3") == 2
+    assert (result.stdout + result.stderr).count("m3-plugin 0.") == 1
+
+
+def test_a_users_own_model_package_keeps_its_place(tmp_path: Path) -> None:
+    package = tmp_path / "users_models"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("class TheirModel: ...\nEntryClass = TheirModel\n")
+    theirs = "print(ModelRegistry.resolve_model_cls('TheirModel')[0].__module__)"
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD.replace("MODELS", "True") + theirs],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(tmp_path),
+            "SGLANG_EXTERNAL_MODEL_PACKAGE": "users_models",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("CLASS m3_sglang.models.minimax_m3") == 2
+    assert "users_models.one" in result.stdout
+
+
+def test_disable_gives_the_host_alone_and_says_so() -> None:
+    result = load_plugins(M3_PLUGIN_DISABLE="1")
+    assert result.returncode == 0, result.stderr
+    assert "CHOICE False False" in result.stdout
+    assert "HOOK False" in result.stdout
+    assert "NOT ACTIVE" in result.stdout + result.stderr
+
+
+def test_unknown_variable_is_an_error() -> None:
+    result = load_plugins(M3_PLUGIN_KERNEL="native")
+    assert result.returncode != 0
+    assert "M3_PLUGIN_KERNEL;" in result.stderr
+
+
+def test_broken_import_is_loud_or_fails_when_required(tmp_path: Path) -> None:
+    path = broken_package(tmp_path, "m3_kernels")
+    loud = load_plugins(PYTHONPATH=path)
+    assert loud.returncode == 0, loud.stderr
+    assert "NOT ACTIVE" in loud.stdout + loud.stderr
+    assert "CHOICE False False" in loud.stdout
+    required = load_plugins(PYTHONPATH=path, M3_PLUGIN_REQUIRED="1")
+    assert required.returncode != 0
+    assert "m3_kernels is broken on purpose" in required.stderr
+
+
+def test_untested_release_is_refused_with_the_way_to_override(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as metadata\n"
+        "version = metadata.version\n"
+        "metadata.version = lambda name: '0.6.0' if name == 'sglang' else version(name)\n"
+    )
+    refused = load_plugins(PYTHONPATH=str(tmp_path), M3_PLUGIN_REQUIRED="1")
+    assert refused.returncode != 0
+    assert "sglang 0.6.0 is outside the tested window" in refused.stderr
+    assert "M3_PLUGIN_ALLOW_UNTESTED=1" in refused.stderr
+
+
+SABOTAGE = {
+    # SGLang passes over an import error in a model package and takes its own class instead
+    "model": (
+        "        if name == 'm3_sglang.moe':\n            raise ImportError('broken on purpose')\n",
+        "m3-plugin is required (M3_PLUGIN_REQUIRED=1): ImportError: broken on purpose",
+    ),
+    # ... and only logs that a hook's target does not exist
+    "hook": (
+        "        if name == 'm3_sglang.options':\n"
+        "            from sglang.srt.plugins.hook_registry import HookRegistry\n"
+        "            def gone(target, hooks):\n"
+        "                raise AttributeError(target)\n"
+        "            HookRegistry._apply_target = gone\n",
+        "SGLang did not apply our hook",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_server_that_is_half_ours_does_not_start(
+    tmp_path: Path, constructed_checkpoint: Path, name: str
+) -> None:
+    sabotage, reason = SABOTAGE[name]
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, sys\n"
+        "class Break(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"{sabotage}"
+        "sys.meta_path.insert(0, Break())\n"
+    )
+    refuse(constructed_checkpoint, tmp_path, reason, PYTHONPATH=str(tmp_path))
+
+
+def test_the_named_backend_notices_that_we_are_not_allowed(
+    tmp_path: Path, constructed_checkpoint: Path
+) -> None:
+    """Left out by SGLANG_PLUGINS nothing of ours runs; SGLang then does not know the name."""
+    refuse(
+        constructed_checkpoint,
+        tmp_path,
+        "invalid choice: 'msa'",
+        options=("--attention-backend", "msa"),
+        SGLANG_PLUGINS="another",
+    )
+
+
+def test_a_page_that_is_not_a_block_is_refused(
+    tmp_path: Path, constructed_checkpoint: Path
+) -> None:
+    refuse(constructed_checkpoint, tmp_path, "--page-size must be", options=("--page-size", "64"))
+
+
+def refuse(
+    checkpoint: Path,
+    tmp_path: Path,
+    reason: str,
+    options: tuple[str, ...] = (),
+    **environment: str,
+) -> None:
+    """Start a server that must end by itself and give the reason."""
+    port = free_port()
+    command = sglang_command(checkpoint, port=port, options=(*OPTIONS, *options))
+    with (
+        ServerProcess(
+            command,
+            port=port,
+            log=tmp_path / "server.log",
+            environment={**ENVIRONMENT, **environment},
+        ) as server,
+        pytest.raises(ServerFailed, match="server ended"),
+    ):
+        server.wait_until_ready(timeout_s=300)
+    assert reason in server.log.read_text(errors="replace")
+    assert server.process.returncode != 0
