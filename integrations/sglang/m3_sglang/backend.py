@@ -105,7 +105,7 @@ class M3AttentionBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
 
-    def support_triton(self) -> bool:
+    def support_triton(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.dense.support_triton()
 
     def forward(

@@ -157,7 +157,7 @@ class M3MoE(nn.Module):
             self.proof.expect(self.experts)
         if not self.interleave:
             return
-        weight = self.experts.w13_weight
+        weight = self.experts.get_parameter("w13_weight")
         weight.data = interleave_gate_up(weight.data)
 
 
@@ -185,16 +185,21 @@ class ExpertProof(nn.Module):
         # in a tuple so that the experts are not registered, and loaded, twice
         self._moe = (moe,)
         self.expected: Tensor | None = None
+        self.dtype = torch.float32
         self.quant_method = _RunProof()
         moe.proof = self
 
     def expect(self, experts: nn.Module) -> None:
         """Work out the answer from weights in the checkpoint's row order."""
-        w13, w2 = experts.w13_weight, experts.w2_weight
+        weights = dict(experts.named_parameters(recurse=False))
+        if "w13_weight" not in weights:
+            return
+        w13, w2 = weights["w13_weight"], weights["w2_weight"]
         if not (w13.dtype.is_floating_point and w13.dtype.itemsize >= 2):
             return
         config = self._moe[0].config
-        token = self._token(w13).float()
+        self.dtype = w13.dtype
+        token = self._token(w13, dtype=w13.dtype).float()
         ids = range(config.num_experts_per_token)
         outputs = [expert_output(token, w13[i].float(), w2[i].float(), config) for i in ids]
         self.expected = torch.stack(outputs).mean(0)
@@ -210,7 +215,7 @@ class ExpertProof(nn.Module):
             return
         experts = self._moe[0].experts
         count = self._moe[0].config.num_experts_per_token
-        token = self._token(experts.w13_weight)
+        token = self._token(self.expected, dtype=self.dtype)
         ids = torch.arange(count, dtype=torch.int32, device=token.device)[None]
         weights = torch.full_like(ids, 1 / count, dtype=torch.float32)
         logits = torch.zeros(1, self._moe[0].config.num_experts, device=token.device)
@@ -225,12 +230,12 @@ class ExpertProof(nn.Module):
                 "rounding); choose another one with --moe-runner-backend"
             )
 
-    def _token(self, like: Tensor) -> Tensor:
+    def _token(self, like: Tensor, *, dtype: torch.dtype) -> Tensor:
         """[1, hidden]: large enough for gates and ups of either sign to meet the clamp."""
         generator = torch.Generator().manual_seed(0)
         hidden = self._moe[0].config.hidden_size
         token = 4.0 * torch.randn(1, hidden, generator=generator, device="cpu")
-        return token.to(dtype=like.dtype, device=like.device)
+        return token.to(dtype=dtype, device=like.device)
 
 
 def expert_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> Tensor:

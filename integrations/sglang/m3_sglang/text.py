@@ -74,15 +74,16 @@ class M3DecoderLayer(nn.Module):
         residual: Tensor | None,
         forward_batch: ForwardBatch,
     ) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] -> what the layer adds to the stream, and the stream before that."""
         if residual is None:
-            residual = hidden_states
+            stream = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
         else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+            hidden_states, stream = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(positions, hidden_states, forward_batch)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        hidden_states, stream = self.post_attention_layernorm(hidden_states, stream)
         feed_forward = getattr(self, self.feed_forward_name)
-        return feed_forward(hidden_states), residual
+        return feed_forward(hidden_states), stream
 
 
 class M3Model(nn.Module):
@@ -163,13 +164,9 @@ class M3CausalLM(nn.Module):
             quant_config=quant_config,
             prefix=f"{dot}lm_head",
         )
-        moe_layers = [
-            layer.block_sparse_moe
-            for layer in self.model.layers
-            if layer.feed_forward_name == "block_sparse_moe"
-        ]
-        if moe_layers:
-            self.expert_proof = ExpertProof(moe_layers[0])
+        routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
+        if routed is not None:
+            self.expert_proof = ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
 
     def get_input_embeddings(self) -> nn.Module:

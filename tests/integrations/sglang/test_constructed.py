@@ -19,9 +19,10 @@ PAGE = 128
 def tight_engine(
     constructed_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EngineProcess]:
-    """Chunks of two pages, and memory for two requests of 1,530 tokens but not for their answers.
+    """Chunks of two pages in steps with decoding rows; little memory.
 
-    SGLang is made to admit requests as if they would hardly generate anything.
+    There is room for two requests of 1,530 tokens but not for their answers, and SGLang is made to
+    admit requests as if they would hardly generate anything.
     """
     with EngineProcess(
         constructed_checkpoint,
@@ -29,6 +30,7 @@ def tight_engine(
         max_total_tokens=27 * PAGE,
         context_length=4096,
         chunked_prefill_size=256,
+        enable_mixed_chunk=True,
         schedule_conservativeness=0.01,
         environment={"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "1"},
     ) as engine:
@@ -107,8 +109,10 @@ def test_shared_prefix_with_different_tails(constructed_engine: EngineProcess) -
 
 
 def test_small_chunks_beside_decoding_requests(tight_engine: EngineProcess) -> None:
+    """One step holds rows of a chunk and of a decoding request: 255 new tokens of 256."""
     prompts = [needle_prompt(seed, num_tokens=n) for seed, n in ((600, 1400), (601, 1601))]
     check(prompts, answer(tight_engine, prompts))
+    assert "#new-token: 255, #cached-token: 0" in tight_engine.log_text()
 
 
 def test_retraction(tight_engine: EngineProcess) -> None:

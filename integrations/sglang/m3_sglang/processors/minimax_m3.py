@@ -50,14 +50,17 @@ class M3Processor(BaseMultimodalProcessor):
         processor.tokenizer = getattr(_processor, "tokenizer", processor.tokenizer)
         super().__init__(hf_config, server_args, processor, *args, **kwargs)
         self.ids = TokenIds(processor)
-        self.mm_tokens = MultimodalSpecialTokens(
+        tokens = MultimodalSpecialTokens(
             image_token=processor.IMAGE_TOKEN,
             image_token_id=self.ids.image,
             video_token=processor.VIDEO_TOKEN,
             video_token_id=self.ids.video,
-        ).build(processor)
+        )
+        tokens.build(processor)
+        # SGLang's own attribute may be None; this one is not
+        self.mm_tokens = self.media_tokens = tokens
 
-    async def process_mm_data_async(
+    async def process_mm_data_async(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         image_data: list | None,
         audio_data: list | None,
@@ -74,16 +77,16 @@ class M3Processor(BaseMultimodalProcessor):
         if audio_data:
             raise ValueError("MiniMax-M3 has no audio tower: send images or videos")
         loaded = await self.load_mm_data(
-            prompt=input_text,
+            prompt=input_text,  # pyright: ignore[reportArgumentType]  (SGLang tests for a list)
             image_data=image_data,
             video_data=request_obj.video_data,
-            multimodal_tokens=self.mm_tokens,
+            multimodal_tokens=self.media_tokens,
         )
-        videos = [video_frames(video) for video in loaded.videos]
+        videos = [video_frames(video) for video in loaded.videos or ()]
         loaded.videos = [frames for frames, _ in videos]
         items, input_ids, _ = self.process_and_combine_mm_data(
             loaded,
-            self.mm_tokens,
+            self.media_tokens,
             video_metadata=[metadata for _, metadata in videos],
             prompt=input_text,
         )
@@ -96,7 +99,7 @@ class M3Processor(BaseMultimodalProcessor):
             video_token_id=self.ids.video,
         )
 
-    def process_mm_data(
+    def process_mm_data(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_text: str,
         images: list | None = None,
