@@ -11,17 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.integrations.cases import LOGPROB_ATOL, Case, random_prompt, recorded
 from tests.integrations.vllm import golden
 from tests.integrations.vllm.engine import EngineProcess
-
-# vLLM and transformers sum in different orders; measured differences stay below 2e-5.
-LOGPROB_ATOL = 2e-4
-
-
-def random_prompt(length: int, *, seed: int, vocabulary: int = 400) -> list[int]:
-    """Token ids above the special ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(40, vocabulary, (length,), generator=generator).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +62,16 @@ def test_prompt_logprobs_equal_transformers(engine: EngineProcess, checkpoint: P
         golden.token_logprobs(checkpoint, prompt),
         atol=LOGPROB_ATOL,
         rtol=0,
+    )
+
+
+@pytest.mark.parametrize("case", recorded(), ids=lambda case: f"{case['length']} tokens")
+def test_the_record_every_host_must_give(engine: EngineProcess, case: Case) -> None:
+    prompt = random_prompt(case["length"], seed=case["seed"])
+    (ours,) = engine.generate([prompt], max_tokens=len(case["token_ids"]), ignore_eos=True)
+    assert ours.token_ids == case["token_ids"]
+    torch.testing.assert_close(
+        prompt_logprobs(engine, prompt), torch.tensor(case["logprobs"]), atol=LOGPROB_ATOL, rtol=0
     )
 
 
