@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
@@ -17,14 +17,20 @@ _TRUE = ("1", "true", "yes")
 
 
 @contextmanager
-def ending_the_process() -> Iterator[None]:
-    """Turn an exception into `SystemExit` when the plugin is required, into a warning when not.
+def ending_the_process(
+    ending: Callable[[str], BaseException] = SystemExit,
+) -> Iterator[None]:
+    """Turn an exception into one that ends the process, or into a warning.
 
     SGLang logs an entry point's exception and goes on without the plugin; `SystemExit` passes.
 
+    Parameters
+    ----------
+    ending : what ends the process from where the context is used
+
     Raises
     ------
-    SystemExit : under `M3_PLUGIN_REQUIRED=1`; the text names the exception.
+    SystemExit, or what `ending` makes : under `M3_PLUGIN_REQUIRED=1`; names the exception.
     """
     try:
         yield
@@ -32,7 +38,7 @@ def ending_the_process() -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}"
         if os.environ.get("M3_PLUGIN_REQUIRED", "").strip().lower() in _TRUE:
             traceback.print_exception(error)
-            raise SystemExit(f"m3-plugin is required (M3_PLUGIN_REQUIRED=1): {reason}") from error
+            raise ending(f"m3-plugin is required (M3_PLUGIN_REQUIRED=1): {reason}") from error
         logger.warning(
             "m3-plugin is NOT ACTIVE, SGLang's own MiniMax-M3 will be used: %s. "
             "Set M3_PLUGIN_REQUIRED=1 to make this an error.",
