@@ -45,7 +45,7 @@ def recorded() -> list[Case]:
 def record(lengths: tuple[int, ...] = (100, 640, 700, 1300)) -> None:
     """Write the record anew; the last lengths are beyond the budget of 4 blocks."""
     from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-    from tests.integrations.vllm import golden
+    from tests.integrations import golden
 
     cases = []
     with tempfile.TemporaryDirectory() as folder:

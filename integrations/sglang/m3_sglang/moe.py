@@ -20,6 +20,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch import Tensor, nn
 
 from m3_plugin.config import M3Config
+from m3_plugin.loading import interleave_gate_up
 from m3_sglang.compat import tensor_parallel_size
 
 # SGLang's activations add a fixed 1 to `up`.
@@ -159,13 +160,6 @@ class M3MoE(nn.Module):
             return
         weight = self.experts.get_parameter("w13_weight")
         weight.data = interleave_gate_up(weight.data)
-
-
-def interleave_gate_up(w13: Tensor) -> Tensor:
-    """[experts, gates | ups, hidden] -> [experts, gate 0, up 0, gate 1, ..., hidden]."""
-    experts, rows, hidden = w13.shape
-    halves = w13.view(experts, 2, rows // 2, hidden)
-    return halves.transpose(1, 2).reshape(experts, rows, hidden).contiguous()
 
 
 class ExpertProof(nn.Module):

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
+from m3_plugin.loading import TextWeightLoader
 from m3_plugin.presence import PluginRefusal
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
 from m3_sglang.compat import read_config
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
-from m3_sglang.weights import TextWeightLoader
+from m3_sglang.weights import text_weight_loader
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -185,7 +186,7 @@ class M3CausalLM(nn.Module):
 
     def weight_loader(self) -> TextWeightLoader:
         """A loader for the text model; feed it every text tensor, then call `finish`."""
-        return TextWeightLoader(self, config=self.m3_config)
+        return text_weight_loader(self, config=self.m3_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loader = self.weight_loader()

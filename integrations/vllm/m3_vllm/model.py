@@ -45,6 +45,7 @@ from m3_plugin.assembly import make_session
 from m3_plugin.capacity import local_heads
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
+from m3_plugin.loading import TextWeightLoader
 from m3_plugin.presence import attestation
 from m3_plugin.session import MSASession
 from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
@@ -57,7 +58,7 @@ from m3_vllm.multimodal import (
     M3MultiModalProcessor,
     M3ProcessingInfo,
 )
-from m3_vllm.weights import TextWeightLoader
+from m3_vllm.weights import text_weight_loader
 
 logger = init_logger("vllm.m3_plugin.model")
 
@@ -385,10 +386,12 @@ class M3ForCausalLM(nn.Module, SupportsPP):
 
     def weight_loader(self) -> TextWeightLoader:
         """A loader for this stage's tensors; feed it every text tensor, then call `finish`."""
-        return TextWeightLoader(
+        return text_weight_loader(
             self,
             config=self.model.m3_config,
             layers=range(self.model.start_layer, self.model.end_layer),
+            first_stage=get_pp_group().is_first_rank,
+            last_stage=get_pp_group().is_last_rank,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

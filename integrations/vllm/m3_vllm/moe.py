@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from m3_plugin.config import M3Config
+from m3_plugin.loading import interleave_gate_up
 from m3_vllm.compat import device_type
 
 logger = init_logger("vllm.m3_plugin.moe")
@@ -154,13 +155,6 @@ class M3MoE(nn.Module):
         for name, weight in self.experts.named_parameters():
             if name.endswith("w13_weight"):
                 weight.data = interleave_gate_up(weight.data)
-
-
-def interleave_gate_up(w13: Tensor) -> Tensor:
-    """[experts, gates | ups, hidden] -> [experts, gate 0, up 0, gate 1, ..., hidden]."""
-    experts, rows, hidden = w13.shape
-    halves = w13.view(experts, 2, rows // 2, hidden)
-    return halves.transpose(1, 2).reshape(experts, rows, hidden).contiguous()
 
 
 class ClampProbe(nn.Module):

@@ -1,24 +1,19 @@
-"""Official checkpoint names -> parameters of our modules, with nothing missing and nothing left."""
+"""vLLM's names for what the checkpoint holds; the loading itself is `m3_plugin.loading`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-
-from torch import Tensor, nn
+from torch import nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
 from vllm.model_executor.model_loader.weight_utils import (
     default_weight_loader,
     maybe_remap_kv_scale_name,
 )
-from vllm.model_executor.models.utils import is_pp_missing_parameter
 
-from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor, layer_of, text_modules
+from m3_plugin.checkpoint import layer_of
 from m3_plugin.config import M3Config
-from m3_vllm.moe import M3MoE
+from m3_plugin.loading import Shard, TextWeightLoader
 
-# checkpoint module -> (our fused parameter, shard)
-_FUSED: dict[str, tuple[str, str | int]] = {
+_FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
     "k_proj": ("qkv_proj", "k"),
     "v_proj": ("qkv_proj", "v"),
@@ -27,89 +22,41 @@ _FUSED: dict[str, tuple[str, str | int]] = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
-_FUSED_NAME = re.compile(rf"\.({'|'.join(_FUSED)})\.")
-_EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
 
 
-class TextWeightLoader:
-    """Loads the text model tensor by tensor and accounts for every one of them.
+def text_weight_loader(
+    model: nn.Module, *, config: M3Config, layers: range, first_stage: bool, last_stage: bool
+) -> TextWeightLoader:
+    """A loader for one pipeline stage.
 
     Parameters
     ----------
-    model : our causal LM (holding `model` and `lm_head`)
+    model : our causal LM
     config : what the checkpoint promises
-    layers : decoder layers of this pipeline stage
+    layers : decoder layers of this stage
+    first_stage, last_stage : whether it holds the embedding, the final norm and the head
     """
 
-    def __init__(self, model: nn.Module, *, config: M3Config, layers: Iterable[int]) -> None:
-        self.model = model
-        self.stage = frozenset(layers)
-        self.ledger = TensorLedger(text_modules(config))
-        self.parameters = dict(model.named_parameters())
-        self.loaded: set[str] = set()
-        # "experts.7.w1." -> (our parameter prefix, expert, shard)
-        self.experts = {
-            weight: (parameter, expert, shard)
-            for parameter, weight, expert, shard in fused_moe_make_expert_params_mapping(
-                model,
-                ckpt_gate_proj_name="w1",
-                ckpt_down_proj_name="w2",
-                ckpt_up_proj_name="w3",
-                num_experts=config.num_experts,
-            )
-        }
-
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Load one tensor; `name` is relative to the text model (`model.…` or `lm_head.…`)."""
-        if is_mtp_tensor(name) or not self.ledger.add(name):
-            return
+    def is_elsewhere(name: str) -> bool:
         layer = layer_of(name)
-        if layer is not None and layer not in self.stage:
-            return
+        if layer is not None:
+            return layer not in layers
+        return not (first_stage if name.startswith("model.embed_tokens.") else last_stage)
+
+    return TextWeightLoader(
+        model,
+        config=config,
+        fused=_FUSED,
+        experts=fused_moe_make_expert_params_mapping(
+            model,
+            ckpt_gate_proj_name="w1",
+            ckpt_down_proj_name="w2",
+            ckpt_up_proj_name="w3",
+            num_experts=config.num_experts,
+        ),
+        default_loader=default_weight_loader,
+        scale_alias=maybe_remap_kv_scale_name,
+        is_elsewhere=is_elsewhere,
         # vLLM's mxfp8 layers call the stored block scale by the name without "_inv"
-        name = name.replace("weight_scale_inv", "weight_scale")
-        if expert := _EXPERT_NAME.search(name):
-            prefix, expert_id, shard = self.experts[expert.group(1)]
-            target = name.replace(expert.group(1), prefix)
-            self._load_parameter(name, target, tensor, target, shard_id=shard, expert_id=expert_id)
-        elif fused := _FUSED_NAME.search(name):
-            module, shard = _FUSED[fused.group(1)]
-            self._load_parameter(name, _FUSED_NAME.sub(f".{module}.", name), tensor, shard)
-        else:
-            self._load_parameter(name, name, tensor)
-
-    def finish(self) -> set[str]:
-        """Check completeness and put expert weights into kernel order.
-
-        Returns
-        -------
-        names of the parameters that were loaded, for vLLM's own check
-
-        Raises
-        ------
-        ValueError : tensors missing or left over (`TensorLedger.require_complete`).
-        """
-        self.ledger.require_complete()
-        for module in self.model.modules():
-            if isinstance(module, M3MoE):
-                module.finish_loading()
-        return self.loaded
-
-    def _load_parameter(
-        self, name: str, target: str, tensor: Tensor, *args: object, **kwargs: object
-    ) -> None:
-        if target not in self.parameters:
-            if is_pp_missing_parameter(target, self.model):
-                return
-            # k_scale / v_scale of a quantised cache live under another name in vLLM
-            remapped = maybe_remap_kv_scale_name(target, self.parameters)
-            if remapped is None or remapped not in self.parameters:
-                raise ValueError(
-                    f"checkpoint tensor {name} has no counterpart in the model "
-                    f"(looked for parameter {target}); is its quantisation in config.json?"
-                )
-            target = remapped
-        parameter = self.parameters[target]
-        loader = getattr(parameter, "weight_loader", default_weight_loader)
-        loader(parameter, tensor, *args, **kwargs)
-        self.loaded.add(target)
+        rename=lambda name: name.replace("weight_scale_inv", "weight_scale"),
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints of the SGLang tests; every test here is marked `sglang`, none runs without SGLang."""
+"""Tests through SGLang; every one is marked `sglang`, and none is collected without SGLang."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from m3_plugin.torchvision_ops import declare_missing_ops
 from tests.integrations.sglang.engine import EngineProcess
-
-declare_missing_ops()
 
 
 def _sglang_is_installed() -> bool:
@@ -37,34 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.sglang)
-
-
-@pytest.fixture(scope="session")
-def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Writes a random checkpoint of a preset once; fp32."""
-    from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-
-    written: dict[str, Path] = {}
-
-    def write(preset: str) -> Path:
-        if preset not in written:
-            path = tmp_path_factory.mktemp("random") / preset
-            written[preset] = write_random_checkpoint(path, preset=preset)  # type: ignore[arg-type]
-        return written[preset]
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def constructed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint whose answers are known; fp32."""
-    import torch
-
-    from m3_plugin.testing.constructed import ConstructedCheckpoint
-
-    path = tmp_path_factory.mktemp("constructed") / "checkpoint"
-    ConstructedCheckpoint().write(path, dtype=torch.float32)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -6,17 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.integrations.sglang.engine import EngineDiedError, EngineProcess
-
-
-def test_gate_and_up_rows_are_interleaved_per_expert() -> None:
-    from m3_sglang.moe import interleave_gate_up
-
-    w13 = torch.arange(2 * 6).view(2, 6, 1)
-    assert interleave_gate_up(w13).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-
 
 # sabotage of our module that leaves SGLang computing something else than SwiGLU-OAI
 WRONG = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from m3_plugin.testing.prompts import PicturePrompt, colour_rgb, picture_prompt
+from tests.integrations import golden
 from tests.integrations.sglang.engine import EngineProcess
-from tests.integrations.vllm import golden
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.integrations import golden
 from tests.integrations.sglang.engine import EngineProcess
-from tests.integrations.vllm import golden
 
 # SGLang and transformers sum in different orders; measured differences stay below 2e-5.
 LOGPROB_ATOL = 2e-4

@@ -1,15 +1,11 @@
-"""Checkpoints and golden models shared by the engine tests; every test here is marked `vllm`."""
+"""Tests through vLLM; every one is marked `vllm`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from m3_plugin.torchvision_ops import declare_missing_ops
-
-declare_missing_ops()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,32 +13,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.vllm)
-
-
-@pytest.fixture(scope="session")
-def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Writes a random checkpoint of a preset once; fp32."""
-    from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-
-    written: dict[str, Path] = {}
-
-    def write(preset: str) -> Path:
-        if preset not in written:
-            path = tmp_path_factory.mktemp("random") / preset
-            written[preset] = write_random_checkpoint(path, preset=preset)  # type: ignore[arg-type]
-        return written[preset]
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def constructed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint whose answers are known; fp32."""
-    from m3_plugin.testing.constructed import ConstructedCheckpoint
-
-    path = tmp_path_factory.mktemp("constructed") / "checkpoint"
-    ConstructedCheckpoint().write(path)
-    return path
 
 
 @pytest.fixture(scope="session", autouse=True)

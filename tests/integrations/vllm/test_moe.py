@@ -11,13 +11,6 @@ import torch
 from tests.integrations.vllm.engine import EngineError, EngineProcess
 
 
-def test_gate_and_up_rows_are_interleaved_per_expert() -> None:
-    from m3_vllm.moe import interleave_gate_up
-
-    w13 = torch.arange(2 * 6).view(2, 6, 1)
-    assert interleave_gate_up(w13).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-
-
 def swiglu_norms(limit: float | None) -> list[float]:
     """Output norms of random SwiGLU-OAI experts for inputs growing 4x each."""
     generator = torch.Generator().manual_seed(0)

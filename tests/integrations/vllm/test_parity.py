@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, Case, random_prompt, recorded
-from tests.integrations.vllm import golden
 from tests.integrations.vllm.engine import EngineProcess
 
 

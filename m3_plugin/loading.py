@@ -1,0 +1,133 @@
+"""Official checkpoint tensors into a host's modules: nothing missing, nothing left over.
+
+Both hosts fuse the same projections and give every parameter a `weight_loader`; they differ in the
+names of the fused parameters and of the routed experts, which they hand in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor, text_modules
+from m3_plugin.config import M3Config
+
+_EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
+
+Shard = str | int
+
+
+@runtime_checkable
+class FinishesLoading(Protocol):
+    """A module that has something to do once all its tensors are there."""
+
+    def finish_loading(self) -> None: ...
+
+
+class TextWeightLoader:
+    """Loads the text model tensor by tensor and accounts for every one of them.
+
+    Parameters
+    ----------
+    model : the host's causal LM (holding `model` and `lm_head`)
+    config : what the checkpoint promises
+    fused : checkpoint projection -> (the host's fused parameter, shard within it)
+    experts : (parameter prefix, checkpoint prefix "experts.7.w1.", expert, shard) of each expert's
+        matrix, as both hosts list them
+    default_loader : for a parameter without a loader of its own
+    scale_alias : the host's other name for a scale of a quantised cache, None if it has none
+    is_elsewhere : whether a tensor belongs to another pipeline stage
+    rename : the host's spelling of a suffix
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        config: M3Config,
+        fused: Mapping[str, tuple[str, Shard]],
+        experts: Iterable[tuple[str, str, int, str]],
+        default_loader: Callable[..., None],
+        scale_alias: Callable[[str, dict[str, nn.Parameter]], str | None],
+        is_elsewhere: Callable[[str], bool] = lambda name: False,
+        rename: Callable[[str], str] = lambda name: name,
+    ) -> None:
+        self.model = model
+        self.ledger = TensorLedger(text_modules(config))
+        self.parameters = dict(model.named_parameters())
+        self.loaded: set[str] = set()
+        self.fused = fused
+        self.fused_name = re.compile(rf"\.({'|'.join(fused)})\.")
+        self.experts = {
+            weight: (parameter, expert, shard) for parameter, weight, expert, shard in experts
+        }
+        self.default_loader = default_loader
+        self.scale_alias = scale_alias
+        self.is_elsewhere = is_elsewhere
+        self.rename = rename
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Load one tensor; `name` is relative to the text model (`model...` or `lm_head...`).
+
+        Raises
+        ------
+        ValueError : the model has no parameter for a tensor the config promises.
+        """
+        if is_mtp_tensor(name) or not self.ledger.add(name) or self.is_elsewhere(name):
+            return
+        name = self.rename(name)
+        if expert := _EXPERT_NAME.search(name):
+            prefix, expert_id, shard = self.experts[expert.group(1)]
+            target = name.replace(expert.group(1), prefix)
+            self._load_parameter(name, target, tensor, target, shard_id=shard, expert_id=expert_id)
+        elif fused := self.fused_name.search(name):
+            module, part = self.fused[fused.group(1)]
+            self._load_parameter(name, self.fused_name.sub(f".{module}.", name), tensor, part)
+        else:
+            self._load_parameter(name, name, tensor)
+
+    def finish(self) -> set[str]:
+        """Check completeness and let the modules bring their weights into kernel order.
+
+        Returns
+        -------
+        names of the parameters that were loaded
+
+        Raises
+        ------
+        ValueError : tensors missing or left over (`TensorLedger.require_complete`).
+        """
+        self.ledger.require_complete()
+        for module in self.model.modules():
+            if isinstance(module, FinishesLoading):
+                module.finish_loading()
+        return self.loaded
+
+    def _load_parameter(
+        self, name: str, target: str, tensor: Tensor, *args: object, **kwargs: object
+    ) -> None:
+        if target not in self.parameters:
+            alias = self.scale_alias(target, self.parameters)
+            if alias is None or alias not in self.parameters:
+                raise ValueError(
+                    f"checkpoint tensor {name} has no counterpart in the model "
+                    f"(looked for parameter {target}); is its quantisation in config.json?"
+                )
+            target = alias
+        parameter = self.parameters[target]
+        loader = getattr(parameter, "weight_loader", self.default_loader)
+        loader(parameter, tensor, *args, **kwargs)
+        self.loaded.add(target)
+
+
+def interleave_gate_up(w13: Tensor) -> Tensor:
+    """[experts, gates | ups, hidden] -> [experts, gate 0, up 0, gate 1, ..., hidden].
+
+    The row order in which both hosts' CPU expert kernels read SwiGLU-OAI.
+    """
+    experts, rows, hidden = w13.shape
+    halves = w13.view(experts, 2, rows // 2, hidden)
+    return halves.transpose(1, 2).reshape(experts, rows, hidden).contiguous()

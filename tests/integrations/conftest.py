@@ -1,0 +1,39 @@
+"""Checkpoints shared by the engine tests of all hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from m3_plugin.torchvision_ops import declare_missing_ops
+
+declare_missing_ops()
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a random checkpoint of a preset once; fp32."""
+    from m3_plugin.testing.random_checkpoint import write_random_checkpoint
+
+    written: dict[str, Path] = {}
+
+    def write(preset: str) -> Path:
+        if preset not in written:
+            path = tmp_path_factory.mktemp("random") / preset
+            written[preset] = write_random_checkpoint(path, preset=preset)  # type: ignore[arg-type]
+        return written[preset]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def constructed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint whose answers are known; fp32."""
+    import torch
+
+    from m3_plugin.testing.constructed import ConstructedCheckpoint
+
+    path = tmp_path_factory.mktemp("constructed") / "checkpoint"
+    return ConstructedCheckpoint().write(path, dtype=torch.float32)

@@ -1,0 +1,126 @@
+"""Loading shared by the hosts: names to parameters, and what may not go unnoticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from m3_plugin.checkpoint import text_modules
+from m3_plugin.config import M3Config
+from m3_plugin.loading import TextWeightLoader, interleave_gate_up
+from tests.plugin.test_config import hub
+
+CONFIG = M3Config.from_hf(
+    hub(
+        num_hidden_layers=1,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        moe_layer_freq=[1],
+        sparse_attention_freq=[1],
+        sparse_disable_index_value=[1],
+    )
+)
+FUSED = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "index_q_proj": ("qkv_proj", "index_q"),
+    "index_k_proj": ("qkv_proj", "index_k"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+EXPERTS = [
+    (f"experts.{'w2' if part == 'w2' else 'w13'}_", f"experts.{expert}.{part}.", expert, part)
+    for expert in range(2)
+    for part in ("w1", "w2", "w3")
+]
+
+
+class Recorder(nn.Module):
+    """A model whose parameters only note what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[tuple] = []
+        self.finished = 0
+        names = set()
+        for module in text_modules(CONFIG):
+            name = module if module.endswith("correction_bias") else f"{module}.weight"
+            for part, (fused, _) in FUSED.items():
+                name = name.replace(f".{part}.", f".{fused}.")
+            for parameter, weight, _, _ in EXPERTS:
+                name = name.replace(weight, parameter)
+            names.add(name)
+        self.table = {name: self._parameter() for name in names}
+
+    def _parameter(self) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros(1))
+        parameter.weight_loader = lambda *given, **named: self.notes.append((given[2:], named))  # type: ignore[attr-defined]
+        return parameter
+
+    def named_parameters(self, *args: object, **kwargs: object):  # type: ignore[override]
+        return iter(self.table.items())
+
+    def finish_loading(self) -> None:
+        self.finished += 1
+
+
+def loader(model: Recorder, **options: object) -> TextWeightLoader:
+    return TextWeightLoader(
+        model,
+        config=CONFIG,
+        fused=FUSED,
+        experts=EXPERTS,
+        default_loader=lambda parameter, tensor: None,
+        scale_alias=lambda name, parameters: None,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def tensors() -> list[str]:
+    return [
+        module if module.endswith("correction_bias") else f"{module}.weight"
+        for module in sorted(text_modules(CONFIG))
+    ]
+
+
+def test_every_tensor_reaches_a_parameter_and_modules_finish_once() -> None:
+    model = Recorder()
+    target = loader(model)
+    for name in [*tensors(), "model.mtp.layers.0.enorm.weight"]:
+        target.load(name, torch.ones(1))
+    assert target.finish() == set(model.table)
+    assert model.finished == 1
+    assert len(model.notes) == len(tensors())
+
+
+def test_parts_carry_their_shard_and_expert() -> None:
+    model = Recorder()
+    target = loader(model)
+    target.load("model.layers.0.self_attn.index_k_proj.weight", torch.ones(1))
+    target.load("model.layers.0.block_sparse_moe.experts.1.w3.weight", torch.ones(1))
+    (index, expert) = model.notes
+    assert index == (("index_k",), {})
+    assert expert[1] == {"shard_id": "w3", "expert_id": 1}
+    assert expert[0] == ("model.layers.0.block_sparse_moe.experts.w13_weight",)
+
+
+def test_another_stage_is_counted_but_not_loaded() -> None:
+    model = Recorder()
+    target = loader(model, is_elsewhere=lambda name: name.startswith("lm_head"))
+    for name in tensors():
+        target.load(name, torch.ones(1))
+    assert "lm_head.weight" not in target.finish()
+
+
+def test_a_promised_tensor_without_a_parameter_is_an_error() -> None:
+    model = Recorder()
+    target = loader(model)
+    with pytest.raises(ValueError, match=r"q_proj\.weight_scale has no counterpart.*quantisation"):
+        target.load("model.layers.0.self_attn.q_proj.weight_scale", torch.ones(1))
+
+
+def test_gate_and_up_rows_are_interleaved_per_expert() -> None:
+    w13: Tensor = torch.arange(2 * 6).view(2, 6, 1)
+    assert interleave_gate_up(w13).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
