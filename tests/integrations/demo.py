@@ -1,0 +1,27 @@
+"""`m3-plugin demo` on one host: the whole way, from an empty folder to answers over HTTP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+
+def check_demo(host: str) -> None:
+    """Run the demo and compare its JSON report with what is known beforehand."""
+    options = ["--host", host, "--json", "--long-tokens", "4096"]
+    command = [sys.executable, "-m", "m3_plugin.cli", "demo", *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["right"] is True
+    answers = {answer["label"]: answer for answer in report["answers"]}
+    assert all(answer["received"] == answer["expected"] for answer in answers.values())
+    assert "two pictures" in answers
+    again = answers["long chain again"]
+    assert again["cached_tokens"] >= 4096
+    read, visible = again["decode_blocks"]
+    # four words and eos: four decode steps of 4 blocks, 2 layers, 4 groups
+    assert read == 4 * 4 * 2 * 4
+    assert visible > 5 * read
+    assert again["decode_ms_per_token"] > 0

@@ -1,0 +1,7 @@
+"""The main job on this host."""
+
+from tests.integrations.demo import check_demo
+
+
+def test_demo_answers_everything_right() -> None:
+    check_demo("sglang")
