@@ -107,7 +107,8 @@ HOSTS: Mapping[str, Host] = {
         metrics="sglang",
         gpu_command=(
             "python -m sglang.launch_server --model-path MiniMaxAI/MiniMax-M3 --tp 8 \\\n"
-            "    --attention-backend msa --tool-call-parser minimax-m3 --reasoning-parser minimax-m3"
+            "    --attention-backend msa --tool-call-parser minimax-m3 \\\n"
+            "    --reasoning-parser minimax-m3"
         ),
     ),
 }
