@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from m3_kernels import kernel_families
 from m3_kernels.testing.timing import Timing, time_interleaved
 from m3_plugin.cli import bench
+from m3_plugin.cli.bench import cpu
 
 SMALL = ["cpu", "--contexts", "600,1024", "--prefill-contexts", "640", "--prefill-rows", "8"]
 runner = CliRunner()
@@ -53,10 +54,10 @@ def test_plot(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(kernel_families("cpu")[0].refusal is not None, reason="no C++ kernels here")
 def test_no_numbers_when_the_methods_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(layer: bench._Layer) -> Tensor:
+    def wrong(layer: cpu._Layer) -> Tensor:
         return torch.zeros_like(layer.q)
 
-    monkeypatch.setattr(bench._Layer, "dense_bmm", wrong)
+    monkeypatch.setattr(cpu._Layer, "dense_bmm", wrong)
     result = runner.invoke(bench.app, [*SMALL, "--rounds", "1"])
     assert result.exit_code == 1
     assert "C++ and dense bmm differ" in result.output

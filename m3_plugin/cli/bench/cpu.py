@@ -1,30 +1,35 @@
-"""`m3-plugin bench`: the kernels' speed on this machine, next to dense attention in torch."""
+"""`m3-plugin bench cpu`: the CPU kernels' speed, next to dense attention in torch."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from m3_plugin.cli.bench.report import (
+    Curve,
+    GateError,
+    Panel,
+    load_average,
+    machine_facts,
+    numbers,
+    plot_panels,
+    progress_bar,
+    short,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from m3_kernels.testing.timing import Timing
-
-app = typer.Typer(no_args_is_help=True, help="Measure the kernels on this machine.")
 
 # MiniMax-M3's own geometry: one sparse layer on one device.
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, INDEX_DIM = 64, 4, 128, 128
@@ -34,10 +39,6 @@ SCALE = HEAD_DIM**-0.5
 BYTES_PER_VALUE = 2
 DENSE = ("dense sdpa", "dense bmm")
 BMM_KEYS = 8192
-
-
-class GateError(RuntimeError):
-    """Two implementations disagree, so no speed of theirs is worth printing."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,7 @@ class Report:
         return min(known) / ours if ours and known else None
 
 
-@app.callback()
-def bench() -> None:
-    """Measure the kernels on this machine."""
-
-
-@app.command()
-def cpu(
+def bench_cpu(
     contexts: Annotated[
         str, typer.Option(help="Decode: keys in the cache, separated by commas.")
     ] = "8192,32768,131072",
@@ -114,21 +109,14 @@ def cpu(
     if threads > 0:
         torch.set_num_threads(threads)
     console = Console(stderr=json_file == "-")
-    decode_at = _numbers(contexts, "--contexts")
-    prefill_at = _numbers(prefill_contexts, "--prefill-contexts")
+    decode_at = numbers(contexts, "--contexts")
+    prefill_at = numbers(prefill_contexts, "--prefill-contexts")
     if any(context < prefill_rows for context in prefill_at):
         raise typer.BadParameter("a context is shorter than the chunk", param_hint="--prefill-rows")
-    report = Report(machine=_machine(), geometry=_geometry())
+    report = Report(machine=_facts(), geometry=_geometry())
     prefill_rounds = max(3, rounds // 5)
     try:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        ) as progress:
+        with progress_bar() as progress:
             work = [("decode", context, 1, rounds) for context in decode_at]
             work += [("prefill", context, prefill_rows, prefill_rounds) for context in prefill_at]
             for phase, context, rows, count in work:
@@ -144,14 +132,10 @@ def cpu(
     except GateError as error:
         console.print(f"no numbers: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
-    report.machine["load_average_after"] = _load_average()
+    report.machine["load_average_after"] = load_average()
     _print(report, console)
     if json_file is not None:
-        text = json.dumps(asdict(report), indent=1)
-        if json_file == "-":
-            typer.echo(text)
-        else:
-            Path(json_file).write_text(text + "\n")
+        write_json(report, json_file)
     if plot is not None:
         _plot(report, plot)
         console.print(f"picture: {plot}", markup=False)
@@ -387,16 +371,6 @@ def _row(phase: str, name: str, context: int, rows: int, timing: Timing) -> Row:
     )
 
 
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"not numbers: {text!r}", param_hint=option) from None
-    if any(number < 1 for number in numbers):
-        raise typer.BadParameter(f"must be positive: {text!r}", param_hint=option)
-    return numbers
-
-
 def _geometry() -> dict[str, Any]:
     return {
         "num_q_heads": NUM_Q_HEADS,
@@ -409,39 +383,18 @@ def _geometry() -> dict[str, Any]:
     }
 
 
-def _machine() -> dict[str, Any]:
+def _facts() -> dict[str, Any]:
     import torch
 
     from m3_kernels import kernel_families
 
     return {
-        "cpu": _cpu_model(),
-        "logical_cpus": os.cpu_count(),
+        **machine_facts(),
         "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "kernels": {f.name: f.refusal or "available" for f in kernel_families("cpu")},
-        "commit": _commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_average_before": _load_average(),
+        "load_average_before": load_average(),
         "read_gb_per_second": _read_bandwidth(),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(line.split(":", 1) for line in lines if ":" in line)
-    facts = {name.strip(): value.strip() for name, value in facts.items()}
-    family = f"family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
-    return f"{facts.get('model name', platform.machine())} {family}".strip()
-
-
-def _load_average() -> list[float] | None:
-    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
 def _read_bandwidth() -> float:
@@ -455,25 +408,6 @@ def _read_bandwidth() -> float:
         data.sum()
         durations.append(time.perf_counter() - start)
     return round(data.nbytes / sorted(durations)[3] / 1e9, 1)
-
-
-def _commit() -> str | None:
-    """The commit of the sources, "+" appended if the kernels differ from it; None outside git."""
-    import m3_kernels
-
-    folder = Path(m3_kernels.__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", str(folder))
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _print(report: Report, console: Console) -> None:
@@ -500,8 +434,8 @@ def _print(report: Report, console: Console) -> None:
             table.add_row(
                 f"{row.context:,}",
                 row.name,
-                _short(row.median_ms),
-                f"{_short(row.first_quartile_ms)} - {_short(row.third_quartile_ms)}",
+                short(row.median_ms),
+                f"{short(row.first_quartile_ms)} - {short(row.third_quartile_ms)}",
                 f"{row.gb_per_second:.1f}" if row.gb_per_second else "",
                 f"{speedup:.1f}x" if speedup else "",
                 style="bold" if row.name == "native" else None,
@@ -511,42 +445,24 @@ def _print(report: Report, console: Console) -> None:
     console.print("speed-up: over the faster dense method of the same run", highlight=False)
 
 
-def _short(milliseconds: float) -> str:
-    digits = 0 if milliseconds >= 100 else 1 if milliseconds >= 10 else 2
-    return f"{milliseconds:,.{digits}f}"
-
-
 def _plot(report: Report, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    phases = [p for p in ("decode", "prefill") if any(row.phase == p for row in report.rows)]
-    figure, axes = plt.subplots(1, len(phases), figsize=(5.5 * len(phases), 4.2), squeeze=False)
+    names = {"native": "sparse, C++", "torch": "sparse, plain torch"}
     colours = {"native": "C3", "torch": "C1", "dense sdpa": "C0", "dense bmm": "C2"}
-    labels = {"native": "sparse, C++", "torch": "sparse, plain torch"}
-    for axis, phase in zip(axes[0], phases, strict=True):
+    panels = []
+    for phase in ("decode", "prefill"):
+        curves = []
         for name, colour in colours.items():
             rows = [row for row in report.rows if (row.phase, row.name) == (phase, name)]
-            if not rows:
-                continue
-            at = [row.context for row in rows]
-            axis.plot(at, [r.median_ms for r in rows], "o-", color=colour, label=labels.get(name))
-            axis.lines[-1].set_label(labels.get(name, name))
-            low, high = [r.first_quartile_ms for r in rows], [r.third_quartile_ms for r in rows]
-            axis.fill_between(at, low, high, color=colour, alpha=0.2)
-        ticks = sorted({row.context for row in report.rows if row.phase == phase})
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
-        axis.set_xlabel("context")
-        axis.set_ylabel("ms per layer, median and quartiles")
-        axis.set_title("decode, one row" if phase == "decode" else "prefill chunk")
-        axis.grid(True, which="both", alpha=0.2)
-        axis.legend()
+            points = tuple(
+                (r.context, r.median_ms, r.first_quartile_ms, r.third_quartile_ms) for r in rows
+            )
+            curves.append(Curve(names.get(name, name), colour, points))
+        title = "decode, one row" if phase == "decode" else "prefill chunk"
+        panels.append(Panel(title, tuple(curve for curve in curves if curve.points)))
     machine = report.machine
-    figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    plot_panels(
+        [panel for panel in panels if panel.curves],
+        path,
+        title=f"{machine['cpu']}, {machine['threads']} threads",
+        unit="ms per layer, median and quartiles",
+    )
