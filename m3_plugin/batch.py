@@ -48,3 +48,42 @@ class MSABatch:
     def num_reqs(self) -> int:
         """Requests in the step, padded ones included."""
         return self.seq_lens.shape[0]
+
+
+@dataclass(frozen=True)
+class StepCapacity:
+    """The largest step a host will ever plan; a session on a GPU allocates for it once.
+
+    Attributes
+    ----------
+    max_requests : requests in one step
+    max_rows : query rows in one step, padding included
+    max_seq_len : keys of one request
+    """
+
+    max_requests: int
+    max_rows: int
+    max_seq_len: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_requests", "max_rows", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+    def require(self, batch: MSABatch) -> None:
+        """Refuse a step that is larger than what was announced.
+
+        Raises
+        ------
+        ValueError : names the quantity, its value and the limit.
+        """
+        for name, value, limit in (
+            ("requests", batch.num_reqs, self.max_requests),
+            ("rows", batch.slot_mapping.shape[0], self.max_rows),
+            ("max_seq_len", batch.max_seq_len, self.max_seq_len),
+        ):
+            if value > limit:
+                raise ValueError(
+                    f"a step has {name}={value}, but the session was made for at most {limit}; "
+                    "give the session the host's own limits"
+                )

@@ -97,6 +97,18 @@ class Inputs:
     slot_mapping: Tensor
     sequences: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
+    def to(self, device: torch.device) -> Inputs:
+        """A copy on a device; strides and the poison around every view stay as they are.
+
+        The sequences stay where they are: they are what results are compared with.
+        """
+        moved = {
+            field.name: _copy_of_storage(getattr(self, field.name), device)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
     @property
     def batch(self) -> Step:
         """The step, for the ops that take one."""
@@ -204,6 +216,16 @@ def split_rows(fused: Tensor, num_q_heads: int, num_kv_heads: int) -> tuple[Tens
     """q, k and v as the views of one projection's output that a model would pass."""
     q, k, v = fused.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
     return q, k, v
+
+
+def whole_storage(view: Tensor) -> Tensor:
+    """Everything in the memory behind a view, one-dimensional."""
+    return view.new_empty(0).set_(view.untyped_storage())
+
+
+def _copy_of_storage(view: Tensor, device: torch.device) -> Tensor:
+    memory = whole_storage(view).to(device, copy=True)
+    return memory.as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 def padded(tensor: Tensor) -> Tensor:
