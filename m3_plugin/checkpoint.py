@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from m3_plugin.config import M3Config
 
 TEXT_PREFIX = "language_model."
+MTP_PREFIX = "model.mtp.layers."
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MTP = re.compile(r"(^|\.)mtp\.")
+_MTP_LAYER = re.compile(r"(?:^|\.)mtp\.layers\.(\d+)\.")
 
 
 def is_mtp_tensor(name: str) -> bool:
@@ -35,28 +37,68 @@ def text_modules(config: M3Config, *, layers: Iterable[int] | None = None) -> fr
     """
     names = {"model.embed_tokens", "model.norm", "lm_head"}
     for layer in range(config.num_hidden_layers) if layers is None else layers:
-        prefix = f"model.layers.{layer}"
-        names |= {f"{prefix}.input_layernorm", f"{prefix}.post_attention_layernorm"}
-        attention = ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"]
-        if config.sparse_layers[layer]:
-            attention += ["index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"]
-        names |= {f"{prefix}.self_attn.{module}" for module in attention}
-        mlp = ["gate_proj", "up_proj", "down_proj"]
-        if not config.moe_layers[layer]:
-            names |= {f"{prefix}.mlp.{module}" for module in mlp}
-            continue
-        moe = f"{prefix}.block_sparse_moe"
-        names.add(f"{moe}.gate")
-        if config.use_routing_bias:
-            names.add(f"{moe}.e_score_correction_bias")
-        if config.num_shared_experts:
-            names |= {f"{moe}.shared_experts.{module}" for module in mlp}
-        names |= {
-            f"{moe}.experts.{expert}.{module}"
-            for expert in range(config.num_experts)
-            for module in ("w1", "w2", "w3")
-        }
+        names |= _layer_modules(
+            config,
+            f"model.layers.{layer}",
+            sparse=config.sparse_layers[layer],
+            moe=config.moe_layers[layer],
+        )
     return frozenset(names)
+
+
+def mtp_modules(config: M3Config, *, num_modules: int) -> frozenset[str]:
+    """Modules whose weights the draft model of `num_modules` MTP modules must find.
+
+    Embedding and head are the target's and not listed; a separate draft checkpoint may repeat them.
+    """
+    names = set()
+    for index in range(num_modules):
+        module = f"{MTP_PREFIX}{index}"
+        names |= {f"{module}.{part}" for part in ("enorm", "hnorm", "eh_proj", "final_layernorm")}
+        names |= _layer_modules(config, f"{module}.transformer_layer", sparse=True, moe=True)
+    return frozenset(names)
+
+
+def count_mtp_modules(names: Iterable[str]) -> int:
+    """How many MTP modules a checkpoint with tensors of these names holds.
+
+    Counted from the tensors because config.json does not tell: the released one says 7 beside a
+    checkpoint without any.
+
+    Raises
+    ------
+    ValueError : modules are not numbered 0, 1, ... without a gap.
+    """
+    found = {int(match.group(1)) for name in names if (match := _MTP_LAYER.search(name))}
+    if found != set(range(len(found))):
+        raise ValueError(
+            f"MTP modules must be numbered from 0 without a gap, got {sorted(found)}; "
+            "check that all shards of the checkpoint are there"
+        )
+    return len(found)
+
+
+def _layer_modules(config: M3Config, prefix: str, *, sparse: bool, moe: bool) -> set[str]:
+    """Modules of one decoder layer whose names begin with `prefix`."""
+    names = {f"{prefix}.input_layernorm", f"{prefix}.post_attention_layernorm"}
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"]
+    if sparse:
+        attention += ["index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm"]
+    names |= {f"{prefix}.self_attn.{module}" for module in attention}
+    mlp = ["gate_proj", "up_proj", "down_proj"]
+    if not moe:
+        return names | {f"{prefix}.mlp.{module}" for module in mlp}
+    experts = f"{prefix}.block_sparse_moe"
+    names.add(f"{experts}.gate")
+    if config.use_routing_bias:
+        names.add(f"{experts}.e_score_correction_bias")
+    if config.num_shared_experts:
+        names |= {f"{experts}.shared_experts.{module}" for module in mlp}
+    return names | {
+        f"{experts}.experts.{expert}.{module}"
+        for expert in range(config.num_experts)
+        for module in ("w1", "w2", "w3")
+    }
 
 
 def layer_of(name: str) -> int | None:

@@ -12,8 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor, text_modules
-from m3_plugin.config import M3Config
+from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor
 
 _EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
 
@@ -27,19 +26,20 @@ class FinishesLoading(Protocol):
     def finish_loading(self) -> None: ...
 
 
-class TextWeightLoader:
-    """Loads the text model tensor by tensor and accounts for every one of them.
+class WeightLoader:
+    """Loads a text model or its MTP modules tensor by tensor and accounts for every one of them.
 
     Parameters
     ----------
     model : the host's causal LM (holding `model` and `lm_head`)
-    config : what the checkpoint promises
+    expected : modules that must be found (`text_modules`, `mtp_modules`)
     fused : checkpoint projection -> (the host's fused parameter, shard within it)
     experts : (parameter prefix, checkpoint prefix "experts.7.w1.", expert, shard) of each expert's
         matrix, as both hosts list them
     default_loader : for a parameter without a loader of its own
     scale_alias : the host's other name for a scale of a quantised cache, None if it has none
     is_elsewhere : whether a tensor belongs to another pipeline stage
+    is_foreign : whether a tensor belongs to another model altogether
     rename : the host's spelling of a suffix
     """
 
@@ -47,16 +47,17 @@ class TextWeightLoader:
         self,
         model: nn.Module,
         *,
-        config: M3Config,
+        expected: frozenset[str],
         fused: Mapping[str, tuple[str, Shard]],
         experts: Iterable[tuple[str, str, int, str]],
         default_loader: Callable[..., None],
         scale_alias: Callable[[str, dict[str, nn.Parameter]], str | None],
         is_elsewhere: Callable[[str], bool] = lambda name: False,
+        is_foreign: Callable[[str], bool] = is_mtp_tensor,
         rename: Callable[[str], str] = lambda name: name,
     ) -> None:
         self.model = model
-        self.ledger = TensorLedger(text_modules(config))
+        self.ledger = TensorLedger(expected)
         self.parameters = dict(model.named_parameters())
         self.loaded: set[str] = set()
         self.fused = fused
@@ -67,6 +68,7 @@ class TextWeightLoader:
         self.default_loader = default_loader
         self.scale_alias = scale_alias
         self.is_elsewhere = is_elsewhere
+        self.is_foreign = is_foreign
         self.rename = rename
 
     def load(self, name: str, tensor: Tensor) -> None:
@@ -76,7 +78,7 @@ class TextWeightLoader:
         ------
         ValueError : the model has no parameter for a tensor the config promises.
         """
-        if is_mtp_tensor(name) or not self.ledger.add(name) or self.is_elsewhere(name):
+        if self.is_foreign(name) or not self.ledger.add(name) or self.is_elsewhere(name):
             return
         name = self.rename(name)
         if expert := _EXPERT_NAME.search(name):

@@ -95,6 +95,7 @@ class CheckpointShape:
     vision_intermediate_size: int = 320
     vision_num_layers: int = 2
     projector_hidden_size: int = 128
+    num_mtp_modules: int = 0
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -153,8 +154,9 @@ def hub_config(
         "num_hidden_layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,
         "num_local_experts": shape.num_local_experts,
-        "num_mtp_modules": 7,
-        "num_nextn_predict_layers": 1,
+        # the published config says 7 and 1 although its checkpoint holds no module
+        "num_mtp_modules": shape.num_mtp_modules or 7,
+        "num_nextn_predict_layers": shape.num_mtp_modules or 1,
         "partial_rotary_factor": 0.5,
         "qk_norm_type": "per_head",
         "rms_norm_eps": 1e-6,
@@ -226,42 +228,10 @@ def hub_config(
 def tensor_shapes(shape: CheckpointShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Published tensor names with their shapes, in the order of the published index."""
     D = shape.hidden_size
-    q_size = shape.num_attention_heads * shape.head_dim
-    kv_size = shape.num_key_value_heads * shape.head_dim
     yield "language_model.model.embed_tokens.weight", (shape.vocab_size, D)
     for i in range(shape.num_hidden_layers):
         layer = f"language_model.model.layers.{i}."
-        yield layer + "input_layernorm.weight", (D,)
-        yield layer + "post_attention_layernorm.weight", (D,)
-        yield layer + "self_attn.q_proj.weight", (q_size, D)
-        yield layer + "self_attn.k_proj.weight", (kv_size, D)
-        yield layer + "self_attn.v_proj.weight", (kv_size, D)
-        yield layer + "self_attn.o_proj.weight", (D, q_size)
-        yield layer + "self_attn.q_norm.weight", (shape.head_dim,)
-        yield layer + "self_attn.k_norm.weight", (shape.head_dim,)
-        if not shape.is_sparse(i):
-            I = shape.dense_intermediate_size
-            yield layer + "mlp.gate_proj.weight", (I, D)
-            yield layer + "mlp.up_proj.weight", (I, D)
-            yield layer + "mlp.down_proj.weight", (D, I)
-            continue
-        index_size = shape.num_key_value_heads * shape.index_dim
-        yield layer + "self_attn.index_q_proj.weight", (index_size, D)
-        yield layer + "self_attn.index_k_proj.weight", (shape.index_dim, D)
-        yield layer + "self_attn.index_q_norm.weight", (shape.index_dim,)
-        yield layer + "self_attn.index_k_norm.weight", (shape.index_dim,)
-        moe = layer + "block_sparse_moe."
-        yield moe + "gate.weight", (shape.num_local_experts, D)
-        yield moe + "e_score_correction_bias", (shape.num_local_experts,)
-        for e in range(shape.num_local_experts):
-            I = shape.intermediate_size
-            yield f"{moe}experts.{e}.w1.weight", (I, D)
-            yield f"{moe}experts.{e}.w3.weight", (I, D)
-            yield f"{moe}experts.{e}.w2.weight", (D, I)
-        I = shape.shared_intermediate_size
-        yield moe + "shared_experts.gate_proj.weight", (I, D)
-        yield moe + "shared_experts.up_proj.weight", (I, D)
-        yield moe + "shared_experts.down_proj.weight", (D, I)
+        yield from _layer_shapes(shape, layer, is_sparse=shape.is_sparse(i))
     yield "language_model.model.norm.weight", (D,)
     yield "language_model.lm_head.weight", (shape.vocab_size, D)
 
@@ -282,6 +252,55 @@ def tensor_shapes(shape: CheckpointShape) -> Iterator[tuple[str, tuple[int, ...]
     yield from _weight_and_bias("multi_modal_projector.linear_2", (D, P))
     yield from _weight_and_bias("patch_merge_mlp.linear_1", (P, 4 * D))
     yield from _weight_and_bias("patch_merge_mlp.linear_2", (D, P))
+
+    # Last, so that a seed gives the same target with and without them.
+    for i in range(shape.num_mtp_modules):
+        module = f"language_model.model.mtp.layers.{i}."
+        yield module + "enorm.weight", (D,)
+        yield module + "hnorm.weight", (D,)
+        yield module + "eh_proj.weight", (D, 2 * D)
+        yield from _layer_shapes(shape, module + "transformer_layer.", is_sparse=True)
+        yield module + "final_layernorm.weight", (D,)
+
+
+def _layer_shapes(
+    shape: CheckpointShape, layer: str, *, is_sparse: bool
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensors of one decoder layer whose names begin with `layer`."""
+    D = shape.hidden_size
+    q_size = shape.num_attention_heads * shape.head_dim
+    kv_size = shape.num_key_value_heads * shape.head_dim
+    yield layer + "input_layernorm.weight", (D,)
+    yield layer + "post_attention_layernorm.weight", (D,)
+    yield layer + "self_attn.q_proj.weight", (q_size, D)
+    yield layer + "self_attn.k_proj.weight", (kv_size, D)
+    yield layer + "self_attn.v_proj.weight", (kv_size, D)
+    yield layer + "self_attn.o_proj.weight", (D, q_size)
+    yield layer + "self_attn.q_norm.weight", (shape.head_dim,)
+    yield layer + "self_attn.k_norm.weight", (shape.head_dim,)
+    if not is_sparse:
+        I = shape.dense_intermediate_size
+        yield layer + "mlp.gate_proj.weight", (I, D)
+        yield layer + "mlp.up_proj.weight", (I, D)
+        yield layer + "mlp.down_proj.weight", (D, I)
+        return
+    index_size = shape.num_key_value_heads * shape.index_dim
+    yield layer + "self_attn.index_q_proj.weight", (index_size, D)
+    yield layer + "self_attn.index_k_proj.weight", (shape.index_dim, D)
+    yield layer + "self_attn.index_q_norm.weight", (shape.index_dim,)
+    yield layer + "self_attn.index_k_norm.weight", (shape.index_dim,)
+    moe = layer + "block_sparse_moe."
+    yield moe + "gate.weight", (shape.num_local_experts, D)
+    yield moe + "e_score_correction_bias", (shape.num_local_experts,)
+    for e in range(shape.num_local_experts):
+        I = shape.intermediate_size
+        yield f"{moe}experts.{e}.w1.weight", (I, D)
+        yield f"{moe}experts.{e}.w3.weight", (I, D)
+        yield f"{moe}experts.{e}.w2.weight", (D, I)
+    I = shape.shared_intermediate_size
+    yield moe + "shared_experts.gate_proj.weight", (I, D)
+    yield moe + "shared_experts.up_proj.weight", (I, D)
+    yield moe + "shared_experts.down_proj.weight", (D, I)
 
 
 def _weight_and_bias(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:

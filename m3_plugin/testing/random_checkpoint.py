@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -101,6 +102,7 @@ def write_random_checkpoint(
     dtype: torch.dtype | None = None,
     num_shards: int = 3,
     use_sparse_attention: bool = True,
+    num_mtp_modules: int | None = None,
     force: bool = False,
 ) -> Path:
     """Write a random checkpoint in the published layout; returns the folder.
@@ -112,12 +114,16 @@ def write_random_checkpoint(
     seed : the same seed, preset and dtype give the same bytes
     dtype : of the stored tensors, default float32; router and patch embedding are always float32
     use_sparse_attention : False declares every layer dense in config.json; the tensors stay
+    num_mtp_modules : multi-token-prediction modules, by default the shape's; the target stays the
+        same whatever their number
     """
     import torch
 
     if isinstance(preset, str) and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     shape = PRESETS[preset] if isinstance(preset, str) else preset
+    if num_mtp_modules is not None:
+        shape = replace(shape, num_mtp_modules=num_mtp_modules)
     dtype = torch.float32 if dtype is None else dtype
     folder = prepare_folder(path, force=force)
     tokenizer = byte_level_tokenizer(words=[" " + word for word in _WORDS], pattern=_PATTERN)

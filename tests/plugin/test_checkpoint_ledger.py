@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor, layer_of, text_modules
+from m3_plugin.checkpoint import (
+    TEXT_PREFIX,
+    TensorLedger,
+    count_mtp_modules,
+    is_mtp_tensor,
+    layer_of,
+    mtp_modules,
+    text_modules,
+)
 from m3_plugin.config import M3Config
-from tests.plugin.test_config import HUB
+from m3_plugin.testing.hub_layout import CheckpointShape, tensor_shapes
+from m3_plugin.testing.random_checkpoint import PRESETS
+from tests.plugin.test_config import HUB, hub
 
 CONFIG = M3Config.from_hf(HUB)
 
@@ -62,3 +72,22 @@ def test_mtp_and_layer_names() -> None:
     assert not is_mtp_tensor("model.layers.0.mlp.up_proj.weight")
     assert layer_of("model.layers.41.input_layernorm.weight") == 41
     assert layer_of("lm_head.weight") is None
+
+
+def test_mtp_modules_are_what_test_checkpoints_hold() -> None:
+    """Four tensors of its own and a sparse decoder layer; nothing of the target."""
+    shape = CheckpointShape(**(vars(PRESETS["kernel"]) | {"num_mtp_modules": 2}))
+    names = [name.removeprefix(TEXT_PREFIX) for name, _ in tensor_shapes(shape)]
+    config = M3Config.from_hf(hub(num_local_experts=shape.num_local_experts))
+    ledger = TensorLedger(mtp_modules(config, num_modules=2))
+    assert all(ledger.add(name) == is_mtp_tensor(name) for name in names)
+    assert ledger.seen == ledger.expected
+    assert len(ledger.expected) == 2 * (4 + 2 + 10 + 2 + 3 + 3 * shape.num_local_experts)
+
+
+def test_mtp_modules_are_counted_from_the_tensors() -> None:
+    assert count_mtp_modules(["model.mtp.layers.0.enorm.weight", "model.layers.5.x"]) == 1
+    assert count_mtp_modules([f"language_model.model.mtp.layers.{i}.enorm" for i in (1, 0)]) == 2
+    assert count_mtp_modules(["model.layers.0.input_layernorm.weight"]) == 0
+    with pytest.raises(ValueError, match=r"without a gap, got \[1\]"):
+        count_mtp_modules(["model.mtp.layers.1.enorm.weight"])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from m3_plugin.checkpoint import text_modules
 from m3_plugin.config import M3Config
-from m3_plugin.loading import TextWeightLoader, interleave_gate_up
+from m3_plugin.loading import WeightLoader, interleave_gate_up
 from tests.plugin.test_config import hub
 
 CONFIG = M3Config.from_hf(
@@ -66,10 +66,10 @@ class Recorder(nn.Module):
         self.finished += 1
 
 
-def loader(model: Recorder, **options: object) -> TextWeightLoader:
-    return TextWeightLoader(
+def loader(model: Recorder, **options: object) -> WeightLoader:
+    return WeightLoader(
         model,
-        config=CONFIG,
+        expected=text_modules(CONFIG),
         fused=FUSED,
         experts=EXPERTS,
         default_loader=lambda parameter, tensor: None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
-from m3_plugin.loading import TextWeightLoader
+from m3_plugin.loading import WeightLoader
 from m3_plugin.presence import PluginRefusal
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
@@ -184,7 +184,7 @@ class M3CausalLM(nn.Module):
         hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
-    def weight_loader(self) -> TextWeightLoader:
+    def weight_loader(self) -> WeightLoader:
         """A loader for the text model; feed it every text tensor, then call `finish`."""
         return text_weight_loader(self, config=self.m3_config)
 

@@ -6,8 +6,9 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
 from torch import nn
 
+from m3_plugin.checkpoint import text_modules
 from m3_plugin.config import M3Config
-from m3_plugin.loading import Shard, TextWeightLoader
+from m3_plugin.loading import Shard, WeightLoader
 
 _FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
@@ -20,7 +21,7 @@ _FUSED: dict[str, tuple[str, Shard]] = {
 }
 
 
-def text_weight_loader(model: nn.Module, *, config: M3Config) -> TextWeightLoader:
+def text_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
     """A loader for our causal LM.
 
     Parameters
@@ -28,9 +29,9 @@ def text_weight_loader(model: nn.Module, *, config: M3Config) -> TextWeightLoade
     model : our causal LM
     config : what the checkpoint promises
     """
-    return TextWeightLoader(
+    return WeightLoader(
         model,
-        config=config,
+        expected=text_modules(config),
         fused=_FUSED,
         experts=FusedMoE.make_expert_params_mapping(
             ckpt_gate_proj_name="w1",

@@ -45,7 +45,7 @@ from m3_plugin.assembly import make_session
 from m3_plugin.capacity import local_heads
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
-from m3_plugin.loading import TextWeightLoader
+from m3_plugin.loading import WeightLoader
 from m3_plugin.presence import attestation
 from m3_plugin.session import MSASession
 from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
@@ -384,7 +384,7 @@ class M3ForCausalLM(nn.Module, SupportsPP):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
 
-    def weight_loader(self) -> TextWeightLoader:
+    def weight_loader(self) -> WeightLoader:
         """A loader for this stage's tensors; feed it every text tensor, then call `finish`."""
         return text_weight_loader(
             self,

@@ -9,9 +9,9 @@ from vllm.model_executor.model_loader.weight_utils import (
     maybe_remap_kv_scale_name,
 )
 
-from m3_plugin.checkpoint import layer_of
+from m3_plugin.checkpoint import layer_of, text_modules
 from m3_plugin.config import M3Config
-from m3_plugin.loading import Shard, TextWeightLoader
+from m3_plugin.loading import Shard, WeightLoader
 
 _FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
@@ -26,7 +26,7 @@ _FUSED: dict[str, tuple[str, Shard]] = {
 
 def text_weight_loader(
     model: nn.Module, *, config: M3Config, layers: range, first_stage: bool, last_stage: bool
-) -> TextWeightLoader:
+) -> WeightLoader:
     """A loader for one pipeline stage.
 
     Parameters
@@ -43,9 +43,9 @@ def text_weight_loader(
             return layer not in layers
         return not (first_stage if name.startswith("model.embed_tokens.") else last_stage)
 
-    return TextWeightLoader(
+    return WeightLoader(
         model,
-        config=config,
+        expected=text_modules(config),
         fused=_FUSED,
         experts=fused_moe_make_expert_params_mapping(
             model,
