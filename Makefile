@@ -18,14 +18,15 @@ VLLM          ?= 0.32
 VLLM_MATRIX   ?= 0.31 0.32
 VLLM_VENV     ?= .venv/vllm
 SGLANG        ?= 0.5.23
-SGLANG_MATRIX ?= 0.5.23
+SGLANG_OLDEST ?= 0.5.22
+SGLANG_MATRIX ?= 0.5.22 0.5.23
 SGLANG_VENV   ?= .venv/sglang
 
 BIN        := $(VLLM_VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
 PIP        := -m pip --disable-pip-version-check
 
-.PHONY: demo test test-vllm test-sglang test-matrix lint lint-sglang env env-sglang clean
+.PHONY: demo test test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -69,8 +70,13 @@ test: test-vllm test-sglang
 test-vllm: lint
 	$(BIN)/pytest $(TESTS)
 
-test-sglang: lint-sglang
+test-sglang: lint-sglang test-sglang-oldest
 	$(SGLANG_BIN)/pytest tests/integrations/sglang
+
+# a few tests through real engines of the oldest release; all of them are in test-matrix
+test-sglang-oldest:
+	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_OLDEST) SGLANG_VENV=.venv/sglang-$(SGLANG_OLDEST)
+	.venv/sglang-$(SGLANG_OLDEST)/bin/pytest -m every_release tests/integrations/sglang
 
 test-matrix:
 	@set -e; for release in $(VLLM_MATRIX); do \

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+from packaging.version import Version
+
 from m3_plugin.config import M3Config
 from m3_plugin.presence import TestedWindow
 
@@ -13,7 +15,7 @@ _ORIGINAL_HEADS = {
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
-SGLANG_WINDOW = TestedWindow(package="sglang", minimum="0.5.23", below="0.5.24")
+SGLANG_WINDOW = TestedWindow(package="sglang", minimum="0.5.22", below="0.5.24")
 
 
 def sglang_version() -> str:
@@ -26,6 +28,14 @@ def device_type() -> str:
     from sglang.srt.utils import is_cuda
 
     return "cuda" if is_cuda() else "cpu"
+
+
+def needs_vision_config_attributes() -> bool:
+    """Whether this SGLang, on CPU, reads attributes of `vision_config`, which may be a dict.
+
+    `adjust_config_with_unaligned_cpu_tp` does so up to 0.5.22 and ends with an AttributeError.
+    """
+    return device_type() == "cpu" and Version(sglang_version()) < Version("0.5.23")
 
 
 def tensor_parallel_size() -> int:

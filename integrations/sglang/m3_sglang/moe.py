@@ -20,13 +20,18 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch import Tensor, nn
 
 from m3_plugin.config import M3Config
+from m3_plugin.experts import (
+    PROBE_MAGNITUDES,
+    PROOF_TOLERANCE,
+    probe_token,
+    require_clamped,
+    routed_output,
+)
 from m3_plugin.loading import interleave_gate_up
 from m3_sglang.compat import tensor_parallel_size
 
 # SGLang's activations add a fixed 1 to `up`.
 _HOST_BETA = 1.0
-# bf16 kernels stay below 1 %; a lost "+ 1", clamp or row order is off by tens of per cent.
-_PROOF_TOLERANCE = 0.03
 
 
 class M3MLP(nn.Module):
@@ -169,9 +174,11 @@ class ExpertProof(nn.Module):
     without the clamp, says nothing. So what the first MoE layer's experts make of a token is
     worked out from the weights as they were loaded, and compared with what the kernel makes of it.
 
+    Experts stored quantised mean nothing without their scales; for them only the clamp is proved,
+    by how the output grows with the input.
+
     A module of its own, attached last: SGLang calls `quant_method.process_weights_after_loading`
-    of each module in order, so this one runs when every kernel has its final weights. Experts
-    stored quantised are not compared; their weights mean nothing without their scales.
+    of each module in order, so this one runs when every kernel has its final weights.
     """
 
     def __init__(self, moe: M3MoE) -> None:
@@ -179,7 +186,8 @@ class ExpertProof(nn.Module):
         # in a tuple so that the experts are not registered, and loaded, twice
         self._moe = (moe,)
         self.expected: Tensor | None = None
-        self.dtype = torch.float32
+        # SGLang builds a model under its activations' dtype
+        self.dtype = torch.get_default_dtype()
         self.quant_method = _RunProof()
         moe.proof = self
 
@@ -191,12 +199,9 @@ class ExpertProof(nn.Module):
         w13, w2 = weights["w13_weight"], weights["w2_weight"]
         if not (w13.dtype.is_floating_point and w13.dtype.itemsize >= 2):
             return
-        config = self._moe[0].config
-        self.dtype = w13.dtype
-        token = self._token(w13, dtype=w13.dtype).float()
-        ids = range(config.num_experts_per_token)
-        outputs = [expert_output(token, w13[i].float(), w2[i].float(), config) for i in ids]
-        self.expected = torch.stack(outputs).mean(0)
+        # rounded as the kernel will receive it
+        token = self._token().to(dtype=self.dtype, device=w13.device)
+        self.expected = routed_output(token, w13, w2, self._moe[0].config)
 
     def run(self) -> None:
         """Compare the kernel's answer with the expected one.
@@ -205,40 +210,38 @@ class ExpertProof(nn.Module):
         ------
         ValueError : they differ by more than rounding in the weights' dtype explains.
         """
+        config = self._moe[0].config
         if self.expected is None:
+            norms = [
+                float(self._answer(probe_token(config, magnitude=size)).norm())
+                for size in PROBE_MAGNITUDES
+            ]
+            require_clamped(norms, config=config, host="SGLang", remedy="--moe-runner-backend")
             return
-        experts = self._moe[0].experts
-        count = self._moe[0].config.num_experts_per_token
-        token = self._token(self.expected, dtype=self.dtype)
-        ids = torch.arange(count, dtype=torch.int32, device=token.device)[None]
-        weights = torch.full_like(ids, 1 / count, dtype=torch.float32)
-        logits = torch.zeros(1, self._moe[0].config.num_experts, device=token.device)
-        with activations_as_is(token.device.type):
-            answer = experts(token, StandardTopKOutput(weights, ids, logits)).float()
-        error = float((answer - self.expected).norm() / self.expected.norm())
+        error = float((self._answer(self._token()) - self.expected).norm() / self.expected.norm())
         self.expected = None
-        if not error <= _PROOF_TOLERANCE:
+        if not error <= PROOF_TOLERANCE:
             raise ValueError(
                 "SGLang's expert kernel does not compute MiniMax-M3's SwiGLU-OAI "
-                f"(relative error {error:.3g} on one token, at most {_PROOF_TOLERANCE} is "
+                f"(relative error {error:.3g} on one token, at most {PROOF_TOLERANCE} is "
                 "rounding); choose another one with --moe-runner-backend"
             )
 
-    def _token(self, like: Tensor, *, dtype: torch.dtype) -> Tensor:
+    def _token(self) -> Tensor:
         """[1, hidden]: large enough for gates and ups of either sign to meet the clamp."""
-        generator = torch.Generator().manual_seed(0)
-        hidden = self._moe[0].config.hidden_size
-        token = 4.0 * torch.randn(1, hidden, generator=generator, device="cpu")
-        return token.to(dtype=dtype, device=like.device)
+        return probe_token(self._moe[0].config, magnitude=4.0)
 
-
-def expert_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> Tensor:
-    """One expert by the book: rows of `w13` are all gates, then all ups. fp32 [1, hidden]."""
-    gate, up = (token @ w13.T).chunk(2, dim=-1)
-    gate = gate.clamp(max=config.swiglu_limit)
-    up = up.clamp(-config.swiglu_limit, config.swiglu_limit)
-    glu = gate * torch.sigmoid(config.swiglu_alpha * gate)
-    return ((up + config.swiglu_beta) * glu) @ w2.T
+    def _answer(self, token: Tensor) -> Tensor:
+        """The mean of the first experts as the kernel computes it, fp32 [1, hidden]."""
+        moe = self._moe[0]
+        count = moe.config.num_experts_per_token
+        device = next(moe.gate.parameters()).device
+        token = token.to(dtype=self.dtype, device=device)
+        ids = torch.arange(count, dtype=torch.int32, device=device)[None]
+        weights = torch.full_like(ids, 1 / count, dtype=torch.float32)
+        logits = torch.zeros(1, moe.config.num_experts, device=device)
+        with activations_as_is(device.type):
+            return moe.experts(token, StandardTopKOutput(weights, ids, logits)).float()
 
 
 def activations_as_is(device_type: str) -> AbstractContextManager[None]:

@@ -11,7 +11,12 @@ from typing import Any
 from m3_plugin.backends import choose_kernels
 from m3_plugin.presence import absence, attestation, require_tested
 from m3_plugin.settings import Settings
-from m3_sglang.compat import SGLANG_WINDOW, device_type, sglang_version
+from m3_sglang.compat import (
+    SGLANG_WINDOW,
+    device_type,
+    needs_vision_config_attributes,
+    sglang_version,
+)
 from m3_sglang.options import BACKEND_NAME, m3_defaults
 
 logger = logging.getLogger(__name__)
@@ -20,6 +25,7 @@ ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGen
 MODEL_PACKAGE = "m3_sglang.models"
 PROCESSOR_PACKAGE = "m3_sglang.processors"
 WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
+CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 
 
 @cache
@@ -76,6 +82,8 @@ def _register_backend() -> None:
         return create_backend(runner)
 
     HookRegistry.register(WRAPPER, wrap_attention_backend, HookType.AROUND)
+    if needs_vision_config_attributes():
+        HookRegistry.register(CPU_CONFIG, give_vision_config_attributes, HookType.BEFORE)
 
 
 def wrap_attention_backend(original: Any, runner: Any, full_attn_backend: Any) -> Any:
@@ -88,6 +96,15 @@ def wrap_attention_backend(original: Any, runner: Any, full_attn_backend: Any) -
     if isinstance(full_attn_backend, M3AttentionBackend):
         return full_attn_backend
     return M3AttentionBackend(runner, dense=full_attn_backend)
+
+
+def give_vision_config_attributes(model_config: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE hook: `vision_config` as an object, for a release that reads attributes of it."""
+    from transformers import PretrainedConfig
+
+    config = model_config.hf_config
+    if isinstance(getattr(config, "vision_config", None), dict):
+        config.vision_config = PretrainedConfig(**config.vision_config)
 
 
 def wrapper_hook_is_applied() -> bool:

@@ -27,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "sglang: needs SGLang installed and runs a real engine or server"
     )
+    config.addinivalue_line(
+        "markers", "every_release: the few tests `make test` runs on the oldest release too"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,7 +55,9 @@ def words(token_ids: tuple[int, ...] | list[int]) -> str:
     return "".join(VOCABULARY.text_of(token) for token in token_ids)
 
 
-@pytest.mark.parametrize("num_tokens", [1400, 8192, 32768])
+@pytest.mark.parametrize(
+    "num_tokens", [pytest.param(1400, marks=pytest.mark.every_release), 8192, 32768]
+)
 def test_chain_with_decoys(constructed_engine: EngineProcess, num_tokens: int) -> None:
     prompt = needle_prompt(num_tokens, num_tokens=num_tokens)
     completions = answer(constructed_engine, [prompt])
@@ -71,6 +73,7 @@ def test_several_chains_at_once(constructed_engine: EngineProcess) -> None:
     check(prompts, answer(constructed_engine, prompts))
 
 
+@pytest.mark.every_release
 def test_same_prompt_twice_is_served_from_the_cache(constructed_engine: EngineProcess) -> None:
     prompt = needle_prompt(501, num_tokens=3000)
     first, second = (answer(constructed_engine, [prompt]) for _ in range(2))

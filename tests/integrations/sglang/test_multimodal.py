@@ -78,6 +78,7 @@ def request(prompt: PicturePrompt) -> dict[str, Any]:
     return {"prompt": prompt.text, "video_data": frames}
 
 
+@pytest.mark.every_release
 @pytest.mark.parametrize("modality", ["image", "video"])
 @pytest.mark.parametrize("colour", ["red", "cyan", "black"])
 def test_colour_of_one_picture(

@@ -29,6 +29,7 @@ def checkpoint(random_checkpoint: Callable[[str], Path]) -> Path:
     return random_checkpoint("engine")
 
 
+@pytest.mark.every_release
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 511, 512, 513, 1300])
 def test_greedy_tokens_equal_transformers(
     random_engine: EngineProcess, checkpoint: Path, length: int
@@ -48,6 +49,7 @@ def test_batched_greedy_tokens_equal_transformers(
         assert ours.token_ids == golden.greedy(checkpoint, prompt, num_tokens=limit)
 
 
+@pytest.mark.every_release
 def test_prompt_logprobs_equal_transformers(random_engine: EngineProcess, checkpoint: Path) -> None:
     prompt = random_prompt(1500, seed=7)
     torch.testing.assert_close(

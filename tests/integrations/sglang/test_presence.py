@@ -48,6 +48,7 @@ def broken_package(tmp_path: Path, name: str) -> str:
     return str(package.parent)
 
 
+@pytest.mark.every_release
 def test_entry_point_registers_everything_once() -> None:
     result = load_plugins(models=True)
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from sglang.srt.managers.mm_utils import general_mm_embed_routine, pad_mm_tokens
+from sglang.srt.managers.mm_utils import (
+    MultiModalityDataPaddingPatternMultimodalTokens,
+    general_mm_embed_routine,
+)
 from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import Tensor, nn
@@ -45,7 +48,9 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
 
     def pad_input_ids(self, input_ids: array, mm_inputs: MultimodalInputs) -> array:
         """Put each item's hash in the place of its tokens, so that prefixes tell pictures apart."""
-        return pad_mm_tokens(input_ids, mm_inputs)
+        return MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(
+            input_ids, mm_inputs
+        )
 
     def get_image_feature(self, items: list[MultimodalDataItem]) -> Tensor:
         return self._features(items, "image_grid_thw")
