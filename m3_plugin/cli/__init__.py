@@ -9,6 +9,7 @@ import typer
 from m3_plugin import __version__
 from m3_plugin.cli import bench
 from m3_plugin.cli.demo import demo
+from m3_plugin.cli.doctor import doctor
 from m3_plugin.cli.tiny import tiny
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="MiniMax-M3 and its block-sparse attention for an existing vLLM or SGLang.",
 )
 app.command()(demo)
+app.command()(doctor)
 app.command()(tiny)
 app.add_typer(bench.app, name="bench", help="Measure kernels and servers on this machine.")
 

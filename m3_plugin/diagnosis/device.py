@@ -1,0 +1,269 @@
+"""Device, Triton, kernels and their self-test; `python -m m3_plugin.diagnosis.device` answers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m3_plugin.diagnosis.child import ChildFailed, answer, ask
+from m3_plugin.diagnosis.findings import Report
+
+MODULE = "m3_plugin.diagnosis.device"
+SECTION = "device"
+
+
+def facts(device_type: str | None = None) -> dict[str, Any]:
+    """What torch, Triton and the kernels say about this machine. Initialises CUDA if there is any.
+
+    Run it in a process of its own.
+
+    Parameters
+    ----------
+    device_type : the one that is meant to serve; by default "cuda" if there is a GPU, else "cpu"
+    """
+    import torch
+
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda_build": torch.version.cuda}
+    found["driver"] = _driver()
+    found["triton"] = _triton()
+    found["gpus"] = []
+    if torch.version.cuda is not None:
+        try:
+            for index in range(torch.cuda.device_count()):
+                gpu = torch.cuda.get_device_properties(index)
+                found["gpus"].append(
+                    {
+                        "name": gpu.name,
+                        "arch": f"sm_{gpu.major}{gpu.minor}",
+                        "gib": round(gpu.total_memory / 2**30, 1),
+                    }
+                )
+        except RuntimeError as error:
+            found["cuda_error"] = str(error).splitlines()[0]
+    found |= _kernels(device_type or ("cuda" if found["gpus"] else "cpu"))
+    return found
+
+
+def _driver() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    version = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
+    return version.group(1) if version else None
+
+
+def _triton() -> dict[str, Any]:
+    try:
+        import triton
+        import triton.language
+        from triton.runtime import driver
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    try:
+        target = str(driver.active.get_current_target())
+    except Exception as error:
+        target = f"no active driver ({type(error).__name__}: {str(error).splitlines()[0]})"
+    return {"version": triton.__version__, "target": target}
+
+
+def _kernels(device_type: str) -> dict[str, Any]:
+    from m3_kernels import kernel_families
+    from m3_plugin.backends import NoKernelError, choose_kernels
+    from m3_plugin.settings import Settings
+
+    found: dict[str, Any] = {
+        "device_type": device_type,
+        "families": {family.name: family.refusal for family in kernel_families(device_type)},
+    }
+    try:
+        choice = choose_kernels(device_type, Settings.from_environment().kernels)
+    except (NoKernelError, ValueError) as error:
+        return found | {"kernel_error": str(error)}
+    found["kernels"] = choice.describe()
+    try:
+        found["self_test"] = self_test(device_type)
+    except Exception as error:
+        found["self_test_error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def examine(report: Report, wanted: str | None = None, *, timeout_s: float = 300) -> None:
+    """Add what the child found; `wanted` is the device type that is meant to serve, if any."""
+    try:
+        found, _ = ask(MODULE, *filter(None, [wanted]), timeout_s=timeout_s)
+    except ChildFailed as failure:
+        report.add(
+            SECTION,
+            "torch",
+            str(failure),
+            status="failure",
+            advice="torch or the kernels cannot even be loaded here: run "
+            f"`python -m {MODULE}` to see the whole message, then reinstall the host",
+        )
+        return
+    _examine_gpus(report, found)
+    _examine_triton(report, found)
+    _examine_kernels(report, found)
+
+
+def _examine_gpus(report: Report, found: Mapping[str, Any]) -> None:
+    build = f"CUDA {found['cuda_build']}" if found["cuda_build"] else "CPU build"
+    report.add(SECTION, "torch", f"{found['torch']} ({build})")
+    report.add(SECTION, "NVIDIA driver", found["driver"] or "none", status="note")
+    if "cuda_error" in found:
+        report.add(
+            SECTION,
+            "GPU",
+            found["cuda_error"],
+            status="failure",
+            advice="torch was built for CUDA and cannot start it: compare the driver with "
+            "torch's CUDA release, and look at CUDA_VISIBLE_DEVICES",
+        )
+    elif found["gpus"]:
+        for number, gpu in enumerate(found["gpus"]):
+            report.add(SECTION, f"GPU {number}", f"{gpu['name']}, {gpu['arch']}, {gpu['gib']} GiB")
+    elif found["device_type"] == "cuda":
+        report.add(
+            SECTION,
+            "GPU",
+            "none is visible",
+            status="failure",
+            advice="the host would not start on a GPU: look at nvidia-smi, at "
+            "CUDA_VISIBLE_DEVICES, and whether the container was given GPUs (--gpus all)",
+        )
+    elif found["driver"]:
+        report.add(
+            SECTION,
+            "GPU",
+            "there is a driver, but torch sees no GPU",
+            status="warning",
+            advice="install the host's CUDA build of torch, or look at CUDA_VISIBLE_DEVICES",
+        )
+    else:
+        report.add(SECTION, "GPU", "none; the CPU would serve", status="note")
+
+
+def _examine_triton(report: Report, found: Mapping[str, Any]) -> None:
+    triton = found["triton"]
+    needed = found["device_type"] == "cuda"
+    if "error" in triton:
+        report.add(
+            SECTION,
+            "Triton",
+            f"cannot be imported: {triton['error']}",
+            status="failure" if needed else "warning",
+            advice="GPU kernels need it and hosts may too: reinstall the release the host pins "
+            "(`pip install --force-reinstall triton==...`)",
+        )
+    else:
+        report.add(SECTION, "Triton", f"{triton['version']}, target: {triton['target']}")
+
+
+def _examine_kernels(report: Report, found: Mapping[str, Any]) -> None:
+    for name, refusal in found["families"].items():
+        value = "can run" if refusal is None else f"refused: {refusal}"
+        report.add("kernels", name, value, status="ok" if refusal is None else "note")
+    if "kernel_error" in found:
+        report.add(
+            "kernels",
+            "choice",
+            found["kernel_error"],
+            status="failure",
+            advice="the host's own M3 would serve: remove the cause above, or unset "
+            "M3_PLUGIN_KERNELS to let the plugin choose",
+        )
+        return
+    report.add("kernels", "choice", found["kernels"])
+    if "self_test_error" in found:
+        report.add(
+            "kernels",
+            "self-test",
+            found["self_test_error"],
+            status="failure",
+            advice="these kernels do not give the reference's numbers on this machine: do not "
+            "serve with them; force another family with M3_PLUGIN_KERNELS and report this",
+        )
+    else:
+        report.add("kernels", "self-test", found["self_test"])
+
+
+def self_test(device_type: str) -> str:
+    """Run one small MSA layer on the chosen kernels and on the reference, beyond the budget.
+
+    Raises
+    ------
+    RuntimeError : the two disagree; the message says where and by how much.
+    """
+    import torch
+
+    from m3_plugin.backends import KernelChoice, choose_kernels
+    from m3_plugin.batch import MSABatch
+    from m3_plugin.config import PAGED_BLOCK_SIZE, MSAConfig
+    from m3_plugin.session import MSACaches, MSASession
+    from m3_plugin.settings import Settings
+
+    heads, groups, width, topk, rows, context = 8, 2, 128, 4, 3, 1500
+    pages = -(-context // PAGED_BLOCK_SIZE)
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).to(device_type, torch.bfloat16)
+
+    stored = (
+        normal(pages, groups, PAGED_BLOCK_SIZE, width),
+        normal(pages, groups, PAGED_BLOCK_SIZE, width),
+        normal(pages, PAGED_BLOCK_SIZE, width),
+    )
+    table = torch.randperm(pages, generator=random).int()
+    positions = torch.arange(context - rows, context)
+    slots = table.long()[positions // PAGED_BLOCK_SIZE] * PAGED_BLOCK_SIZE
+    batch = MSABatch(
+        cu_seqlens_q=torch.tensor([0, rows], dtype=torch.int32, device=device_type),
+        seq_lens=torch.tensor([context], dtype=torch.int32, device=device_type),
+        page_table=table[None].to(device_type),
+        slot_mapping=(slots + positions % PAGED_BLOCK_SIZE).to(device_type),
+        max_query_len=rows,
+        max_seq_len=context,
+    )
+    inputs = (
+        normal(rows, heads, width),
+        normal(rows, groups, width),
+        normal(rows, groups, width),
+        normal(rows, groups, width),
+        normal(rows, width),
+    )
+    msa = MSAConfig(
+        num_index_heads=groups,
+        index_dim=width,
+        block_size=PAGED_BLOCK_SIZE,
+        topk_blocks=topk,
+        num_init_blocks=0,
+        num_local_blocks=1,
+    )
+
+    def attend(kernels: KernelChoice) -> torch.Tensor:
+        session = MSASession(msa, kernels=kernels, scale=width**-0.5)
+        out = torch.empty_like(inputs[0])
+        caches = MSACaches(*(pages.clone() for pages in stored))
+        session.run(session.plan(batch), *inputs, caches=caches, out=out)
+        return out.float().cpu()
+
+    chosen = choose_kernels(device_type, Settings.from_environment().kernels)
+    ours = attend(chosen)
+    reference = attend(KernelChoice(family="reference", reason="self-test"))
+    error = float((ours - reference).abs().max())
+    allowed = 0.02 * float(reference.abs().max())
+    # written so that NaN fails
+    if not error <= allowed:
+        raise RuntimeError(
+            f"{chosen.family} differs from the reference by {error:.3g} (allowed {allowed:.3g})"
+        )
+    return f"{chosen.family} against the reference: largest difference {error:.2g}"
+
+
+if __name__ == "__main__":
+    answer(facts(*sys.argv[1:2]))

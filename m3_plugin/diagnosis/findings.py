@@ -1,0 +1,70 @@
+"""One line of a diagnosis, and the whole of it, fit to be sent to strangers."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["ok", "note", "warning", "failure"]
+
+_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{8,}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact.
+
+    Attributes
+    ----------
+    section : what it is about, e.g. "vLLM" or "model"
+    status : "failure" means M3 would not be served by us, or not at all
+    value : what was found
+    advice : what to do about it; every warning and failure has one
+    """
+
+    section: str
+    name: str
+    status: Status
+    value: str
+    advice: str = ""
+
+
+@dataclass
+class Report:
+    """All findings in the order of the checks."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def served_by_us(self) -> bool:
+        """Whether nothing was found that keeps the plugin from serving M3."""
+        return not any(finding.status == "failure" for finding in self.findings)
+
+    def add(
+        self, section: str, name: str, value: str, *, status: Status = "ok", advice: str = ""
+    ) -> None:
+        """Append a finding, cleaned of what does not belong in a bug report."""
+        self.findings.append(Finding(section, name, status, clean(value), clean(advice)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "served_by_us": self.served_by_us,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def clean(text: str) -> str:
+    """`text` without the user's home directory, the machine's name and access tokens."""
+    home = str(Path.home())
+    if home != os.sep:
+        text = text.replace(home, "~")
+    name = socket.gethostname()
+    # a machine called "m3" or "gpu" would take innocent words with it
+    if len(name) > 4:
+        text = text.replace(name, "<host>")
+    return _TOKEN.sub("<token>", text)

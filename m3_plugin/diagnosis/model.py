@@ -1,0 +1,287 @@
+"""A checkpoint before anything is loaded: its config, its files, and what neither says aloud."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m3_plugin.checkpoint import (
+    TEXT_PREFIX,
+    VISION_PREFIXES,
+    TensorLedger,
+    is_mtp_tensor,
+    text_modules,
+)
+from m3_plugin.config import M3Config
+from m3_plugin.diagnosis.findings import Report
+from m3_plugin.released import ModelNotFound, ModelSource, find_model, released_config
+
+SECTION = "model"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Keys of transformers' dialect, and generic ones every config may carry.
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        "layer_types",
+        "mlp_layer_types",
+        "index_n_heads",
+        "index_head_dim",
+        "index_block_size",
+        "index_topk_blocks",
+        "index_local_blocks",
+        "rope_parameters",
+        "rope_scaling",
+        "quantization_config",
+        "model_type",
+        "dtype",
+        "swiglu_beta",
+        "text_config",
+        "vision_config",
+    }
+)
+_UNQUANTISED = frozenset({"BF16", "F16", "F32"})
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as its file's header describes it."""
+
+    name: str
+    dtype: str
+    num_bytes: int
+
+
+def examine_model(report: Report, name: str) -> M3Config | None:
+    """Add what can be known about a model without loading it; its config if it could be read."""
+    try:
+        source = find_model(name)
+    except (ModelNotFound, ValueError) as error:
+        report.add(
+            SECTION,
+            "found",
+            str(error),
+            status="failure",
+            advice="give a checkpoint folder, its config.json, or a published id",
+        )
+        return None
+    where = str(source.folder) if source.folder else "not downloaded: the published description"
+    report.add(SECTION, "found", where)
+    _examine_keys(report, source.config)
+    try:
+        config = M3Config.from_hf(source.config)
+        config.require_paged_host()
+    except ValueError as error:
+        report.add(
+            SECTION,
+            "config",
+            str(error),
+            status="failure",
+            advice="the plugin refuses such a checkpoint: correct its config.json",
+        )
+        return None
+    _report_config(report, config)
+    if source.folder is not None:
+        _examine_files(report, source, config)
+    else:
+        report.add(SECTION, "files", "not looked at", status="note")
+    return config
+
+
+def _report_config(report: Report, config: M3Config) -> None:
+    report.add(SECTION, "dialect", config.dialect)
+    dense = config.num_hidden_layers - config.num_sparse_layers
+    report.add(SECTION, "layers", f"{config.num_sparse_layers} MSA, {dense} dense attention")
+    report.add(
+        SECTION,
+        "heads",
+        f"{config.num_attention_heads} query, {config.num_key_value_heads} KV, "
+        f"{config.head_dim} channels, {config.rotary_dim} of them rotated",
+    )
+    report.add(SECTION, "positions", f"{config.max_position_embeddings:,}")
+    report.add(
+        SECTION,
+        "experts",
+        f"{config.num_experts}, {config.num_experts_per_token} per token, "
+        f"{config.num_shared_experts} shared",
+    )
+    if config.msa is None:
+        report.add(
+            SECTION,
+            "selection",
+            "no layer is sparse",
+            status="warning",
+            advice="dense attention everywhere: not what MiniMax-M3 was trained with, unless "
+            "this is meant as a comparison",
+        )
+        return
+    msa = config.msa
+    report.add(
+        SECTION,
+        "selection",
+        f"{msa.topk_blocks} blocks of {msa.block_size}, {msa.num_init_blocks} first and "
+        f"{msa.num_local_blocks} newest always; equal to dense up to {msa.dense_context:,} tokens",
+    )
+
+
+def _examine_keys(report: Report, config: Mapping[str, Any]) -> None:
+    """Keys nobody reads: a misspelt one silently means the default."""
+    text = config.get("text_config")
+    text = text if isinstance(text, Mapping) else config
+    sparse = text.get("sparse_attention_config")
+    known_text = released_config()["text_config"]
+    known = set(known_text) | set(released_config()) | _TRANSFORMERS_KEYS
+    others = []
+    for key in text:
+        if key in known:
+            continue
+        close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.85)
+        # transformers adds keys of its own; only one that looks like ours is taken for a mistake
+        if close:
+            _unknown_key(report, key, f"did you mean {close[0]!r}?", harmless=close[0] in text)
+        else:
+            others.append(key)
+    if others:
+        report.add(SECTION, "other keys", f"not read: {', '.join(sorted(others))}", status="note")
+    if isinstance(sparse, Mapping):
+        known_sparse = known_text["sparse_attention_config"]
+        for key in sorted(sparse.keys() - known_sparse.keys()):
+            close = difflib.get_close_matches(key, known_sparse, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "it may change which blocks count"
+            _unknown_key(report, f"sparse_attention_config.{key}", hint)
+
+
+def _unknown_key(report: Report, key: str, hint: str, *, harmless: bool = False) -> None:
+    report.add(
+        SECTION,
+        "unknown key",
+        f"{key}: {hint}",
+        status="warning" if harmless else "failure",
+        advice="no host reads this key, so the model would be served without it: correct or "
+        "remove it in config.json",
+    )
+
+
+def _examine_files(report: Report, source: ModelSource, config: M3Config) -> None:
+    assert source.folder is not None
+    try:
+        files = shard_files(source.folder)
+        headers = [header for file in files for header in read_headers(file)]
+    except (OSError, ValueError) as error:
+        report.add(
+            SECTION,
+            "files",
+            str(error),
+            status="failure",
+            advice="the checkpoint was not written or downloaded completely: fetch it again",
+        )
+        return
+    total = sum(header.num_bytes for header in headers)
+    report.add(SECTION, "files", f"{len(files)} shards, {len(headers):,} tensors, {total:,} bytes")
+    _examine_names(report, headers, config)
+    _examine_mtp(report, headers, config)
+    _examine_quantisation(report, headers, config)
+
+
+def _examine_names(report: Report, headers: list[TensorHeader], config: M3Config) -> None:
+    ledger = TensorLedger(text_modules(config))
+    for header in headers:
+        if not header.name.startswith(VISION_PREFIXES) and not is_mtp_tensor(header.name):
+            ledger.add(header.name.removeprefix(TEXT_PREFIX))
+    try:
+        ledger.require_complete()
+    except ValueError as error:
+        report.add(
+            SECTION,
+            "tensors",
+            str(error),
+            status="failure",
+            advice="loading would end with this message: fetch the checkpoint again, or take "
+            "the config.json that belongs to it",
+        )
+    else:
+        report.add(SECTION, "tensors", "all that the config promises, and no others")
+
+
+def _examine_mtp(report: Report, headers: list[TensorHeader], config: M3Config) -> None:
+    present = sum(is_mtp_tensor(header.name) for header in headers)
+    if present:
+        report.add(SECTION, "MTP weights", f"{present} tensors", status="note")
+    elif config.num_mtp_modules:
+        report.add(
+            SECTION,
+            "MTP weights",
+            f"none, although the config counts {config.num_mtp_modules} modules",
+            status="note",
+            advice="as in every public checkpoint: speculative decoding with method mtp cannot "
+            "work; an EAGLE3 drafter can",
+        )
+
+
+def _examine_quantisation(report: Report, headers: list[TensorHeader], config: M3Config) -> None:
+    report.add(SECTION, "quantisation", config.quantization or "none")
+    index = [
+        header
+        for header in headers
+        if ".index_q_proj." in header.name or ".index_k_proj." in header.name
+    ]
+    weights = sorted({h.dtype for h in index if not h.name.endswith(("_scale", "_scale_inv"))})
+    if weights:
+        kind = "as they are" if set(weights) <= _UNQUANTISED else "quantised"
+        report.add(SECTION, "index projections", f"{kind} ({', '.join(weights)})")
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, by its index if it has one.
+
+    Raises
+    ------
+    ValueError : no weights, or a file of the index is missing; names the first few.
+    """
+    index = folder / INDEX_FILE
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} holds no safetensors files")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index.name} cannot be read ({type(error).__name__})") from None
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{len(missing)} shards missing: {', '.join(missing[:3])}{more}")
+    return [folder / name for name in names]
+
+
+def read_headers(file: Path) -> Iterator[TensorHeader]:
+    """The tensors of one safetensors file, from its header alone.
+
+    Raises
+    ------
+    ValueError : the file is shorter or longer than its header says, or has no header.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{file.name} ends within its header ({size:,} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise ValueError(f"{file.name} has no readable header") from None
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if 8 + length + end != size:
+        raise ValueError(
+            f"{file.name} has {size:,} bytes where its header promises {8 + length + end:,}"
+        )
+    for name, entry in tensors.items():
+        first, last = entry["data_offsets"]
+        yield TensorHeader(name, entry["dtype"], last - first)

@@ -1,0 +1,171 @@
+"""What is published about MiniMax-M3, so that its size can be worked out without a network.
+
+`config.json` repeats the released configuration; `models.json` lists the published repositories
+and how each stores its weights; `gpus.json` holds the memory nvidia-smi reports for a card.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+
+
+class ModelNotFound(LookupError):
+    """The model's description is nowhere to be found; the message says what to give instead."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's configuration and where it came from.
+
+    Attributes
+    ----------
+    name : as the user gave it
+    config : parsed config.json
+    folder : the checkpoint's files, None if only the description is at hand
+    formats : storage of "linear" and "experts" as published; None for an unpublished model, whose
+        config says it
+    """
+
+    name: str
+    config: dict[str, Any]
+    folder: Path | None
+    formats: dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card: its memory in MiB as nvidia-smi reports it, and its architecture."""
+
+    name: str
+    memory_mib: int
+    arch: str
+
+
+@cache
+def released_config() -> dict[str, Any]:
+    """The released config.json; shared, so leave it as it is."""
+    return json.loads((_HERE / "config.json").read_text())
+
+
+@cache
+def published_formats() -> dict[str, dict[str, str]]:
+    """Repository -> storage of its "linear" and "experts" weights."""
+    listed = json.loads((_HERE / "models.json").read_text())
+    return {name: entry["formats"] for name, entry in listed.items()}
+
+
+@cache
+def known_gpus() -> dict[str, Gpu]:
+    """Cards by name."""
+    listed = json.loads((_HERE / "gpus.json").read_text())
+    return {name: Gpu(name=name, **entry) for name, entry in listed.items()}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card of that name, however it is spelt ("h200", "rtx pro 6000").
+
+    Raises
+    ------
+    LookupError : lists the known names.
+    """
+    wanted = _letters(name)
+    matches = [gpu for gpu in known_gpus().values() if _letters(gpu.name) == wanted]
+    if not matches:
+        starts = [gpu for gpu in known_gpus().values() if _letters(gpu.name).startswith(wanted)]
+        if len(starts) == 1:
+            return starts[0]
+        hint = f" ({name} is {' or '.join(gpu.name for gpu in starts)})" if starts else ""
+        raise LookupError(
+            f"--gpu must be one of {', '.join(known_gpus())}{hint}; got {name!r}. "
+            "Give --gpu-memory in GiB for any other card."
+        )
+    return matches[0]
+
+
+def find_model(name: str) -> ModelSource:
+    """A checkpoint folder, a config.json, a downloaded repository, or a published one by its id.
+
+    A local path wins over an id. Nothing is downloaded.
+
+    Raises
+    ------
+    ModelNotFound : nothing of that name; suggests the published id a gateway's name stands for.
+    ValueError : a config.json that cannot be read as JSON.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return ModelSource(name, read_config(path), path.parent, None)
+    if path.is_dir():
+        return ModelSource(name, read_config(path / "config.json"), path, None)
+    downloaded = _downloaded(name)
+    if downloaded is not None:
+        return ModelSource(
+            name, read_config(downloaded / "config.json"), downloaded, published_formats().get(name)
+        )
+    if name in published_formats():
+        return ModelSource(name, released_config(), None, published_formats()[name])
+    suggestion = suggest(name)
+    if suggestion is not None:
+        raise ModelNotFound(f"no model {name!r} here; did you mean {suggestion}?")
+    raise ModelNotFound(
+        f"no model {name!r}: it is not a folder with a config.json, not in the Hugging Face cache "
+        f"and not one of {', '.join(published_formats())}"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Parse a config.json.
+
+    Raises
+    ------
+    ModelNotFound : no such file, or it may not be read.
+    ValueError : not a JSON object.
+    """
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ModelNotFound(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); was it written completely?") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(config).__name__}")
+    return config
+
+
+def suggest(name: str) -> str | None:
+    """The published id behind a gateway's name such as "minimax/m3"; None if there is none.
+
+    Names are compared by their letters and digits alone; the owner only has to say MiniMax.
+    """
+    letters = _letters(name.rpartition("/")[2])
+    if "minimax" not in _letters(name) and letters != "m3":
+        return None
+    letters = letters.removeprefix("minimaxai").removeprefix("minimax")
+    for repository in published_formats():
+        if _letters(repository.partition("/")[2]).removeprefix("minimax") == letters:
+            return repository
+    return None
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _downloaded(name: str) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(file).parent if isinstance(file, str) else None

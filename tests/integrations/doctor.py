@@ -1,0 +1,53 @@
+"""`m3-plugin doctor` in an environment with a host, the same for each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m3_plugin.diagnosis import Finding, Report
+from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts
+
+ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
+
+
+def check_served(host: str, checkpoint: Path) -> None:
+    """The whole command, as typed by a user: the plugin serves, and exit code and JSON say so."""
+    command = [sys.executable, "-m", "m3_plugin.cli", "doctor", "--json", "--host", host]
+    done = subprocess.run(
+        [*command, "--model", str(checkpoint)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    found = json.loads(done.stdout)
+    failures = [f for f in found["findings"] if f["status"] == "failure"]
+    assert failures == []
+    assert found["served_by_us"] is True
+    assert done.returncode == 0
+    values = {f["name"]: f["value"] for f in found["findings"]}
+    assert all(f"m3_{host}." in values[name] for name in ARCHITECTURES)
+    assert values["page size"] == "128"
+    assert "reference" in values["self-test"]
+
+
+def check_hidden(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allow-list made for another plugin is found, with the list that would do."""
+    variable = HOSTS[host].allow_list
+    monkeypatch.setenv(variable, "another")
+    (found,) = failures(host)
+    assert found.value == f"{variable}=another hides the plugin"
+    assert found.advice == f"{variable}=another,m3"
+
+
+def failures(host: str) -> list[Finding]:
+    """What keeps the plugin out of this host, by the host's own loader in a child process."""
+    report = Report()
+    examine_hosts(report, host)
+    assert all(finding.advice for finding in report.findings if finding.status == "failure")
+    return [finding for finding in report.findings if finding.status == "failure"]

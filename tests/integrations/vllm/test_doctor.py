@@ -1,0 +1,44 @@
+"""`m3-plugin doctor` beside vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integrations.doctor import check_hidden, check_served, failures
+
+OTHER_VERSION = """
+import importlib.abc, importlib.machinery, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "vllm.version":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            module.__version__ = "0.99.0"
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_the_plugin_serves(constructed_checkpoint: Path) -> None:
+    check_served("vllm", constructed_checkpoint)
+
+
+def test_an_allow_list_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_hidden("vllm", monkeypatch)
+
+
+def test_an_untested_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(OTHER_VERSION)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    version, *classes = failures("vllm")
+    assert "vllm 0.99.0 is outside the tested window" in version.value
+    assert "M3_PLUGIN_ALLOW_UNTESTED=1" in version.advice
+    # both architectures are left to vLLM's own classes
+    assert [found.value.startswith("vllm.") for found in classes] == [True, True]
+    assert "NOT ACTIVE" in classes[0].advice
