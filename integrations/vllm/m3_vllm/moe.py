@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -20,6 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from m3_plugin.config import M3Config
+from m3_plugin.experts import PROBE_MAGNITUDES, probe_token, require_clamped
 from m3_plugin.loading import interleave_gate_up
 from m3_vllm.compat import device_type
 
@@ -160,10 +158,9 @@ class M3MoE(nn.Module):
 class ClampProbe(nn.Module):
     """Refuses an expert kernel that drops the SwiGLU clamp, once the weights are in place.
 
-    Kernels have lost the clamp before (garbled output on quantised checkpoints). With it, experts
-    saturate: four times the input gives nearly the same output. Without it the output grows with
-    the square. So one token at two magnitudes tells them apart, whatever backend vLLM picked,
-    however the weights are quantised, and without a reference.
+    Kernels have lost the clamp before (garbled output on quantised checkpoints). One token at
+    several magnitudes tells, whatever backend vLLM picked, however the weights are quantised or
+    sharded, and without a reference (`m3_plugin.experts.grows_unclamped`).
 
     Attached as the last module of the model: vLLM calls each module's
     `quant_method.process_weights_after_loading` in order, so this one runs after every expert
@@ -187,34 +184,20 @@ class ClampProbe(nn.Module):
         if self.vllm_config.parallel_config.data_parallel_size > 1:
             logger.info("clamp probe skipped: it would need every data parallel rank at once")
             return
-        norms = [self._output_norm(4.0**power) for power in range(3, 10)]
-        if not grows_unclamped(norms):
-            return
-        raise ValueError(
-            "vLLM's MoE backend does not apply swiglu_limit="
-            f"{self._moe[0].config.swiglu_limit}: the experts' output grows without bound "
-            f"(norms {', '.join(f'{n:.3g}' for n in norms)} for inputs growing 4x each); "
-            "choose another backend with --moe-backend"
+        require_clamped(
+            [self._output_norm(magnitude) for magnitude in PROBE_MAGNITUDES],
+            config=self._moe[0].config,
+            host="vLLM",
+            remedy="--moe-backend",
         )
 
     def _output_norm(self, magnitude: float) -> float:
         moe = self._moe[0]
-        generator = torch.Generator().manual_seed(0)
-        probe = magnitude * torch.randn(1, moe.config.hidden_size, generator=generator)
+        probe = probe_token(moe.config, magnitude=magnitude)
         hidden = probe.to(dtype=self.vllm_config.model_config.dtype, device=device_type())
         logits = torch.zeros(1, moe.config.num_experts, device=hidden.device)
         with set_forward_context(None, self.vllm_config, num_tokens=1):
             return float(moe.experts(hidden_states=hidden, router_logits=logits).float().norm())
-
-
-def grows_unclamped(norms: list[float]) -> bool:
-    """Whether outputs for inputs growing 4x each never settle.
-
-    A clamped SwiGLU saturates: some step grows less than 4x. Without the clamp every step grows
-    about 16x. Overflow in a narrow dtype ends the sequence; all-zero experts settle at once.
-    """
-    finite = [norm for norm in norms if math.isfinite(norm)]
-    return len(finite) > 1 and all(large > 4 * small for small, large in itertools.pairwise(finite))
 
 
 class _RunClampProbe(QuantizeMethodBase):
