@@ -34,6 +34,7 @@ from m3_plugin.testing.vocabulary import (
     CODE_SIZE,
     NUM_CLASSES,
     NUM_GROUPS,
+    NUM_KINDS,
     PATTERN,
     VOCABULARY,
     Word,
@@ -147,12 +148,25 @@ class ConstructedCheckpoint:
         prompts of 1.2K tokens pass the budget, 16 is the published value
     use_sparse_attention : False declares every layer dense in config.json with the same weights;
         the model then gives the `dense_answer` of prompts with decoys
+    mtp : add an MTP module that looks up the same facts as the target, so that every token it
+        drafts after the first word of an answer is accepted
+    mtp_wrong_every : 0, or of how many words of a chain the module gets one wrong: 1 (whatever it
+        drafts), 2 or 8 (hops alternate between two kinds and visit 8 classes in turn)
     """
 
     topk_blocks: int = 4
     use_sparse_attention: bool = True
+    mtp: bool = False
+    mtp_wrong_every: int = 0
 
     def __post_init__(self) -> None:
+        if self.mtp_wrong_every not in (0, 1, NUM_KINDS, NUM_CLASSES):
+            raise ValueError(
+                f"mtp_wrong_every must be 0, 1, {NUM_KINDS} or {NUM_CLASSES}, "
+                f"got {self.mtp_wrong_every}"
+            )
+        if self.mtp_wrong_every and not self.mtp:
+            raise ValueError("mtp_wrong_every says how wrong an MTP module is; it needs mtp=True")
         if self.topk_blocks < 3:
             # Own block, one block with a lantern, the searched block.
             raise ValueError(f"topk_blocks must be at least 3, got {self.topk_blocks}")
@@ -174,6 +188,7 @@ class ConstructedCheckpoint:
             num_local_experts=NUM_CLASSES,
             vision_num_heads=4,
             vision_intermediate_size=128,
+            num_mtp_modules=int(self.mtp),
         )
 
     def write(
@@ -235,6 +250,8 @@ class ConstructedCheckpoint:
                 _answering_experts(layer, shape.num_local_experts)
         _vision(tensors, generator)
         _scatter_norms(tensors, shape.num_hidden_layers, generator)
+        if self.mtp:
+            _mtp_module(tensors, shape, wrong_every=self.mtp_wrong_every, generator=generator)
         return tensors
 
 
@@ -514,6 +531,107 @@ def _idle_mlp(
     scratch[:] = torch.randn(scratch.shape, generator=generator) * 0.002
 
 
+# The module's two lookups share places of the keys; the second kind's codes get these signs, after
+# which no two codes of different kinds overlap more than two of one kind.
+_SECOND_KIND_SIGNS = (-1, 1, -1, 1, 1, -1, 1, -1, -1, 1, -1, 1, 1, 1, 1, 1)
+# Channels of the module's stream that mean something else than in the target's. What a position's
+# token is stands in front of _OUT, so small that it does not count as found.
+_KEY_ONE = _MEANS
+_VALUE_SCALE = 0.01
+# A normalised target state is about 1.5 times the stream that the embedding begins.
+_STATE_SCALE = 0.65
+# How loud a found word and a wrong one are; the end of an answer (4 words' worth) outdoes both.
+_FOUND = 1.2
+_WRONG = 3.0
+
+
+def _mtp_module(
+    tensors: dict[str, torch.Tensor],
+    shape: CheckpointShape,
+    *,
+    wrong_every: int,
+    generator: torch.Generator,
+) -> None:
+    """MTP module 0: looks up the word of the next token among the facts of the target's states.
+
+    A target state holds its token's word and key, as the target's first layer gathered them. The
+    module's keys and values are made of those, its queries of the next token's embedding, and one
+    sparse layer serves both kinds of words, so it finds what the target will find one step later.
+    Colours come from the next token's embedding: without image embeddings it finds no picture.
+    """
+    prefix = "language_model.model.mtp.layers.0."
+    layer_prefix = prefix + "transformer_layer."
+    module = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    layer = {
+        n.removeprefix(layer_prefix): t for n, t in tensors.items() if n.startswith(layer_prefix)
+    }
+    _drafting_attention(layer)
+    _answering_experts(layer, shape.num_local_experts)
+
+    embedding, state = module["eh_proj.weight"].split(_HIDDEN, dim=1)
+    copied = [_ONE, _NEXT_THINK_END, _NOTHING]
+    copied += [*range(_OWN, _OWN + _CODES), *range(_IMAGE_CODE, _IMAGE_CODE + CODE_SIZE)]
+    if wrong_every != 1:
+        copied.append(_NEXT_EOS)
+    embedding[copied, copied] = _RMS
+    flags = [_FILL, _KEY_PLAIN, _KEY_DECOY, _AFTER_MEANS, _LANTERN, _CANDLE, _MIRROR]
+    flags += range(_PREV, _PREV + _CODES)
+    state[flags, flags] = _STATE_SCALE
+    state[_KEY_ONE, _ONE] = _STATE_SCALE
+    own = range(_OWN, _OWN + _CODES)
+    state[range(_OUT, _OUT + _CODES), own] = _STATE_SCALE * _VALUE_SCALE
+    _mistakes(embedding, wrong_every=wrong_every)
+
+    # The head undoes the target's norm: so do the module's last norm and, for the state, its first.
+    norm = tensors["language_model.model.norm.weight"]
+    module["final_layernorm.weight"][:] = norm
+    module["hnorm.weight"][:] = 1.0 / (1.0 + norm) - 1.0
+    _scatter_norm(module["enorm.weight"], [embedding], generator)
+    _scatter_layer_norms(layer, generator)
+
+
+def _drafting_attention(layer: dict[str, torch.Tensor]) -> None:
+    """The lookup of both kinds in one layer, keys and values from the target's state."""
+    import torch
+
+    second = {name: torch.zeros_like(tensor) for name, tensor in layer.items()}
+    _lookup_attention(second, kind=1)
+    _lookup_attention(layer, kind=0)
+    signs = torch.tensor(_SECOND_KIND_SIGNS).float()
+    for name, heads, space in (
+        ("q_proj", 2 * NUM_GROUPS, _OWN),
+        ("k_proj", NUM_GROUPS, _PREV),
+        ("index_q_proj", NUM_GROUPS, _OWN),
+        ("index_k_proj", 1, _PREV),
+    ):
+        name = f"self_attn.{name}.weight"
+        first_code = space + NUM_GROUPS * CODE_SIZE
+        codes = slice(first_code, first_code + NUM_GROUPS * CODE_SIZE)
+        weight, other = (t[name].view(heads, _HEAD, _HIDDEN) for t in (layer, second))
+        places = slice(_UNROTATED, _HEAD)
+        weight[:, places, codes] = other[:, places, codes] * signs.repeat(NUM_GROUPS)[:, None]
+        if space == _PREV:
+            weight[..., _KEY_ONE] = weight[..., _ONE]
+            weight[..., _ONE] = 0.0
+    v = layer["self_attn.v_proj.weight"]
+    v[:, _OUT : _OUT + _CODES] = v[:, _OWN : _OWN + _CODES] * (_FOUND / _VALUE_SCALE)
+    v[:, _OWN : _OWN + _CODES] = 0.0
+    v[:, _IMAGE_CODE : _IMAGE_CODE + CODE_SIZE] *= _FOUND
+
+
+def _mistakes(embedding: torch.Tensor, *, wrong_every: int) -> None:
+    """Let the module say a word that no prompt's answer has, for one in `wrong_every` words."""
+    said = VOCABULARY.ordinals[-1]
+    channels = _code_channels(_FINAL, said)
+    code = embedding.new_tensor(said.code)
+    if wrong_every == 1:
+        embedding[channels, _ONE] = _WRONG * code * _RMS
+    elif wrong_every:
+        # The first place of every code is +1: it tells the class of the word to look up.
+        for word_class in range(NUM_CLASSES - NUM_CLASSES // wrong_every, NUM_CLASSES):
+            embedding[channels, _OWN + word_class * CODE_SIZE] = _WRONG * code * _RMS
+
+
 def _scatter_norms(
     tensors: dict[str, torch.Tensor], num_layers: int, generator: torch.Generator
 ) -> None:
@@ -521,29 +639,33 @@ def _scatter_norms(
 
     The model stays the same, exactly so in bfloat16, but only if the norms multiply by 1 + w.
     """
+    for i in range(num_layers):
+        prefix = f"language_model.model.layers.{i}."
+        layer = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        _scatter_layer_norms(layer, generator)
+    head = tensors["language_model.lm_head.weight"]
+    _scatter_norm(tensors["language_model.model.norm.weight"], [head], generator)
+
+
+def _scatter_layer_norms(layer: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+    for norm, readers in (
+        ("input_layernorm.weight", ("q_proj", "k_proj", "v_proj")),
+        ("post_attention_layernorm.weight", ("gate_proj", "up_proj", ".w1", ".w3", ".gate")),
+    ):
+        behind = [t for n, t in layer.items() if n.removesuffix(".weight").endswith(readers)]
+        _scatter_norm(layer[norm], behind, generator)
+
+
+def _scatter_norm(
+    norm: torch.Tensor, readers: list[torch.Tensor], generator: torch.Generator
+) -> None:
     import torch
 
-    def scatter(norm: str, readers: list[str]) -> None:
-        draw = torch.randint(-1, 2, tensors[norm].shape, generator=generator)
-        factor = torch.exp2(draw.float())
-        tensors[norm][:] = factor - 1.0
-        for reader in readers:
-            tensors[reader] /= factor
-
-    for i in range(num_layers):
-        layer = f"language_model.model.layers.{i}."
-        names = [name for name in tensors if name.startswith(layer)]
-        attention = ("q_proj", "k_proj", "v_proj")
-        mlp = ("gate_proj", "up_proj", ".w1", ".w3", ".gate")
-        scatter(
-            layer + "input_layernorm.weight",
-            [n for n in names if n.removesuffix(".weight").endswith(attention)],
-        )
-        scatter(
-            layer + "post_attention_layernorm.weight",
-            [n for n in names if n.removesuffix(".weight").endswith(mlp)],
-        )
-    scatter("language_model.model.norm.weight", ["language_model.lm_head.weight"])
+    draw = torch.randint(-1, 2, norm.shape, generator=generator)
+    factor = torch.exp2(draw.float())
+    norm[:] = factor - 1.0
+    for reader in readers:
+        reader /= factor
 
 
 # Pure colours after CLIP normalisation have one sign pattern of (r, g, b) each.
