@@ -101,6 +101,42 @@ def _layer_modules(config: M3Config, prefix: str, *, sparse: bool, moe: bool) ->
     }
 
 
+def linear_shape(config: M3Config, module: str) -> tuple[int, int]:
+    """[rows, columns] of a linear weight of the text model, named relative to it.
+
+    Raises
+    ------
+    KeyError : not a linear weight of M3.
+    """
+    hidden = config.hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    projection = module.rpartition(".")[2]
+    if projection.startswith("index_"):
+        assert config.msa is not None
+        heads = {"index_q_proj": config.msa.num_index_heads, "index_k_proj": 1}[projection]
+        return heads * config.msa.index_dim, hidden
+    if module == "lm_head":
+        return config.vocab_size, hidden
+    attention = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
+    if ".self_attn." in module:
+        return attention[projection]
+    if ".shared_experts." in module:
+        width = config.shared_intermediate_size * config.num_shared_experts
+    elif ".experts." in module:
+        width = config.intermediate_size
+    else:
+        width = config.dense_intermediate_size
+    up, down = (width, hidden), (hidden, width)
+    shapes = {"gate_proj": up, "up_proj": up, "down_proj": down, "w1": up, "w3": up, "w2": down}
+    return shapes[projection]
+
+
 def layer_of(name: str) -> int | None:
     """Decoder layer a tensor belongs to, None outside the layers."""
     match = _LAYER.match(name)

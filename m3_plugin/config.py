@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from m3_plugin.quantization.dialects import Quantization, read_quantization
+
 # The page of every paged host holds one sparse block; kernels and cache layouts rely on it.
 PAGED_BLOCK_SIZE = 128
 
@@ -49,7 +51,7 @@ class M3Config:
     """What an M3 checkpoint says about its text model; sizes are global, not per rank.
 
     `sparse_layers[i]` tells whether layer i uses MSA, `moe_layers[i]` whether its MLP is routed.
-    `msa` is None when no layer is sparse. `quantization` is the checkpoint's `quant_method`.
+    `msa` is None when no layer is sparse, `quantization` when the checkpoint is not quantised.
     """
 
     dialect: Dialect
@@ -78,7 +80,7 @@ class M3Config:
     moe_layers: tuple[bool, ...]
     msa: MSAConfig | None
     num_mtp_modules: int
-    quantization: str | None
+    quantization: Quantization | None
 
     @property
     def partial_rotary_factor(self) -> float:
@@ -160,7 +162,7 @@ class M3Config:
             moe_layers=_moe_layers(fields, num_layers=num_layers),
             msa=_msa_config(fields, num_kv_heads=num_kv_heads) if any(sparse_layers) else None,
             num_mtp_modules=fields.integer("num_mtp_modules", 0),
-            quantization=str(quantization.get("quant_method")) if quantization else None,
+            quantization=read_quantization(quantization),
         )
 
     def require_paged_host(self) -> None:

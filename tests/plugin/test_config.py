@@ -138,7 +138,9 @@ def test_quantised_dialect(level: str) -> None:
     config = copy.deepcopy(HUB)
     section = config if level == "top" else config["text_config"]
     section["quantization_config"] = {"quant_method": "mxfp8", "weight_block_size": [1, 32]}
-    assert M3Config.from_hf(config).quantization == "mxfp8"
+    quantization = M3Config.from_hf(config).quantization
+    assert quantization is not None
+    assert quantization.method == "mxfp8"
 
 
 def test_successor_layout_is_honoured() -> None:
