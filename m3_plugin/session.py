@@ -137,7 +137,16 @@ class MSASession:
         caches : the layer's pages; written at the batch's slots before anything is read
         out : [rows, num_q_heads, head_dim], filled in place; padding rows become zero
         """
-        batch = plan.batch
+        self.store(plan, k, v, index_k, caches=caches)
+        block_ids = self.select(plan, index_q, caches=caches)
+        self.attend(plan, q, block_ids, caches=caches, out=out)
+        if self.statistics is not None:
+            self.statistics.add(block_ids, batch=plan.batch, block_size=self.msa.block_size)
+
+    def store(
+        self, plan: MSAPlan, k: Tensor, v: Tensor, index_k: Tensor, *, caches: MSACaches
+    ) -> None:
+        """First part of `run`: write the step's keys, values and index keys into their pages."""
         cache_store(
             k,
             v,
@@ -145,10 +154,14 @@ class MSASession:
             caches.k_pages,
             caches.v_pages,
             caches.index_k_pages,
-            slot_mapping=batch.slot_mapping,
+            slot_mapping=plan.batch.slot_mapping,
             backend=self.kernels.family,
         )
-        block_ids = index_topk(
+
+    def select(self, plan: MSAPlan, index_q: Tensor, *, caches: MSACaches) -> Tensor:
+        """Second part of `run`: the blocks to read, int32 [num_kv_heads, rows, topk]."""
+        batch = plan.batch
+        return index_topk(
             index_q,
             caches.index_k_pages,
             page_table=batch.page_table,
@@ -159,6 +172,12 @@ class MSASession:
             num_init_blocks=self.msa.num_init_blocks,
             backend=self.kernels.family,
         )
+
+    def attend(
+        self, plan: MSAPlan, q: Tensor, block_ids: Tensor, *, caches: MSACaches, out: Tensor
+    ) -> None:
+        """Third part of `run`: attention over the chosen blocks, into `out`."""
+        batch = plan.batch
         sparse_attention(
             q,
             caches.k_pages,
@@ -171,5 +190,3 @@ class MSASession:
             out=out,
             backend=self.kernels.family,
         )
-        if self.statistics is not None:
-            self.statistics.add(block_ids, batch=batch, block_size=self.msa.block_size)

@@ -1,0 +1,358 @@
+"""Is a kernel family right on this device? Cases run through a session and compared with the maths.
+
+Kernels can be compiled for a chip nobody here ever had. A server therefore runs `self_test` before
+it serves on a GPU, and `m3-plugin check` runs every case; neither trusts anything but the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from m3_kernels.cache_store import cache_store
+from m3_kernels.index_topk import index_topk
+from m3_kernels.testing.cases import Case, Inputs, build, whole_storage
+from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
+from m3_plugin.backends import KernelChoice
+from m3_plugin.batch import MSABatch
+from m3_plugin.config import MSAConfig
+from m3_plugin.session import MSACaches, MSASession
+
+# Query rows of one request which still count as decode, and go through the decode kernels.
+MAX_DECODE_ROWS = 8
+
+
+class KernelsAreWrongError(RuntimeError):
+    """The chosen kernels give wrong results on this device, so nothing may be served with them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of one case.
+
+    Attributes
+    ----------
+    case, phase : name of the case; "decode", "verify", "prefill" or "mixed"
+    quantity : "cache", "selection", "attention", "run", "repeats" or "graph"
+    error, allowed : largest absolute error and its limit, where the quantity has one
+    faults : what is wrong, for a person to read; empty if nothing is
+    """
+
+    case: str
+    phase: str
+    quantity: str
+    error: float | None = None
+    allowed: float | None = None
+    faults: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+
+def phase_of(case: Case) -> str:
+    """Which kernels a case goes through: "decode", "verify", "prefill" or "mixed"."""
+    lengths = [rows for _, rows in case.requests if rows]
+    if all(rows <= 1 for rows in lengths):
+        return "decode"
+    if all(rows <= MAX_DECODE_ROWS for rows in lengths):
+        return "verify"
+    return "prefill" if all(rows > MAX_DECODE_ROWS for rows in lengths) else "mixed"
+
+
+def self_test(
+    msa: MSAConfig,
+    *,
+    kernels: KernelChoice,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Finding, ...]:
+    """Decode, verify and prefill of the served geometry against the oracle; about a second.
+
+    The oracle runs on the CPU. Works inside a host's `torch.device` and default-dtype contexts.
+
+    Parameters
+    ----------
+    num_q_heads, num_kv_heads : of one rank
+    dtype : of activations and caches
+    """
+    budget = msa.topk_blocks * msa.block_size
+    geometry = Case(
+        "",
+        (),
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        index_dim=msa.index_dim,
+        page_size=msa.block_size,
+        topk=msa.topk_blocks,
+        num_local_blocks=msa.num_local_blocks,
+        num_init_blocks=msa.num_init_blocks,
+        dtype=dtype,
+    )
+    # Each phase beyond the budget, where selection decides, and across the end of a block.
+    steps = {
+        "decode": ((budget + 3 * msa.block_size, 1), (msa.block_size - 1, 1), (0, 1)),
+        "verify": ((budget + 2 * msa.block_size - 2, 4), (msa.block_size, 3)),
+        "prefill": ((budget + msa.block_size - 5, MAX_DECODE_ROWS + 4), (0, MAX_DECODE_ROWS + 1)),
+    }
+    cases = [replace(geometry, name=name, requests=requests) for name, requests in steps.items()]
+    return tuple(
+        finding
+        for case in cases
+        for finding in verify_case(case, kernels=kernels, device=device, repeats=1)
+    )
+
+
+def require_right(findings: Iterable[Finding], *, kernels: KernelChoice, device: str) -> None:
+    """Refuse kernels with a wrong result.
+
+    Parameters
+    ----------
+    device : its name, for the message
+
+    Raises
+    ------
+    KernelsAreWrongError : with the numbers of every failed comparison.
+    """
+    wrong = [finding for finding in findings if not finding.ok]
+    if wrong:
+        told = "; ".join(f"{f.case} {f.quantity}: {f.faults[0]}" for f in wrong)
+        raise KernelsAreWrongError(
+            f"kernel family {kernels.family!r} gives wrong results on {device} and will not be "
+            f"used ({told}). Please report this with the output of `m3-plugin check --json`"
+        )
+
+
+def verify_case(
+    case: Case,
+    *,
+    kernels: KernelChoice,
+    device: torch.device,
+    repeats: int = 0,
+    graph: bool = False,
+) -> tuple[Finding, ...]:
+    """Run one case through a session and compare every part with the oracle.
+
+    Parameters
+    ----------
+    device : where the kernels run; the oracle runs on the CPU
+    repeats : further runs, which must give the same bits
+    graph : capture a run of other lengths in a CUDA graph, replay it on this case, compare bits
+    """
+    host_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode():
+            run = _CaseRun(case, kernels=kernels, device=device)
+            findings = [run.cache(), run.selection(), run.attention(), run.whole()]
+            if repeats:
+                findings.append(run.repeats(repeats))
+            if graph:
+                findings.append(run.graph())
+    finally:
+        torch.set_default_dtype(host_dtype)
+    return tuple(findings)
+
+
+class _CaseRun:
+    """One case on one device, its session, and the results later comparisons build on."""
+
+    def __init__(self, case: Case, *, kernels: KernelChoice, device: torch.device) -> None:
+        self.case = case
+        self.device = device
+        self.inputs = build(case)
+        self.moved = self.inputs.to(device)
+        self.session = MSASession(_rules(case), kernels=kernels, scale=self.inputs.scale)
+        self.batch = _batch(self.moved)
+        self.plan = self.session.plan(self.batch)
+        self.block_ids = self.session.select(
+            self.plan, self.moved.index_q, caches=_caches(self.moved)
+        )
+        self.out = _poisoned_like(self.moved.q)
+        self.session.attend(
+            self.plan, self.moved.q, self.block_ids, caches=_caches(self.moved), out=self.out
+        )
+
+    def cache(self) -> Finding:
+        """Every byte of the pools after a store, neighbours of the views included."""
+        expected, actual = self.inputs.to(torch.device("cpu")), self.inputs.to(self.device)
+        cache_store(
+            expected.k,
+            expected.v,
+            expected.index_k,
+            expected.k_pages,
+            expected.v_pages,
+            expected.index_k_pages,
+            slot_mapping=expected.slot_mapping,
+            backend="reference",
+        )
+        self.session.store(self.plan, actual.k, actual.v, actual.index_k, caches=_caches(actual))
+        faults = tuple(
+            f"{name} holds other bytes"
+            for name in ("k_pages", "v_pages", "index_k_pages")
+            if not _same_bits(
+                whole_storage(getattr(actual, name)).cpu(), whole_storage(getattr(expected, name))
+            )
+        )
+        return self._finding("cache", faults=faults)
+
+    def selection(self) -> Finding:
+        """The chosen blocks, equal wherever rounding of the scores cannot decide."""
+        inputs = self.inputs
+        expected = index_topk(
+            inputs.index_q,
+            inputs.index_k_pages,
+            **inputs.batch,
+            **inputs.selection,
+            backend="reference",
+        )
+        faults = selection_faults(self.block_ids.cpu(), expected, inputs)
+        return self._finding("selection", faults=tuple(faults))
+
+    def attention(self) -> Finding:
+        """The outputs over those blocks, at most twice as far off as plain torch in the dtype."""
+        ids = self.block_ids.cpu()
+        exact, _ = plain_attention(self.inputs, ids, torch.float64)
+        plain, _ = plain_attention(self.inputs, ids, self.case.dtype)
+        found = accuracy(self.out.cpu(), exact, plain)
+        fault = f"error {found.error:.3g}, allowed {found.allowed:.3g}"
+        return self._finding(
+            "attention",
+            error=found.error,
+            allowed=found.allowed,
+            faults=() if found.ok else (fault,),
+        )
+
+    def whole(self) -> Finding:
+        """`run` on pages without the step's keys, which it has to store before it reads them."""
+        step = _Step(self.inputs, self.device)
+        out = _poisoned_like(step.inputs.q)
+        self.session.run(self.plan, *step.tensors, caches=_caches(step.inputs), out=out)
+        same = _same_bits(out, self.out)
+        return self._finding(
+            "run", faults=() if same else ("store, select and attend in one differ from apart",)
+        )
+
+    def repeats(self, count: int) -> Finding:
+        """The same bits every time."""
+        step = _Step(self.inputs, self.device)
+        different = 0
+        for _ in range(count):
+            out = _poisoned_like(step.inputs.q)
+            self.session.run(self.plan, *step.tensors, caches=_caches(step.inputs), out=out)
+            different += not _same_bits(out, self.out)
+        faults = (f"{different} of {count} runs gave other bits",) if different else ()
+        return self._finding("repeats", faults=faults)
+
+    def graph(self) -> Finding:
+        """A graph captured on empty requests and replayed on this case, as hosts do."""
+        step = _Step(self.inputs, self.device)
+        static = step.inputs
+        out = _poisoned_like(static.q)
+        true_lens, true_slots = static.seq_lens.clone(), static.slot_mapping.clone()
+        static.seq_lens.copy_(static.cu_seqlens_q.diff())
+        static.slot_mapping.fill_(-1)
+
+        def run() -> None:
+            self.session.run(plan, *step.tensors, caches=_caches(static), out=out)
+
+        plan = self.session.plan(_batch(static))
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        static.seq_lens.copy_(true_lens)
+        static.slot_mapping.copy_(true_slots)
+        self.session.plan(_batch(static))
+        out.fill_(torch.nan)
+        captured.replay()
+        torch.cuda.synchronize(self.device)
+        same = _same_bits(out, self.out)
+        return self._finding("graph", faults=() if same else ("the replay differs from eager",))
+
+    def _finding(
+        self,
+        quantity: str,
+        *,
+        error: float | None = None,
+        allowed: float | None = None,
+        faults: tuple[str, ...] = (),
+    ) -> Finding:
+        return Finding(self.case.name, phase_of(self.case), quantity, error, allowed, faults)
+
+
+class _Step:
+    """A case whose pages do not hold the step's own tokens yet, and those tokens."""
+
+    def __init__(self, inputs: Inputs, device: torch.device) -> None:
+        case = inputs.case
+        fresh = inputs.to(torch.device("cpu"))
+        k, v = torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
+        index_k = torch.zeros_like(inputs.index_k)
+        bounds = inputs.cu_seqlens_q.tolist()
+        for request, sequence in enumerate(inputs.sequences):
+            length = sequence[0].shape[0]
+            first, last = bounds[request : request + 2]
+            first = max(first, last - length)
+            for rows, source in zip((k, v, index_k), sequence, strict=True):
+                rows[first:last] = source[length - (last - first) :]
+        slots = inputs.slot_mapping[inputs.slot_mapping >= 0]
+        pages, offsets = slots // case.page_size, slots % case.page_size
+        fresh.k_pages[pages, :, offsets] = torch.nan
+        fresh.v_pages[pages, :, offsets] = torch.nan
+        fresh.index_k_pages[pages, offsets] = torch.nan
+        self.inputs = fresh.to(device)
+        self.tensors = (
+            self.inputs.q,
+            k.to(device),
+            v.to(device),
+            self.inputs.index_q,
+            index_k.to(device),
+        )
+
+
+def _rules(case: Case) -> MSAConfig:
+    return MSAConfig(
+        num_index_heads=case.num_kv_heads,
+        index_dim=case.index_dim,
+        block_size=case.page_size,
+        topk_blocks=case.topk,
+        num_init_blocks=case.num_init_blocks,
+        num_local_blocks=case.num_local_blocks,
+    )
+
+
+def _batch(inputs: Inputs) -> MSABatch:
+    case = inputs.case
+    return MSABatch(
+        **inputs.batch,
+        slot_mapping=inputs.slot_mapping,
+        max_query_len=max((rows for _, rows in case.requests), default=0),
+        max_seq_len=max((cached + rows for cached, rows in case.requests), default=0),
+    )
+
+
+def _caches(inputs: Inputs) -> MSACaches:
+    return MSACaches(inputs.k_pages, inputs.v_pages, inputs.index_k_pages)
+
+
+def _poisoned_like(tensor: Tensor) -> Tensor:
+    return torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    """Equality of bytes: NaN equals the same NaN, 0 differs from -0."""
+    first, second = first.contiguous(), second.contiguous()
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
