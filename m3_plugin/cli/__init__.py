@@ -8,8 +8,10 @@ import typer
 
 from m3_plugin import __version__
 from m3_plugin.cli import bench
+from m3_plugin.cli.check import check
 from m3_plugin.cli.demo import demo
 from m3_plugin.cli.doctor import doctor
+from m3_plugin.cli.fit import fit_command
 from m3_plugin.cli.tiny import tiny
 
 app = typer.Typer(
@@ -17,8 +19,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="MiniMax-M3 and its block-sparse attention for an existing vLLM or SGLang.",
 )
+app.command()(check)
 app.command()(demo)
 app.command()(doctor)
+app.command("fit")(fit_command)
 app.command()(tiny)
 app.add_typer(bench.app, name="bench", help="Measure kernels and servers on this machine.")
 

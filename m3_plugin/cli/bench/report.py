@@ -64,6 +64,29 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+def gpu_facts(index: int = 0) -> dict[str, Any]:
+    """Name, architecture, memory, driver and library versions of a CUDA device."""
+    import torch
+
+    gpu = torch.cuda.get_device_properties(index)
+    try:
+        import triton
+    except ImportError:
+        triton_version = None
+    else:
+        triton_version = triton.__version__
+    return {
+        "gpu": gpu.name,
+        "arch": f"sm_{gpu.major}{gpu.minor}",
+        "sms": gpu.multi_processor_count,
+        "memory_gib": round(gpu.total_memory / 2**30, 1),
+        "l2_mib": round(gpu.L2_cache_size / 2**20, 1),
+        "driver": _driver_version(),
+        "cuda": torch.version.cuda,
+        "triton": triton_version,
+    }
+
+
 def load_average() -> list[float] | None:
     """Runnable processes over 1, 5 and 15 minutes: whether the machine was quiet."""
     return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
@@ -154,6 +177,15 @@ def _cpu_model() -> str:
     facts = {name.strip(): value.strip() for name, value in facts.items()}
     family = f"family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
     return f"{facts.get('model name', platform.machine())} {family}".strip()
+
+
+def _driver_version() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0].strip()
 
 
 def _commit() -> str | None:

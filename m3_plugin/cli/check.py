@@ -1,0 +1,253 @@
+"""`m3-plugin check`: are the kernels right on this device? Every case against the oracle."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from m3_plugin.cli.bench.report import gpu_facts, machine_facts, progress_bar, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from m3_kernels.testing.cases import Case
+    from m3_plugin.backends import KernelChoice
+    from m3_plugin.verification import Finding
+
+# Contexts a CPU test has no time for: selection among hundreds of blocks, offsets beyond 2**31
+# bytes, a ragged batch, and a chunk of a long prompt.
+LONG_STEPS = {
+    "long-decode": ((131_072 + 77, 1), (20_000, 1), (128, 1)),
+    "long-verify": ((65_536 - 3, 4), (9_000, 2)),
+    "long-prefill": ((30_000, 70),),
+    "wide-decode": tuple((2_000 + 97 * request, 1) for request in range(48)),
+}
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case of one kernel family.
+
+    Attributes
+    ----------
+    refused : why the family declines the case; None if it ran
+    must_run : whether a refusal is wrong, as it is for what MiniMax-M3 is served with
+    """
+
+    family: str
+    case: str
+    phase: str
+    dtype: str
+    findings: tuple[Finding, ...] = ()
+    refused: str | None = None
+    must_run: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        if self.refused is not None:
+            return not self.must_run
+        return all(finding.ok for finding in self.findings)
+
+
+@dataclass
+class CheckReport:
+    """What ran where, and what was found."""
+
+    machine: dict[str, Any]
+    device: str
+    repeats: int
+    graph: bool
+    families: dict[str, str]
+    results: list[CaseResult] = field(default_factory=list)
+    ok: bool = False
+
+
+def check(
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only cases whose name holds this text.")] = "",
+    family: Annotated[
+        str | None, typer.Option(help="Only this kernel family; default: all that can run.")
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Runs that must be bit-equal; default: 200 on cuda, 3 on cpu."),
+    ] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Write every finding as JSON; - for stdout.")
+    ] = None,
+) -> None:
+    """Compare every kernel with the oracle on this device; ends with 1 if anything is wrong."""
+    import torch
+
+    console = Console(stderr=json_file == "-")
+    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = _families(device_type, family)
+    except (LookupError, RuntimeError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    on_gpu = device_type == "cuda"
+    report = CheckReport(
+        machine=machine_facts() | (gpu_facts() if on_gpu else {}),
+        device=device_type,
+        repeats=(200 if on_gpu else 3) if repeats is None else repeats,
+        graph=on_gpu,
+        families={choice.family: choice.reason for choice in chosen},
+    )
+    work = [
+        (choice, case) for choice in chosen for case in _cases(choice.family, device_type, only)
+    ]
+    if not work:
+        console.print(f"no case has {only!r} in its name", style="red", markup=False)
+        raise typer.Exit(2)
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(work))
+        for choice, case in work:
+            progress.update(task, description=f"{choice.family} {case.name}")
+            report.results.append(
+                _run(case, choice, torch.device(device_type), report.repeats, report.graph)
+            )
+            progress.advance(task)
+    report.ok = all(result.ok for result in report.results)
+    _print(report, console)
+    if json_file is not None:
+        write_json(report, json_file)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _families(device_type: str, requested: str | None) -> list[KernelChoice]:
+    """Every family that can run here except the oracle, or the requested one.
+
+    Raises
+    ------
+    NoKernelError, LookupError : nothing to check; all reasons are named.
+    """
+    import torch
+
+    from m3_kernels import kernel_families
+    from m3_plugin.backends import KernelChoice, NoKernelError
+
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise LookupError(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device; check `nvidia-smi` and "
+            "that this torch is a CUDA build, or use --device cpu"
+        )
+    families = kernel_families(device_type)
+    if requested is not None:
+        families = tuple(entry for entry in families if entry.name == requested)
+        if not families:
+            raise LookupError(f"--family {requested!r} does not exist on {device_type!r}")
+    able = [entry for entry in families if entry.refusal is None and entry.name != "reference"]
+    if not able:
+        reasons = "; ".join(f"{entry.name}: {entry.refusal or 'the oracle'}" for entry in families)
+        raise NoKernelError(f"nothing to check on {device_type!r} ({reasons})")
+    return [KernelChoice(entry.name, f"available on {device_type}") for entry in able]
+
+
+def _cases(family: str, device_type: str, only: str) -> Iterator[Case]:
+    """The shared cases in every dtype the family can be judged in; long ones on a GPU."""
+    import torch
+
+    from m3_kernels.testing.cases import (
+        DTYPES,
+        corner_cases,
+        production_cases,
+        regular_cases,
+    )
+
+    interpreted = family == "triton" and device_type == "cpu"
+    # bfloat16 arithmetic is wrong in Triton's interpreter
+    dtypes = [dtype for dtype in DTYPES if not (interpreted and dtype == torch.bfloat16)]
+    cases = [*regular_cases(), *corner_cases(), *production_cases()]
+    if device_type == "cuda":
+        served = production_cases()[0]
+        cases += [replace(served, name=name, requests=steps) for name, steps in LONG_STEPS.items()]
+    for dtype in dtypes:
+        for case in cases:
+            if only in case.name:
+                yield case.with_dtype(dtype)
+
+
+def _run(
+    case: Case, kernels: KernelChoice, device: torch.device, repeats: int, graph: bool
+) -> CaseResult:
+    import torch
+
+    from m3_plugin.verification import Finding, phase_of, verify_case
+
+    result = CaseResult(
+        family=kernels.family,
+        case=case.name,
+        phase=phase_of(case),
+        dtype=str(case.dtype).removeprefix("torch."),
+        must_run=case.head_dim == case.page_size == 128 and case.dtype != torch.float32,
+    )
+    try:
+        findings = verify_case(case, kernels=kernels, device=device, repeats=repeats, graph=graph)
+    except (NotImplementedError, TypeError, ValueError) as refusal:
+        return replace(result, refused=f"{type(refusal).__name__}: {refusal}")
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+        return replace(result, findings=(Finding(case.name, result.phase, "run", faults=(fault,)),))
+    return replace(result, findings=findings)
+
+
+def _print(report: CheckReport, console: Console) -> None:
+    machine = report.machine
+    console.print(
+        f"{machine.get('gpu', machine['cpu'])}; torch {machine['torch']}, "
+        f"commit {machine['commit']}; {report.repeats} repeats, "
+        f"graphs {'replayed' if report.graph else 'not used'}",
+        highlight=False,
+    )
+    table = Table(title=f"kernels on {report.device} against the oracle")
+    for heading in ("family", "phase", "dtype"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("cases", "refused", "wrong", "error / allowed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    groups: dict[tuple[str, str, str], list[CaseResult]] = defaultdict(list)
+    for result in report.results:
+        groups[result.family, result.phase, result.dtype].append(result)
+    for (family, phase, dtype), results in groups.items():
+        wrong = sum(not result.ok for result in results)
+        table.add_row(
+            family,
+            phase,
+            dtype,
+            str(len(results)),
+            str(sum(result.refused is not None for result in results)),
+            str(wrong),
+            _worst(results),
+            style="red" if wrong else None,
+        )
+    console.print(table)
+    for result in report.results:
+        if result.refused is not None:
+            line = f"{result.family} refuses {result.case}: {result.refused}"
+            console.print(line, style="yellow", markup=False, highlight=False)
+        for finding in result.findings:
+            for fault in finding.faults[:3]:
+                line = f"{result.family} {result.case} {finding.quantity}: {fault}"
+                console.print(line, style="red", markup=False, highlight=False)
+    console.print("all right" if report.ok else "WRONG", style="green" if report.ok else "bold red")
+
+
+def _worst(results: list[CaseResult]) -> str:
+    """The largest share of an allowed error that was used."""
+    shares = [
+        finding.error / finding.allowed
+        for result in results
+        for finding in result.findings
+        if finding.error is not None and finding.allowed
+    ]
+    return f"{max(shares):.2f}" if shares else ""

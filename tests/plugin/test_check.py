@@ -1,0 +1,145 @@
+"""`m3-plugin check`: what it runs, and that wrong kernels end it with 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from m3_plugin import session as session_module
+from m3_plugin.cli import app
+from m3_plugin.cli.check import CaseResult, _cases
+from m3_plugin.verification import Finding
+
+runner = CliRunner()
+
+
+def run(*arguments: str) -> Any:
+    return runner.invoke(app, ["check", "--device", "cpu", *arguments])
+
+
+def test_report(tmp_path: Path) -> None:
+    file = tmp_path / "check.json"
+    result = run("--only", "mixed", "--repeats", "2", "--json", str(file))
+    assert result.exit_code == 0, result.output
+    assert "all right" in result.output
+    report = json.loads(file.read_text())
+    assert report["ok"] is True
+    assert {"cpu", "torch", "commit"} <= set(report["machine"])
+    ran = {(r["family"], r["case"]) for r in report["results"]}
+    for family in ("native", "torch"):
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert (family, f"mixed-{dtype}") in ran
+    assert not any(family == "reference" for family, _ in ran)
+    for entry in report["results"]:
+        quantities = {finding["quantity"]: finding for finding in entry["findings"]}
+        assert set(quantities) == {"cache", "selection", "attention", "run", "repeats"}
+        assert 0 < quantities["attention"]["error"] < quantities["attention"]["allowed"]
+
+
+def test_json_on_stdout_is_alone_there() -> None:
+    result = run("--only", "one-token", "--family", "torch", "--json", "-")
+    report = json.loads(result.stdout)
+    assert {entry["family"] for entry in report["results"]} == {"torch"}
+
+
+def test_wrong_kernels_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = session_module.sparse_attention
+
+    def wrong(*args: Any, scale: float, **kw: Any) -> Tensor:
+        return right(*args, scale=scale * 1.1, **kw)
+
+    monkeypatch.setattr(session_module, "sparse_attention", wrong)
+    result = run("--only", "verify", "--family", "torch", "--repeats", "0")
+    assert result.exit_code == 1
+    assert "WRONG" in result.output
+    assert "verify-float32 attention: error" in result.output
+    assert "all right" not in result.output
+
+
+def test_an_exception_of_a_kernel_is_wrong_and_the_rest_still_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    right = session_module.index_topk
+
+    def crashes(index_q: Tensor, *args: Any, **kw: Any) -> Tensor:
+        if index_q.dtype == torch.bfloat16:
+            raise RuntimeError("an illegal memory access was encountered")
+        return right(index_q, *args, **kw)
+
+    monkeypatch.setattr(session_module, "index_topk", crashes)
+    file = tmp_path / "check.json"
+    result = run("--only", "one-token", "--family", "torch", "--json", str(file))
+    assert result.exit_code == 1
+    assert "RuntimeError: an illegal memory access" in result.output
+    entries = {entry["dtype"]: entry for entry in json.loads(file.read_text())["results"]}
+    assert entries["bfloat16"]["findings"][0]["faults"]
+    assert not any(finding["faults"] for finding in entries["float16"]["findings"])
+
+
+def test_refusals_are_shown_and_are_wrong_only_for_what_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(*args: Any, **kw: Any) -> Tensor:
+        raise ValueError("page_size must be 128")
+
+    monkeypatch.setattr(session_module, "index_topk", refuses)
+    result = run("--only", "odd-sizes", "--family", "torch")
+    assert result.exit_code == 0
+    assert "torch refuses odd-sizes-float32: ValueError: page_size must be 128" in result.output
+    assert run("--only", "m3-one-rank", "--family", "torch").exit_code == 1
+
+
+def test_a_result_is_as_good_as_its_worst_finding() -> None:
+    good, bad = Finding("c", "decode", "cache"), Finding("c", "decode", "run", faults=("x",))
+    result = CaseResult("torch", "c", "decode", "float16", (good, bad))
+    assert not result.ok
+    assert CaseResult("torch", "c", "decode", "float16", (good,)).ok
+
+
+def test_bfloat16_is_left_out_only_in_the_interpreter() -> None:
+    def dtypes(family: str, device: str) -> set[torch.dtype]:
+        return {case.dtype for case in _cases(family, device, "one-token")}
+
+    assert torch.bfloat16 not in dtypes("triton", "cpu")
+    assert dtypes("triton", "cuda") == {torch.float32, torch.bfloat16, torch.float16}
+    assert dtypes("native", "cpu") == dtypes("triton", "cuda")
+
+
+def test_long_contexts_run_on_a_gpu() -> None:
+    names = {case.name for case in _cases("triton", "cuda", "long-")}
+    assert {"long-decode-bfloat16", "long-prefill-float16"} <= names
+    assert not list(_cases("native", "cpu", "long-"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so() -> None:
+    result = runner.invoke(app, ["check", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert "sees no CUDA device" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "no such case"], "no case has 'no such case'"),
+        (["--family", "cutlass"], "--family 'cutlass' does not exist on 'cpu'"),
+        (["--family", "reference"], "the oracle"),
+    ],
+)
+def test_nothing_to_check_is_refused(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_this_gpu() -> None:
+    result = runner.invoke(app, ["check", "--device", "cuda", "--repeats", "20"])
+    assert result.exit_code == 0, result.output
