@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 
 from m3_plugin.assembly import make_session
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.presence import PluginRefusal, attestation
 from m3_plugin.session import MSACaches, MSAPlan
-from m3_sglang.batch import msa_batch
+from m3_sglang.batch import UniformStep, msa_batch, uniform_step
 from m3_sglang.compat import read_config, sglang_version
+from m3_sglang.graphs import GraphBuffers
 from m3_sglang.options import require_served
 from m3_sglang.registration import MODEL_PACKAGE, WRAPPER, wrapper_hook_is_applied
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+    from sglang.srt.speculative.spec_info import SpecInput
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class M3AttentionBackend(AttentionBackend):
         self.session = session
         self.plan: MSAPlan | None = None
         self.caches: dict[int, MSACaches] = {}
+        self.graph_buffers: GraphBuffers | None = None
         sparse = config.num_sparse_layers
         logger.info(
             "%s",
@@ -97,13 +100,86 @@ class M3AttentionBackend(AttentionBackend):
         self.plan = self.session.plan(msa_batch(forward_batch, req_to_token=self.req_to_token))
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Refuse: steps are planned with fresh tensors, which a graph would not see."""
-        raise NotImplementedError(
-            "m3-plugin does not capture CUDA graphs yet; start SGLang with --disable-cuda-graph"
+        """Allocate what captured steps of up to `max_bs` requests read."""
+        self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
+        self.graph_buffers = GraphBuffers.allocate(
+            self.req_to_token, num_reqs=max_bs, num_rows=max_num_tokens
+        )
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Before a graph is captured: a plan on buffers that stay. Before a replay: nothing."""
+        self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        if in_capture:
+            self.plan_capture(self.captured_step(forward_batch), num_reqs=forward_batch.batch_size)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Recorded as the graph's first operations: refill the buffers from SGLang's own."""
+        self.dense.init_forward_metadata_in_graph(forward_batch)
+        assert forward_batch.out_cache_loc is not None
+        self.refill_capture(
+            forward_batch,
+            self.captured_step(forward_batch),
+            slots=forward_batch.out_cache_loc,
+        )
+
+    def captured_step(self, forward_batch: ForwardBatch) -> UniformStep:
+        """The step as graphs are captured for.
+
+        Raises
+        ------
+        NotImplementedError : requests bring lengths of their own.
+        """
+        step = uniform_step(forward_batch)
+        if step is None:
+            raise NotImplementedError(
+                f"m3-plugin captures no graph of {forward_batch.forward_mode.name} steps: they "
+                "stay eager; start SGLang with --cuda-graph-backend-prefill disabled"
+            )
+        return step
+
+    def plan_capture(self, step: UniformStep, *, num_reqs: int) -> None:
+        """Plan a step on the buffers of `init_cuda_graph_state`; outside the graph."""
+        if self.graph_buffers is None:
+            raise RuntimeError("init_cuda_graph_state must be called before a graph is captured")
+        self.plan = self.session.plan(self.graph_buffers.batch(step, num_reqs=num_reqs))
+
+    def refill_capture(
+        self, forward_batch: ForwardBatch, step: UniformStep, *, slots: Tensor
+    ) -> None:
+        """Refill the buffers of the step planned last; inside the graph."""
+        assert self.graph_buffers is not None
+        assert self.plan is not None
+        self.graph_buffers.refill(
+            self.plan.batch,
+            step,
+            seq_lens=forward_batch.seq_lens,
+            rows=forward_batch.req_pool_indices,
+            slots=slots,
         )
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
+        # a padded request sees one key, as in SGLang's own backends
         return 1
+
+    def on_after_cuda_graph_warmup(self) -> None:
+        self.dense.on_after_cuda_graph_warmup()
+
+    def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
+        """Ours are read by the graph's first operations, as SGLang assumes by default."""
+        ends = (super().shared_read_ends(fm), self.dense.shared_read_ends(fm))
+        return SharedReadEnds.max_of(ends)
+
+    @property
+    def verify_mask(self) -> Any:
+        # a chain's rows see a prefix each, so that MSA layers need no mask; dense ones may
+        return self.dense.verify_mask
+
+    def update_verify_buffers_to_fill_after_draft(
+        self, spec_info: SpecInput, cuda_graph_bs: int | None
+    ) -> None:
+        self.dense.update_verify_buffers_to_fill_after_draft(spec_info, cuda_graph_bs)
 
     def support_triton(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.dense.support_triton()

@@ -23,6 +23,10 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_hierarchical_cache": ((False, None), "HiCache was never run with MSA layers"),
     "disaggregation_mode": ((None, "null"), "disaggregation was never run with MSA layers"),
     "enable_two_batch_overlap": ((False, None), "two-batch overlap is not supported"),
+    "cuda_graph_backend_prefill": (
+        (None, "disabled"),
+        "steps of prompts stay eager; graphs of decoding steps are not touched by this",
+    ),
     "kv_cache_dtype": (
         ("auto", "bf16", "bfloat16"),
         "the kernels read K, V and index keys in the model's dtype or bf16",
@@ -46,6 +50,9 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
     )
     if given == (None, None, None):
         overrides["attention_backend"] = BACKEND_NAME
+    # prompts bring lengths of their own, for which we plan outside graphs
+    if server_args.cuda_graph_backend_prefill is None:
+        overrides["cuda_graph_backend_prefill"] = "disabled"
     return overrides
 
 

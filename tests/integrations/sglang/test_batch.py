@@ -67,17 +67,157 @@ def test_chunk_behind_a_prefix_beside_a_decoding_request(mode: str) -> None:
     assert (batch.max_query_len, batch.max_seq_len) == (72, 200)
 
 
-@pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND_V2"])
-def test_speculative_steps_are_refused(mode: str) -> None:
+def verify_step(*, seq_lens: list[int], query_len: int, out_cache_loc: torch.Tensor) -> Any:
+    """A verify step as SGLang's EAGLE worker makes it: lengths without the drafted tokens."""
+    from sglang.srt.speculative.eagle_info import EagleVerifyInput
+
+    spec_info = EagleVerifyInput.create_idle_input(1, query_len - 1, query_len, "cpu")
+    return forward_batch(
+        "TARGET_VERIFY", seq_lens=seq_lens, spec_info=spec_info, out_cache_loc=out_cache_loc
+    )
+
+
+def test_verified_chain_crosses_a_page() -> None:
+    """Rows at 126..129 of a request with 126 committed tokens: the drafts are in its pages too."""
     from m3_sglang.batch import msa_batch
 
-    step = forward_batch(mode, seq_lens=[10], out_cache_loc=torch.arange(4))
-    with pytest.raises(NotImplementedError, match=mode):
-        msa_batch(step, req_to_token=REQ_TO_TOKEN)
+    step = verify_step(seq_lens=[126, 250], query_len=4, out_cache_loc=torch.arange(8))
+    batch = msa_batch(step, req_to_token=REQ_TO_TOKEN)
+    assert batch.cu_seqlens_q.tolist() == [0, 4, 8]
+    assert batch.seq_lens.tolist() == [130, 254]
+    assert batch.page_table.tolist() == [[5, 2], [7, 1]]
+    assert (batch.max_query_len, batch.max_seq_len) == (4, 254)
+
+
+def test_draft_extend_counts_its_own_tokens() -> None:
+    from m3_sglang.batch import msa_batch
+
+    step = forward_batch(
+        "DRAFT_EXTEND_V2",
+        seq_lens=[130, 254],
+        out_cache_loc=torch.arange(8),
+        extend_seq_lens=torch.tensor([4, 4]),
+        extend_seq_lens_cpu=[4, 4],
+    )
+    batch = msa_batch(step, req_to_token=REQ_TO_TOKEN)
+    assert batch.cu_seqlens_q.tolist() == [0, 4, 8]
+    assert batch.seq_lens.tolist() == [130, 254]
+    assert (batch.max_query_len, batch.max_seq_len) == (4, 254)
+
+
+def test_drafting_steps_see_what_was_drafted_before() -> None:
+    from m3_sglang.batch import msa_batch
+
+    step = forward_batch("DECODE", seq_lens=[127, 255], out_cache_loc=torch.arange(6))
+    batches = [
+        msa_batch(step, req_to_token=REQ_TO_TOKEN, drafted=i + 1, slot_mapping=torch.tensor(slots))
+        for i, slots in enumerate(([767, 255], [256, 512]))
+    ]
+    assert [batch.seq_lens.tolist() for batch in batches] == [[128, 256], [129, 257]]
+    assert [batch.page_table.shape[1] for batch in batches] == [2, 3]
+    assert batches[1].slot_mapping.tolist() == [256, 512]
+
+
+def graph_backend(*, max_bs: int, max_rows: int) -> Any:
+    """Our backend around a dense one that needs nothing, with buffers for graphs."""
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+    from m3_plugin.backends import choose_kernels
+    from m3_plugin.config import MSAConfig
+    from m3_plugin.session import MSASession
+    from m3_sglang.backend import M3AttentionBackend
+
+    class Dense(AttentionBackend):
+        def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
+
+    msa = MSAConfig(
+        num_index_heads=2,
+        index_dim=128,
+        block_size=128,
+        topk_blocks=4,
+        num_init_blocks=0,
+        num_local_blocks=1,
+    )
+    backend = object.__new__(M3AttentionBackend)
+    backend.dense = Dense()
+    backend.req_to_token = REQ_TO_TOKEN
+    backend.session = MSASession(msa, kernels=choose_kernels("cpu"), scale=1.0)
+    backend.plan, backend.graph_buffers = None, None
+    backend.init_cuda_graph_state(max_bs, max_rows)
+    return backend
+
+
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_a_replayed_graph_reads_what_an_eager_step_would(query_len: int) -> None:
+    """Captured on one content, refilled with another: the views the kernels hold have the new one.
+
+    Graphs hold addresses, so the tensors of the plan must stay the same objects.
+    """
+    from m3_sglang.batch import msa_batch
+
+    def step(lengths: list[int], slots: list[int]) -> Any:
+        if query_len == 1:
+            return forward_batch("DECODE", seq_lens=lengths, out_cache_loc=torch.tensor(slots))
+        loc = torch.tensor([slot + i for slot in slots for i in range(query_len)])
+        return verify_step(seq_lens=lengths, query_len=query_len, out_cache_loc=loc)
+
+    backend = graph_backend(max_bs=4, max_rows=16)
+    captured = step([1, 1], [0, 0])
+    backend.init_forward_metadata_out_graph(captured, in_capture=True)
+    backend.init_forward_metadata_in_graph(captured)
+    plan = backend.plan
+    held = (plan.batch.seq_lens, plan.batch.page_table, plan.batch.slot_mapping)
+    live = step([380, 124], [1180, 1000])
+    backend.init_forward_metadata_out_graph(live)
+    backend.init_forward_metadata_in_graph(live)
+    eager = msa_batch(live, req_to_token=REQ_TO_TOKEN)
+    assert backend.plan is plan
+    assert all(
+        kept is now
+        for kept, now in zip(
+            held, (plan.batch.seq_lens, plan.batch.page_table, plan.batch.slot_mapping), strict=True
+        )
+    )
+    assert plan.batch.cu_seqlens_q.tolist() == eager.cu_seqlens_q.tolist()
+    assert plan.batch.seq_lens.tolist() == eager.seq_lens.tolist()
+    assert plan.batch.slot_mapping.tolist() == eager.slot_mapping.tolist()
+    used = eager.page_table.shape[1]
+    assert torch.equal(plan.batch.page_table[:, :used], eager.page_table)
+    assert plan.batch.max_query_len == eager.max_query_len
+    assert plan.batch.max_seq_len >= eager.max_seq_len
+
+
+def test_a_graph_smaller_than_the_buffers_and_a_padded_request() -> None:
+    """One live request in a graph of three: the others have SGLang's fill length and slot 0."""
+    backend = graph_backend(max_bs=4, max_rows=4)
+    fill = backend.get_cuda_graph_seq_len_fill_value()
+    step = forward_batch(
+        "DECODE", seq_lens=[200, fill, fill], out_cache_loc=torch.tensor([327, 0, 0])
+    )
+    step.req_pool_indices = torch.tensor([1, 0, 0])
+    backend.init_forward_metadata_out_graph(step, in_capture=True)
+    backend.init_forward_metadata_in_graph(step)
+    batch = backend.plan.batch
+    assert batch.num_reqs == 3
+    assert batch.seq_lens.tolist() == [200, 1, 1]
+    assert batch.page_table.tolist() == [[7, 1, 4], [5, 2, 9], [5, 2, 9]]
+    assert batch.slot_mapping.tolist() == [327, 0, 0]
+
+
+def test_steps_of_prompts_are_not_captured() -> None:
+    backend = graph_backend(max_bs=4, max_rows=16)
+    step = forward_batch("EXTEND", seq_lens=[5], out_cache_loc=torch.arange(5))
+    with pytest.raises(NotImplementedError, match="--cuda-graph-backend-prefill disabled"):
+        backend.init_forward_metadata_out_graph(step, in_capture=True)
 
 
 def server_args(**given: Any) -> Any:
-    plain = {"page_size": None, "attention_backend": None, "kv_cache_dtype": "auto"}
+    plain = {
+        "page_size": None,
+        "attention_backend": None,
+        "kv_cache_dtype": "auto",
+        "cuda_graph_backend_prefill": None,
+    }
     split = {"prefill_attention_backend": None, "decode_attention_backend": None}
     return SimpleNamespace(**{**plain, **split, **given})
 
@@ -85,9 +225,10 @@ def server_args(**given: Any) -> Any:
 def test_defaults_leave_a_chosen_dense_backend_alone() -> None:
     from m3_sglang.options import m3_defaults
 
-    assert m3_defaults(server_args(), None) == {"page_size": 128, "attention_backend": "msa"}
+    always = {"page_size": 128, "cuda_graph_backend_prefill": "disabled"}
+    assert m3_defaults(server_args(), None) == always | {"attention_backend": "msa"}
     chosen = server_args(attention_backend="triton", page_size=128)
-    assert m3_defaults(chosen, None) == {"page_size": 128}
+    assert m3_defaults(chosen, None) == always
 
 
 @pytest.mark.parametrize(
@@ -97,6 +238,7 @@ def test_defaults_leave_a_chosen_dense_backend_alone() -> None:
         {"speculative_algorithm": "EAGLE"},
         {"pp_size": 2},
         {"kv_cache_dtype": "fp8_e4m3"},
+        {"cuda_graph_backend_prefill": "breakable"},
         {"enable_dp_attention": True},
     ],
 )
@@ -106,11 +248,3 @@ def test_what_is_not_served_is_refused_with_argument_and_value(given: dict[str, 
     ((name, value),) = given.items()
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be .*{value!r}"):
         m3_defaults(server_args(**given), None)
-
-
-def test_graph_capture_is_refused_with_the_way_out() -> None:
-    from m3_sglang.backend import M3AttentionBackend
-
-    backend = object.__new__(M3AttentionBackend)
-    with pytest.raises(NotImplementedError, match="--disable-cuda-graph"):
-        backend.init_cuda_graph_state(8, 64)

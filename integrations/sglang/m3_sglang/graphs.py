@@ -1,0 +1,82 @@
+"""Steps inside CUDA graphs: tensors whose addresses stay, refilled by operations that are recorded.
+
+SGLang records a step once per batch size and replays it with new contents in its own buffers
+(`seq_lens`, `req_pool_indices`, `out_cache_loc`). What our kernels read is derived from those
+inside the graph, so that a replay needs nothing from the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3_plugin.batch import MSABatch
+from m3_plugin.config import PAGED_BLOCK_SIZE
+from m3_sglang.batch import UniformStep, uniform_starts
+
+
+@dataclass(frozen=True)
+class GraphBuffers:
+    """What captured kernels read, as large as the largest step that is captured.
+
+    Attributes
+    ----------
+    req_to_token : SGLang's own int32 [max_requests, max_context]
+    first_positions : int64 [max_pages], position of the first token of each block
+    seq_lens : int32 [requests]
+    page_table : int32 [requests, max_pages]
+    slot_mapping : int64 [rows]
+    """
+
+    req_to_token: Tensor
+    first_positions: Tensor
+    seq_lens: Tensor
+    page_table: Tensor
+    slot_mapping: Tensor
+
+    @classmethod
+    def allocate(cls, req_to_token: Tensor, *, num_reqs: int, num_rows: int) -> GraphBuffers:
+        """Buffers for steps of up to `num_reqs` requests and `num_rows` rows."""
+        device = req_to_token.device
+        first = torch.arange(0, req_to_token.shape[1], PAGED_BLOCK_SIZE, device=device)
+        return cls(
+            req_to_token=req_to_token,
+            first_positions=first,
+            seq_lens=torch.ones(num_reqs, dtype=torch.int32, device=device),
+            page_table=torch.zeros(num_reqs, len(first), dtype=torch.int32, device=device),
+            slot_mapping=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        )
+
+    def batch(self, step: UniformStep, *, num_reqs: int) -> MSABatch:
+        """Views for a graph of `num_reqs` requests; what a host integer bounds is at its limit."""
+        return MSABatch(
+            cu_seqlens_q=uniform_starts(
+                num_reqs, query_len=step.query_len, device=self.seq_lens.device
+            ),
+            seq_lens=self.seq_lens[:num_reqs],
+            page_table=self.page_table[:num_reqs],
+            slot_mapping=self.slot_mapping[: num_reqs * step.query_len],
+            max_query_len=step.query_len,
+            max_seq_len=self.req_to_token.shape[1],
+        )
+
+    def refill(
+        self, batch: MSABatch, step: UniformStep, *, seq_lens: Tensor, rows: Tensor, slots: Tensor
+    ) -> None:
+        """Write the contents of one step into the views of `batch`; device operations only.
+
+        A padded request has the length SGLang fills in, row 0 of `req_to_token` and slot 0, which
+        belongs to nobody: it reads what is there and writes where nothing is read.
+
+        Parameters
+        ----------
+        seq_lens : integer [requests], as SGLang counts them
+        rows : integer [requests], rows of `req_to_token`
+        slots : integer [rows], slots of the step's tokens
+        """
+        batch.seq_lens.copy_(seq_lens + step.unseen)
+        first_slots = self.req_to_token[rows.unsqueeze(1), self.first_positions]
+        batch.page_table.copy_(first_slots // PAGED_BLOCK_SIZE)
+        batch.slot_mapping.copy_(slots)
