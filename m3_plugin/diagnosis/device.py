@@ -192,77 +192,35 @@ def _examine_kernels(report: Report, found: Mapping[str, Any]) -> None:
 
 
 def self_test(device_type: str) -> str:
-    """Run one small MSA layer on the chosen kernels and on the reference, beyond the budget.
+    """Run a layer of the released geometry on the chosen kernels and compare it with the oracle.
 
     Raises
     ------
-    RuntimeError : the two disagree; the message says where and by how much.
+    KernelsAreWrongError : they disagree; the message says where and by how much.
     """
     import torch
 
-    from m3_plugin.backends import KernelChoice, choose_kernels
-    from m3_plugin.batch import MSABatch
-    from m3_plugin.config import PAGED_BLOCK_SIZE, MSAConfig
-    from m3_plugin.session import MSACaches, MSASession
+    from m3_plugin import verification
+    from m3_plugin.backends import choose_kernels
+    from m3_plugin.config import M3Config
+    from m3_plugin.released import released_config
     from m3_plugin.settings import Settings
 
-    heads, groups, width, topk, rows, context = 8, 2, 128, 4, 3, 1500
-    pages = -(-context // PAGED_BLOCK_SIZE)
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(device_type, torch.bfloat16)
-
-    stored = (
-        normal(pages, groups, PAGED_BLOCK_SIZE, width),
-        normal(pages, groups, PAGED_BLOCK_SIZE, width),
-        normal(pages, PAGED_BLOCK_SIZE, width),
+    config = M3Config.from_hf(released_config())
+    assert config.msa is not None
+    kernels = choose_kernels(device_type, Settings.from_environment().kernels)
+    findings = verification.self_test(
+        config.msa,
+        kernels=kernels,
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=torch.bfloat16,
+        device=torch.device(device_type),
     )
-    table = torch.randperm(pages, generator=random).int()
-    positions = torch.arange(context - rows, context)
-    slots = table.long()[positions // PAGED_BLOCK_SIZE] * PAGED_BLOCK_SIZE
-    batch = MSABatch(
-        cu_seqlens_q=torch.tensor([0, rows], dtype=torch.int32, device=device_type),
-        seq_lens=torch.tensor([context], dtype=torch.int32, device=device_type),
-        page_table=table[None].to(device_type),
-        slot_mapping=(slots + positions % PAGED_BLOCK_SIZE).to(device_type),
-        max_query_len=rows,
-        max_seq_len=context,
-    )
-    inputs = (
-        normal(rows, heads, width),
-        normal(rows, groups, width),
-        normal(rows, groups, width),
-        normal(rows, groups, width),
-        normal(rows, width),
-    )
-    msa = MSAConfig(
-        num_index_heads=groups,
-        index_dim=width,
-        block_size=PAGED_BLOCK_SIZE,
-        topk_blocks=topk,
-        num_init_blocks=0,
-        num_local_blocks=1,
-    )
-
-    def attend(kernels: KernelChoice) -> torch.Tensor:
-        session = MSASession(msa, kernels=kernels, scale=width**-0.5)
-        out = torch.empty_like(inputs[0])
-        caches = MSACaches(*(pages.clone() for pages in stored))
-        session.run(session.plan(batch), *inputs, caches=caches, out=out)
-        return out.float().cpu()
-
-    chosen = choose_kernels(device_type, Settings.from_environment().kernels)
-    ours = attend(chosen)
-    reference = attend(KernelChoice(family="reference", reason="self-test"))
-    error = float((ours - reference).abs().max())
-    allowed = 0.02 * float(reference.abs().max())
-    # written so that NaN fails
-    if not error <= allowed:
-        raise RuntimeError(
-            f"{chosen.family} differs from the reference by {error:.3g} (allowed {allowed:.3g})"
-        )
-    return f"{chosen.family} against the reference: largest difference {error:.2g}"
+    verification.require_right(findings, kernels=kernels, device=device_type)
+    worst = max((f.error or 0.0) / f.allowed for f in findings if f.allowed)
+    return f"{len(findings)} comparisons with the oracle, largest error {worst:.0%} of the allowed"
 
 
 if __name__ == "__main__":

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from m3_plugin.checkpoint import (
@@ -19,10 +15,12 @@ from m3_plugin.checkpoint import (
 )
 from m3_plugin.config import M3Config
 from m3_plugin.diagnosis.findings import Report
+from m3_plugin.quantization.dialects import is_index_projection
+from m3_plugin.quantization.formats import FLOAT_DTYPES
 from m3_plugin.released import ModelNotFound, ModelSource, find_model, released_config
+from m3_plugin.shards import TensorHeader, read_checkpoint
 
 SECTION = "model"
-INDEX_FILE = "model.safetensors.index.json"
 
 # Keys of transformers' dialect, and generic ones every config may carry.
 _TRANSFORMERS_KEYS = frozenset(
@@ -44,16 +42,6 @@ _TRANSFORMERS_KEYS = frozenset(
         "vision_config",
     }
 )
-_UNQUANTISED = frozenset({"BF16", "F16", "F32"})
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor as its file's header describes it."""
-
-    name: str
-    dtype: str
-    num_bytes: int
 
 
 def examine_model(report: Report, name: str) -> M3Config | None:
@@ -169,8 +157,7 @@ def _unknown_key(report: Report, key: str, hint: str, *, harmless: bool = False)
 def _examine_files(report: Report, source: ModelSource, config: M3Config) -> None:
     assert source.folder is not None
     try:
-        files = shard_files(source.folder)
-        headers = [header for file in files for header in read_headers(file)]
+        headers = read_checkpoint(source.folder)
     except (OSError, ValueError) as error:
         report.add(
             SECTION,
@@ -181,7 +168,8 @@ def _examine_files(report: Report, source: ModelSource, config: M3Config) -> Non
         )
         return
     total = sum(header.num_bytes for header in headers)
-    report.add(SECTION, "files", f"{len(files)} shards, {len(headers):,} tensors, {total:,} bytes")
+    shards = len({header.file for header in headers})
+    report.add(SECTION, "files", f"{shards} shards, {len(headers):,} tensors, {total:,} bytes")
     _examine_names(report, headers, config)
     _examine_mtp(report, headers, config)
     _examine_quantisation(report, headers, config)
@@ -223,65 +211,14 @@ def _examine_mtp(report: Report, headers: list[TensorHeader], config: M3Config) 
 
 
 def _examine_quantisation(report: Report, headers: list[TensorHeader], config: M3Config) -> None:
-    report.add(SECTION, "quantisation", config.quantization or "none")
-    index = [
-        header
+    """What the config says, and what the index projections really are."""
+    report.add(SECTION, "quantisation", str(config.quantization or "none"))
+    index = {
+        header.dtype
         for header in headers
-        if ".index_q_proj." in header.name or ".index_k_proj." in header.name
-    ]
-    weights = sorted({h.dtype for h in index if not h.name.endswith(("_scale", "_scale_inv"))})
-    if weights:
-        kind = "as they are" if set(weights) <= _UNQUANTISED else "quantised"
-        report.add(SECTION, "index projections", f"{kind} ({', '.join(weights)})")
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, by its index if it has one.
-
-    Raises
-    ------
-    ValueError : no weights, or a file of the index is missing; names the first few.
-    """
-    index = folder / INDEX_FILE
-    if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} holds no safetensors files")
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{index.name} cannot be read ({type(error).__name__})") from None
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"{len(missing)} shards missing: {', '.join(missing[:3])}{more}")
-    return [folder / name for name in names]
-
-
-def read_headers(file: Path) -> Iterator[TensorHeader]:
-    """The tensors of one safetensors file, from its header alone.
-
-    Raises
-    ------
-    ValueError : the file is shorter or longer than its header says, or has no header.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{file.name} ends within its header ({size:,} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise ValueError(f"{file.name} has no readable header") from None
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    if 8 + length + end != size:
-        raise ValueError(
-            f"{file.name} has {size:,} bytes where its header promises {8 + length + end:,}"
-        )
-    for name, entry in tensors.items():
-        first, last = entry["data_offsets"]
-        yield TensorHeader(name, entry["dtype"], last - first)
+        if is_index_projection(header.name.rpartition(".")[0])
+        and "scale" not in header.name.rpartition(".")[2]
+    }
+    if index:
+        kind = "as they are" if index <= set(FLOAT_DTYPES) else "quantised"
+        report.add(SECTION, "index projections", f"{kind} ({', '.join(sorted(index))})")

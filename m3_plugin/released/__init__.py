@@ -1,7 +1,8 @@
 """What is published about MiniMax-M3, so that its size can be worked out without a network.
 
-`config.json` repeats the released configuration; `models.json` lists the published repositories
-and how each stores its weights; `gpus.json` holds the memory nvidia-smi reports for a card.
+`config.json` repeats the released configuration; `models.json` lists published repositories with
+their `quantization_config`, shortened to what says how weights are stored; `gpus.json` holds the
+memory nvidia-smi reports for a card.
 """
 
 from __future__ import annotations
@@ -29,14 +30,11 @@ class ModelSource:
     name : as the user gave it
     config : parsed config.json
     folder : the checkpoint's files, None if only the description is at hand
-    formats : storage of "linear" and "experts" as published; None for an unpublished model, whose
-        config says it
     """
 
     name: str
     config: dict[str, Any]
     folder: Path | None
-    formats: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,9 @@ def released_config() -> dict[str, Any]:
 
 
 @cache
-def published_formats() -> dict[str, dict[str, str]]:
-    """Repository -> storage of its "linear" and "experts" weights."""
-    listed = json.loads((_HERE / "models.json").read_text())
-    return {name: entry["formats"] for name, entry in listed.items()}
+def published_models() -> dict[str, dict[str, Any]]:
+    """Repository -> its `quantization_config`, empty for the unquantised one."""
+    return json.loads((_HERE / "models.json").read_text())
 
 
 @cache
@@ -101,22 +98,22 @@ def find_model(name: str) -> ModelSource:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return ModelSource(name, read_config(path), path.parent, None)
+        return ModelSource(name, read_config(path), path.parent)
     if path.is_dir():
-        return ModelSource(name, read_config(path / "config.json"), path, None)
+        return ModelSource(name, read_config(path / "config.json"), path)
     downloaded = _downloaded(name)
     if downloaded is not None:
-        return ModelSource(
-            name, read_config(downloaded / "config.json"), downloaded, published_formats().get(name)
-        )
-    if name in published_formats():
-        return ModelSource(name, released_config(), None, published_formats()[name])
+        return ModelSource(name, read_config(downloaded / "config.json"), downloaded)
+    if name in published_models():
+        quantization = published_models()[name]
+        extra = {"quantization_config": quantization} if quantization else {}
+        return ModelSource(name, released_config() | extra, None)
     suggestion = suggest(name)
     if suggestion is not None:
         raise ModelNotFound(f"no model {name!r} here; did you mean {suggestion}?")
     raise ModelNotFound(
         f"no model {name!r}: it is not a folder with a config.json, not in the Hugging Face cache "
-        f"and not one of {', '.join(published_formats())}"
+        f"and not one of {', '.join(published_models())}"
     )
 
 
@@ -148,7 +145,7 @@ def suggest(name: str) -> str | None:
     if "minimax" not in _letters(name) and letters != "m3":
         return None
     letters = letters.removeprefix("minimaxai").removeprefix("minimax")
-    for repository in published_formats():
+    for repository in published_models():
         if _letters(repository.partition("/")[2]).removeprefix("minimax") == letters:
             return repository
     return None
