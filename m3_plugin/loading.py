@@ -13,6 +13,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor
+from m3_plugin.config import M3Config
+from m3_plugin.quantization.stream import Dequantiser
+from m3_plugin.settings import Settings
 
 _EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
 
@@ -41,6 +44,7 @@ class WeightLoader:
     is_elsewhere : whether a tensor belongs to another pipeline stage
     is_foreign : whether a tensor belongs to another model altogether
     rename : the host's spelling of a suffix
+    dequantiser : turns quantised weights into plain ones on the way; None leaves them to the host
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class WeightLoader:
         is_elsewhere: Callable[[str], bool] = lambda name: False,
         is_foreign: Callable[[str], bool] = is_mtp_tensor,
         rename: Callable[[str], str] = lambda name: name,
+        dequantiser: Dequantiser | None = None,
     ) -> None:
         self.model = model
         self.ledger = TensorLedger(expected)
@@ -70,6 +75,7 @@ class WeightLoader:
         self.is_elsewhere = is_elsewhere
         self.is_foreign = is_foreign
         self.rename = rename
+        self.dequantiser = dequantiser
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Load one tensor; `name` is relative to the text model (`model...` or `lm_head...`).
@@ -80,6 +86,11 @@ class WeightLoader:
         """
         if self.is_foreign(name) or not self.ledger.add(name) or self.is_elsewhere(name):
             return
+        if self.dequantiser is not None:
+            plain = self.dequantiser.take(name, tensor)
+            if plain is None:
+                return
+            name, tensor = plain
         name = self.rename(name)
         if expert := _EXPERT_NAME.search(name):
             prefix, expert_id, shard = self.experts[expert.group(1)]
@@ -102,6 +113,8 @@ class WeightLoader:
         ------
         ValueError : tensors missing or left over (`TensorLedger.require_complete`).
         """
+        if self.dequantiser is not None:
+            self.dequantiser.require_complete()
         self.ledger.require_complete()
         for module in self.model.modules():
             if isinstance(module, FinishesLoading):
@@ -123,6 +136,13 @@ class WeightLoader:
         loader = getattr(parameter, "weight_loader", self.default_loader)
         loader(parameter, tensor, *args, **kwargs)
         self.loaded.add(target)
+
+
+def chosen_dequantiser(config: M3Config) -> Dequantiser | None:
+    """A dequantiser to load with, if the checkpoint is quantised and `M3_PLUGIN_DEQUANTIZE=1`."""
+    if config.quantization is None or not Settings.from_environment().dequantize:
+        return None
+    return Dequantiser(config)
 
 
 def interleave_gate_up(w13: Tensor) -> Tensor:

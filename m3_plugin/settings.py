@@ -6,6 +6,7 @@
 | `M3_PLUGIN_REQUIRED` | 0, 1 | 1: absence, refusal or fallback ends the process with the reason |
 | `M3_PLUGIN_ALLOW_UNTESTED` | 0, 1 | 1: run on a host version outside the tested window |
 | `M3_PLUGIN_STATISTICS` | 0, 1 | 1: count blocks read by MSA layers, in the host's /metrics |
+| `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_KERNELS` | auto, native, torch, reference | force a kernel family, not the best |
 """
 
@@ -31,6 +32,7 @@ class Settings:
     required: bool = False
     allow_untested: bool = False
     statistics: bool = False
+    dequantize: bool = False
     kernels: KernelFamily = "auto"
 
     @classmethod
@@ -42,7 +44,7 @@ class Settings:
         ValueError : unknown variable under the prefix, or a value outside its list.
         """
         given = {k.removeprefix(PREFIX): v for k, v in environment.items() if k.startswith(PREFIX)}
-        known = {"DISABLE", "REQUIRED", "ALLOW_UNTESTED", "STATISTICS", "KERNELS"}
+        known = {"DISABLE", "REQUIRED", "ALLOW_UNTESTED", "STATISTICS", "DEQUANTIZE", "KERNELS"}
         for name in sorted(given.keys() - known):
             raise ValueError(
                 f"unknown environment variable {PREFIX}{name}; "
@@ -59,6 +61,7 @@ class Settings:
             required=_flag(given, "REQUIRED"),
             allow_untested=_flag(given, "ALLOW_UNTESTED"),
             statistics=_flag(given, "STATISTICS"),
+            dequantize=_flag(given, "DEQUANTIZE"),
             kernels=cast(KernelFamily, kernels),
         )
 

@@ -7,17 +7,16 @@ format. Memory: the plain weights, plus the parts of the few weights that are no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import Tensor
 
-from m3_plugin.checkpoint import TEXT_PREFIX, linear_shape
+from m3_plugin.checkpoint import linear_shape
 from m3_plugin.config import M3Config
 from m3_plugin.quantization.codecs import dequantise
 from m3_plugin.quantization.dialects import PLAIN
 from m3_plugin.quantization.formats import (
     CACHE_SCALES,
+    WeightFormat,
     require_all_parts,
     require_part,
     required_suffixes,
@@ -39,46 +38,57 @@ SAFETENSORS_NAMES = {
 }
 
 
-def dequantised(
-    weights: Iterable[tuple[str, Tensor]], *, config: M3Config, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The same checkpoint as if it were stored plain.
+class Dequantiser:
+    """Collects the parts of each quantised weight and gives the weight out once they are there.
 
     Parameters
     ----------
-    weights : names and tensors as published
     config : what the checkpoint says about itself
-    dtype : of the weights that were quantised
-
-    Raises
-    ------
-    ValueError : a part with a wrong shape or dtype, or one that never came; names the tensor.
     """
-    if config.quantization is None:
-        yield from weights
-        return
-    waiting: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights:
-        stored, _, suffix = name.rpartition(".")
-        weight = config.quantization.format_of(stored.removeprefix(TEXT_PREFIX))
+
+    def __init__(self, config: M3Config) -> None:
+        self.config = config
+        self.waiting: dict[str, dict[str, Tensor]] = {}
+
+    def take(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """Take a stored tensor; the plain fp32 weight if that was all it still lacked.
+
+        Parameters
+        ----------
+        name : relative to the text model
+        tensor : as stored
+
+        Raises
+        ------
+        ValueError : not a part of its weight's format, or of a wrong shape or dtype.
+        """
+        module, _, suffix = name.rpartition(".")
+        weight = self._format_of(module)
         if weight == PLAIN or suffix in CACHE_SCALES:
-            yield name, tensor
-            continue
-        parts = weight.parts(*linear_shape(config, stored.removeprefix(TEXT_PREFIX)))
-        require_part(
-            weight,
-            parts,
-            tensor=name,
-            dtype=SAFETENSORS_NAMES[tensor.dtype],
-            shape=tuple(tensor.shape),
-        )
+            return name, tensor
+        parts = weight.parts(*linear_shape(self.config, module))
+        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape)
+        require_part(weight, parts, tensor=name, dtype=dtype, shape=shape)
         if not parts[suffix].required:
-            continue
-        arrived = waiting.setdefault(stored, {})
+            return None
+        arrived = self.waiting.setdefault(module, {})
         arrived[suffix] = tensor
-        if arrived.keys() == required_suffixes(parts):
-            yield f"{stored}.weight", dequantise(weight, waiting.pop(stored)).to(dtype)
-    for stored, arrived in waiting.items():
-        weight = config.quantization.format_of(stored.removeprefix(TEXT_PREFIX))
-        parts = weight.parts(*linear_shape(config, stored.removeprefix(TEXT_PREFIX)))
-        require_all_parts(weight, parts, module=stored, found=arrived)
+        if arrived.keys() != required_suffixes(parts):
+            return None
+        return f"{module}.weight", dequantise(weight, self.waiting.pop(module))
+
+    def require_complete(self) -> None:
+        """Refuse weights of which a part never came.
+
+        Raises
+        ------
+        ValueError : names the missing tensors of the first such weight.
+        """
+        for module, arrived in self.waiting.items():
+            weight = self._format_of(module)
+            parts = weight.parts(*linear_shape(self.config, module))
+            require_all_parts(weight, parts, module=module, found=arrived)
+
+    def _format_of(self, module: str) -> WeightFormat:
+        quantization = self.config.quantization
+        return PLAIN if quantization is None else quantization.format_of(module)

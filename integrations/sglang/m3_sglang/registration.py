@@ -25,6 +25,7 @@ ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGen
 MODEL_PACKAGE = "m3_sglang.models"
 PROCESSOR_PACKAGE = "m3_sglang.processors"
 WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
+QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._parse_quant_hf_config"
 CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 
 
@@ -46,6 +47,8 @@ def register_with_sglang() -> None:
     _register_backend()
     _register_defaults()
     _register_models()
+    if settings.dequantize:
+        _register_plain_weights()
     _say(
         attestation(
             host="SGLang",
@@ -105,6 +108,19 @@ def give_vision_config_attributes(model_config: Any, *args: Any, **kwargs: Any) 
     config = model_config.hf_config
     if isinstance(getattr(config, "vision_config", None), dict):
         config.vision_config = PretrainedConfig(**config.vision_config)
+
+
+def _register_plain_weights() -> None:
+    """SGLang builds plain layers for M3; our loader dequantises what it puts into them."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(QUANTIZATION, without_quantization, HookType.AROUND)
+
+
+def without_quantization(original: Any, model_config: Any) -> Any:
+    """AROUND hook: an M3 checkpoint counts as unquantised, any other as what it is."""
+    architectures = model_config.hf_config.architectures or [None]
+    return None if architectures[0] in ARCHITECTURES else original(model_config)
 
 
 def wrapper_hook_is_applied() -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from m3_plugin.checkpoint import text_modules
 from m3_plugin.config import M3Config
-from m3_plugin.loading import Shard, WeightLoader
+from m3_plugin.loading import Shard, WeightLoader, chosen_dequantiser
 
 _FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
@@ -41,4 +41,5 @@ def text_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
         ),
         default_loader=default_weight_loader,
         scale_alias=maybe_remap_kv_scale_name,
+        dequantiser=chosen_dequantiser(config),
     )

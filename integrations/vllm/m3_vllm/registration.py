@@ -43,6 +43,11 @@ def register_with_vllm() -> None:
         kernels = choose_kernels(device_type(), settings.kernels)
         for architecture, path in ARCHITECTURES.items():
             ModelRegistry.register_model(architecture, path)
+        if settings.dequantize:
+            # opt-in because it imports vLLM's quantisation early
+            from m3_vllm.quantization import register_plain_weights
+
+            register_plain_weights(tuple(ARCHITECTURES))
     except Exception as error:
         if settings.required:
             raise

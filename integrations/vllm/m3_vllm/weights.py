@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader.weight_utils import (
 
 from m3_plugin.checkpoint import layer_of, text_modules
 from m3_plugin.config import M3Config
-from m3_plugin.loading import Shard, WeightLoader
+from m3_plugin.loading import Shard, WeightLoader, chosen_dequantiser
 
 _FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
@@ -59,4 +59,5 @@ def text_weight_loader(
         is_elsewhere=is_elsewhere,
         # vLLM's mxfp8 layers call the stored block scale by the name without "_inv"
         rename=lambda name: name.replace("weight_scale_inv", "weight_scale"),
+        dequantiser=chosen_dequantiser(config),
     )

@@ -1,0 +1,58 @@
+"""`M3_PLUGIN_DEQUANTIZE=1` in vLLM: plain layers for a quantised M3, whatever its method is.
+
+vLLM asks every registered method whether it takes a checkpoint over from the one its config names,
+custom methods first. Ours takes over M3 and nothing else; our loader does the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+METHOD = "m3_dequantized"
+
+
+def register_plain_weights(architectures: tuple[str, ...]) -> None:
+    """Register the method for checkpoints of these architectures."""
+
+    @register_quantization_config(METHOD)
+    class M3PlainWeights(PlainWeights):
+        @classmethod
+        def override_quantization_method(
+            cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+        ) -> Any:
+            found = getattr(hf_config, "architectures", None) or [None]
+            return METHOD if found[0] in architectures else None
+
+
+class PlainWeights(QuantizationConfig):
+    """Every layer unquantised."""
+
+    def get_name(self) -> Any:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PlainWeights:
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
