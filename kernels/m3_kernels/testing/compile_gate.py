@@ -1,0 +1,251 @@
+"""Compiles every Triton kernel for every GPU family, without a GPU, and judges the machine code.
+
+Each op lists in `<op>/triton_variants.py` what it launches: `variants(arch)` gives the kernels at
+the configuration chosen for that chip, with a budget of registers and shared memory and the
+instructions they must contain. Spilled registers are a fault everywhere.
+
+    python -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
+    python -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
+    python -m m3_kernels.testing.compile_gate --markdown  # the table of docs/kernels-compiled.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 89, 90, 100, 120)
+OPS = ("work_plan", "index_topk", "sparse_attention", "cache_store")
+
+# Shared memory one program may use, bytes: the CUDA programming guide's table of capabilities.
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+# What the table counts: tensor cores (warp, warp group, Blackwell's own memory), TMA, async copies.
+INSTRUCTIONS = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "LDGSTS")
+SPILLS = ("LDL", "STL")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel at one configuration, as it will be launched.
+
+    Attributes
+    ----------
+    name : readable, unique within the op and chip
+    kernel : the function decorated with triton.jit
+    signature : Triton type of every argument that is not a constexpr, e.g. "*bf16", "i32",
+        "tensordesc<bf16[128, 128]>"; a scalar written as "i32=1" is specialised to that value
+    constexprs : value of every constexpr
+    options : num_warps, num_stages
+    registers : most registers a thread may use
+    shared : most bytes of shared memory a program may use
+    needs : instructions (beginnings of their names) the machine code must contain
+    unaligned : pointers and integers not known to be multiples of 16
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, int]
+    registers: int
+    shared: int
+    needs: tuple[str, ...] = ()
+    unaligned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Figures of the machine code.
+
+    Attributes
+    ----------
+    registers, stack : per thread; stack in bytes
+    shared : bytes per program, static and dynamic
+    warps : per program
+    instructions : how many of each of INSTRUCTIONS and SPILLS the code holds
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    instructions: Mapping[str, int] = field(default_factory=dict)
+
+
+def compile_variant(variant: Variant, arch: int) -> Compiled:
+    """Compile for a chip (major * 10 + minor) that need not be here, and read the result.
+
+    Raises
+    ------
+    RuntimeError : Triton runs in interpreter mode in this process
+    ValueError : the signature does not fit the kernel's parameters
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if os.environ.get("TRITON_INTERPRET") == "1" or not hasattr(variant.kernel, "arg_names"):
+        raise RuntimeError(f"{variant.name}: nothing compiles with TRITON_INTERPRET=1; unset it")
+    names = list(variant.kernel.arg_names)
+    given = {*variant.signature, *variant.constexprs}
+    if given != set(names):
+        raise ValueError(
+            f"{variant.name}: signature and constexprs must name every parameter of the kernel; "
+            f"missing {sorted(set(names) - given)}, unknown {sorted(given - set(names))}"
+        )
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(names):
+        kind = variant.signature.get(name, "constexpr")
+        kind, _, value = kind.partition("=")
+        if value:
+            kind = "constexpr"
+            constants[(place,)] = int(value)
+        elif kind == "constexpr":
+            constants[(place,)] = variant.constexprs[name]
+        aligned = kind.startswith(("*", "i")) and kind != "i1"
+        if aligned and name not in variant.unaligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        signature[name] = kind
+    built: Any = triton.compile(
+        ASTSource(variant.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options=dict(variant.options),
+    )
+    return _read_cubin(
+        built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
+    )
+
+
+def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
+    """What is wrong with the machine code of a variant, one line each; empty if nothing is."""
+    found = []
+    spills = sum(compiled.instructions[name] for name in SPILLS)
+    if compiled.stack or spills:
+        found.append(f"spills: {compiled.stack} bytes of stack, {spills} loads and stores")
+    if compiled.registers > variant.registers:
+        found.append(f"{compiled.registers} registers, budget {variant.registers}")
+    shared = min(variant.shared, SHARED_LIMIT[arch])
+    if compiled.shared > shared:
+        found.append(f"{compiled.shared} bytes of shared memory, budget {shared}")
+    found += [f"no {name}" for name in variant.needs if not compiled.instructions[name]]
+    return [f"sm_{arch} {variant.name}: {line}" for line in found]
+
+
+def op_variants(op: str, arch: int) -> Sequence[Variant]:
+    """What an op launches on a chip, at the configurations chosen for it."""
+    return importlib.import_module(f"m3_kernels.{op}.triton_variants").variants(arch)
+
+
+def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
+        code = _output("nvdisasm", "-c", file.name)
+    opcodes = Counter(
+        re.findall(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_]+)", code, re.M)
+    )
+    counts = {
+        name: sum(count for opcode, count in opcodes.items() if opcode.startswith(name))
+        for name in (*INSTRUCTIONS, *SPILLS)
+    }
+    return Compiled(
+        registers=int(_found(r"REG:(\d+)", usage)),
+        stack=int(_found(r"STACK:(\d+)", usage)),
+        shared=shared,
+        warps=warps,
+        instructions=counts,
+    )
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run(
+        [_tool(tool), *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@cache
+def _tool(name: str) -> Path:
+    """A binary that Triton's wheel brings along."""
+    import triton.backends.nvidia
+
+    return Path(str(triton.backends.nvidia.__file__)).parent / "bin" / name
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump printed no {pattern!r}: {text}")
+    return match.group(1)
+
+
+def _markdown(results: Sequence[tuple[int, str, Variant, Compiled]]) -> str:
+    lines = [
+        "| op | kernel | chip | warps | registers | shared KB | stack | instructions |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
+    for arch, op, variant, compiled in sorted(results, key=lambda r: (OPS.index(r[1]), r[2].name)):
+        counts = ", ".join(
+            f"{name} {compiled.instructions[name]}"
+            for name in INSTRUCTIONS
+            if compiled.instructions[name]
+        )
+        lines.append(
+            f"| {op} | {variant.name} | sm_{arch} | {compiled.warps} | {compiled.registers} "
+            f"| {compiled.shared / 1024:.1f} | {compiled.stack} | {counts} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; prints faults to stderr and returns 1 if there are any."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS)
+    parser.add_argument("--only", action="append", choices=OPS, metavar="OP")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="figures as JSON")
+    output.add_argument("--markdown", action="store_true", help="figures as a table")
+    options = parser.parse_args(arguments)
+
+    import triton
+
+    results = [
+        (arch, op, variant, compile_variant(variant, arch))
+        for arch in options.arch or ARCHS
+        for op in options.only or OPS
+        for variant in op_variants(op, arch)
+    ]
+    found = [line for arch, _, variant, made in results for line in faults(variant, made, arch)]
+    if options.json:
+        report = [
+            {"op": op, "variant": variant.name, "arch": arch, **dataclasses.asdict(made)}
+            for arch, op, variant, made in results
+        ]
+        text = json.dumps({"triton": triton.__version__, "kernels": report, "faults": found})
+    elif options.markdown:
+        text = _markdown(results)
+    else:
+        text = f"Triton {triton.__version__}: {len(results)} kernels compiled, {len(found)} faults"
+    sys.stdout.write(text + "\n")
+    sys.stderr.write("".join(f"{line}\n" for line in found))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
