@@ -25,7 +25,7 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_two_batch_overlap": ((False, None), "two-batch overlap is not supported"),
     "cuda_graph_backend_prefill": (
         (None, "disabled"),
-        "steps of prompts stay eager; graphs of decoding steps are not touched by this",
+        "steps of prompts stay eager",
     ),
     "kv_cache_dtype": (
         ("auto", "bf16", "bfloat16"),
@@ -50,9 +50,6 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
     )
     if given == (None, None, None):
         overrides["attention_backend"] = BACKEND_NAME
-    # prompts bring lengths of their own, for which we plan outside graphs
-    if server_args.cuda_graph_backend_prefill is None:
-        overrides["cuda_graph_backend_prefill"] = "disabled"
     return overrides
 
 

@@ -225,10 +225,9 @@ def server_args(**given: Any) -> Any:
 def test_defaults_leave_a_chosen_dense_backend_alone() -> None:
     from m3_sglang.options import m3_defaults
 
-    always = {"page_size": 128, "cuda_graph_backend_prefill": "disabled"}
-    assert m3_defaults(server_args(), None) == always | {"attention_backend": "msa"}
+    assert m3_defaults(server_args(), None) == {"page_size": 128, "attention_backend": "msa"}
     chosen = server_args(attention_backend="triton", page_size=128)
-    assert m3_defaults(chosen, None) == always
+    assert m3_defaults(chosen, None) == {"page_size": 128}
 
 
 @pytest.mark.parametrize(
