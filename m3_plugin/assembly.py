@@ -5,6 +5,7 @@ from __future__ import annotations
 from m3_plugin.backends import choose_kernels
 from m3_plugin.config import M3Config
 from m3_plugin.metrics import ExportedStatistics
+from m3_plugin.selection.recorder import SelectionRecorder
 from m3_plugin.session import MSASession
 from m3_plugin.settings import Settings
 
@@ -28,4 +29,6 @@ def make_session(config: M3Config, *, device_type: str) -> MSASession | None:
     session = MSASession(config.msa, kernels=kernels, scale=config.head_dim**-0.5)
     if settings.statistics:
         session.statistics = ExportedStatistics()
+    if settings.record_blocks is not None:
+        session.recorder = SelectionRecorder(settings.record_blocks, config.msa)
     return session

@@ -10,6 +10,7 @@ run(plan, q, k, v, ...)          once per sparse layer, device work only
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from m3_kernels.sparse_attention import sparse_attention
 from m3_plugin.backends import KernelChoice
 from m3_plugin.batch import MSABatch
 from m3_plugin.config import MSAConfig
+
+if TYPE_CHECKING:
+    from m3_plugin.selection.recorder import SelectionRecorder
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class MSASession:
         self.scale = scale
         # off by default because counting costs time
         self.statistics: MSAStatistics | None = None
+        self.recorder: SelectionRecorder | None = None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
         """Prepare one engine step. May look at host integers, never at device values."""
@@ -142,6 +147,8 @@ class MSASession:
         self.attend(plan, q, block_ids, caches=caches, out=out)
         if self.statistics is not None:
             self.statistics.add(block_ids, batch=plan.batch, block_size=self.msa.block_size)
+        if self.recorder is not None:
+            self.recorder.add(block_ids, batch=plan.batch)
 
     def store(
         self, plan: MSAPlan, k: Tensor, v: Tensor, index_k: Tensor, *, caches: MSACaches

@@ -7,6 +7,7 @@
 | `M3_PLUGIN_ALLOW_UNTESTED` | 0, 1 | 1: run on a host version outside the tested window |
 | `M3_PLUGIN_STATISTICS` | 0, 1 | 1: count blocks read by MSA layers, in the host's /metrics |
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
+| `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
 | `M3_PLUGIN_KERNELS` | auto, native, torch, reference | force a kernel family, not the best |
 """
 
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 PREFIX = "M3_PLUGIN_"
@@ -32,6 +34,7 @@ class Settings:
     required: bool = False
     allow_untested: bool = False
     statistics: bool = False
+    record_blocks: Path | None = None
     dequantize: bool = False
     kernels: KernelFamily = "auto"
 
@@ -44,7 +47,7 @@ class Settings:
         ValueError : unknown variable under the prefix, or a value outside its list.
         """
         given = {k.removeprefix(PREFIX): v for k, v in environment.items() if k.startswith(PREFIX)}
-        known = {"DISABLE", "REQUIRED", "ALLOW_UNTESTED", "STATISTICS", "DEQUANTIZE", "KERNELS"}
+        known = {field.name.upper() for field in fields(cls)}
         for name in sorted(given.keys() - known):
             raise ValueError(
                 f"unknown environment variable {PREFIX}{name}; "
@@ -61,6 +64,7 @@ class Settings:
             required=_flag(given, "REQUIRED"),
             allow_untested=_flag(given, "ALLOW_UNTESTED"),
             statistics=_flag(given, "STATISTICS"),
+            record_blocks=Path(folder) if (folder := given.get("RECORD_BLOCKS")) else None,
             dequantize=_flag(given, "DEQUANTIZE"),
             kernels=cast(KernelFamily, kernels),
         )

@@ -8,6 +8,7 @@ import typer
 
 from m3_plugin import __version__
 from m3_plugin.cli import bench
+from m3_plugin.cli.blocks import blocks
 from m3_plugin.cli.check import check
 from m3_plugin.cli.demo import demo
 from m3_plugin.cli.doctor import doctor
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="MiniMax-M3 and its block-sparse attention for an existing vLLM or SGLang.",
 )
 app.command()(check)
+app.command()(blocks)
 app.command()(demo)
 app.command()(doctor)
 app.command("fit")(fit_command)

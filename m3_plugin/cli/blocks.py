@@ -1,0 +1,133 @@
+"""`m3-plugin blocks`: draw which blocks the sparse layers chose while a server recorded them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from m3_plugin.selection.summary import LayerSummary, Summary
+
+
+class Phase(StrEnum):
+    """Which rows to sum up."""
+
+    all = "all"
+    prefill = "prefill"
+    decode = "decode"
+
+
+def blocks(
+    folder: Annotated[Path, typer.Argument(help="The folder M3_PLUGIN_RECORD_BLOCKS named.")],
+    phase: Annotated[
+        Phase, typer.Option(help="Rows alone in their step, or the others.")
+    ] = Phase.all,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Write the numbers as JSON; - for stdout.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
+) -> None:
+    """Heat map of layers against context, share of local and early blocks, and overlaps."""
+    from m3_plugin.selection.summary import NoRecords, summarise
+
+    try:
+        summary = summarise(folder, phase=phase.value)
+    except (NoRecords, ValueError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    console = Console(stderr=json_file == "-")
+    _print(summary, console)
+    if json_file is not None:
+        text = json.dumps(asdict(summary))
+        if json_file == "-":
+            typer.echo(text)
+        else:
+            Path(json_file).write_text(text + "\n")
+    if plot is not None:
+        _plot(summary, plot, title=f"{phase.value} rows" if phase != Phase.all else "all rows")
+        console.print(f"picture: {plot}", markup=False)
+
+
+def mean_heat(layer: LayerSummary) -> list[float]:
+    """Per block, the mean over groups of the share that chose it."""
+    return [sum(shares) / len(layer.heat) for shares in zip(*layer.heat, strict=True)]
+
+
+def _print(summary: Summary, console: Console) -> None:
+    console = console if console.is_terminal else Console(width=100, stderr=console.stderr)
+    beyond, rows = summary.rows_beyond_budget, summary.rows
+    table = Table(
+        title=f"{beyond:,} sampled rows beyond the budget (of {rows:,}), "
+        f"{summary.topk} of up to {summary.num_blocks} blocks each"
+    )
+    for heading in ("sparse layer", "local", "block 0", "kept by next row", "shared by groups"):
+        table.add_column(heading, justify="right")
+    table.add_column("most chosen blocks")
+    for layer in summary.layers:
+        heat = mean_heat(layer)
+        top = sorted(range(len(heat)), key=lambda block: -heat[block])[:4]
+        table.add_row(
+            str(layer.layer),
+            f"{layer.local:.0%}",
+            f"{layer.early:.0%}",
+            _share(layer.neighbour_overlap),
+            _share(layer.head_overlap),
+            ", ".join(f"{block} ({heat[block]:.0%})" for block in top),
+        )
+    console.print(table)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _plot(summary: Summary, path: Path, *, title: str) -> None:
+    """One line per layer and group, one column per block."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = [(layer.layer, g, row) for layer in summary.layers for g, row in enumerate(layer.heat)]
+    figure, (axis, shares) = plt.subplots(
+        1, 2, figsize=(12, max(3.0, 0.16 * len(groups))), width_ratios=[4, 1]
+    )
+    image = axis.imshow(
+        [row for _, _, row in groups], aspect="auto", cmap="magma", vmin=0, vmax=1,
+        interpolation="nearest",
+    )  # fmt: skip
+    per_layer = len(summary.layers[0].heat)
+    axis.set_yticks(
+        [per_layer * i + (per_layer - 1) / 2 for i in range(len(summary.layers))],
+        [str(layer.layer) for layer in summary.layers],
+    )
+    for i in range(1, len(summary.layers)):
+        axis.axhline(per_layer * i - 0.5, color="white", linewidth=0.5)
+    axis.set_xlabel(f"block of {summary.block_size} tokens")
+    axis.set_ylabel(f"sparse layer, {per_layer} groups each")
+    axis.set_title(f"share of rows that chose a block ({title})")
+    figure.colorbar(image, ax=axis)
+    at = range(len(summary.layers))
+    for name, values in {
+        "local": [layer.local for layer in summary.layers],
+        "block 0": [layer.early for layer in summary.layers],
+        "kept by next row": [layer.neighbour_overlap for layer in summary.layers],
+        "shared by groups": [layer.head_overlap for layer in summary.layers],
+    }.items():
+        known = [(value, i) for value, i in zip(values, at, strict=True) if value is not None]
+        shares.plot(*zip(*known, strict=True), "o-", label=name, markersize=3)
+    shares.set_ylim(len(summary.layers) - 0.5, -0.5)
+    shares.set_xlim(0, 1)
+    shares.set_yticks(list(at), [str(layer.layer) for layer in summary.layers])
+    shares.set_title("share of the chosen blocks")
+    shares.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Which blocks the sparse layers chose: recorded while serving, summed up and drawn afterwards."""

@@ -1,0 +1,180 @@
+"""Recorded selections: what is sampled, what the sums mean, and the needle in the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from m3_plugin.batch import MSABatch
+from m3_plugin.cli import app
+from m3_plugin.config import MSAConfig
+from m3_plugin.selection.recorder import FILE_PATTERN, SelectionRecorder
+from m3_plugin.selection.summary import NoRecords, summarise
+
+RULES = MSAConfig(
+    num_index_heads=2,
+    index_dim=128,
+    block_size=128,
+    topk_blocks=3,
+    num_init_blocks=0,
+    num_local_blocks=1,
+)
+PAGES = 16
+
+
+def step(*requests: tuple[int, int], first_page: int = 0) -> MSABatch:
+    """Requests of (cached tokens, new rows), each with pages of its own."""
+    q_lens = torch.tensor([rows for _, rows in requests])
+    starts = torch.zeros(len(requests) + 1, dtype=torch.int32)
+    starts[1:] = q_lens.cumsum(0)
+    table = torch.arange(len(requests) * PAGES, dtype=torch.int32).view(-1, PAGES) + first_page
+    return MSABatch(
+        cu_seqlens_q=starts,
+        seq_lens=torch.tensor([cached + rows for cached, rows in requests], dtype=torch.int32),
+        page_table=table,
+        slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
+        max_query_len=int(q_lens.max()),
+        max_seq_len=PAGES * 128,
+    )
+
+
+def ids(*groups: list[list[int]]) -> torch.Tensor:
+    return torch.tensor(groups, dtype=torch.int32)
+
+
+def records(folder: Path) -> list[dict]:
+    (file,) = folder.glob(FILE_PATTERN)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_layers_of_a_step_share_their_rows(tmp_path: Path) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES)
+    batch = step((1000, 1), (500, 2))
+    chosen = ids([[0, 3, 7], [0, 1, 3], [1, 2, 3]], [[5, 6, 7], [2, 3, -1], [0, 2, 3]])
+    recorder.add(chosen, batch=batch)
+    recorder.add(chosen, batch=batch)
+    recorder.add(chosen, batch=step((1001, 1), (502, 2)))
+    header, first, second, third = records(tmp_path)
+    assert (header["topk"], header["block_size"]) == (3, 128)
+    # position, page of the own block, decode
+    assert first["rows"] == [[1000, 7, 1], [500, PAGES + 3, 0], [501, PAGES + 3, 0]]
+    assert first["ids"][1] == [[5, 6, 7], [2, 3], [0, 2, 3]]
+    assert [(r["step"], r["layer"]) for r in (first, second, third)] == [(0, 0), (0, 1), (1, 0)]
+    assert "rows" not in second
+    assert third["rows"][0][0] == 1001
+
+
+def test_long_steps_are_sampled_in_pairs(tmp_path: Path) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES, rows_per_step=8)
+    rows = 1000
+    recorder.add(torch.zeros(2, rows, 3, dtype=torch.int32), batch=step((0, rows)))
+    positions = [row[0] for row in records(tmp_path)[1]["rows"]]
+    assert len(positions) == 8
+    assert positions[0] == 0
+    assert positions[-1] == rows - 1
+    assert all(second == first + 1 for first, second in zip(positions[::2], positions[1::2]))  # noqa: B905
+
+
+def test_padding_rows_and_empty_steps_are_left_out(tmp_path: Path) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES)
+    recorder.add(torch.zeros(2, 4, 3, dtype=torch.int32), batch=step((600, 0)))
+    assert list(tmp_path.glob(FILE_PATTERN)) == []
+    recorder.add(torch.zeros(2, 4, 3, dtype=torch.int32), batch=step((600, 1)))
+    assert len(records(tmp_path)[1]["rows"]) == 1
+
+
+def test_sums(tmp_path: Path) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES)
+    # own block 4 of 5 visible; the next token of the same request keeps two of three blocks
+    recorder.add(ids([[0, 2, 4]], [[1, 2, 4]]), batch=step((512, 1)))
+    recorder.add(ids([[0, 1, 4]], [[1, 2, 4]]), batch=step((513, 1)))
+    # another request at the next position is no neighbour
+    recorder.add(ids([[1, 2, 4]], [[1, 2, 4]]), batch=step((514, 1), first_page=100))
+    # within the budget everything is chosen, which says nothing
+    recorder.add(ids([[0, 1, 2]], [[0, 1, 2]]), batch=step((300, 1)))
+    summary = summarise(tmp_path)
+    assert (summary.rows, summary.rows_beyond_budget, summary.num_blocks) == (4, 3, 5)
+    (layer,) = summary.layers
+    assert layer.heat[0] == [0.6667, 0.6667, 0.6667, 0.0, 1.0]
+    assert layer.heat[1] == [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert layer.local == pytest.approx(6 / 18)
+    assert layer.early == pytest.approx(2 / 18)
+    assert layer.neighbour_overlap == pytest.approx((2 / 3 + 1) / 2)
+    assert layer.head_overlap == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+
+
+def test_phases_are_told_apart(tmp_path: Path) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES)
+    recorder.add(ids([[0, 1, 4], [0, 1, 4]], [[0, 1, 4], [0, 1, 4]]), batch=step((600, 2)))
+    recorder.add(ids([[2, 3, 4]], [[2, 3, 4]]), batch=step((602, 1)))
+    prefill, decode = (summarise(tmp_path, phase=p).layers[0] for p in ("prefill", "decode"))
+    assert prefill.heat[0] == [1.0, 1.0, 0.0, 0.0, 1.0]
+    assert decode.heat[0] == [0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_ranks_stand_side_by_side(tmp_path: Path) -> None:
+    batch = step((600, 1))
+    for chosen in ([0, 1, 4], [2, 3, 4]):
+        SelectionRecorder(tmp_path, RULES).add(ids([chosen]), batch=batch)
+    (layer,) = summarise(tmp_path).layers
+    assert [row.index(1.0) for row in layer.heat] == [0, 2]
+    SelectionRecorder(tmp_path, RULES).add(ids([[0, 1, 4]]), batch=step((700, 1)))
+    with pytest.raises(ValueError, match="one recording per folder"):
+        summarise(tmp_path)
+
+
+def test_a_line_cut_by_a_signal_is_left_out(tmp_path: Path) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES)
+    recorder.add(ids([[0, 1, 4]], [[0, 1, 4]]), batch=step((600, 1)))
+    (file,) = tmp_path.glob(FILE_PATTERN)
+    with file.open("a") as stream:
+        stream.write('{"step": 1, "layer": 0, "ro')
+    assert summarise(tmp_path).rows == 1
+
+
+def test_nothing_recorded_says_how(tmp_path: Path) -> None:
+    with pytest.raises(NoRecords, match="M3_PLUGIN_RECORD_BLOCKS"):
+        summarise(tmp_path)
+    SelectionRecorder(tmp_path, RULES).add(ids([[0, 1, 2]], [[0, 1, 2]]), batch=step((300, 1)))
+    with pytest.raises(NoRecords, match="none beyond 384 tokens"):
+        summarise(tmp_path)
+    result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "longer prompt" in result.output
+
+
+def test_recording_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from m3_plugin.assembly import make_session
+    from m3_plugin.config import M3Config
+    from tests.plugin.test_config import HUB
+
+    config = M3Config.from_hf(HUB)
+    silent = make_session(config, device_type="cpu")
+    assert silent is not None
+    assert silent.recorder is None
+    monkeypatch.setenv("M3_PLUGIN_RECORD_BLOCKS", str(tmp_path / "new"))
+    recording = make_session(config, device_type="cpu")
+    assert recording is not None
+    assert recording.recorder is not None
+    assert recording.recorder.folder == tmp_path / "new"
+
+
+def test_picture_and_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    recorder = SelectionRecorder(tmp_path, RULES)
+    for position in (600, 601):
+        batch = step((position, 1))
+        recorder.add(ids([[0, 1, 4]], [[2, 3, 4]]), batch=batch)
+        recorder.add(ids([[1, 2, 4]], [[2, 3, 4]]), batch=batch)
+    picture = tmp_path / "blocks.png"
+    numbers = tmp_path / "blocks.json"
+    result = CliRunner().invoke(
+        app, ["blocks", str(tmp_path), "--plot", str(picture), "--json", str(numbers)]
+    )
+    assert result.exit_code == 0, result.output
+    assert picture.stat().st_size > 1000
+    assert json.loads(numbers.read_text())["layers"][1]["heat"][0][1] == 1.0
