@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from m3_plugin.backends import choose_kernels
 from m3_plugin.config import M3Config
-from m3_plugin.metrics import ExportedStatistics
+from m3_plugin.metrics import ExportedStatistics, export_presence
 from m3_plugin.selection.recorder import SelectionRecorder
 from m3_plugin.session import MSASession
 from m3_plugin.settings import Settings
@@ -26,6 +26,7 @@ def make_session(config: M3Config, *, device_type: str) -> MSASession | None:
         return None
     settings = Settings.from_environment()
     kernels = choose_kernels(device_type, settings.kernels)
+    export_presence(kernels, device_type=device_type)
     session = MSASession(config.msa, kernels=kernels, scale=config.head_dim**-0.5)
     if settings.statistics:
         session.statistics = ExportedStatistics()

@@ -1,4 +1,8 @@
-"""The plugin's counters in the host's own `/metrics`: both hosts collect prometheus_client.
+"""The plugin's metrics in the host's own `/metrics`: both hosts collect prometheus_client.
+
+`m3_plugin:info` is 1 with version, device and kernels as labels; where it is absent, the host's own
+MiniMax-M3 serves. `m3_plugin:kernels_refused` is 1 for each better kernel family that cannot run.
+`m3_plugin:msa_*_total` count what MSA layers read, under `M3_PLUGIN_STATISTICS=1`.
 
 Workers are processes of their own, so the host must run prometheus_client in its multi-process
 mode: SGLang does under `--enable-metrics`, vLLM when `PROMETHEUS_MULTIPROC_DIR` names an empty
@@ -11,12 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from m3_plugin import __version__
 from m3_plugin.session import MSAStatistics
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
+    from prometheus_client import Counter, Gauge
     from torch import Tensor
 
+    from m3_plugin.backends import KernelChoice
     from m3_plugin.batch import MSABatch
 
 PHASES = ("prefill", "decode")
@@ -36,6 +42,43 @@ def _counters() -> dict[str, Counter]:
         name: Counter(f"m3_plugin:msa_{name}", text, labelnames=["phase"])
         for name, text in described.items()
     }
+
+
+@cache
+def _presence_gauges() -> tuple[Gauge, Gauge]:
+    from prometheus_client import Gauge
+
+    # processes agree; "max" shows them as one sample without a process id
+    return (
+        Gauge(
+            "m3_plugin:info",
+            "1 where m3-plugin serves MiniMax-M3",
+            labelnames=["version", "device", "kernels"],
+            multiprocess_mode="max",
+        ),
+        Gauge(
+            "m3_plugin:kernels_refused",
+            "1 for each preferred kernel family that cannot run here",
+            labelnames=["kernels", "reason"],
+            multiprocess_mode="max",
+        ),
+    )
+
+
+def export_presence(kernels: KernelChoice, *, device_type: str) -> None:
+    """Say in the host's metrics which kernels serve, and which were refused and why.
+
+    prometheus_client decides on import whether processes share their values. So this is called by a
+    worker that is about to serve, when the host has set that up, and not by an entry point.
+    """
+    try:
+        info, refused = _presence_gauges()
+    except ImportError:
+        # both hosts bring the library; without one there is nobody to read it
+        return
+    info.labels(version=__version__, device=device_type, kernels=kernels.family).set(1)
+    for family, reason in kernels.refused:
+        refused.labels(kernels=family, reason=reason).set(1)
 
 
 @dataclass

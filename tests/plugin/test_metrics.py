@@ -56,3 +56,28 @@ def test_statistics_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) ->
     counting = make_session(config, device_type="cpu")
     assert counting is not None
     assert isinstance(counting.statistics, ExportedStatistics)
+
+
+def test_presence_is_exported_with_what_was_refused() -> None:
+    from m3_plugin import __version__
+    from m3_plugin.backends import KernelChoice
+    from m3_plugin.metrics import export_presence
+
+    choice = KernelChoice(family="torch", reason="best", refused=(("native", "no compiler"),))
+    export_presence(choice, device_type="cpu")
+    text = prometheus_client.generate_latest().decode()
+    version = f'version="{__version__}"'
+    assert _metric(text, "m3_plugin:info{", label=f'kernels="torch",{version}') == 1
+    assert _metric(text, "m3_plugin:kernels_refused{", label='reason="no compiler"') == 1
+
+
+def test_serving_does_not_need_the_metrics_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from m3_plugin import metrics
+    from m3_plugin.backends import KernelChoice
+
+    fresh = metrics._presence_gauges.__wrapped__
+    monkeypatch.setattr(metrics, "_presence_gauges", fresh)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    metrics.export_presence(KernelChoice(family="torch", reason="best"), device_type="cpu")
