@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,19 @@ class Preset(StrEnum):
     small = "small"
     kernel = "kernel"
     engine = "engine"
+
+
+class Quant(StrEnum):
+    """Published ways to quantise MiniMax-M3."""
+
+    mxfp8 = "mxfp8"
+    nvfp4 = "nvfp4"
+    mxfp4 = "mxfp4"
+    w4a16 = "w4a16"
+    awq = "awq"
+    gptq = "gptq"
+    auto_round = "auto-round"
+    fp8 = "fp8"
 
 
 class Dtype(StrEnum):
@@ -52,6 +66,10 @@ def tiny(
     dense: Annotated[
         bool, typer.Option("--dense", help="Declare every layer dense, with the same weights.")
     ] = False,
+    quant: Annotated[
+        Quant | None,
+        typer.Option(help="Quantised like a published checkpoint: its names, dtypes and config."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a checkpoint that lies in the folder.")
     ] = False,
@@ -66,6 +84,8 @@ def tiny(
             summary = _random(
                 folder, dtype=dtype, preset=preset, seed=seed, dense=dense, force=force
             )
+        if quant is not None:
+            summary |= _quantise(folder, quant)
     except (OSError, ValueError) as error:
         # markup off: paths may hold brackets
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
@@ -140,6 +160,21 @@ def _random(
     return summary | {"preset": name, "seed": seed}
 
 
+def _quantise(folder: Path, quant: Quant) -> dict[str, Any]:
+    """Put the quantised checkpoint in the plain one's place; what that changes in the summary."""
+    from m3_plugin.testing.quantised import quantise_checkpoint
+
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        plain = folder.rename(Path(scratch) / "plain")
+        quantise_checkpoint(plain, folder, quant.value)
+    files = sorted(folder.iterdir())
+    return {
+        "quant": quant.value,
+        "bytes": sum(file.stat().st_size for file in files),
+        "files": [file.name for file in files],
+    }
+
+
 def _summary(folder: Path, kind: Kind, dtype: Dtype, shape: Any, *, dense: bool) -> dict[str, Any]:
     return {
         "folder": str(folder),
@@ -172,6 +207,8 @@ def _report(summary: dict[str, Any]) -> None:
         "selection": f"{summary['topk_blocks']} blocks of {summary['block_size']}: "
         f"sparse beyond {budget} tokens",
     }
+    if "quant" in summary:
+        rows["quantised"] = f"{summary['quant']}, the rest in {summary['dtype']}"
     if "preset" in summary:
         rows["preset"] = f"{summary['preset']}, seed {summary['seed']}"
     if "example" in summary:

@@ -28,6 +28,7 @@ from m3_plugin.quantization.formats import (
     PackedInt4,
     WeightFormat,
 )
+from m3_plugin.testing.hub_layout import prepare_folder
 
 if TYPE_CHECKING:
     import torch
@@ -100,19 +101,22 @@ class Quantised:
     values: Tensor
 
 
-def quantise_checkpoint(source: str | Path, target: str | Path, quant: QuantName) -> Path:
-    """Write the plain checkpoint in `source` quantised into the new folder `target`.
+def quantise_checkpoint(
+    source: str | Path, target: str | Path, quant: QuantName, *, force: bool = False
+) -> Path:
+    """Write the plain checkpoint in `source` quantised into the folder `target`.
 
     Raises
     ------
     ValueError : unknown recipe, or sizes its format cannot hold.
+    FileExistsError : `target` holds files and `force` was not given.
     """
-    return _rewrite(Path(source), Path(target), quant, stored=True)
+    return _rewrite(Path(source), prepare_folder(target, force=force), quant, stored=True)
 
 
 def reference_checkpoint(source: str | Path, target: str | Path, quant: QuantName) -> Path:
     """Write what `quantise_checkpoint` means as a plain fp32 checkpoint, not by unpacking it."""
-    return _rewrite(Path(source), Path(target), quant, stored=False)
+    return _rewrite(Path(source), prepare_folder(target, force=False), quant, stored=False)
 
 
 def _rewrite(source: Path, target: Path, quant: QuantName, *, stored: bool) -> Path:
@@ -125,7 +129,6 @@ def _rewrite(source: Path, target: Path, quant: QuantName, *, stored: bool) -> P
     if quant not in RECIPES:
         raise ValueError(f"quant must be one of {', '.join(RECIPES)}; got {quant!r}")
     recipe = RECIPES[quant]
-    target.mkdir(parents=True)
     weight_map: dict[str, str] = {}
     modules = []
     for shard in sorted(source.glob("*.safetensors")):
