@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from m3_plugin.config import M3Config
 
 TEXT_PREFIX = "language_model."
+EMBEDDING = "model.embed_tokens."
 MTP_PREFIX = "model.mtp.layers."
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
 

@@ -29,7 +29,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle3, SupportsPP
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
@@ -37,6 +37,7 @@ from vllm.model_executor.models.utils import (
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
+    spec_decode_needs_target_embed,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
@@ -58,6 +59,7 @@ from m3_vllm.multimodal import (
     M3MultiModalProcessor,
     M3ProcessingInfo,
 )
+from m3_vllm.speculation import require_aux_layers, require_speculation
 from m3_vllm.weights import text_weight_loader
 
 logger = init_logger("vllm.m3_plugin.model")
@@ -204,18 +206,25 @@ class M3SparseAttention(_M3AttentionBase):
 
 
 class M3DecoderLayer(nn.Module):
-    """Pre-norm layer: attention (dense or MSA), then MLP (dense or routed)."""
+    """Pre-norm layer: attention (dense or MSA), then MLP (dense or routed).
+
+    Parameters
+    ----------
+    layer : which of the config's layers this is
+    session : runs the MSA layers of this worker; None if the model has none
+    prefix : the layer's name in the checkpoint
+    """
 
     def __init__(
         self,
         config: M3Config,
         *,
+        layer: int,
         session: MSASession | None,
         vllm_config: VllmConfig,
         prefix: str,
     ) -> None:
         super().__init__()
-        layer = int(prefix.rpartition(".")[2])
         if config.sparse_layers[layer]:
             assert session is not None
             self.self_attn: nn.Module = M3SparseAttention(
@@ -259,15 +268,25 @@ class M3DecoderLayer(nn.Module):
 
 
 @support_torch_compile
-class M3Model(nn.Module):
-    """Embedding, decoder layers of this pipeline stage, final norm."""
+class M3Model(nn.Module, EagleModelMixin):
+    """Embedding, decoder layers of this pipeline stage, final norm.
+
+    With an EAGLE3 head, `forward` also returns the streams the head reads: in front of layer i for
+    each i vLLM has asked for, those of earlier stages first.
+    """
+
+    supports_aux_hidden_states_over_pp = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = read_config(vllm_config)
         self.m3_config = config
         self.session = make_session(config, device_type=device_type())
-        if get_pp_group().is_first_rank:
+        # on the last stage a draft model may share it
+        self.has_embedding = get_pp_group().is_first_rank or spec_decode_needs_target_embed(
+            vllm_config, include_mtp=vllm_config.use_v2_model_runner
+        )
+        if self.has_embedding:
             self.embed_tokens: nn.Module = VocabParallelEmbedding(
                 config.vocab_size,
                 config.hidden_size,
@@ -279,7 +298,11 @@ class M3Model(nn.Module):
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
             lambda prefix: M3DecoderLayer(
-                config, session=self.session, vllm_config=vllm_config, prefix=prefix
+                config,
+                layer=int(prefix.rpartition(".")[2]),
+                session=self.session,
+                vllm_config=vllm_config,
+                prefix=prefix,
             ),
             prefix=f"{prefix}.layers",
         )
@@ -300,27 +323,35 @@ class M3Model(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        streams = self.collect_remote_aux_hidden_states(intermediate_tensors)
+        local: list[torch.Tensor] = []
         if get_pp_group().is_first_rank:
             if inputs_embeds is None:
                 assert input_ids is not None
                 inputs_embeds = self.embed_input_ids(input_ids)
             hidden_states = inputs_embeds
             residual = None
+            if self.start_layer in self.aux_hidden_state_layers:
+                # the first norm may add to the embedding in place
+                local.append(hidden_states.clone())
         else:
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors.tensors["hidden_states"]
             residual = intermediate_tensors.tensors["residual"]
-        for layer in self.layers[self.start_layer : self.end_layer]:
-            hidden_states, residual = layer(positions, hidden_states, residual)
+        for index in range(self.start_layer, self.end_layer):
+            hidden_states, residual = self.layers[index](positions, hidden_states, residual)
+            self._maybe_add_hidden_state(local, index + 1, hidden_states, residual)
         assert residual is not None
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+            passed_on = {"hidden_states": hidden_states, "residual": residual}
+            return IntermediateTensors(passed_on | self.pack_local_aux_hidden_states(local))
         hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
+        streams += local
+        return (hidden_states, streams) if streams else hidden_states
 
 
-class M3ForCausalLM(nn.Module, SupportsPP):
+class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
     """Text model: decoder stack and output head."""
 
     # vLLM's quantisation maps its fused names back to the checkpoint's through this
@@ -331,6 +362,8 @@ class M3ForCausalLM(nn.Module, SupportsPP):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        # before any weight is read: it takes minutes for the released model
+        require_speculation(vllm_config)
         self.config = vllm_config.model_config.hf_text_config
         self.model = M3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         config = self.model.m3_config
@@ -378,11 +411,16 @@ class M3ForCausalLM(nn.Module, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
-    ) -> Tensor | IntermediateTensors:
+    ) -> Tensor | IntermediateTensors | tuple[Tensor, list[Tensor]]:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
+
+    def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
+        """Choose the streams an EAGLE3 head reads; i means in front of layer i."""
+        require_aux_layers(layers, num_layers=self.model.m3_config.num_hidden_layers)
+        super().set_aux_hidden_state_layers(layers)
 
     def weight_loader(self) -> WeightLoader:
         """A loader for this stage's tensors; feed it every text tensor, then call `finish`."""
@@ -390,7 +428,7 @@ class M3ForCausalLM(nn.Module, SupportsPP):
             self,
             config=self.model.m3_config,
             layers=range(self.model.start_layer, self.model.end_layer),
-            first_stage=get_pp_group().is_first_rank,
+            embedding=self.model.has_embedding,
             last_stage=get_pp_group().is_last_rank,
         )
 
@@ -406,7 +444,7 @@ class M3ForCausalLM(nn.Module, SupportsPP):
 @MULTIMODAL_REGISTRY.register_processor(
     M3MultiModalProcessor, info=M3ProcessingInfo, dummy_inputs=M3DummyInputsBuilder
 )
-class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP):
+class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP, SupportsEagle3):
     """The released model: vision tower and projector in front of the text model."""
 
     packed_modules_mapping = M3ForCausalLM.packed_modules_mapping
@@ -429,11 +467,15 @@ class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
-    ) -> Tensor | IntermediateTensors:
+    ) -> Tensor | IntermediateTensors | tuple[Tensor, list[Tensor]]:
         return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.language_model.compute_logits(hidden_states)
+
+    def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
+        """Choose the streams an EAGLE3 head reads; i means in front of layer i."""
+        self.language_model.set_aux_hidden_state_layers(layers)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         text = self.language_model.weight_loader()

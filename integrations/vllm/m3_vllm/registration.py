@@ -19,6 +19,8 @@ logger = init_logger("vllm.m3_plugin")
 ARCHITECTURES = {
     "MiniMaxM3SparseForCausalLM": "m3_vllm.model:M3ForCausalLM",
     "MiniMaxM3SparseForConditionalGeneration": "m3_vllm.model:M3ForConditionalGeneration",
+    # what vLLM calls the draft model of both
+    "MiniMaxM3MTP": "m3_vllm.mtp:M3MTP",
 }
 
 

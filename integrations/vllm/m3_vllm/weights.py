@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
 from vllm.model_executor.model_loader.weight_utils import (
@@ -9,7 +11,7 @@ from vllm.model_executor.model_loader.weight_utils import (
     maybe_remap_kv_scale_name,
 )
 
-from m3_plugin.checkpoint import layer_of, text_modules
+from m3_plugin.checkpoint import EMBEDDING, is_mtp_tensor, layer_of, mtp_modules, text_modules
 from m3_plugin.config import M3Config
 from m3_plugin.loading import Shard, WeightLoader, chosen_dequantiser
 
@@ -25,7 +27,12 @@ _FUSED: dict[str, tuple[str, Shard]] = {
 
 
 def text_weight_loader(
-    model: nn.Module, *, config: M3Config, layers: range, first_stage: bool, last_stage: bool
+    model: nn.Module,
+    *,
+    config: M3Config,
+    layers: range,
+    embedding: bool,
+    last_stage: bool,
 ) -> WeightLoader:
     """A loader for one pipeline stage.
 
@@ -34,18 +41,53 @@ def text_weight_loader(
     model : our causal LM
     config : what the checkpoint promises
     layers : decoder layers of this stage
-    first_stage, last_stage : whether it holds the embedding, the final norm and the head
+    embedding : whether the stage holds the embedding
+    last_stage : whether it holds the final norm and the head
     """
 
     def is_elsewhere(name: str) -> bool:
         layer = layer_of(name)
         if layer is not None:
             return layer not in layers
-        return not (first_stage if name.startswith("model.embed_tokens.") else last_stage)
+        return not (embedding if name.startswith(EMBEDDING) else last_stage)
 
+    return _weight_loader(
+        model,
+        config=config,
+        expected=text_modules(config),
+        is_elsewhere=is_elsewhere,
+    )
+
+
+def mtp_weight_loader(model: nn.Module, *, config: M3Config, embedding: bool) -> WeightLoader:
+    """A loader for the MTP draft model, which passes over everything of the target's.
+
+    Parameters
+    ----------
+    model : our draft model
+    config : the draft as a model of its own (`m3_plugin.mtp.mtp_config`)
+    embedding : whether the draft holds an embedding of its own, as on a later pipeline stage
+    """
+    expected = mtp_modules(config, num_modules=config.num_mtp_modules)
+    if embedding:
+        expected |= {EMBEDDING.removesuffix(".")}
+
+    def is_foreign(name: str) -> bool:
+        return not (is_mtp_tensor(name) or (embedding and name.startswith(EMBEDDING)))
+
+    return _weight_loader(model, config=config, expected=expected, is_foreign=is_foreign)
+
+
+def _weight_loader(
+    model: nn.Module,
+    *,
+    config: M3Config,
+    expected: frozenset[str],
+    **rules: Callable[[str], bool],
+) -> WeightLoader:
     return WeightLoader(
         model,
-        expected=text_modules(config),
+        expected=expected,
         fused=_FUSED,
         experts=fused_moe_make_expert_params_mapping(
             model,
@@ -56,8 +98,8 @@ def text_weight_loader(
         ),
         default_loader=default_weight_loader,
         scale_alias=maybe_remap_kv_scale_name,
-        is_elsewhere=is_elsewhere,
         # vLLM's mxfp8 layers call the stored block scale by the name without "_inv"
         rename=lambda name: name.replace("weight_scale_inv", "weight_scale"),
         dequantiser=chosen_dequantiser(config),
+        **rules,
     )
