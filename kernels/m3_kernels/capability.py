@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, cast
 
 from m3_kernels import native_build
 
-Backend = Literal["auto", "reference", "torch", "native"]
-Implementation = Literal["reference", "torch", "native"]
+Backend = Literal["auto", "reference", "torch", "native", "triton"]
+Implementation = Literal["reference", "torch", "native", "triton"]
 
 NO_CUDA_KERNELS = "CUDA kernels are not part of this version"
 
@@ -28,7 +29,6 @@ class KernelFamily:
     refusal: str | None = None
 
 
-@cache
 def kernel_families(device_type: str) -> tuple[KernelFamily, ...]:
     """Implementations for a device, best first.
 
@@ -47,12 +47,14 @@ def kernel_families(device_type: str) -> tuple[KernelFamily, ...]:
             KernelFamily("native", native_build.refusal()),
             KernelFamily("torch"),
             KernelFamily("reference"),
+            # Last, so that "auto" never runs kernels one program after another.
+            KernelFamily("triton", _interpreter_refusal()),
         )
     if device_type == "cuda":
         reason = NO_CUDA_KERNELS
     else:
         reason = f"no kernels exist for device type {device_type!r}"
-    return tuple(KernelFamily(name, reason) for name in ("native", "torch", "reference"))
+    return tuple(KernelFamily(name, reason) for name in ("triton", "native", "torch", "reference"))
 
 
 def implementation_for(op: str, *, backend: Backend, device_type: str) -> Implementation:
@@ -80,3 +82,15 @@ def implementation_for(op: str, *, backend: Backend, device_type: str) -> Implem
             return family.name
     known = ", ".join(repr(cast(str, f.name)) for f in families)
     raise ValueError(f"{op}: backend must be 'auto' or one of {known}; got {backend!r}")
+
+
+def _interpreter_refusal() -> str | None:
+    """Why Triton kernels cannot run on a CPU, or None within Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "Triton compiles for GPUs only; TRITON_INTERPRET=1 runs its kernels on the CPU "
+            "one program after another, for tests"
+        )
+    return None

@@ -1,0 +1,227 @@
+"""Contract, validation and dispatch of the step's work plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from m3_kernels import validation
+from m3_kernels.tuning import arch_of, kernel_config
+
+# Requests of at most this many query rows are of decode kind (verify included), others of prefill.
+DECODE_ROWS = 8
+
+# Query rows of one tile of a prefill request; tiles begin at positions that are multiples of it.
+TILE_ROWS = 8
+
+# Programs of a plan on the CPU, where the interpreter runs them one after another.
+CPU_PROGRAMS = 4
+
+
+@dataclass(frozen=True)
+class WorkPlanBuffers:
+    """Memory of a plan, allocated once for the largest step; all int32.
+
+    Attributes
+    ----------
+    cum_blocks, cum_tiles : [max_reqs + 1]
+    range_start : [num_programs + 1]
+    range_request : [num_programs]
+    row_request : [max_rows]
+    """
+
+    cum_blocks: Tensor
+    cum_tiles: Tensor
+    range_start: Tensor
+    range_request: Tensor
+    row_request: Tensor
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """How the kernels of one step share its work; the same for all layers.
+
+    Attributes
+    ----------
+    max_query_len : no request of the step has more query rows
+    max_seq_len : no sequence of the step is longer
+    page_size : tokens per page, which is the block
+    cum_blocks : int32 [R + 1], visible blocks of the requests of decode kind before request r
+    cum_tiles : int32 [R + 1], tiles of the requests of prefill kind before request r; a tile is
+        the rows of `TILE_ROWS` consecutive positions from a multiple of `TILE_ROWS` on
+    range_start : int32 [C + 1], program c takes blocks `range_start[c]:range_start[c + 1]` of the
+        flat list of (request of decode kind, block)
+    range_request : int32 [C], request of the first block of program c; R if it has none
+    row_request : int32 [T], request of each query row; R for padding
+    """
+
+    max_query_len: int
+    max_seq_len: int
+    page_size: int
+    cum_blocks: Tensor
+    cum_tiles: Tensor
+    range_start: Tensor
+    range_request: Tensor
+    row_request: Tensor
+
+    @property
+    def max_blocks(self) -> int:
+        """No sequence of the step has more blocks."""
+        return -(-self.max_seq_len // self.page_size)
+
+    @property
+    def num_programs(self) -> int:
+        """Programs that share the flat list of blocks."""
+        return self.range_request.shape[0]
+
+
+def allocate_work_plan(
+    *, max_reqs: int, max_rows: int, device: torch.device, num_programs: int | None = None
+) -> WorkPlanBuffers:
+    """Memory for the plans of every step up to a size.
+
+    Parameters
+    ----------
+    max_reqs, max_rows : requests and query rows (padding included) of the largest step
+    num_programs : programs that share the index keys of requests of decode kind; None for what
+        fills the device
+
+    Raises
+    ------
+    ValueError : a count is out of range
+    """
+    if num_programs is None:
+        num_programs = _programs_of(device)
+    for name, value in (("max_reqs", max_reqs), ("max_rows", max_rows)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative; got {value}")
+    if num_programs < 1:
+        raise ValueError(f"num_programs must be at least 1; got {num_programs}")
+
+    def numbers(count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+
+    return WorkPlanBuffers(
+        cum_blocks=numbers(max_reqs + 1),
+        cum_tiles=numbers(max_reqs + 1),
+        range_start=numbers(num_programs + 1),
+        range_request=numbers(num_programs),
+        row_request=numbers(max_rows),
+    )
+
+
+def fill_work_plan(
+    buffers: WorkPlanBuffers,
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    num_rows: int,
+    max_query_len: int,
+    max_seq_len: int,
+    page_size: int,
+    backend: Literal["auto", "triton", "reference"] = "auto",
+) -> WorkPlan:
+    """Plan a step, on its device and without waiting for it; may be captured in a CUDA graph.
+
+    Parameters
+    ----------
+    buffers : filled; the plan is made of views of them
+    cu_seqlens_q : int32 [R + 1], as in the other ops
+    seq_lens : int32 [R], as in the other ops
+    num_rows : T, query rows of the step, padding included
+    max_query_len : at least the largest number of query rows of a request
+    max_seq_len : at least the largest of `seq_lens`; workspaces are sized by it
+    page_size : tokens per page
+    backend : "auto" is Triton on CUDA and plain torch elsewhere
+
+    Raises
+    ------
+    TypeError : a dtype is not int32
+    ValueError : a shape or count is not in the contract, or the buffers are too small
+    """
+    device = seq_lens.device
+    validation.require_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    validation.require_dtype("seq_lens", seq_lens, torch.int32)
+    validation.require_shape("seq_lens", seq_lens, (None,), "[R]")
+    num_reqs = seq_lens.shape[0]
+    validation.require_shape("cu_seqlens_q", cu_seqlens_q, (num_reqs + 1,), "[R + 1]")
+    validation.require_dense_rows("cu_seqlens_q", cu_seqlens_q)
+    validation.require_dense_rows("seq_lens", seq_lens)
+    validation.require_device("cu_seqlens_q", cu_seqlens_q, device)
+    validation.require_device("buffers", buffers.cum_blocks, device)
+    counts = (
+        ("num_rows", num_rows),
+        ("max_query_len", max_query_len),
+        ("max_seq_len", max_seq_len),
+    )
+    for name, value in counts:
+        if value < 0:
+            raise ValueError(f"{name} must not be negative; got {value}")
+    if page_size < 1:
+        raise ValueError(f"page_size must be at least 1; got {page_size}")
+    capacity = buffers.cum_blocks.shape[0] - 1, buffers.row_request.shape[0]
+    if num_reqs > capacity[0] or num_rows > capacity[1]:
+        raise ValueError(
+            f"buffers hold {capacity[0]} requests and {capacity[1]} rows; the step has {num_reqs} "
+            f"and {num_rows}. Allocate them for the largest step"
+        )
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'reference'; got {backend!r}")
+    plan = WorkPlan(
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        page_size=page_size,
+        cum_blocks=buffers.cum_blocks[: num_reqs + 1],
+        cum_tiles=buffers.cum_tiles[: num_reqs + 1],
+        range_start=buffers.range_start,
+        range_request=buffers.range_request,
+        row_request=buffers.row_request[:num_rows],
+    )
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        from m3_kernels.work_plan.triton import fill_work_plan_triton as run
+    else:
+        from m3_kernels.work_plan.reference import fill_work_plan_reference as run
+    run(plan, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens)
+    return plan
+
+
+def make_work_plan(
+    *,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    num_rows: int,
+    page_size: int,
+    num_programs: int | None = None,
+    backend: Literal["auto", "triton", "reference"] = "auto",
+) -> WorkPlan:
+    """Allocate and plan a single step; waits for the device to learn the largest lengths.
+
+    For callers without a session: tests, and ops called without a plan. Arguments as in
+    `allocate_work_plan` and `fill_work_plan`.
+    """
+    num_reqs = seq_lens.shape[0]
+    return fill_work_plan(
+        allocate_work_plan(
+            max_reqs=num_reqs,
+            max_rows=num_rows,
+            device=seq_lens.device,
+            num_programs=num_programs,
+        ),
+        cu_seqlens_q=cu_seqlens_q,
+        seq_lens=seq_lens,
+        num_rows=num_rows,
+        max_query_len=int(cu_seqlens_q.diff().max()) if num_reqs else 0,
+        max_seq_len=int(seq_lens.max()) if num_reqs else 0,
+        page_size=page_size,
+        backend=backend,
+    )
+
+
+def _programs_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_PROGRAMS
+    per_sm = kernel_config("index_topk_decode_scores", arch=arch_of(device))["PROGRAMS_PER_SM"]
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
