@@ -133,16 +133,16 @@ def read_quantization(config: Mapping[str, Any] | None) -> Quantization | None:
         "auto-round": _read_auto_round,
         "fp8": _read_fp8,
     }
-    _require(method in readers, "quant_method", f"one of {', '.join(readers)}", method)
+    _require(method in tuple(readers), "quant_method", f"one of {', '.join(readers)}", method)
     return readers[str(method)](config)
 
 
 def _read_mxfp8(config: Mapping[str, Any]) -> Quantization:
     """MiniMax's own MXFP8 release."""
-    block = config.get("weight_block_size", [1, MX_GROUP])
-    _require(list(block) == [1, MX_GROUP], "weight_block_size", f"[1, {MX_GROUP}]", block)
-    scale = config.get("scale_fmt", "ue8m0")
-    _require(scale == "ue8m0", "scale_fmt", "'ue8m0'", scale)
+    block = config.get("weight_block_size")
+    _require(block in (None, [1, MX_GROUP]), "weight_block_size", f"[1, {MX_GROUP}]", block)
+    scale = config.get("scale_fmt")
+    _require(scale in (None, "ue8m0"), "scale_fmt", "'ue8m0'", scale)
     return Quantization("mxfp8", _everything(Mxfp8()), _names(config, "ignored_layers"))
 
 
@@ -290,7 +290,7 @@ def _compressed_format(weights: Mapping[str, Any], *, stored: Any, key: str) -> 
             assert block is not None
             return Fp8Block(*block, scale="weight_scale")
         rows = {"tensor": False, "channel": True}
-        _require(strategy in rows, f"{key}.strategy", "tensor, channel or block", strategy)
+        _require(str(strategy) in rows, f"{key}.strategy", "tensor, channel or block", strategy)
         return Fp8(per_row=rows[str(strategy)])
     _require(
         False,
