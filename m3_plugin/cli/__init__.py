@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from m3_plugin import __version__
-from m3_plugin.cli import bench
+from m3_plugin.cli import bench, evaluate
 from m3_plugin.cli.blocks import blocks
 from m3_plugin.cli.check import check
 from m3_plugin.cli.demo import demo
@@ -26,6 +26,7 @@ app.command()(demo)
 app.command()(doctor)
 app.command("fit")(fit_command)
 app.command()(tiny)
+app.add_typer(evaluate.app, name="eval", help="Ask a server questions with known answers.")
 app.add_typer(bench.app, name="bench", help="Measure kernels and servers on this machine.")
 
 

@@ -124,7 +124,7 @@ def _plot(summary: Summary, path: Path, *, title: str) -> None:
         known = [(value, i) for value, i in zip(values, at, strict=True) if value is not None]
         shares.plot(*zip(*known, strict=True), "o-", label=name, markersize=3)
     shares.set_ylim(len(summary.layers) - 0.5, -0.5)
-    shares.set_xlim(0, 1)
+    shares.set_xlim(-0.05, 1.05)
     shares.set_yticks(list(at), [str(layer.layer) for layer in summary.layers])
     shares.set_title("share of the chosen blocks")
     shares.legend(fontsize=7)

@@ -112,6 +112,7 @@ def needle_prompt(
     topk_blocks: int = 4,
     decoys: bool = True,
     distractors: int | None = None,
+    depth: float | None = None,
 ) -> NeedlePrompt:
     """A text of `num_tokens` tokens whose question needs `hops` look-ups in other blocks.
 
@@ -124,7 +125,11 @@ def needle_prompt(
         main attention but next in rank for the selection. Without them any length will do, and
         dense attention gives the expected answer too.
     distractors : unrelated facts strewn about; by default one per 256 tokens, at most 40
+    depth : where the first fact stands between the earliest (0) and the latest place (1) it can
+        have, within 5 %; anywhere by default
     """
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth must be within 0..1, got {depth}")
     chain = _Chain.draw(seed, hops)
     needed = min_needle_tokens(hops=hops, topk_blocks=topk_blocks, decoys=decoys)
     if num_tokens < needed:
@@ -144,6 +149,11 @@ def needle_prompt(
         front = zones[:1] if decoys else []
         zones = front + rng.sample(zones[len(front) :], len(zones) - len(front))
         cuts = sorted(rng.randint(0, slack) for _ in zones)
+        if (
+            depth is not None
+            and abs(_depth_of_first_fact(zones, cuts, slack, apart) - depth) > 0.05
+        ):
+            continue
         if not decoys:
             break
         mirror = next(i for i, zone in enumerate(zones) if zone[0][1] == "mirror")
@@ -324,6 +334,17 @@ def _plan_zones(chain: _Chain, topk_blocks: int, decoys: bool) -> list[list[_Mar
     ]
     wrong_facts = [token for fact in wrong * 3 for token in fact]
     return [[(CANDLE, "candle")], [(MIRROR, "mirror")], wrong_facts, *lanterns, *facts]
+
+
+def _depth_of_first_fact(
+    zones: list[list[_Marked]], cuts: list[int], slack: int, apart: int
+) -> float:
+    """0 where the first fact has everything behind it, 1 where nothing but the question follows."""
+    fact = next(i for i, zone in enumerate(zones) if any(mark == "needle 0" for _, mark in zone))
+    before = sum(len(zone) + apart for zone in zones[:fact]) + cuts[fact]
+    fixed = len(zones[0]) + apart if zones[0][0][1] == "candle" else 0
+    most = slack + sum(len(zone) + apart for i, zone in enumerate(zones) if i != fact)
+    return (before - fixed) / (most - fixed) if most > fixed else 0.0
 
 
 # Answers come up to so many tokens after the question: the end of a generation prompt.

@@ -1,0 +1,321 @@
+"""`m3-plugin eval needle`: a grid of context lengths and depths, drawn as the familiar heat map."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from m3_plugin.cli.bench.report import numbers, progress_bar
+from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, Haystack, TextHaystack
+from m3_plugin.cli.hosts import installed_host
+from m3_plugin.serving import ServerFailed, ServerProcess, free_port
+
+
+class Needles(StrEnum):
+    """What stands in the haystack."""
+
+    constructed = "constructed"
+    text = "text"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid."""
+
+    context: int
+    depth: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the server said in one cell. `depth` is the wanted one, `found_at` the real one."""
+
+    context: int
+    depth: float
+    seed: int
+    found_at: float
+    prompt_tokens: int
+    expected: str
+    received: str
+    right: bool
+    seconds: float
+
+
+class Grid:
+    """Results by cell, kept in a file after each of them so that a broken run can go on.
+
+    Parameters
+    ----------
+    settings : what the results depend on; a file made with others is refused
+
+    Raises
+    ------
+    ValueError : the file holds something else.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self.file = file
+        self.settings = settings
+        self.results: dict[Cell, Result] = {}
+        if not file.exists():
+            return
+        try:
+            stored = json.loads(file.read_text())
+            results = [Result(**entry) for entry in stored["results"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} holds no results of this command: {error}") from None
+        if stored["settings"] != settings:
+            raise ValueError(
+                f"{file} was made with {stored['settings']}, this run has {settings}; "
+                "give another --output"
+            )
+        self.results = {Cell(r.context, r.depth, r.seed): r for r in results}
+
+    def add(self, result: Result) -> None:
+        """Keep a result, in memory and on disk."""
+        self.results[Cell(result.context, result.depth, result.seed)] = result
+        results = [asdict(result) for result in self.results.values()]
+        text = json.dumps({"settings": self.settings, "results": results}, indent=1)
+        # replaced in one step: a run that is broken off leaves the old file or the new one
+        part = self.file.with_suffix(f"{self.file.suffix}.part")
+        part.write_text(text + "\n")
+        os.replace(part, self.file)
+
+
+def needle(
+    output: Annotated[Path, typer.Option(help="JSON file; an existing one is completed.")],
+    url: Annotated[
+        str | None,
+        typer.Option(help="A running server, http://host:port; by default one is started."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="vllm or sglang, for the server that is started.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name the server gives its model.")] = None,
+    needles: Annotated[
+        Needles | None,
+        typer.Option(help="constructed: for the checkpoint of `m3-plugin tiny`; text: any other."),
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,4096,8192",
+    depths: Annotated[str, typer.Option(help="Percent of the context.")] = "0,25,50,75,100",
+    repeats: Annotated[int, typer.Option(min=1, help="Questions per cell.")] = 1,
+    prose: Annotated[Path | None, typer.Option(help="A text file to hide text needles in.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
+    log: Annotated[Path | None, typer.Option(help="Keep the started server's log here.")] = None,
+) -> None:
+    """Hide a fact at every depth of every context and ask for it; exit 0 if all was found.
+
+    Without --url, the constructed checkpoint is written and served on this machine.
+    """
+    console = Console(stderr=True)
+    kind = needles or (Needles.constructed if url is None else Needles.text)
+    cells = [
+        Cell(context, depth / 100, seed)
+        for context in numbers(contexts, "--contexts")
+        for depth in _percents(depths)
+        for seed in range(repeats)
+    ]
+    try:
+        grid = Grid(output, {"needles": kind.value, "model": model, "prose": str(prose)})
+        missing = [cell for cell in cells if cell not in grid.results]
+        if missing:
+            with _server(url, host=host, cells=cells, log=log, console=console) as address:
+                _ask_all(address, grid, missing, model=model, kind=kind, prose=prose)
+    except (LookupError, ServerFailed, ValueError) as failure:
+        console.print(str(failure), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    results = [grid.results[cell] for cell in cells]
+    _print(results)
+    if plot is not None:
+        _plot(results, plot)
+    raise typer.Exit(0 if all(result.right for result in results) else 1)
+
+
+@contextmanager
+def _server(
+    url: str | None, *, host: str | None, cells: list[Cell], log: Path | None, console: Console
+) -> Iterator[str]:
+    """The given server, or one that serves the constructed checkpoint while the context lasts."""
+    if url is not None:
+        yield url.rstrip("/").removesuffix("/v1")
+        return
+    from m3_plugin.cli.hosts import MAX_MODEL_LEN
+    from m3_plugin.testing.constructed import ConstructedCheckpoint
+
+    longest = max(cell.context for cell in cells)
+    if longest > MAX_MODEL_LEN - 1024:
+        raise ValueError(
+            f"--contexts must be at most {MAX_MODEL_LEN - 1024} on the server that is started "
+            f"here; got {longest}. Start your own and give its --url"
+        )
+    chosen = installed_host(host)
+    with tempfile.TemporaryDirectory(prefix="m3-plugin-needle-") as folder:
+        scratch = Path(folder)
+        checkpoint = ConstructedCheckpoint().write(scratch / "checkpoint")
+        port = free_port()
+        with ServerProcess(
+            chosen.command(checkpoint, port, chosen.options),
+            port=port,
+            log=log or scratch / "server.log",
+            environment=chosen.environment(scratch),
+        ) as server:
+            with console.status(f"starting {chosen.title}"):
+                server.wait_until_ready()
+            yield server.url
+
+
+def _ask_all(
+    url: str,
+    grid: Grid,
+    cells: list[Cell],
+    *,
+    model: str | None,
+    kind: Needles,
+    prose: Path | None,
+) -> None:
+    from openai import APIConnectionError, APIStatusError
+
+    asker = _Asker(url, model)
+    try:
+        haystack: Haystack = (
+            ConstructedHaystack()
+            if kind is Needles.constructed
+            else TextHaystack(asker.count_tokens, prose=prose.read_text() if prose else None)
+        )
+        with progress_bar() as progress:
+            task = progress.add_task("needles", total=len(cells))
+            for cell in cells:
+                progress.update(task, description=f"{cell.context:,} at {cell.depth:.0%}")
+                grid.add(asker.ask(haystack, cell))
+                progress.advance(task)
+    except APIConnectionError as error:
+        raise ServerFailed(f"no answer from {url}: {error}; is the server running?") from None
+    except APIStatusError as error:
+        raise ServerFailed(
+            f"{url} refused a request: {error.message}. What was asked before is kept in "
+            f"{grid.file}"
+        ) from None
+
+
+class _Asker:
+    """Chat requests to one model."""
+
+    def __init__(self, url: str, model: str | None) -> None:
+        from openai import OpenAI
+
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600, max_retries=0)
+        self._model = model
+
+    @property
+    def model(self) -> str:
+        if self._model is None:
+            self._model = self.client.models.list().data[0].id
+        return self._model
+
+    def ask(self, haystack: Haystack, cell: Cell) -> Result:
+        question = haystack.question(context=cell.context, depth=cell.depth, seed=cell.seed)
+        start = time.perf_counter()
+        reply = self._chat(question.text, max_tokens=question.max_tokens)
+        seconds = time.perf_counter() - start
+        received = reply.choices[0].message.content or ""
+        return Result(
+            context=cell.context,
+            depth=cell.depth,
+            seed=cell.seed,
+            found_at=round(question.depth, 4),
+            prompt_tokens=reply.usage.prompt_tokens,
+            expected=question.expected,
+            received=received.strip(),
+            right=question.is_right(received),
+            seconds=round(seconds, 3),
+        )
+
+    def count_tokens(self, text: str) -> int:
+        return self._chat(text, max_tokens=1).usage.prompt_tokens
+
+    def _chat(self, text: str, *, max_tokens: int) -> Any:
+        return self.client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": text}],
+            max_tokens=max_tokens,
+            temperature=0,
+            extra_body={"chat_template_kwargs": {"thinking_mode": "disabled"}},
+        )
+
+
+def _percents(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise typer.BadParameter(f"not numbers: {text!r}", param_hint="--depths") from None
+    if not found or any(not 0 <= depth <= 100 for depth in found):
+        raise typer.BadParameter(f"must be within 0..100: {text!r}", param_hint="--depths")
+    return found
+
+
+def shares(results: list[Result]) -> dict[tuple[float, int], float]:
+    """(depth, context) -> share of right answers."""
+    cells: dict[tuple[float, int], list[bool]] = {}
+    for result in results:
+        cells.setdefault((result.depth, result.context), []).append(result.right)
+    return {cell: sum(right) / len(right) for cell, right in cells.items()}
+
+
+def _print(results: list[Result]) -> None:
+    found = shares(results)
+    table = Table(title="needles found")
+    table.add_column("depth", justify="right")
+    contexts = sorted({context for _, context in found})
+    for context in contexts:
+        table.add_column(f"{context:,}", justify="right")
+    for depth in sorted({depth for depth, _ in found}):
+        row = [found[depth, context] for context in contexts]
+        table.add_row(f"{depth:.0%}", *(f"[{'green' if s == 1 else 'red'}]{s:.0%}[/]" for s in row))
+    Console().print(table)
+    for wrong in [result for result in results if not result.right][:5]:
+        Console().print(
+            f"{wrong.context:,} tokens at {wrong.depth:.0%}: expected {wrong.expected!r}, "
+            f"got {wrong.received[:80]!r}",
+            style="red",
+            markup=False,
+        )
+
+
+def _plot(results: list[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = shares(results)
+    contexts = sorted({context for _, context in found})
+    depths = sorted({depth for depth, _ in found})
+    figure, axis = plt.subplots(figsize=(1.6 + 0.8 * len(contexts), 1.6 + 0.4 * len(depths)))
+    image = axis.imshow(
+        [[found[depth, context] for context in contexts] for depth in depths],
+        aspect="auto",
+        cmap="RdYlGn",
+        vmin=0,
+        vmax=1,
+    )
+    axis.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts], rotation=45)
+    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axis.set_xlabel("context, tokens")
+    axis.set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=axis, label="found")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
