@@ -1,0 +1,313 @@
+"""The plan of a quantised checkpoint: what fits passes, what does not is named with its file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from m3_plugin.checkpoint import TEXT_PREFIX, text_modules
+from m3_plugin.config import M3Config
+from m3_plugin.quantization.formats import CACHE_SCALES
+from m3_plugin.quantization.plan import WeightPlan, plan_checkpoint, require_in_proportion
+from m3_plugin.quantization.stream import Dequantiser
+from m3_plugin.testing.quantised import (
+    RECIPES,
+    QuantName,
+    quantise_checkpoint,
+    reference_checkpoint,
+)
+from m3_plugin.testing.random_checkpoint import write_random_checkpoint
+
+# A host that fuses index and main projections, and one that keeps them apart.
+TOGETHER = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "index_q_proj": "qkv_proj",
+    "index_k_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+APART = TOGETHER | {"index_q_proj": "index_qkv_proj", "index_k_proj": "index_qkv_proj"}
+ATTENTION = "language_model.model.layers.1.self_attn"
+EXPERT = "language_model.model.layers.2.block_sparse_moe.experts.3.w2"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("plain") / "x", preset="small")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes each quantised checkpoint once."""
+    written: dict[str, Path] = {}
+
+    def write(quant: QuantName) -> Path:
+        if quant not in written:
+            target = tmp_path_factory.mktemp("quantised") / quant
+            written[quant] = quantise_checkpoint(plain, target, quant)
+        return written[quant]
+
+    return write
+
+
+def read_config(folder: Path) -> M3Config:
+    return M3Config.from_hf(json.loads((folder / "config.json").read_text()))
+
+
+def plan(folder: Path, *, fused: dict[str, str] = APART, dequantise: bool = False) -> WeightPlan:
+    return plan_checkpoint(
+        folder, read_config(folder), fused=fused, dequantise=dequantise, item_bytes=4
+    )
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Callable[..., Path]:
+    """Copies a checkpoint, replaces or removes (None) tensors, and changes its config."""
+
+    def copy(
+        source: Path,
+        changes: dict[str, Tensor | None] | None = None,
+        *,
+        quantization: dict[str, Any] | None = None,
+    ) -> Path:
+        folder = tmp_path / "damaged"
+        shutil.copytree(source, folder)
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as shard:
+                touched = set(shard.keys()) & set(changes or {})
+            if touched:
+                tensors = load_file(file) | {name: (changes or {})[name] for name in touched}
+                kept = {name: t.contiguous() for name, t in tensors.items() if t is not None}
+                save_file(kept, file, metadata={"format": "pt"})
+        if quantization is not None:
+            config = json.loads((folder / "config.json").read_text())
+            config["quantization_config"] = quantization
+            (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize("quant", RECIPES)
+def test_every_recipe_is_planned(checkpoint: Callable[..., Path], quant: QuantName) -> None:
+    folder = checkpoint(quant)
+    found = plan(folder)
+    by_module = {weight.module: weight for weight in found.weights}
+    assert by_module.keys() == text_modules(read_config(folder))
+    for module, weight in by_module.items():
+        wanted = RECIPES[quant].format_of(module)
+        assert weight.weight.name == ("plain" if wanted is None else wanted.name)
+    text = sum(t.nbytes for n, t in all_tensors(folder).items() if n.startswith(TEXT_PREFIX))
+    assert found.stored_bytes == found.planned_bytes == text
+    assert by_module["model.layers.1.self_attn.index_q_proj"].layer.endswith(".index_qkv_proj")
+    assert by_module["model.layers.1.self_attn.q_proj"].layer.endswith(".qkv_proj")
+
+
+@pytest.mark.parametrize("quant", RECIPES)
+def test_dequantised_bytes_are_those_of_the_plain_checkpoint(
+    checkpoint: Callable[..., Path], plain: Path, quant: QuantName
+) -> None:
+    found = plan(checkpoint(quant), fused=TOGETHER, dequantise=True)
+    assert found.planned_bytes == plan(plain, fused=TOGETHER).stored_bytes
+    assert found.planned_bytes > found.stored_bytes
+    assert "dequantised to" in found.describe()
+    assert "none, unit scale" in found.describe()
+
+
+def test_index_kept_apart_where_it_is_stored_otherwise(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"self_attn\..* is stored as .*fuses both.*qkv_proj"):
+        plan(checkpoint("awq"), fused=TOGETHER)
+    plan(checkpoint("awq"), fused=APART)
+    plan(checkpoint("mxfp8"), fused=TOGETHER)
+
+
+def test_a_missing_shard(checkpoint: Callable[..., Path], damaged: Callable[..., Path]) -> None:
+    folder = damaged(checkpoint("mxfp8"))
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 shards missing.*model-00002-of-00003"):
+        plan(folder)
+
+
+def test_a_file_cut_short(checkpoint: Callable[..., Path], damaged: Callable[..., Path]) -> None:
+    folder = damaged(checkpoint("mxfp8"))
+    file = folder / "model-00003-of-00003.safetensors"
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"model-00003.*bytes where its header promises"):
+        plan(folder)
+    with file.open("r+b") as stream:
+        stream.truncate(100)
+    with pytest.raises(ValueError, match=r"model-00003.*ends within its header"):
+        plan(folder)
+
+
+def test_no_header_and_no_weights(tmp_path: Path, plain: Path) -> None:
+    shutil.copy(plain / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="no safetensors files"):
+        plan(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x08" + b"\x00" * 7 + b"not json")
+    with pytest.raises(ValueError, match=r"model\.safetensors has no readable header"):
+        plan(tmp_path)
+
+
+def test_a_tensor_stored_twice(plain: Path, damaged: Callable[..., Path]) -> None:
+    folder = damaged(plain)
+    (folder / "model.safetensors.index.json").unlink()
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "copy.safetensors")
+    with pytest.raises(ValueError, match=r"stored twice, in copy\.safetensors and in model-00001"):
+        plan(folder)
+
+
+def test_a_missing_weight_is_named_with_its_file(
+    checkpoint: Callable[..., Path], damaged: Callable[..., Path]
+) -> None:
+    parts = {f"{EXPERT}.weight": None, f"{EXPERT}.weight_scale_inv": None}
+    module = EXPERT.removeprefix(TEXT_PREFIX)
+    with pytest.raises(
+        ValueError, match=rf"missing 1 tensor\(s\): {module}.*{EXPERT}\.weight should be in model-"
+    ):
+        plan(damaged(checkpoint("mxfp8"), parts))
+
+
+@pytest.mark.parametrize(
+    ("quant", "suffix"),
+    [
+        ("mxfp8", "weight_scale_inv"),
+        ("nvfp4", "weight_scale_2"),
+        ("mxfp4", "weight_scale"),
+        ("awq", "weight_zero_point"),
+        ("gptq", "g_idx"),
+    ],
+)
+def test_an_absent_scale(
+    checkpoint: Callable[..., Path], damaged: Callable[..., Path], quant: QuantName, suffix: str
+) -> None:
+    folder = damaged(checkpoint(quant), {f"{EXPERT}.{suffix}": None})
+    with pytest.raises(ValueError, match=rf"lacks .*experts\.3\.w2\.{suffix}, without which"):
+        plan(folder)
+
+
+def test_a_scale_of_the_wrong_shape(
+    checkpoint: Callable[..., Path], damaged: Callable[..., Path]
+) -> None:
+    scale = torch.full((64, 1), 127, dtype=torch.uint8)
+    folder = damaged(checkpoint("mxfp8"), {f"{EXPERT}.weight_scale_inv": scale})
+    with pytest.raises(
+        ValueError,
+        match=rf"{EXPERT}\.weight_scale_inv in model-.* must have shape \[64, 2\].*\[64, 1\]",
+    ):
+        plan(folder)
+
+
+def test_a_weight_that_is_not_quantised_after_all(
+    checkpoint: Callable[..., Path], damaged: Callable[..., Path]
+) -> None:
+    weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+    folder = damaged(checkpoint("mxfp8"), {f"{EXPERT}.weight": weight})
+    with pytest.raises(ValueError, match=rf"{EXPERT}\.weight in model-.*F8_E4M3.*got BF16"):
+        plan(folder)
+
+
+@pytest.mark.parametrize("dequantise", [False, True])
+def test_a_quantised_index_branch_which_the_config_keeps(
+    checkpoint: Callable[..., Path], damaged: Callable[..., Path], dequantise: bool
+) -> None:
+    """The failure that shows on long prompts only: refused by name, on every path."""
+    config = json.loads((checkpoint("mxfp8") / "config.json").read_text())["quantization_config"]
+    config["ignored_layers"].append("re:.*index_[qk]_proj")
+    folder = damaged(checkpoint("mxfp8"), quantization=config)
+    with pytest.raises(
+        ValueError,
+        match=r"self_attn\.index_._proj\.weight.* in model-.*F8_E4M3.*keeps.*wrong blocks",
+    ):
+        plan(folder, dequantise=dequantise)
+
+
+def test_quantised_files_without_a_word_in_the_config(
+    checkpoint: Callable[..., Path], damaged: Callable[..., Path]
+) -> None:
+    folder = damaged(checkpoint("mxfp8"), quantization={})
+    with pytest.raises(ValueError, match=r"stored as F8_E4M3, but config\.json has no quantiz"):
+        plan(folder)
+
+
+def test_scales_of_the_cache_are_counted_and_are_no_part_of_a_weight(
+    checkpoint: Callable[..., Path], damaged: Callable[..., Path]
+) -> None:
+    folder = damaged(checkpoint("nvfp4"))
+    name = f"{ATTENTION}.k_proj.k_scale"
+    save_file({name: torch.tensor(0.5)}, folder / "scales.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    assert "k_scale" in CACHE_SCALES
+    assert plan(folder).cache_scales == (name,)
+
+
+def test_a_host_that_allocates_16_bits_for_stored_4_is_stopped(
+    checkpoint: Callable[..., Path],
+) -> None:
+    found = plan(checkpoint("nvfp4"))
+    layer = "model.layers.1.block_sparse_moe.experts"
+    stored = sum(weight.stored_bytes for weight in found.weights if weight.layer == layer)
+    require_in_proportion(found, {layer: stored})
+    require_in_proportion(found, {layer: stored // 4}, share=0.25)
+    with pytest.raises(ValueError, match=rf"{layer} takes .*nvfp4.*at most 1\.3.*DEQUANTIZE"):
+        require_in_proportion(found, {layer: stored * 3})
+    with pytest.raises(ValueError, match="did not recognise"):
+        require_in_proportion(found, {layer: stored}, share=0.25)
+
+
+@pytest.mark.parametrize("quant", RECIPES)
+def test_dequantised_on_the_way_whatever_the_order(
+    checkpoint: Callable[..., Path],
+    plain: Path,
+    tmp_path: Path,
+    quant: QuantName,
+) -> None:
+    """The reference was written before packing; every tensor of it must come out, once."""
+    folder = checkpoint(quant)
+    reference = all_tensors(reference_checkpoint(plain, tmp_path / "reference", quant))
+    stored = list(all_tensors(folder).items())
+    order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(1)).tolist()
+    dequantiser = Dequantiser(read_config(folder))
+    found = {}
+    for name, tensor in (stored[i] for i in order):
+        plain_tensor = dequantiser.take(name.removeprefix(TEXT_PREFIX), tensor)
+        if plain_tensor is not None:
+            assert plain_tensor[0] not in found
+            found[plain_tensor[0]] = plain_tensor[1]
+    dequantiser.require_complete()
+    assert dequantiser.waiting == {}
+    assert found.keys() == {name.removeprefix(TEXT_PREFIX) for name in reference}
+    for name, tensor in reference.items():
+        torch.testing.assert_close(
+            found[name.removeprefix(TEXT_PREFIX)].float(), tensor, rtol=3e-7, atol=0
+        )
+
+
+def test_a_part_that_never_comes_is_named_while_loading(checkpoint: Callable[..., Path]) -> None:
+    dequantiser = Dequantiser(read_config(checkpoint("mxfp8")))
+    name = EXPERT.removeprefix(TEXT_PREFIX)
+    assert dequantiser.take(f"{name}.weight", torch.zeros(64, 64).to(torch.float8_e4m3fn)) is None
+    with pytest.raises(ValueError, match=rf"lacks {name}\.weight_scale_inv"):
+        dequantiser.require_complete()
+    with pytest.raises(ValueError, match=rf"{name}\.weight_scale_inv must have shape"):
+        dequantiser.take(f"{name}.weight_scale_inv", torch.zeros(64, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=rf"{name}\.weight_packed is no part of a weight"):
+        dequantiser.take(f"{name}.weight_packed", torch.zeros(256, 2, dtype=torch.uint8))
