@@ -33,7 +33,7 @@ _TOWNS = (
     "Arlen", "Brisco", "Calvet", "Dorning", "Elsmere", "Farlow", "Gravik", "Hollis",
     "Ibsted", "Jarvik", "Kestrel", "Lomond", "Marten", "Norwell", "Ostrava", "Penrith",
 )  # fmt: skip
-_SHORT, _LONG = 2_000, 20_000
+_SHORT, _LONG = 1_000, 6_000
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from openai import OpenAI
 
 from m3_plugin.serving import ServerProcess, free_port, sglang_command
 from m3_plugin.testing.prompts import needle_prompt
+from tests.integrations.insight import InsightCases, insight_environment
 from tests.integrations.server import MODEL, ServerCases, ask, counter
 from tests.integrations.sglang.engine import ENVIRONMENT
 
@@ -39,13 +40,15 @@ def server(
 ) -> Iterator[ServerProcess]:
     port = free_port()
     command = sglang_command(constructed_checkpoint, port=port, options=OPTIONS)
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with ServerProcess(command, port=port, log=log, environment=SERVER_ENVIRONMENT) as server:
+    folder = tmp_path_factory.mktemp("server")
+    environment = SERVER_ENVIRONMENT | insight_environment(folder)
+    log = folder / "server.log"
+    with ServerProcess(command, port=port, log=log, environment=environment) as server:
         server.wait_until_ready(timeout_s=300)
         yield server
 
 
-class TestServer(ServerCases):
+class TestServer(InsightCases, ServerCases):
     metrics = ("sglang:prompt_tokens_total", "sglang:cache_hit_rate")
     audio_part: ClassVar = {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,AAAA"}}
 

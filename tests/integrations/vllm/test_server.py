@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from m3_plugin.serving import ServerProcess, free_port, vllm_command
 from m3_vllm.compat import vllm_version
+from tests.integrations.insight import InsightCases, insight_environment
 from tests.integrations.server import MODEL, ServerCases
 from tests.integrations.vllm.engine import ENVIRONMENT
 
@@ -39,13 +40,15 @@ def server(
     port = free_port()
     options = OPTIONS + (TOOL_OPTIONS if HAS_TOOL_PARSER else ())
     command = vllm_command(constructed_checkpoint, port=port, options=options)
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with ServerProcess(command, port=port, log=log, environment=SERVER_ENVIRONMENT) as server:
+    folder = tmp_path_factory.mktemp("server")
+    environment = SERVER_ENVIRONMENT | insight_environment(folder)
+    log = folder / "server.log"
+    with ServerProcess(command, port=port, log=log, environment=environment) as server:
         server.wait_until_ready(timeout_s=300)
         yield server
 
 
-class TestServer(ServerCases):
+class TestServer(InsightCases, ServerCases):
     metrics = ("vllm:prompt_tokens_total", "vllm:prefix_cache_hits_total")
     audio_part: ClassVar = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 
