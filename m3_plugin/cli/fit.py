@@ -164,7 +164,9 @@ def size(
 
 
 def launch_commands(sizing: Sizing) -> dict[str, str]:
-    """How to start each host with these numbers; a host that cannot is left out."""
+    """How to start each host with these numbers; none for caches the plugin does not store yet."""
+    if not {sizing.kv_dtype, sizing.index_dtype} <= set(_STORED):
+        return {}
     machine, context = sizing.machine, sizing.fit.context
     if machine.name == CPU:
         space = math.floor(sizing.fit.budget / 2**30)
@@ -176,17 +178,16 @@ def launch_commands(sizing: Sizing) -> dict[str, str]:
             f"    --model-path {sizing.model} --context-length {context} \\\n"
             f"    --max-total-tokens {sizing.fit.tokens} {_SGLANG_PARSERS}",
         }
-    cache = f" --kv-cache-dtype {_HOST_DTYPE[sizing.kv_dtype]}" if sizing.kv_dtype != "bf16" else ""
     used = machine.memory * machine.utilization
     # SGLang's share is weights and cache alone
     static = math.floor(100 * (used - machine.reserve) / machine.memory) / 100
     return {
         "vLLM": f"vllm serve {sizing.model} --tensor-parallel-size {machine.tp_size} \\\n"
         f"    --max-model-len {context} --gpu-memory-utilization {machine.utilization:g}"
-        f"{cache} \\\n    {_VLLM_PARSERS}",
+        f" \\\n    {_VLLM_PARSERS}",
         "SGLang": f"python -m sglang.launch_server --model-path {sizing.model} \\\n"
         f"    --tp {machine.tp_size} --context-length {context} "
-        f"--mem-fraction-static {static:g}{cache} \\\n"
+        f"--mem-fraction-static {static:g} \\\n"
         f"    --attention-backend msa {_SGLANG_PARSERS}",
     }
 
@@ -195,7 +196,8 @@ _VLLM_PARSERS = (
     "--enable-auto-tool-choice --tool-call-parser minimax_m3 --reasoning-parser minimax_m3"
 )
 _SGLANG_PARSERS = "--tool-call-parser minimax-m3 --reasoning-parser minimax-m3"
-_HOST_DTYPE = {"fp8": "fp8_e4m3", "nvfp4": "nvfp4", "fp16": "float16", "int8": "int8"}
+# Caches are kept in the model's dtype; the numbers of others say what they would give.
+_STORED = ("bf16",)
 
 
 def as_dict(sizing: Sizing) -> dict[str, Any]:
@@ -293,7 +295,10 @@ def _print(sizing: Sizing) -> None:
     if not sizing.fits:
         console.print(_shortage(sizing), style="red", markup=False)
         return
-    for host, command in launch_commands(sizing).items():
+    commands = launch_commands(sizing)
+    if not commands:
+        console.print("no command: this version stores caches in the model's dtype (bf16) only")
+    for host, command in commands.items():
         console.print(f"\n[bold]{host}[/]")
         # as one line breaks it, so that it can be copied
         typer.echo(command)

@@ -121,17 +121,25 @@ def test_fewer_bytes_per_token_fit_more() -> None:
 
 @pytest.mark.parametrize("host", ["vLLM", "SGLang"])
 def test_commands_carry_the_numbers(host: str) -> None:
-    options = ("--gpu", "H200", "--max-model-len", "131072", "--kv-cache-dtype", "fp8")
+    options = ("--gpu", "H200", "--max-model-len", "131072")
     found = as_json("--model", "MiniMaxAI/MiniMax-M3-MXFP8", *options)
     words = shlex.split(found["commands"][host].replace("\\\n", " "))
     length = {"vLLM": "--max-model-len", "SGLang": "--context-length"}[host]
     ranks = {"vLLM": "--tensor-parallel-size", "SGLang": "--tp"}[host]
     assert words[words.index(length) + 1] == "131072"
     assert words[words.index(ranks) + 1] == "8"
-    assert words[words.index("--kv-cache-dtype") + 1] == "fp8_e4m3"
     assert "MiniMaxAI/MiniMax-M3-MXFP8" in words
     parser = {"vLLM": "minimax_m3", "SGLang": "minimax-m3"}[host]
     assert words[words.index("--reasoning-parser") + 1] == parser
+
+
+def test_no_command_promises_a_cache_that_is_not_stored() -> None:
+    options = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "H200", "--kv-cache-dtype", "fp8")
+    assert as_json(*options)["commands"] == {}
+    result = invoke(*options)
+    assert result.exit_code == 0
+    assert "stores caches in the model's dtype" in result.output
+    assert "vllm serve" not in result.output
 
 
 def test_sglang_is_given_the_share_of_weights_and_cache_alone() -> None:
