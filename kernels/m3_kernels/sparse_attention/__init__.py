@@ -1,5 +1,13 @@
 """The op `sparse_attention`; its contract is in `interface.py`, its maths in README.md."""
 
 from m3_kernels.sparse_attention.interface import sparse_attention
+from m3_kernels.sparse_attention.workspace import (
+    SparseAttentionWorkspace,
+    allocate_sparse_attention_workspace,
+)
 
-__all__ = ["sparse_attention"]
+__all__ = [
+    "SparseAttentionWorkspace",
+    "allocate_sparse_attention_workspace",
+    "sparse_attention",
+]

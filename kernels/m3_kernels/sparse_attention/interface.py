@@ -7,6 +7,8 @@ from torch import Tensor
 
 from m3_kernels import validation
 from m3_kernels.capability import Backend, implementation_for
+from m3_kernels.sparse_attention.workspace import FP8_DTYPES, SparseAttentionWorkspace
+from m3_kernels.work_plan import WorkPlan
 
 
 def sparse_attention(
@@ -19,8 +21,12 @@ def sparse_attention(
     cu_seqlens_q: Tensor,
     seq_lens: Tensor,
     scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    plan: WorkPlan | None = None,
+    workspace: SparseAttentionWorkspace | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Exact softmax attention of every query row over the blocks chosen for its KV head.
@@ -34,14 +40,20 @@ def sparse_attention(
     ----------
     q : [T, num_q_heads, head_dim], any strides with a contiguous last dimension
     k_pages, v_pages : [P, num_kv_heads, page_size, head_dim], one dtype, any strides with a
-        contiguous last dimension
+        contiguous last dimension; float8_e4m3fn and float8_e5m2 are read by "triton" and
+        "reference" only
     block_ids : int32 [num_kv_heads, T, topk]
     page_table : int32 [R, max_pages], must cover every sequence
     cu_seqlens_q : int32 [R + 1], never decreasing, from 0 to at most T
     seq_lens : int32 [R], the step's own tokens included
     scale : factor of the dot products, head_dim ** -0.5 for M3
+    k_scale, v_scale : fp32 [1] or [num_kv_heads], what a stored key or value is multiplied with;
+        read by "triton" and "reference" only; None is 1
     out : [T, num_q_heads, head_dim] of q's dtype, filled when given
     lse : fp32 [T, num_q_heads], filled with the natural log of the sum of exponentials when given
+    plan : the step's, read by "triton" only; without one it makes its own, which waits for the
+        device and allocates
+    workspace : of `allocate_sparse_attention_workspace`, used by "triton" only; None allocates
     backend : an implementation by name, or "auto" for the best one here
 
     Returns
@@ -54,11 +66,13 @@ def sparse_attention(
     TypeError : a dtype is not in the contract
     ValueError : a shape, device or layout is not in the contract
     IndexError : a chosen block has a page outside the pool (CPU implementations only)
-    NotImplementedError : nothing can run on this device; the reason is in the message
+    NotImplementedError : nothing can run on this device, or not with these dtypes; the reason and
+        the alternative are in the message
     """
     device = q.device
     validation.require_float("q", q)
-    validation.require_float("k_pages", k_pages)
+    if k_pages.dtype not in FP8_DTYPES:
+        validation.require_float("k_pages", k_pages)
     validation.require_dtype("v_pages", v_pages, k_pages.dtype)
     validation.require_dtype("block_ids", block_ids, torch.int32)
     words = "[T, num_q_heads, head_dim]"
@@ -82,6 +96,8 @@ def sparse_attention(
     validation.require_batch(
         page_table=page_table, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, device=device
     )
+    _require_scale("k_scale", k_scale, kv_heads, device)
+    _require_scale("v_scale", v_scale, kv_heads, device)
     if out is None:
         out = torch.empty(rows, q_heads, dim, dtype=q.dtype, device=device)
     else:
@@ -97,12 +113,42 @@ def sparse_attention(
     implementation = implementation_for(
         "sparse_attention", backend=backend, device_type=device.type
     )
+    scaled = k_scale is not None or v_scale is not None
+    if implementation in ("native", "torch") and (scaled or k_pages.dtype in FP8_DTYPES):
+        raise NotImplementedError(
+            f"sparse_attention: backend {implementation!r} reads float32, bfloat16 and float16 "
+            f"pages without scales; got {k_pages.dtype}{' and scales' if scaled else ''}. Keep KV "
+            f"in one of these on a CPU, or ask for backend='reference'"
+        )
+    if implementation == "triton":
+        from m3_kernels.sparse_attention.triton import sparse_attention_triton
+
+        sparse_attention_triton(
+            q,
+            k_pages,
+            v_pages,
+            block_ids,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens,
+            scale=scale,
+            out=out,
+            lse=lse,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            plan=plan,
+            workspace=workspace,
+        )
+        return out
     if implementation == "native":
         from m3_kernels.sparse_attention.native import sparse_attention_native as run
     elif implementation == "torch":
         from m3_kernels.sparse_attention.torch_cpu import sparse_attention_torch as run
     else:
         from m3_kernels.sparse_attention.reference import sparse_attention_reference as run
+
+        k_pages = dequantised(k_pages, k_scale)
+        v_pages = dequantised(v_pages, v_scale)
     run(
         q,
         k_pages,
@@ -116,3 +162,18 @@ def sparse_attention(
         lse=lse,
     )
     return out
+
+
+def dequantised(pages: Tensor, scale: Tensor | None) -> Tensor:
+    """The keys or values that stored ones stand for; fp32 if a scale is given."""
+    return pages if scale is None else pages.float() * scale[:, None, None]
+
+
+def _require_scale(name: str, scale: Tensor | None, kv_heads: int, device: torch.device) -> None:
+    if scale is None:
+        return
+    validation.require_dtype(name, scale, torch.float32)
+    size = 1 if scale.numel() == 1 else kv_heads
+    validation.require_shape(name, scale, (size,), "[1] or [num_kv_heads]")
+    validation.require_dense_rows(name, scale)
+    validation.require_device(name, scale, device)

@@ -1,0 +1,246 @@
+"""`sparse_attention` through the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from m3_kernels.sparse_attention.triton_decode import sparse_attention_decode_kernel
+from m3_kernels.sparse_attention.triton_prefill import sparse_attention_prefill_kernel
+from m3_kernels.sparse_attention.workspace import (
+    MIN_TILE,
+    SparseAttentionWorkspace,
+    allocate_sparse_attention_workspace,
+    decode_tiles,
+    dot_dtype,
+    dtype_name,
+    keys_per_step,
+    power_of_two,
+)
+from m3_kernels.tuning import arch_of, kernel_config
+from m3_kernels.work_plan import DECODE_ROWS, TILE_ROWS, WorkPlan, make_work_plan
+
+DOT_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def sparse_attention_triton(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_ids: Tensor,
+    *,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    plan: WorkPlan | None = None,
+    workspace: SparseAttentionWorkspace | None = None,
+    arch: int | None = None,
+    use_descriptors: bool | None = None,
+) -> None:
+    """Fill `out` and `lse`; arguments as in the public function, already checked.
+
+    Parameters
+    ----------
+    arch : the chip whose configuration is used, major * 10 + minor; None for the device's own
+    use_descriptors : read pages through tensor descriptors; None as configured
+
+    Raises
+    ------
+    NotImplementedError : the chip cannot read the pages' dtype
+    ValueError : the workspace is too small
+    """
+    arch = arch_of(q.device) if arch is None else arch
+    if k_pages.dtype == torch.float8_e4m3fn and arch < 89:
+        raise NotImplementedError(
+            f"sparse_attention: float8_e4m3fn pages need compute capability 8.9; this device has "
+            f"{arch // 10}.{arch % 10}. Keep KV in float8_e5m2 or {q.dtype} instead"
+        )
+    num_reqs = seq_lens.shape[0]
+    rows, q_heads, head_dim = q.shape
+    kv_heads, page_size = k_pages.shape[1:3]
+    topk = block_ids.shape[2]
+    if rows == 0:
+        return
+    if plan is None:
+        plan = make_work_plan(
+            cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, num_rows=rows, page_size=page_size
+        )
+    dot = dot_dtype(q.dtype, k_pages.dtype)
+    tiles = decode_tiles(
+        max_query_len=plan.max_query_len,
+        group=q_heads // kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        topk=topk,
+        dot=dot,
+        arch=arch,
+    )
+    units = num_reqs * tiles.row_groups * kv_heads
+    if workspace is None:
+        workspace = allocate_sparse_attention_workspace(
+            max_reqs=num_reqs,
+            max_query_len=plan.max_query_len,
+            num_q_heads=q_heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            topk=topk,
+            dot=dot,
+            device=q.device,
+        )
+    needed = units * tiles.segments * tiles.partial_size
+    if workspace.partial.numel() < needed or workspace.arrivals.numel() < units:
+        raise ValueError(
+            f"workspace must hold {needed} partial numbers and {units} arrivals for {num_reqs} "
+            f"requests of up to {plan.max_query_len} rows; got {workspace.partial.numel()} and "
+            f"{workspace.arrivals.numel()}. Allocate it for the largest step"
+        )
+    tensors = {
+        "q": q,
+        "k_pages": k_pages,
+        "v_pages": v_pages,
+        "block_ids": block_ids,
+        "page_table": page_table,
+        "cu_seqlens_q": cu_seqlens_q,
+        "seq_lens": seq_lens,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "out": out,
+        "lse": lse,
+        "scale": scale,
+        "num_reqs": num_reqs,
+        **_strides(q, k_pages, v_pages, block_ids, page_table, out, lse),
+        "k_scale_stride": _head_stride(k_scale),
+        "v_scale_stride": _head_stride(v_scale),
+    }
+    constants = {
+        "HAS_LSE": lse is not None,
+        "HAS_K_SCALE": k_scale is not None,
+        "HAS_V_SCALE": v_scale is not None,
+        "GROUP": q_heads // kv_heads,
+        "GROUP_PAD": tiles.group_pad,
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": tiles.head_pad,
+        "PAGE_SIZE": page_size,
+        "TOPK": topk,
+        "TOPK_PAD": power_of_two(topk),
+        "DOT_DTYPE": DOT_DTYPES[dot],
+    }
+
+    config = kernel_config("sparse_attention_decode", arch=arch, dot=dtype_name(dot))
+    attending = units * tiles.segments
+    clearing = -(-rows // config["CLEAR_ROWS"])
+    sparse_attention_decode_kernel[(attending + clearing,)](
+        **tensors,
+        **_page_tiles(k_pages, v_pages, tiles.keys, config, use_descriptors),
+        partial=workspace.partial,
+        arrivals=workspace.arrivals,
+        num_rows=rows,
+        **constants,
+        KV_HEADS=kv_heads,
+        HEADS_PAD=power_of_two(q_heads),
+        ROWS=tiles.rows,
+        ROW_GROUPS=tiles.row_groups,
+        SEGMENT_BLOCKS=tiles.segment_blocks,
+        UNION=power_of_two(tiles.rows * tiles.segment_blocks),
+        KEYS=tiles.keys,
+        CLEAR_ROWS=config["CLEAR_ROWS"],
+        TAIL_STAGES=config["TAIL_STAGES"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    if plan.max_query_len <= DECODE_ROWS:
+        return
+    config = kernel_config("sparse_attention_prefill", arch=arch, dot=dtype_name(dot))
+    keys = keys_per_step(page_size, config["MAX_KEYS"])
+    max_tiles = (rows // TILE_ROWS + 2 * num_reqs) * (TILE_ROWS // config["ROWS"])
+    sparse_attention_prefill_kernel[(kv_heads * max_tiles,)](
+        **tensors,
+        **_page_tiles(k_pages, v_pages, keys, config, use_descriptors),
+        cum_tiles=plan.cum_tiles,
+        max_tiles=max_tiles,
+        **constants,
+        ROWS=config["ROWS"],
+        UNION=config["ROWS"] * power_of_two(topk),
+        KEYS=keys,
+        TAIL_STAGES=config["TAIL_STAGES"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+
+
+def _strides(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_ids: Tensor,
+    page_table: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+) -> dict[str, int]:
+    lse_strides = (0, 0) if lse is None else lse.stride()
+    return {
+        "q_stride_row": q.stride(0),
+        "q_stride_head": q.stride(1),
+        "k_stride_page": k_pages.stride(0),
+        "k_stride_head": k_pages.stride(1),
+        "k_stride_slot": k_pages.stride(2),
+        "v_stride_page": v_pages.stride(0),
+        "v_stride_head": v_pages.stride(1),
+        "v_stride_slot": v_pages.stride(2),
+        "ids_stride_head": block_ids.stride(0),
+        "ids_stride_row": block_ids.stride(1),
+        "table_stride": page_table.stride(0),
+        "out_stride_row": out.stride(0),
+        "out_stride_head": out.stride(1),
+        "lse_stride_row": lse_strides[0],
+        "lse_stride_head": lse_strides[1],
+    }
+
+
+def _head_stride(scale: Tensor | None) -> int:
+    """Stride of a scale over KV heads; one scale serves all."""
+    return 0 if scale is None or scale.numel() == 1 else scale.stride(0)
+
+
+def _page_tiles(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    keys: int,
+    config: dict[str, Any],
+    use_descriptors: bool | None,
+) -> dict[str, Any]:
+    """The pools as the kernel reads whole tiles: descriptors where they can describe them."""
+    wanted = config["USE_DESCRIPTORS"] if use_descriptors is None else use_descriptors
+    if wanted and _describable(k_pages, keys) and _describable(v_pages, keys):
+        tile = [1, 1, keys, k_pages.shape[3]]
+        k_tiles, v_tiles = (
+            TensorDescriptor(pages, list(pages.shape), list(pages.stride()), tile)
+            for pages in (k_pages, v_pages)
+        )
+        return {"k_tiles": k_tiles, "v_tiles": v_tiles, "USE_DESCRIPTORS": True}
+    return {"k_tiles": k_pages, "v_tiles": v_pages, "USE_DESCRIPTORS": False}
+
+
+def _describable(pages: Tensor, keys: int) -> bool:
+    """Whether TMA's rules hold: 16-byte strides and start, whole tiles, a power of two inside."""
+    head_dim = pages.shape[3]
+    return (
+        head_dim == max(power_of_two(head_dim), MIN_TILE)
+        and pages.shape[2] % keys == 0
+        and pages.data_ptr() % 16 == 0
+        and all(stride * pages.element_size() % 16 == 0 for stride in pages.stride()[:3])
+    )

@@ -1,0 +1,158 @@
+"""Memory which `sparse_attention` needs besides its arguments on a GPU, and its tiles.
+
+The tiles are a pure function of the layer's geometry and the chip. What decides a row's bits (keys
+per step, blocks per segment) never depends on the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3_kernels.tuning import arch_of, kernel_config
+from m3_kernels.work_plan import DECODE_ROWS
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+# The least size of each side of a product on tensor cores.
+MIN_TILE = 16
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """How the decode kernel cuts a step.
+
+    Attributes
+    ----------
+    rows : query rows of a program
+    row_groups : programs that share the rows of a request
+    group_pad : query heads of a KV head, padded
+    head_pad : head dimension, padded
+    keys : keys of one step of online softmax
+    segment_blocks : chosen blocks of a row in one partial softmax
+    segments : partial softmaxes of a row, at most
+    """
+
+    rows: int
+    row_groups: int
+    group_pad: int
+    head_pad: int
+    keys: int
+    segment_blocks: int
+    segments: int
+
+    @property
+    def columns(self) -> int:
+        """Pairs of row and query head in a program's tile."""
+        return self.rows * self.group_pad
+
+    @property
+    def partial_size(self) -> int:
+        """fp32 numbers that one segment leaves in the workspace."""
+        return self.columns * (self.head_pad + 2)
+
+
+def decode_tiles(
+    *,
+    max_query_len: int,
+    group: int,
+    head_dim: int,
+    page_size: int,
+    topk: int,
+    dot: torch.dtype,
+    arch: int,
+) -> DecodeTiles:
+    """Tiles of the decode kernel.
+
+    Parameters
+    ----------
+    max_query_len : capped at DECODE_ROWS
+    group : query heads of a KV head
+    dot : see `dot_dtype`
+    arch : compute capability as major * 10 + minor
+    """
+    config = kernel_config("sparse_attention_decode", arch=arch, dot=dtype_name(dot))
+    query_len = min(max(max_query_len, 1), DECODE_ROWS)
+    rows = min(power_of_two(query_len), config["MAX_ROWS"])
+    segment_blocks = min(config["SEGMENT_BLOCKS"], topk)
+    return DecodeTiles(
+        rows=rows,
+        row_groups=-(-query_len // rows),
+        group_pad=max(power_of_two(group), MIN_TILE),
+        head_pad=max(power_of_two(head_dim), MIN_TILE),
+        keys=keys_per_step(page_size, config["MAX_KEYS"]),
+        segment_blocks=segment_blocks,
+        segments=-(-topk // segment_blocks),
+    )
+
+
+def dot_dtype(q: torch.dtype, pages: torch.dtype) -> torch.dtype:
+    """The dtype of both products: that of q and pages, fp32 if they differ, q's for fp8 pages."""
+    return q if pages in (q, *FP8_DTYPES) else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in the configurations, e.g. "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def keys_per_step(page_size: int, most: int) -> int:
+    """A step never leaves its page."""
+    return min(max(power_of_two(page_size), MIN_TILE), most)
+
+
+@dataclass(frozen=True)
+class SparseAttentionWorkspace:
+    """Partial results of the decode kernel, shared by all layers of a step, never by two streams.
+
+    Attributes
+    ----------
+    partial : fp32 [any], contents arbitrary
+    arrivals : int32 [any], zeros before and after every call
+    """
+
+    partial: Tensor
+    arrivals: Tensor
+
+
+def allocate_sparse_attention_workspace(
+    *,
+    max_reqs: int,
+    max_query_len: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    topk: int,
+    dot: torch.dtype,
+    device: torch.device,
+) -> SparseAttentionWorkspace:
+    """A workspace that suffices for every step of at most `max_reqs` requests.
+
+    Parameters
+    ----------
+    max_query_len : query rows of a request; more than DECODE_ROWS ask for no more memory
+    dot : `dot_dtype` of q and the pages
+    """
+    tiles = decode_tiles(
+        max_query_len=max_query_len,
+        group=num_q_heads // num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        topk=topk,
+        dot=dot,
+        arch=arch_of(device),
+    )
+    units = max_reqs * tiles.row_groups * num_kv_heads
+    partial = units * tiles.segments * tiles.partial_size
+    return SparseAttentionWorkspace(
+        partial=torch.empty(partial, dtype=torch.float32, device=device),
+        arrivals=torch.zeros(units, dtype=torch.int32, device=device),
+    )
