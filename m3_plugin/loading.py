@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor
 from m3_plugin.config import M3Config
+from m3_plugin.quantization.plan import WeightPlan, plan_checkpoint, require_in_proportion
 from m3_plugin.quantization.stream import Dequantiser
+from m3_plugin.released import ModelNotFound, find_model
 from m3_plugin.settings import Settings
+from m3_plugin.shards import indexed_tensors, shard_files
 
 _EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
 
@@ -136,6 +140,68 @@ class WeightLoader:
         loader = getattr(parameter, "weight_loader", self.default_loader)
         loader(parameter, tensor, *args, **kwargs)
         self.loaded.add(target)
+
+
+def plan_before_loading(
+    name: str, config: M3Config, *, fused: Mapping[str, tuple[str, Shard]], item_bytes: int
+) -> WeightPlan | None:
+    """The plan of a checkpoint whose files are on this machine, None of any other.
+
+    Parameters
+    ----------
+    name : folder, or id of a repository which may have been downloaded
+    config : what its config.json says
+    fused : as given to `WeightLoader`
+    item_bytes : of the model's dtype
+
+    Raises
+    ------
+    ValueError : what `plan_checkpoint` refuses; a repository not yet downloaded whole is no error.
+    """
+    try:
+        folder = find_model(name).folder
+        files = [] if folder is None else shard_files(folder)
+    except (ModelNotFound, ValueError):
+        if Path(name).is_dir() and indexed_tensors(Path(name)):
+            raise
+        return None
+    if folder is None or not files:
+        return None
+    return plan_checkpoint(
+        folder,
+        config,
+        fused={projection: layer for projection, (layer, _) in fused.items()},
+        dequantise=Settings.from_environment().dequantize,
+        item_bytes=item_bytes,
+    )
+
+
+def require_expert_bytes(
+    plan: WeightPlan | None, experts: nn.Module, *, layer: int, share: float
+) -> None:
+    """Refuse routed experts for which the host allocated more than the files explain.
+
+    Parameters
+    ----------
+    plan : None asks nothing
+    experts : the host's module of a layer just built
+    layer : its number
+    share : part of the experts' weights that is this rank's
+
+    Raises
+    ------
+    ValueError : see `require_in_proportion`.
+    """
+    if plan is None:
+        return
+    allocated = sum(
+        parameter.nbytes
+        for name, parameter in experts.named_parameters()
+        if name.rpartition(".")[2].startswith(("w13_", "w2_"))
+    )
+    require_in_proportion(
+        plan, {f"model.layers.{layer}.block_sparse_moe.experts": allocated}, share=share
+    )
 
 
 def chosen_dequantiser(config: M3Config) -> Dequantiser | None:

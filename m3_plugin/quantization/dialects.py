@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cached_property
 from typing import Any
 
 from m3_plugin.quantization.formats import (
@@ -39,8 +40,6 @@ _LINEAR = re.compile(
     r")$"
 )
 _INDEX = re.compile(r"\.self_attn\.index_[qk]_proj$")
-# How exporters spell the text model's place in the whole; ours is none at all.
-_SPELLINGS = ("", "language_model.", "model.language_model.")
 _UNQUANTISED_BITS = 16
 
 
@@ -54,21 +53,46 @@ class Names:
 
     patterns: tuple[str, ...] = ()
 
+    @cached_property
+    def _plain(self) -> dict[int, frozenset[str]]:
+        """Names without wildcard by their number of components: a table of all experts is long."""
+        by_length: dict[int, set[str]] = {}
+        for pattern in self.patterns:
+            if not _is_wild(pattern):
+                by_length.setdefault(pattern.count(".") + 1, set()).add(pattern)
+        return {length: frozenset(names) for length, names in by_length.items()}
+
+    @cached_property
+    def _wild(self) -> tuple[re.Pattern[str], ...]:
+        """Globs and regular expressions, both matched from the start of a name."""
+        return tuple(
+            re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
+            for pattern in self.patterns
+            if _is_wild(pattern)
+        )
+
     def __contains__(self, module: object) -> bool:
         """Whether the set holds a module, named relative to the text model."""
         assert isinstance(module, str)
-        spellings = [module, *(f"{prefix}{module}" for prefix in _SPELLINGS[1:])]
-        # transformers 5 says model.language_model.layers
-        spellings.append(f"model.language_model.{module.removeprefix('model.')}")
-        return any(_matches(pattern, name) for pattern in self.patterns for name in spellings)
+        spellings = (
+            f"language_model.{module}",
+            f"model.language_model.{module}",
+            # transformers 5 says model.language_model.layers
+            f"model.language_model.{module.removeprefix('model.')}",
+        )
+        if any(pattern.match(name) for pattern in self._wild for name in (module, *spellings)):
+            return True
+        return any(
+            ".".join(parts[first : first + length]) in names
+            # every run of the module's own name is a run of these
+            for parts in (name.split(".") for name in spellings)
+            for length, names in self._plain.items()
+            for first in range(len(parts) - length + 1)
+        )
 
 
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    if "*" in pattern or "?" in pattern:
-        return fnmatchcase(name, pattern)
-    return f".{pattern}." in f".{name}."
+def _is_wild(pattern: str) -> bool:
+    return pattern.startswith("re:") or "*" in pattern or "?" in pattern or "[" in pattern
 
 
 @dataclass(frozen=True)
@@ -104,6 +128,11 @@ class Quantization:
         """For people: the method and the formats in use."""
         formats = dict.fromkeys(weight.name for _, weight in self.rules)
         return f"{self.method} ({', '.join(formats)})"
+
+
+def is_linear(module: str) -> bool:
+    """Whether a module of the text model has a weight which some exporter quantises."""
+    return module == "lm_head" or _LINEAR.match(module) is not None
 
 
 def is_index_projection(module: str) -> bool:

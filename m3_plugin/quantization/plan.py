@@ -24,7 +24,7 @@ from m3_plugin.checkpoint import (
     text_modules,
 )
 from m3_plugin.config import M3Config
-from m3_plugin.quantization.dialects import PLAIN, Quantization, is_index_projection
+from m3_plugin.quantization.dialects import PLAIN, Quantization, is_index_projection, is_linear
 from m3_plugin.quantization.formats import (
     CACHE_SCALES,
     FLOAT_DTYPES,
@@ -177,7 +177,7 @@ def plan_weights(
                 weight=weight,
                 stored_bytes=stored_bytes,
                 planned_bytes=math.prod(linear_shape(config, module)) * item_bytes
-                if dequantise and weight != PLAIN
+                if is_linear(module) and (dequantise or weight == PLAIN)
                 else stored_bytes,
             )
         )
@@ -185,6 +185,20 @@ def plan_weights(
     if not dequantise:
         _require_alike(plan)
     return plan
+
+
+def index_is_alike(config: M3Config, *, dequantise: bool) -> bool:
+    """Whether index projections may share a host's layer with q, k and v: all stored the same."""
+    quantization = config.quantization
+    if quantization is None or dequantise:
+        return True
+    projections = ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj")
+    return all(
+        len({quantization.format_of(f"model.layers.{layer}.self_attn.{p}") for p in projections})
+        == 1
+        for layer, sparse in enumerate(config.sparse_layers)
+        if sparse
+    )
 
 
 def require_in_proportion(

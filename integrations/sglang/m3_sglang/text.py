@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,17 +16,20 @@ from torch import Tensor, nn
 
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
-from m3_plugin.loading import WeightLoader
+from m3_plugin.loading import WeightLoader, plan_before_loading, require_expert_bytes
 from m3_plugin.presence import PluginRefusal
+from m3_plugin.quantization.plan import WeightPlan
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
-from m3_sglang.compat import read_config
+from m3_sglang.compat import read_config, tensor_parallel_size
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
-from m3_sglang.weights import text_weight_loader
+from m3_sglang.weights import FUSED, text_weight_loader
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+logger = logging.getLogger(__name__)
 
 
 class M3DecoderLayer(nn.Module):
@@ -91,7 +95,12 @@ class M3Model(nn.Module):
     """Embedding, decoder layers, final norm."""
 
     def __init__(
-        self, config: M3Config, *, quant_config: QuantizationConfig | None, prefix: str
+        self,
+        config: M3Config,
+        *,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        plan: WeightPlan | None = None,
     ) -> None:
         super().__init__()
         # SGLang builds models under the device they will live on
@@ -100,17 +109,23 @@ class M3Model(nn.Module):
             config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
         )
         rope = make_rope(config, device_type=self.device_type)
-        self.layers = nn.ModuleList(
-            M3DecoderLayer(
+        self.layers = nn.ModuleList()
+        for index in range(config.num_hidden_layers):
+            layer = M3DecoderLayer(
                 config,
-                layer=layer,
+                layer=index,
                 rope=rope,
                 device_type=self.device_type,
                 quant_config=quant_config,
-                prefix=f"{prefix}.layers.{layer}",
+                prefix=f"{prefix}.layers.{index}",
             )
-            for layer in range(config.num_hidden_layers)
-        )
+            if config.moe_layers[index]:
+                # before the next layer takes as much memory again
+                share = 1 / tensor_parallel_size()
+                require_expert_bytes(
+                    plan, layer.block_sparse_moe.experts, layer=index, share=share
+                )
+            self.layers.append(layer)
         self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -158,7 +173,12 @@ class M3CausalLM(nn.Module):
         self.quant_config = quant_config
         self.m3_config = read_config(config)
         dot = f"{prefix}." if prefix else ""
-        self.model = M3Model(self.m3_config, quant_config=quant_config, prefix=f"{dot}model")
+        self.model = M3Model(
+            self.m3_config,
+            quant_config=quant_config,
+            prefix=f"{dot}model",
+            plan=read_plan(config.name_or_path, self.m3_config),
+        )
         self.lm_head = ParallelLMHead(
             self.m3_config.vocab_size,
             self.m3_config.hidden_size,
@@ -195,6 +215,18 @@ class M3CausalLM(nn.Module):
             if not name.startswith(VISION_PREFIXES):
                 loader.load(name.removeprefix(TEXT_PREFIX), tensor)
         return loader.finish()
+
+
+def read_plan(name: str, config: M3Config) -> WeightPlan | None:
+    """What every weight of the checkpoint becomes, logged; None if its files are not here yet.
+
+    SGLang builds models under the dtype they will have.
+    """
+    item_bytes = torch.get_default_dtype().itemsize
+    plan = plan_before_loading(name, config, fused=FUSED, item_bytes=item_bytes)
+    if plan is not None:
+        logger.info("m3-plugin: %s", plan.describe())
+    return plan
 
 
 def require_our_backend() -> None:

@@ -10,7 +10,7 @@ from m3_plugin.checkpoint import text_modules
 from m3_plugin.config import M3Config
 from m3_plugin.loading import Shard, WeightLoader, chosen_dequantiser
 
-_FUSED: dict[str, tuple[str, Shard]] = {
+FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
     "k_proj": ("qkv_proj", "k"),
     "v_proj": ("qkv_proj", "v"),
@@ -32,7 +32,7 @@ def text_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
     return WeightLoader(
         model,
         expected=text_modules(config),
-        fused=_FUSED,
+        fused=FUSED,
         experts=FusedMoE.make_expert_params_mapping(
             ckpt_gate_proj_name="w1",
             ckpt_down_proj_name="w2",

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
     MinimaxM3QKVParallelLinearWithIndexer,
     QKVParallelLinear,
     RowParallelLinear,
@@ -46,8 +51,9 @@ from m3_plugin.assembly import make_session
 from m3_plugin.capacity import local_heads
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
-from m3_plugin.loading import WeightLoader
+from m3_plugin.loading import WeightLoader, plan_before_loading, require_expert_bytes
 from m3_plugin.presence import attestation
+from m3_plugin.quantization.plan import WeightPlan
 from m3_plugin.session import MSASession
 from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
 from m3_vllm.attention import M3SparseCacheLayer
@@ -60,7 +66,7 @@ from m3_vllm.multimodal import (
     M3ProcessingInfo,
 )
 from m3_vllm.speculation import require_aux_layers, require_speculation
-from m3_vllm.weights import text_weight_loader
+from m3_vllm.weights import fused_projections, text_weight_loader
 
 logger = init_logger("vllm.m3_plugin.model")
 
@@ -70,6 +76,22 @@ def read_config(vllm_config: VllmConfig) -> M3Config:
     config = M3Config.from_hf(vllm_config.model_config.hf_config.to_dict())
     config.require_paged_host()
     return config
+
+
+def read_plan(vllm_config: VllmConfig, config: M3Config) -> WeightPlan | None:
+    """What every weight of the checkpoint becomes, logged; None if its files are not here yet."""
+    if vllm_config.load_config.load_format == "dummy":
+        return None
+    model_config = vllm_config.model_config
+    plan = plan_before_loading(
+        model_config.model,
+        config,
+        fused=fused_projections(config),
+        item_bytes=model_config.dtype.itemsize,
+    )
+    if plan is not None:
+        logger.info("m3-plugin: %s", plan.describe())
+    return plan
 
 
 class _M3AttentionBase(nn.Module):
@@ -151,7 +173,11 @@ class M3DenseAttention(_M3AttentionBase):
 
 
 class M3SparseAttention(_M3AttentionBase):
-    """MSA: index branch and main branch from one projection, attention over chosen blocks only."""
+    """MSA: index branch and main branch from one projection, attention over chosen blocks only.
+
+    A checkpoint that stores the index branch otherwise than q, k and v (usually unquantised beside
+    quantised) gets two projections: one fused layer has one quantisation method.
+    """
 
     def __init__(
         self, config: M3Config, *, session: MSASession, vllm_config: VllmConfig, prefix: str
@@ -163,28 +189,47 @@ class M3SparseAttention(_M3AttentionBase):
                 "config key 'sparse_attention_config.sparse_index_dim' must equal "
                 f"head_dim={config.head_dim} in vLLM's fused projection; got {msa.index_dim}"
             )
-        # [q | k | v | index_q | index_k]; index_q is split and replicated like the KV heads,
-        # the single index_k head is on every rank
-        self.qkv_proj = MinimaxM3QKVParallelLinearWithIndexer(
-            config.hidden_size,
-            config.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            msa.num_index_heads,
-            msa.index_dim,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.qkv_proj",
-        )
+        self.index_qkv_proj: nn.Module | None = None
+        if fused_projections(config)["index_q_proj"][0] == "qkv_proj":
+            # [q | k | v | index_q | index_k]; index_q is split and replicated like the KV heads,
+            # the single index_k head is on every rank
+            self.qkv_proj = MinimaxM3QKVParallelLinearWithIndexer(
+                config.hidden_size,
+                config.head_dim,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                msa.num_index_heads,
+                msa.index_dim,
+                bias=False,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.qkv_proj",
+            )
+        else:
+            self.qkv_proj = QKVParallelLinear(
+                config.hidden_size,
+                config.head_dim,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                bias=False,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.qkv_proj",
+            )
+            # small enough to be whole on every rank, which then takes its own heads
+            self.index_qkv_proj = MergedColumnParallelLinear(
+                config.hidden_size,
+                [msa.num_index_heads * msa.index_dim, msa.index_dim],
+                bias=False,
+                quant_config=vllm_config.quant_config,
+                disable_tp=True,
+                prefix=f"{prefix}.index_qkv_proj",
+            )
         self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
         self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
-        self.split_sizes = [
-            self.q_size,
-            self.kv_size,
-            self.kv_size,
-            self.num_kv_heads * msa.index_dim,
-            msa.index_dim,
-        ]
+        tp_size = get_tensor_model_parallel_world_size()
+        first_head = get_tensor_model_parallel_rank() * msa.num_index_heads // tp_size
+        self.first_index_channel = first_head * msa.index_dim
+        self.main_split_sizes = [self.q_size, self.kv_size, self.kv_size]
+        self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
         self.attn = M3SparseCacheLayer(
             session=session,
             num_kv_heads=self.num_kv_heads,
@@ -194,7 +239,15 @@ class M3SparseAttention(_M3AttentionBase):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v, index_q, index_k = qkv.split(self.split_sizes, dim=-1)
+        if self.index_qkv_proj is None:
+            sizes = self.main_split_sizes + self.index_split_sizes
+            q, k, v, index_q, index_k = qkv.split(sizes, dim=-1)
+        else:
+            q, k, v = qkv.split(self.main_split_sizes, dim=-1)
+            index, _ = self.index_qkv_proj(hidden_states)
+            width, key_width = self.index_split_sizes
+            index_q = index.narrow(-1, self.first_index_channel, width)
+            index_k = index[..., -key_width:]
         q, k = self.norm_and_rope(positions, q, k, self.q_norm, self.k_norm)
         index_q, index_k = self.norm_and_rope(
             positions, index_q, index_k, self.index_q_norm, self.index_k_norm
@@ -281,6 +334,7 @@ class M3Model(nn.Module, EagleModelMixin):
         super().__init__()
         config = read_config(vllm_config)
         self.m3_config = config
+        plan = read_plan(vllm_config, config)
         self.session = make_session(config, device_type=device_type())
         # on the last stage a draft model may share it
         self.has_embedding = get_pp_group().is_first_rank or spec_decode_needs_target_embed(
@@ -297,13 +351,7 @@ class M3Model(nn.Module, EagleModelMixin):
             self.embed_tokens = PPMissingLayer()
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
-            lambda prefix: M3DecoderLayer(
-                config,
-                layer=int(prefix.rpartition(".")[2]),
-                session=self.session,
-                vllm_config=vllm_config,
-                prefix=prefix,
-            ),
+            lambda prefix: self._build_layer(vllm_config, prefix=prefix, plan=plan),
             prefix=f"{prefix}.layers",
         )
         if get_pp_group().is_last_rank:
@@ -313,6 +361,26 @@ class M3Model(nn.Module, EagleModelMixin):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
+
+    def _build_layer(
+        self, vllm_config: VllmConfig, *, prefix: str, plan: WeightPlan | None
+    ) -> M3DecoderLayer:
+        """One decoder layer, measured against the plan before the next one takes memory too."""
+        index = int(prefix.rpartition(".")[2])
+        layer = M3DecoderLayer(
+            self.m3_config,
+            layer=index,
+            session=self.session,
+            vllm_config=vllm_config,
+            prefix=prefix,
+        )
+        parallel = vllm_config.parallel_config
+        # redundant experts of a load balancer are no part of the files
+        if self.m3_config.moe_layers[index] and not parallel.enable_eplb:
+            ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+            experts = layer.block_sparse_moe.experts
+            require_expert_bytes(plan, experts, layer=index, share=1 / ranks)
+        return layer
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.embed_tokens(input_ids)
@@ -357,6 +425,7 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
     # vLLM's quantisation maps its fused names back to the checkpoint's through this
     packed_modules_mapping: ClassVar = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "index_qkv_proj": ["index_q_proj", "index_k_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
@@ -14,6 +15,8 @@ from vllm.model_executor.model_loader.weight_utils import (
 from m3_plugin.checkpoint import EMBEDDING, is_mtp_tensor, layer_of, mtp_modules, text_modules
 from m3_plugin.config import M3Config
 from m3_plugin.loading import Shard, WeightLoader, chosen_dequantiser
+from m3_plugin.quantization.plan import index_is_alike
+from m3_plugin.settings import Settings
 
 _FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
@@ -24,6 +27,18 @@ _FUSED: dict[str, tuple[str, Shard]] = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
+# Index projections stored otherwise than q, k and v: a layer of their own, whole on every rank.
+_INDEX_APART: dict[str, tuple[str, Shard]] = {
+    "index_q_proj": ("index_qkv_proj", 0),
+    "index_k_proj": ("index_qkv_proj", 1),
+}
+
+
+@cache
+def fused_projections(config: M3Config) -> dict[str, tuple[str, Shard]]:
+    """Projection of the checkpoint -> our fused layer, and its part of it."""
+    alike = index_is_alike(config, dequantise=Settings.from_environment().dequantize)
+    return _FUSED if alike else _FUSED | _INDEX_APART
 
 
 def text_weight_loader(
@@ -88,7 +103,7 @@ def _weight_loader(
     return WeightLoader(
         model,
         expected=expected,
-        fused=_FUSED,
+        fused=fused_projections(config),
         experts=fused_moe_make_expert_params_mapping(
             model,
             ckpt_gate_proj_name="w1",
