@@ -7,6 +7,7 @@
 #   make test-sglang       the SGLang tests alone
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
 #   make lint              ruff, pyright, import-linter
+#   make screens           the generated examples under docs/screens, on this machine's CPU
 #   make clean             remove environments and caches
 
 PYTHON ?= python3
@@ -26,7 +27,9 @@ BIN        := $(VLLM_VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
 PIP        := -m pip --disable-pip-version-check
 
-.PHONY: demo test test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
+SCREENS := docs/screens
+
+.PHONY: screens demo test test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -55,6 +58,16 @@ $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
 	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
+
+# A recording and results of an earlier run must not be mixed with new ones.
+screens: env
+	rm -rf .cache/screens && mkdir -p .cache/screens $(SCREENS)
+	$(BIN)/m3-plugin doctor > $(SCREENS)/doctor.txt
+	M3_PLUGIN_RECORD_BLOCKS=.cache/screens/selection $(BIN)/m3-plugin demo --long-tokens 4096
+	$(BIN)/m3-plugin blocks .cache/screens/selection --phase decode --plot $(SCREENS)/blocks.png
+	$(BIN)/m3-plugin eval needle --output .cache/screens/needle.json --plot $(SCREENS)/needle.png
+	$(BIN)/m3-plugin bench serve --contexts 1024,4096,16384 --requests 2 \
+	  --json $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
 
 lint: env
 	$(BIN)/ruff format --check .

@@ -1,0 +1,95 @@
+"""What the documents say is what the commands do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from m3_plugin.cli import app
+from m3_plugin.settings import PREFIX, Settings
+
+DOCS = Path(__file__).parents[2] / "docs"
+GUIDES = ("install", "operations", "sizing", "troubleshooting")
+GIB = 2**30
+
+
+def table_rows(name: str, first: str) -> list[list[str]]:
+    """Cells of the rows whose first cell begins with `first`."""
+    lines = [line for line in (DOCS / f"{name}.md").read_text().splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [row for row in rows if row[0].strip().startswith(first)]
+
+
+@pytest.mark.parametrize("ranks", ["4 x", "8 x"])
+def test_the_sizing_table_is_what_fit_says(ranks: str) -> None:
+    rows = [row for row in table_rows("sizing", ranks) if len(row) == 7]
+    assert len(rows) >= 3
+    for cards, model, weights, cache, tokens, fp8, all_fp8 in rows:
+        tp, _, gpu = cards.partition(" x ")
+        options = ["fit", "--model", model, "--gpu", gpu, "--tp", tp, "--json"]
+        found = json.loads(CliRunner().invoke(app, options).output)
+        assert f"{found['weights']['per_rank'] / GIB:.1f}" == weights
+        assert f"{found['fit']['budget'] / GIB:.1f}" == cache
+        assert f"{found['fit']['tokens']:,}" == tokens
+        others = {(o["kv_dtype"], o["index_dtype"]): o["tokens"] for o in found["alternatives"]}
+        assert f"{others['fp8', 'bf16']:,}" == fp8
+        assert f"{others['fp8', 'fp8']:,}" == all_fp8
+
+
+def test_every_variable_is_documented() -> None:
+    listed = {row[0].strip("`") for row in table_rows("operations", f"`{PREFIX}")}
+    assert listed == {PREFIX + field.name.upper() for field in fields(Settings)}
+
+
+def commands() -> list[str]:
+    """Every `m3-plugin ...` that a guide tells to type."""
+    found = []
+    for name in GUIDES:
+        text = (DOCS / f"{name}.md").read_text().replace("\\\n", " ")
+        fenced = re.findall(r"^(?:[A-Z_0-9]+=\S+ )*(m3-plugin [^#\n]+)", text, re.MULTILINE)
+        found += [*fenced, *re.findall(r"`(m3-plugin [^`]*--[^`]+)`", text)]
+    return sorted({" ".join(command.split()) for command in found})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_documented_commands_exist(line: str) -> None:
+    words = shlex.split(line)[1:]
+    command: Any = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    known = {option for parameter in command.params for option in parameter.opts}
+    for word in words:
+        if word.startswith("--"):
+            assert word in known
+
+
+def test_messages_in_troubleshooting_are_really_written_somewhere() -> None:
+    """Fragments of our own messages, as they stand in the sources."""
+    root = DOCS.parent
+    sources = [*root.glob("m3_plugin/**/*.py"), *root.glob("integrations/**/*.py")]
+    text = " ".join(re.sub(r'"\s*f?"', "", path.read_text().replace("\n", " ")) for path in sources)
+    text = " ".join(text.split())
+    for fragment in (
+        "is NOT ACTIVE, the host's own MiniMax-M3 will be used",
+        "is outside the tested window",
+        "unknown environment variable",
+        "no MSA kernels for device",
+        "gives wrong results on",
+        "checkpoint does not match its config.json",
+        "where its header promises",
+        "did you mean",
+        "does not fit",
+        "do not hold the same rows",
+        "were recorded from different models",
+    ):
+        assert fragment in text, fragment
+        told = (DOCS / "troubleshooting.md").read_text()
+        assert fragment in told, fragment
