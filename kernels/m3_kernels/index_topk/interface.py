@@ -7,6 +7,9 @@ from torch import Tensor
 
 from m3_kernels import validation
 from m3_kernels.capability import Backend, implementation_for
+from m3_kernels.work_plan import WorkPlan
+
+LOW_PRECISION = (torch.int8, torch.float8_e4m3fn)
 
 
 def index_topk(
@@ -19,7 +22,10 @@ def index_topk(
     topk: int,
     num_local_blocks: int = 1,
     num_init_blocks: int = 0,
+    index_k_scales: Tensor | None = None,
     out: Tensor | None = None,
+    plan: WorkPlan | None = None,
+    workspace: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Choose, for every query row and index head, the blocks that attention will read.
@@ -33,14 +39,20 @@ def index_topk(
     Parameters
     ----------
     index_q : [T, num_index_heads, index_dim], any strides with a contiguous last dimension
-    index_k_pages : [P, page_size, index_dim], any strides with a contiguous last dimension
+    index_k_pages : [P, page_size, index_dim], any strides with a contiguous last dimension; int8
+        and float8_e4m3fn are read by "triton" and "reference" only
     page_table : int32 [R, max_pages], must cover every sequence
     cu_seqlens_q : int32 [R + 1], never decreasing, from 0 to at most T
     seq_lens : int32 [R], the step's own tokens included
     topk : number of ids per row and head, at least 1
     num_local_blocks : newest blocks always chosen, `own - num_local_blocks < b <= own`
     num_init_blocks : first blocks always chosen, before local ones if both do not fit
+    index_k_scales : floating [P, page_size], what a stored key is multiplied with; int8 keys need
+        it, float8_e4m3fn keys may have it, others have none
     out : int32 [num_index_heads, T, topk], filled when given
+    plan : the step's, read by "triton" only; without one it makes its own, which waits for the
+        device and allocates
+    workspace : fp32 [N] of `allocate_index_topk_workspace`, used by "triton" only; None allocates
     backend : an implementation by name, or "auto" for the best one here
 
     Returns
@@ -57,7 +69,8 @@ def index_topk(
     """
     device = index_q.device
     validation.require_float("index_q", index_q)
-    validation.require_float("index_k_pages", index_k_pages)
+    if index_k_pages.dtype not in LOW_PRECISION:
+        validation.require_float("index_k_pages", index_k_pages)
     words = "[T, num_index_heads, index_dim]"
     validation.require_shape("index_q", index_q, (None, None, None), words)
     rows, heads, dim = index_q.shape
@@ -66,6 +79,7 @@ def index_topk(
     validation.require_dense_rows("index_q", index_q)
     validation.require_dense_rows("index_k_pages", index_k_pages)
     validation.require_device("index_k_pages", index_k_pages, device)
+    _require_scales(index_k_pages, index_k_scales)
     validation.require_batch(
         page_table=page_table, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, device=device
     )
@@ -84,6 +98,36 @@ def index_topk(
         validation.require_device("out", out, device)
 
     implementation = implementation_for("index_topk", backend=backend, device_type=device.type)
+    low_precision = index_k_pages.dtype in LOW_PRECISION
+    if low_precision and implementation in ("native", "torch"):
+        raise NotImplementedError(
+            f"index_topk: backend {implementation!r} reads float32, bfloat16 and float16 index "
+            f"keys; got {index_k_pages.dtype}. Keep them in one of these on a CPU"
+        )
+    if implementation == "triton":
+        if workspace is not None:
+            validation.require_dtype("workspace", workspace, torch.float32)
+            validation.require_shape("workspace", workspace, (None,), "[N]")
+            validation.require_dense_rows("workspace", workspace)
+            validation.require_device("workspace", workspace, device)
+        from m3_kernels.index_topk.triton import index_topk_triton
+
+        index_topk_triton(
+            index_q,
+            index_k_pages,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens,
+            num_local_blocks=num_local_blocks,
+            num_init_blocks=num_init_blocks,
+            out=out,
+            index_k_scales=index_k_scales,
+            plan=plan,
+            workspace=workspace,
+        )
+        return out
+    if low_precision:
+        index_k_pages = dequantised(index_k_pages, index_k_scales)
     if implementation == "native":
         from m3_kernels.index_topk.native import index_topk_native as run
     elif implementation == "torch":
@@ -101,3 +145,26 @@ def index_topk(
         out=out,
     )
     return out
+
+
+def dequantised(pages: Tensor, scales: Tensor | None) -> Tensor:
+    """The fp32 keys that stored ones of 8 bits stand for."""
+    return pages.float() if scales is None else pages.float() * scales.float()[:, :, None]
+
+
+def _require_scales(pages: Tensor, scales: Tensor | None) -> None:
+    if scales is None:
+        if pages.dtype == torch.int8:
+            raise ValueError(
+                "index_k_scales must be given with int8 index_k_pages: one scale per token"
+            )
+        return
+    if pages.dtype not in LOW_PRECISION:
+        raise ValueError(
+            f"index_k_scales must be None unless index_k_pages are int8 or float8_e4m3fn; "
+            f"got {pages.dtype} pages"
+        )
+    validation.require_float("index_k_scales", scales)
+    validation.require_shape("index_k_scales", scales, tuple(pages.shape[:2]), "[P, page_size]")
+    validation.require_dense_rows("index_k_scales", scales)
+    validation.require_device("index_k_scales", scales, pages.device)

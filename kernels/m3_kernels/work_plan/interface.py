@@ -223,5 +223,5 @@ def make_work_plan(
 def _programs_of(device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_PROGRAMS
-    per_sm = kernel_config("index_topk_decode_scores", arch=arch_of(device))["PROGRAMS_PER_SM"]
+    per_sm = kernel_config("work_plan_ranges", arch=arch_of(device))["PROGRAMS_PER_SM"]
     return per_sm * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,53 @@
+"""Memory that the Triton kernels of `index_topk` keep their scores in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m3_kernels.work_plan.interface import DECODE_ROWS
+
+# Rows of requests of prefill kind are scored in passes, so that scores never need more than this;
+# a pass of few rows would leave most of a GPU idle.
+PREFILL_SCORE_BYTES = 256 * 2**20
+MIN_PASS_ROWS = 128
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not below a positive value."""
+    return 1 << (value - 1).bit_length()
+
+
+def decode_slots(max_query_len: int) -> int:
+    """Rows of scores kept for each request of decode kind: a power of two, at most 8."""
+    return power_of_two(max(1, min(max_query_len, DECODE_ROWS)))
+
+
+def allocate_index_topk_workspace(
+    *,
+    max_reqs: int,
+    max_rows: int,
+    max_query_len: int,
+    max_seq_len: int,
+    num_index_heads: int,
+    page_size: int,
+    device: torch.device,
+) -> Tensor:
+    """Scores of the largest step, fp32, one-dimensional; all layers may share them.
+
+    Parameters
+    ----------
+    max_reqs, max_rows, max_query_len, max_seq_len : of the largest step, as in its `WorkPlan`
+    num_index_heads, page_size : geometry of the layer
+
+    Returns
+    -------
+    fp32 [N]: one number for each block of each decode row and head, or 256 MiB for prefill if that
+    is more and the step can have so many.
+    """
+    row = num_index_heads * -(-max_seq_len // page_size)
+    numbers = max_reqs * decode_slots(max_query_len) * row
+    if max_query_len > DECODE_ROWS:
+        pass_rows = max(MIN_PASS_ROWS, PREFILL_SCORE_BYTES // (4 * max(row, 1)))
+        numbers = max(numbers, min(max_rows, pass_rows) * row)
+    return torch.empty(numbers, dtype=torch.float32, device=device)
