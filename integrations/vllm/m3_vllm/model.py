@@ -189,7 +189,7 @@ class M3SparseAttention(_M3AttentionBase):
                 "config key 'sparse_attention_config.sparse_index_dim' must equal "
                 f"head_dim={config.head_dim} in vLLM's fused projection; got {msa.index_dim}"
             )
-        self.index_qkv_proj: nn.Module | None = None
+        self.index_proj: nn.Module | None = None
         if fused_projections(config)["index_q_proj"][0] == "qkv_proj":
             # [q | k | v | index_q | index_k]; index_q is split and replicated like the KV heads,
             # the single index_k head is on every rank
@@ -214,14 +214,15 @@ class M3SparseAttention(_M3AttentionBase):
                 quant_config=vllm_config.quant_config,
                 prefix=f"{prefix}.qkv_proj",
             )
-            # small enough to be whole on every rank, which then takes its own heads
-            self.index_qkv_proj = MergedColumnParallelLinear(
+            # Small enough to be whole on every rank, which then takes its own heads. Its name must
+            # not end in "qkv_proj": vLLM's auto-round looks for fused names within names.
+            self.index_proj = MergedColumnParallelLinear(
                 config.hidden_size,
                 [msa.num_index_heads * msa.index_dim, msa.index_dim],
                 bias=False,
                 quant_config=vllm_config.quant_config,
                 disable_tp=True,
-                prefix=f"{prefix}.index_qkv_proj",
+                prefix=f"{prefix}.index_proj",
             )
         self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
         self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
@@ -239,12 +240,12 @@ class M3SparseAttention(_M3AttentionBase):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
-        if self.index_qkv_proj is None:
+        if self.index_proj is None:
             sizes = self.main_split_sizes + self.index_split_sizes
             q, k, v, index_q, index_k = qkv.split(sizes, dim=-1)
         else:
             q, k, v = qkv.split(self.main_split_sizes, dim=-1)
-            index, _ = self.index_qkv_proj(hidden_states)
+            index, _ = self.index_proj(hidden_states)
             width, key_width = self.index_split_sizes
             index_q = index.narrow(-1, self.first_index_channel, width)
             index_k = index[..., -key_width:]
@@ -425,7 +426,7 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
     # vLLM's quantisation maps its fused names back to the checkpoint's through this
     packed_modules_mapping: ClassVar = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "index_qkv_proj": ["index_q_proj", "index_k_proj"],
+        "index_proj": ["index_q_proj", "index_k_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 

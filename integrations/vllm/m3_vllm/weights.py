@@ -29,8 +29,8 @@ _FUSED: dict[str, tuple[str, Shard]] = {
 }
 # Index projections stored otherwise than q, k and v: a layer of their own, whole on every rank.
 _INDEX_APART: dict[str, tuple[str, Shard]] = {
-    "index_q_proj": ("index_qkv_proj", 0),
-    "index_k_proj": ("index_qkv_proj", 1),
+    "index_q_proj": ("index_proj", 0),
+    "index_k_proj": ("index_proj", 1),
 }
 
 
