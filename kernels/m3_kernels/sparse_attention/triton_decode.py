@@ -167,7 +167,8 @@ def clear_padding(
     head = tl.arange(0, HEADS_PAD)
     nothing = tl.zeros([HEADS_PAD, HEAD_PAD], tl.float32).to(out.dtype.element_ty)
     out_row = out + first_row.to(tl.int64) * out_stride_row
-    lse_row = lse + first_row.to(tl.int64) * lse_stride_row
+    # an offset, because without HAS_LSE there is no pointer to add to
+    lse_place = first_row.to(tl.int64) * lse_stride_row
     for _ in range(first_row, end_row):
         tl.store(
             out_row + (head * out_stride_head)[:, None] + dim[None, :],
@@ -176,9 +177,10 @@ def clear_padding(
         )
         if HAS_LSE:
             no_key = tl.full([HEADS_PAD], float("-inf"), tl.float32)
+            lse_row = lse + lse_place
             tl.store(lse_row + head.to(tl.int64) * lse_stride_head, no_key, mask=head < Q_HEADS)
         out_row += out_stride_row
-        lse_row += lse_stride_row
+        lse_place += lse_stride_row
 
 
 BATCH_SIZES = [
