@@ -56,7 +56,7 @@ class StepCapacity:
 
     Attributes
     ----------
-    max_requests : requests in one step
+    max_requests : requests in one step, padded ones included
     max_rows : query rows in one step, padding included
     max_seq_len : keys of one request
     """

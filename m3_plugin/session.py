@@ -1,7 +1,7 @@
 """MSASession: the one order of operations of MiniMax sparse attention, for every host.
 
 plan(batch)                      once per engine step, outside any graph capture
-run(plan, q, k, v, ...)          once per sparse layer, device work only
+run(plan, q, k, v, ...)          once per sparse layer, device work only; may be captured
     cache_store                  K, V and index key of the step's tokens into their pages
     index_topk                   the best blocks per query row and GQA group
     sparse_attention             exact attention over those blocks
@@ -18,9 +18,11 @@ from torch import Tensor
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
 from m3_kernels.sparse_attention import sparse_attention
+from m3_kernels.work_plan import WorkPlan
 from m3_plugin.backends import KernelChoice
 from m3_plugin.batch import MSABatch
 from m3_plugin.config import MSAConfig
+from m3_plugin.workspace import Workspace
 
 if TYPE_CHECKING:
     from m3_plugin.selection.recorder import SelectionRecorder
@@ -43,9 +45,15 @@ class MSACaches:
 
 @dataclass(frozen=True)
 class MSAPlan:
-    """What one step's layers share. Nothing derived from a top-k may live here."""
+    """What one step's layers share. Nothing derived from a top-k may live here.
+
+    Attributes
+    ----------
+    work : how the Triton kernels divide the step; None for the families that need no plan
+    """
 
     batch: MSABatch
+    work: WorkPlan | None = None
 
 
 @dataclass
@@ -105,19 +113,46 @@ class MSASession:
     msa : block selection rules of the model
     kernels : the kernel family and the reason for it (`backends.choose_kernels`)
     scale : softmax scale of the main branch, head_dim ** -0.5 for M3
+    workspace : memory of the "triton" family, which needs one; None for all others
+
+    Raises
+    ------
+    ValueError : the family needs a workspace and has none, or the other way round.
     """
 
-    def __init__(self, msa: MSAConfig, *, kernels: KernelChoice, scale: float) -> None:
+    def __init__(
+        self,
+        msa: MSAConfig,
+        *,
+        kernels: KernelChoice,
+        scale: float,
+        workspace: Workspace | None = None,
+    ) -> None:
+        if (kernels.family == "triton") != (workspace is not None):
+            raise ValueError(
+                f"a session needs a workspace exactly if its kernels are 'triton'; got "
+                f"{kernels.family!r} {'without' if workspace is None else 'with'} one"
+            )
         self.msa = msa
         self.kernels = kernels
         self.scale = scale
+        self.workspace = workspace
         # off by default because counting costs time
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
-        """Prepare one engine step. May look at host integers, never at device values."""
-        return MSAPlan(batch=batch)
+        """Prepare one engine step. May look at host integers, never at device values.
+
+        With a workspace this writes the plan on the device, over the previous step's. A graph that
+        was captured with an earlier plan of as many requests and rows then replays this step.
+
+        Raises
+        ------
+        ValueError : the step is larger than the workspace.
+        """
+        work = None if self.workspace is None else self.workspace.plan(batch)
+        return MSAPlan(batch=batch, work=work)
 
     def run(
         self,
@@ -177,6 +212,9 @@ class MSASession:
             topk=self.msa.topk_blocks,
             num_local_blocks=self.msa.num_local_blocks,
             num_init_blocks=self.msa.num_init_blocks,
+            out=self.workspace.ids(index_q.shape[0]) if self.workspace else None,
+            plan=plan.work,
+            workspace=self.workspace.scores if self.workspace else None,
             backend=self.kernels.family,
         )
 
@@ -195,5 +233,7 @@ class MSASession:
             seq_lens=batch.seq_lens,
             scale=self.scale,
             out=out,
+            plan=plan.work,
+            workspace=self.workspace.attention if self.workspace else None,
             backend=self.kernels.family,
         )

@@ -8,7 +8,7 @@
 | `M3_PLUGIN_STATISTICS` | 0, 1 | 1: count blocks read by MSA layers, in the host's /metrics |
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
-| `M3_PLUGIN_KERNELS` | auto, native, torch, reference | force a kernel family, not the best |
+| `M3_PLUGIN_KERNELS` | auto, triton, native, torch, reference | force a kernel family |
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Literal, cast, get_args
 
 PREFIX = "M3_PLUGIN_"
 
-KernelFamily = Literal["auto", "native", "torch", "reference"]
+KernelFamily = Literal["auto", "triton", "native", "torch", "reference"]
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 

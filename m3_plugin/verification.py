@@ -16,13 +16,12 @@ from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
 from m3_kernels.testing.cases import Case, Inputs, build, whole_storage
 from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
+from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.backends import KernelChoice
-from m3_plugin.batch import MSABatch
+from m3_plugin.batch import MSABatch, StepCapacity
 from m3_plugin.config import MSAConfig
 from m3_plugin.session import MSACaches, MSASession
-
-# Query rows of one request which still count as decode, and go through the decode kernels.
-MAX_DECODE_ROWS = 8
+from m3_plugin.workspace import LayerShape, allocate_workspace
 
 
 class KernelsAreWrongError(RuntimeError):
@@ -59,9 +58,9 @@ def phase_of(case: Case) -> str:
     lengths = [rows for _, rows in case.requests if rows]
     if all(rows <= 1 for rows in lengths):
         return "decode"
-    if all(rows <= MAX_DECODE_ROWS for rows in lengths):
+    if all(rows <= DECODE_ROWS for rows in lengths):
         return "verify"
-    return "prefill" if all(rows > MAX_DECODE_ROWS for rows in lengths) else "mixed"
+    return "prefill" if all(rows > DECODE_ROWS for rows in lengths) else "mixed"
 
 
 def self_test(
@@ -101,7 +100,7 @@ def self_test(
     steps = {
         "decode": ((budget + 3 * msa.block_size, 1), (msa.block_size - 1, 1), (0, 1)),
         "verify": ((budget + 2 * msa.block_size - 2, 4), (msa.block_size, 3)),
-        "prefill": ((budget + msa.block_size - 5, MAX_DECODE_ROWS + 4), (0, MAX_DECODE_ROWS + 1)),
+        "prefill": ((budget + msa.block_size - 5, DECODE_ROWS + 4), (0, DECODE_ROWS + 1)),
     }
     cases = [replace(geometry, name=name, requests=requests) for name, requests in steps.items()]
     return tuple(
@@ -170,7 +169,7 @@ class _CaseRun:
         self.device = device
         self.inputs = build(case)
         self.moved = self.inputs.to(device)
-        self.session = MSASession(_rules(case), kernels=kernels, scale=self.inputs.scale)
+        self.session = session_for(case, kernels=kernels, device=device)
         self.batch = _batch(self.moved)
         self.plan = self.session.plan(self.batch)
         self.block_ids = self.session.select(
@@ -323,8 +322,9 @@ class _Step:
         )
 
 
-def _rules(case: Case) -> MSAConfig:
-    return MSAConfig(
+def session_for(case: Case, *, kernels: KernelChoice, device: torch.device) -> MSASession:
+    """A session just large enough for a case."""
+    rules = MSAConfig(
         num_index_heads=case.num_kv_heads,
         index_dim=case.index_dim,
         block_size=case.page_size,
@@ -332,6 +332,26 @@ def _rules(case: Case) -> MSAConfig:
         num_init_blocks=case.num_init_blocks,
         num_local_blocks=case.num_local_blocks,
     )
+    workspace = None
+    if kernels.family == "triton":
+        workspace = allocate_workspace(
+            rules,
+            LayerShape(
+                num_q_heads=case.num_q_heads,
+                num_kv_heads=case.num_kv_heads,
+                head_dim=case.head_dim,
+                dtype=case.dtype,
+                cache_dtype=case.dtype,
+                index_dtype=case.dtype,
+            ),
+            StepCapacity(
+                max_requests=max(1, len(case.requests)),
+                max_rows=max(1, case.num_rows + case.padding_rows),
+                max_seq_len=max([1, *(cached + rows for cached, rows in case.requests)]),
+            ),
+            device=device,
+        )
+    return MSASession(rules, kernels=kernels, scale=case.head_dim**-0.5, workspace=workspace)
 
 
 def _batch(inputs: Inputs) -> MSABatch:
