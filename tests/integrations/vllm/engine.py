@@ -12,6 +12,7 @@ import os
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,29 @@ class Completion:
     logprobs: list[dict[int, float]]
     num_cached_tokens: int
     finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """vLLM's own counts of drafts since the engine started.
+
+    `lengths[i]` counts the drafts of which exactly i tokens were accepted.
+    """
+
+    drafts: int
+    drafted: int
+    accepted: int
+    lengths: tuple[int, ...]
+
+    def since(self, before: Speculation) -> Speculation:
+        """What was counted after `before`."""
+        lengths = zip(self.lengths, before.lengths, strict=True)
+        return Speculation(
+            drafts=self.drafts - before.drafts,
+            drafted=self.drafted - before.drafted,
+            accepted=self.accepted - before.accepted,
+            lengths=tuple(now - then for now, then in lengths),
+        )
 
 
 class EngineProcess:
@@ -110,6 +134,10 @@ class EngineProcess:
     def metric(self, name: str) -> float:
         """Sum of one of vLLM's own Prometheus counters in the engine process."""
         return self._call("metric", name)
+
+    def speculation(self) -> Speculation:
+        """Drafts and accepted tokens up to now."""
+        return self._call("speculation")
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         """`collective_rpc` to every worker."""
@@ -215,6 +243,19 @@ class _Engine:
 
     def metric(self, name: str) -> float:
         return float(sum(m.value for m in self.llm.get_metrics() if m.name == name))
+
+    def speculation(self) -> Speculation:
+        prefix = "vllm:spec_decode_num_"
+        metrics = {m.name.removeprefix(prefix): m for m in self.llm.get_metrics()}
+        drafts = metrics["drafts"].value
+        per_position = metrics["accepted_tokens_per_pos"].values
+        at_least = [drafts, *per_position, 0]
+        return Speculation(
+            drafts=drafts,
+            drafted=metrics["draft_tokens"].value,
+            accepted=metrics["accepted_tokens"].value,
+            lengths=tuple(a - b for a, b in pairwise(at_least)),
+        )
 
     def rpc(self, method: str, args: tuple) -> list[Any]:
         return self.llm.collective_rpc(method, args=args)

@@ -1,0 +1,448 @@
+"""Speculative decoding through the real engine changes nothing but the number of steps.
+
+vLLM picks the number of drafts from the batch size here, so one engine covers several: 5 drafts for
+a single request, 3 for two, 2 for three, 1 for more. Greedy outputs are compared token for token
+with an engine that does not speculate, or with the constructed checkpoint's known answers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m3_plugin.testing.constructed import ConstructedCheckpoint
+from m3_plugin.testing.hub_layout import EOS_TOKEN
+from m3_plugin.testing.mtp_reference import MTPReference
+from m3_plugin.testing.prompts import NeedlePrompt, colour_rgb, needle_prompt, picture_prompt
+from m3_plugin.testing.random_checkpoint import write_random_checkpoint
+from m3_plugin.testing.vocabulary import VOCABULARY
+from tests.integrations.cases import random_prompt
+from tests.integrations.drafts import eagle3_head, separate_mtp
+from tests.integrations.vllm.engine import EngineError, EngineProcess, Speculation
+
+PAGE = 128
+WORKER = "tests.integrations.vllm.speculation_worker.SpeculationWorkerExtension"
+DRAFTS = {1: 5, 2: 3, 3: 2, 4: 1}
+MTP = {
+    "method": "mtp",
+    "num_speculative_tokens": 5,
+    "num_speculative_tokens_per_batch_size": [[1, 1, 5], [2, 2, 3], [3, 3, 2], [4, 15, 1]],
+}
+
+
+def image() -> Any:
+    from PIL import Image
+
+    noise = torch.randint(0, 256, (90, 120, 3), generator=torch.Generator().manual_seed(3))
+    return Image.fromarray(noise.to(torch.uint8).numpy())
+
+
+# Generation passes 127, 128, 129; the budget of 4 blocks; 2047, 2048, 2049.
+LENGTHS = (121, 506, 700, 2040)
+NUM_TOKENS = 12
+
+
+def random_requests() -> list[Any]:
+    """Prompts of `LENGTHS`, and one with an image that passes the budget."""
+    text = "the old man ]<]image[>[ and the sea" + " of words" * 300
+    with_image = {"prompt": text, "multi_modal_data": {"image": image()}}
+    return [*(random_prompt(n, seed=n) for n in LENGTHS), with_image]
+
+
+@pytest.fixture(scope="module")
+def random_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with one MTP module."""
+    folder = tmp_path_factory.mktemp("mtp") / "checkpoint"
+    return write_random_checkpoint(folder, num_mtp_modules=1)
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(random_mtp: Path) -> list[list[int]]:
+    """What the random checkpoint generates without speculation."""
+    with EngineProcess(
+        random_mtp, max_num_batched_tokens=512, limit_mm_per_prompt={"image": 1, "video": 0}
+    ) as engine:
+        return tokens(engine, random_requests())
+
+
+def tokens(engine: EngineProcess, requests: Sequence[Any]) -> list[list[int]]:
+    outputs = engine.generate(requests, max_tokens=NUM_TOKENS, ignore_eos=True)
+    return [output.token_ids for output in outputs]
+
+
+def constructed(tmp_path_factory: pytest.TempPathFactory, *, wrong_every: int) -> Path:
+    folder = tmp_path_factory.mktemp("constructed") / f"wrong{wrong_every}"
+    checkpoint = ConstructedCheckpoint(mtp=True, mtp_wrong_every=wrong_every)
+    return checkpoint.write(folder, dtype=torch.float32)
+
+
+def ids(prompts: Sequence[NeedlePrompt]) -> list[list[int]]:
+    return [list(prompt.token_ids) for prompt in prompts]
+
+
+def check(engine: EngineProcess, prompts: Sequence[NeedlePrompt]) -> Speculation:
+    """Ask all together, compare with the known answers; returns what was drafted meanwhile."""
+    before = engine.speculation()
+    outputs = engine.generate(ids(prompts), max_tokens=[p.max_tokens for p in prompts])
+    assert [tuple(output.token_ids) for output in outputs] == [p.expected_ids for p in prompts]
+    return engine.speculation().since(before)
+
+
+@pytest.fixture(scope="class")
+def drafting_at_random(random_mtp: Path) -> Iterator[EngineProcess]:
+    with EngineProcess(
+        random_mtp,
+        speculative_config=MTP,
+        max_num_batched_tokens=512,
+        limit_mm_per_prompt={"image": 1, "video": 0},
+        worker_extension_cls=WORKER,
+    ) as engine:
+        yield engine
+
+
+class TestRandomCheckpoint:
+    """No draft is right here, whatever drafts: every verified row but the first is rejected."""
+
+    @pytest.mark.parametrize("size", DRAFTS)
+    def test_mtp_gives_the_plain_tokens(
+        self, drafting_at_random: EngineProcess, plain_tokens: list[list[int]], size: int
+    ) -> None:
+        """In batches of each size, so with each number of drafts, images among them."""
+        requests = random_requests()
+        for first in range(0, len(requests), size):
+            batch = slice(first, first + size)
+            assert tokens(drafting_at_random, requests[batch]) == plain_tokens[batch]
+
+    def test_drafts_equal_the_reference(
+        self, drafting_at_random: EngineProcess, random_mtp: Path, tmp_path: Path
+    ) -> None:
+        """All five tokens, past the budget, of a text and of one whose draft needs its image."""
+        from transformers import AutoProcessor
+
+        reference = MTPReference(random_mtp, scratch=tmp_path / "layer")
+        text, shown = random_prompt(700, seed=700), random_requests()[-1]
+        inputs = AutoProcessor.from_pretrained(random_mtp)(
+            text=shown["prompt"], images=[image()], return_tensors="pt"
+        )
+        token_ids = inputs.pop("input_ids")[0].tolist()
+        inputs.pop("attention_mask")
+        drafting_at_random.rpc("record_drafts")
+        for request, prompt, pixels in ((text, text, {}), (shown, token_ids, inputs)):
+            earlier = len(drafting_at_random.rpc("recorded_drafts")[0])
+            (output,) = drafting_at_random.generate([request], max_tokens=2, ignore_eos=True)
+            chunks = -(-len(prompt) // 512)
+            drafts = drafting_at_random.rpc("recorded_drafts")[0][earlier + chunks - 1]
+            known = [*prompt, output.token_ids[0]]
+            right = reference.draft(known, num_drafts=5, text_only=False, **pixels)
+            assert drafts == [right.token_ids]
+        blind = reference.draft(known, num_drafts=5, text_only=True, **pixels)
+        assert blind.logprobs.sub(right.logprobs).abs().max() > 0.01
+
+    def test_eagle3_gives_the_plain_tokens(
+        self, random_mtp: Path, plain_tokens: list[list[int]], tmp_path: Path
+    ) -> None:
+        head = eagle3_head(random_mtp, tmp_path / "head", aux_layers=(1, 2, 4))
+        with EngineProcess(
+            random_mtp,
+            speculative_config={
+                "method": "eagle3",
+                "model": str(head),
+                "num_speculative_tokens": 3,
+            },
+            max_num_batched_tokens=512,
+            limit_mm_per_prompt={"image": 1, "video": 0},
+        ) as engine:
+            assert tokens(engine, random_requests()) == plain_tokens
+            assert engine.speculation().drafts > len(plain_tokens) * NUM_TOKENS / 4
+
+
+def delayed(prompt: NeedlePrompt, count: int) -> list[int]:
+    """The prompt with `count` fillers before its question; most of it stays a cached prefix."""
+    filler = VOCABULARY.id_of(VOCABULARY.fillers[0])
+    return [*prompt.token_ids[:-4], *[filler] * count, *prompt.token_ids[-4:]]
+
+
+def cycle(count: int) -> list[int]:
+    """What the constructed model says after its answer when told to ignore the end: by design."""
+    pair = [VOCABULARY.nowhere_id, VOCABULARY.id_of(EOS_TOKEN)]
+    return (pair * count)[:count]
+
+
+@pytest.fixture(scope="class")
+def repeating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    with EngineProcess(
+        constructed(tmp_path_factory, wrong_every=0),
+        speculative_config=MTP,
+        max_model_len=2304,
+        max_num_batched_tokens=2048,
+        # too few for three long requests: some are evicted while they decode
+        num_gpu_blocks_override=42,
+        limit_mm_per_prompt={"image": 2, "video": 0},
+    ) as engine:
+        yield engine
+
+
+class TestRepeatingModule:
+    """The module that looks up what the target looks up: everything is accepted."""
+
+    @pytest.mark.parametrize("size", DRAFTS)
+    def test_acceptance_is_one(self, repeating: EngineProcess, size: int) -> None:
+        prompts = [
+            needle_prompt(700 + i, num_tokens=1250 + i, hops=4, decoys=False) for i in range(size)
+        ]
+        counted = check(repeating, prompts)
+        assert counted.drafts > 0
+        # a draft may end past the answer's last token; those are not counted as accepted
+        assert counted.accepted >= 0.95 * counted.drafted
+
+    def test_a_chain_with_decoys_needs_the_drafts_selection(self, repeating: EngineProcess) -> None:
+        """Dense or wrongly selected drafts would follow the decoys and be rejected."""
+        counted = check(repeating, [needle_prompt(31, num_tokens=2000, hops=6)])
+        assert counted.accepted == counted.drafted > 0
+
+    @pytest.mark.parametrize("position", [128, 512, 2048])
+    def test_generation_across_a_block_boundary(
+        self, repeating: EngineProcess, position: int
+    ) -> None:
+        """Of the six rows of a step, 1 to 6 lie behind it."""
+        prompt = needle_prompt(1, num_tokens=position - 9, hops=2, decoys=False)
+        answer = list(prompt.expected_ids)
+        for delay in range(1, 7):
+            before = repeating.speculation()
+            (output,) = repeating.generate([delayed(prompt, delay)], max_tokens=12, ignore_eos=True)
+            counted = repeating.speculation().since(before)
+            assert output.token_ids == answer + cycle(12 - len(answer))
+            assert counted.lengths[5] == counted.drafts == 2
+
+    def test_preemption(self, repeating: EngineProcess) -> None:
+        prompts = [needle_prompt(seed, num_tokens=1600) for seed in (610, 611, 612)]
+        before = repeating.metric("vllm:num_preemptions")
+        outputs = repeating.generate(ids(prompts), max_tokens=200, ignore_eos=True)
+        assert repeating.metric("vllm:num_preemptions") > before
+        for prompt, output in zip(prompts, outputs, strict=True):
+            answer = list(prompt.expected_ids)
+            assert output.token_ids == answer + cycle(200 - len(answer))
+
+    def test_a_picture_is_found_only_with_its_embeddings(self, repeating: EngineProcess) -> None:
+        """The chain's second word names a picture, so the draft for its colour needs the image."""
+        from PIL import Image
+
+        colours = ("blue", "yellow")
+        pictures = [Image.new("RGB", (112, 112), colour_rgb(colour)) for colour in colours]
+        shown = picture_prompt(colours, ask=1).text.rpartition(" question")[0]
+        text = f"{shown} note : amber means second . and so on . question : follow amber?"
+        request = {"prompt": text, "multi_modal_data": {"image": pictures}}
+        before = repeating.speculation()
+        (output,) = repeating.generate([request], max_tokens=4)
+        counted = repeating.speculation().since(before)
+        assert output.text == " second yellow"
+        # all five: the colour, the end, and what comes after it
+        assert (counted.drafts, counted.accepted) == (1, 5)
+
+
+@pytest.fixture(scope="class")
+def erring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """Every eighth word of a chain is drafted wrong; the module is a checkpoint of its own."""
+    checkpoint = constructed(tmp_path_factory, wrong_every=8)
+    draft = separate_mtp(checkpoint, tmp_path_factory.mktemp("draft") / "mtp")
+    with EngineProcess(
+        checkpoint,
+        speculative_config={
+            **MTP,
+            "model": str(draft),
+            "num_speculative_tokens_per_batch_size": [
+                *MTP["num_speculative_tokens_per_batch_size"],
+                [16, 256, 2],
+            ],
+        },
+        max_num_batched_tokens=512,
+        max_num_seqs=256,
+        max_logprobs=-1,
+        async_scheduling=False,
+        worker_extension_cls=WORKER,
+    ) as engine:
+        yield engine
+
+
+class TestErringModule:
+    """A draft model that is right most of the time: drafts of all lengths are accepted."""
+
+    @pytest.mark.parametrize("size", DRAFTS)
+    def test_every_accepted_length_occurs(self, erring: EngineProcess, size: int) -> None:
+        """Chains begin in each of the eight classes, so the mistake falls on each place."""
+        lengths = [0] * 6
+        for first in range(0, 12, size):
+            chains = [
+                needle_prompt(seed, num_tokens=420, hops=16, decoys=False)
+                for seed in range(first, first + size)
+            ]
+            counted = check(erring, chains)
+            lengths = [a + b for a, b in zip(lengths, counted.lengths, strict=True)]
+        assert all(lengths[: DRAFTS[size] + 1]), lengths
+
+    def test_one_speculates_while_another_prefills(self, erring: EngineProcess) -> None:
+        """Prompts of 1 to 6 chunks: the short ones verify drafts beside the others' chunks."""
+        chains = [
+            needle_prompt(40 + i, num_tokens=tokens, hops=hops, decoys=False)
+            for i, (tokens, hops) in enumerate([(300, 16), (1500, 6), (3000, 4)])
+        ]
+        assert check(erring, chains).accepted > 0
+
+    def test_speculation_behind_a_prefix_hit(self, erring: EngineProcess) -> None:
+        """vLLM gives the last block of a hit up when it drafts, to have the draft's state."""
+        prompt = needle_prompt(50, num_tokens=1500, hops=6)
+        first, second = (erring.generate(ids([prompt]), max_tokens=9)[0] for _ in range(2))
+        assert tuple(first.token_ids) == tuple(second.token_ids) == prompt.expected_ids
+        assert first.num_cached_tokens == 0
+        assert second.num_cached_tokens == (1500 // PAGE - 1) * PAGE
+
+    def test_abort_leaves_the_others_right(self, erring: EngineProcess) -> None:
+        chains = [needle_prompt(60 + i, num_tokens=600, hops=16, decoys=False) for i in range(2)]
+        assert erring.abort_midway(ids(chains), steps=4, max_tokens=16) > 0
+        check(erring, [needle_prompt(65, num_tokens=1500, hops=6), *chains])
+
+    def test_rejected_slots_are_never_read(self, erring: EngineProcess) -> None:
+        """NaN in every uncommitted slot before every step changes nothing; in a committed one, all.
+
+        The second half shows that the first could fail.
+        """
+        chains = [needle_prompt(seed, num_tokens=420, hops=16, decoys=False) for seed in (70, 71)]
+        erring.rpc("poison_uncommitted", True)
+        try:
+            counted = check(erring, chains)
+            assert counted.lengths[0] + counted.lengths[1] > 0
+            assert erring.rpc("poisoned")[0] > 0
+        finally:
+            erring.rpc("poison_uncommitted", False)
+        erring.rpc("poison_uncommitted", True, 400)
+        try:
+            outputs = erring.generate(ids(chains), max_tokens=17)
+            assert all(
+                o.token_ids != list(c.expected_ids) for o, c in zip(outputs, chains, strict=True)
+            )
+        finally:
+            erring.rpc("poison_uncommitted", False)
+
+    def test_sampling_keeps_the_distribution(self, erring: EngineProcess) -> None:
+        """5,000 draws of three words against the exact probabilities of the plain model.
+
+        The second and third word come out of rejection sampling. The exact probabilities are those
+        of a first generated token, which no draft has touched, after every possible beginning.
+        """
+        prompt = needle_prompt(80, num_tokens=150, hops=3, decoys=False)
+        allowed = sorted({*prompt.expected_ids[:3], VOCABULARY.nowhere_id, *FOUR_WORDS})
+        temperature = 25.0
+        exact = exact_distribution(erring, prompt, allowed, temperature=temperature)
+        before = erring.speculation()
+        outputs = []
+        for _ in range(20):
+            outputs += erring.generate(
+                ids([prompt]) * 250,
+                max_tokens=3,
+                temperature=temperature,
+                allowed_token_ids=allowed,
+                ignore_eos=True,
+            )
+        counted = erring.speculation().since(before)
+        assert 0.1 * counted.drafted < counted.accepted < 0.9 * counted.drafted
+        drawn = Counter(tuple(output.token_ids) for output in outputs)
+        assert sum(drawn.values()) == 5000
+        assert chi_square_p(drawn, exact) > 1e-3
+        # as flat as that would be seen
+        flatter = exact_distribution(erring, prompt, allowed, temperature=1.3 * temperature)
+        assert chi_square_p(drawn, flatter) < 1e-6
+
+
+FOUR_WORDS = tuple(word.id for word in VOCABULARY.treasures[:4])
+Draw = tuple[int, ...]
+
+
+def exact_distribution(
+    engine: EngineProcess, prompt: NeedlePrompt, allowed: list[int], *, temperature: float
+) -> dict[Draw, float]:
+    """Probability of every three allowed words, from the engine's own logits for a first token."""
+    known: dict[Draw, float] = {(): 1.0}
+    for _ in range(3):
+        beginnings = list(known)
+        outputs = engine.generate(
+            [[*prompt.token_ids, *words] for words in beginnings], max_tokens=1, logprobs=-1
+        )
+        known = {
+            (*words, token): known[words] * probability
+            for words, output in zip(beginnings, outputs, strict=True)
+            for token, probability in tempered(output.logprobs[0], allowed, temperature).items()
+        }
+    return known
+
+
+def tempered(
+    logprobs: dict[int, float], allowed: list[int], temperature: float
+) -> dict[int, float]:
+    logits = torch.tensor([logprobs[token] for token in allowed], dtype=torch.float64)
+    return dict(zip(allowed, (logits / temperature).softmax(0).tolist(), strict=True))
+
+
+def chi_square_p(drawn: Counter[Draw], exact: dict[Draw, float]) -> float:
+    """p-value of the draws under the exact distribution; rare outcomes count as one."""
+    total = sum(drawn.values())
+    assert set(drawn) <= set(exact)
+    common = [draw for draw, probability in exact.items() if probability * total >= 5]
+    pairs = [(drawn[draw], exact[draw] * total) for draw in common]
+    rest = total - sum(count for count, _ in pairs), total - sum(mean for _, mean in pairs)
+    if rest[1] >= 5:
+        pairs.append(rest)
+    statistic = sum((count - mean) ** 2 / mean for count, mean in pairs)
+    degrees = torch.tensor((len(pairs) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(degrees, torch.tensor(statistic / 2, dtype=torch.float64)))
+
+
+def test_an_always_wrong_module_costs_steps_only(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Served as the text model alone: vLLM finds the same draft class for both architectures."""
+    with EngineProcess(
+        constructed(tmp_path_factory, wrong_every=1),
+        speculative_config={"method": "mtp", "num_speculative_tokens": 3},
+        hf_overrides={"architectures": ["MiniMaxM3SparseForCausalLM"]},
+        max_num_batched_tokens=2048,
+    ) as engine:
+        assert engine.model_class() == "m3_vllm.model.M3ForCausalLM"
+        counted = check(engine, [needle_prompt(seed, num_tokens=1500) for seed in (90, 91)])
+    assert counted.accepted == 0
+    assert counted.drafts >= 8
+
+
+def test_ngram_repeats_what_the_context_repeats(constructed_checkpoint: Path) -> None:
+    """Answers stand in the prompt, in order, so some n-gram drafts are right and others are not."""
+    prompts = [needle_prompt(seed, num_tokens=900, hops=8, decoys=False) for seed in (95, 96)]
+    answers = [list(prompt.expected_ids[:-1]) for prompt in prompts]
+    requests = [
+        [*answer, *prompt.token_ids] for answer, prompt in zip(answers, prompts, strict=True)
+    ]
+    with EngineProcess(
+        constructed_checkpoint,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+            "prompt_lookup_min": 1,
+        },
+        max_num_batched_tokens=512,
+    ) as engine:
+        outputs = engine.generate(requests, max_tokens=9)
+        counted = engine.speculation()
+    assert [tuple(o.token_ids) for o in outputs] == [p.expected_ids for p in prompts]
+    assert 0 < counted.accepted < counted.drafted
+
+
+def test_a_checkpoint_without_mtp_weights_stops_the_start(constructed_checkpoint: Path) -> None:
+    with pytest.raises(
+        EngineError, match=r"holds no MTP weights .*cannot draft with MTP: use an EAGLE3 head"
+    ):
+        EngineProcess(
+            constructed_checkpoint,
+            speculative_config={"method": "mtp", "num_speculative_tokens": 3},
+        )
