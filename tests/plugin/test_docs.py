@@ -52,9 +52,9 @@ def test_every_variable_is_documented() -> None:
 def commands() -> list[str]:
     """Every `m3-plugin ...` that a guide tells to type."""
     found = []
-    for name in GUIDES:
-        text = (DOCS / f"{name}.md").read_text().replace("\\\n", " ")
-        fenced = re.findall(r"^(?:[A-Z_0-9]+=\S+ )*(m3-plugin [^#\n]+)", text, re.MULTILINE)
+    for path in (*(DOCS / f"{name}.md" for name in GUIDES), DOCS.parent / "README.md"):
+        text = path.read_text().replace("\\\n", " ")
+        fenced = re.findall(r"^(?:[A-Z_0-9]+=\S+ )*(m3-plugin [a-z][^#\n]+)", text, re.MULTILINE)
         found += [*fenced, *re.findall(r"`(m3-plugin [^`]*--[^`]+)`", text)]
     return sorted({" ".join(command.split()) for command in found})
 
@@ -93,3 +93,13 @@ def test_messages_in_troubleshooting_are_really_written_somewhere() -> None:
         assert fragment in text, fragment
         told = (DOCS / "troubleshooting.md").read_text()
         assert fragment in told, fragment
+
+
+def test_make_targets_named_anywhere_exist() -> None:
+    root = DOCS.parent
+    rules = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE)
+    texts = [root / "README.md", root / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+    for text in texts:
+        named = re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text.read_text(), re.MULTILINE)
+        for first, second in named:
+            assert (first or second) in rules, f"{text.name}: make {first or second}"
