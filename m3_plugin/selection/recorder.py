@@ -63,6 +63,9 @@ class SelectionRecorder:
         ----------
         block_ids : int32 [num_kv_heads, rows, topk], -1 where nothing was chosen
         """
+        if block_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            # nothing may be read back while a graph is captured, and its values mean nothing
+            return
         line: dict[str, Any] = {}
         if batch is not self._batch:
             self._batch = batch
