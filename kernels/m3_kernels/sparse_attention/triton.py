@@ -15,13 +15,13 @@ from m3_kernels.sparse_attention.workspace import (
     MIN_TILE,
     SparseAttentionWorkspace,
     allocate_sparse_attention_workspace,
+    attention_config,
     decode_tiles,
     dot_dtype,
-    dtype_name,
     keys_per_step,
     power_of_two,
 )
-from m3_kernels.tuning import arch_of, kernel_config
+from m3_kernels.tuning import arch_of
 from m3_kernels.work_plan import DECODE_ROWS, TILE_ROWS, WorkPlan, make_work_plan
 
 DOT_DTYPES = {
@@ -78,14 +78,14 @@ def sparse_attention_triton(
         plan = make_work_plan(
             cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, num_rows=rows, page_size=page_size
         )
-    dot = dot_dtype(q.dtype, k_pages.dtype)
     tiles = decode_tiles(
         max_query_len=plan.max_query_len,
         group=q_heads // kv_heads,
         head_dim=head_dim,
         page_size=page_size,
         topk=topk,
-        dot=dot,
+        dtype=q.dtype,
+        kv_dtype=k_pages.dtype,
         arch=arch,
     )
     units = num_reqs * tiles.row_groups * kv_heads
@@ -98,7 +98,8 @@ def sparse_attention_triton(
             head_dim=head_dim,
             page_size=page_size,
             topk=topk,
-            dot=dot,
+            dtype=q.dtype,
+            kv_dtype=k_pages.dtype,
             device=q.device,
         )
     needed = units * tiles.segments * tiles.partial_size
@@ -137,10 +138,12 @@ def sparse_attention_triton(
         "PAGE_SIZE": page_size,
         "TOPK": topk,
         "TOPK_PAD": power_of_two(topk),
-        "DOT_DTYPE": DOT_DTYPES[dot],
+        "DOT_DTYPE": DOT_DTYPES[dot_dtype(q.dtype, k_pages.dtype)],
     }
 
-    config = kernel_config("sparse_attention_decode", arch=arch, dot=dtype_name(dot))
+    config = attention_config(
+        "sparse_attention_decode", dtype=q.dtype, kv_dtype=k_pages.dtype, arch=arch
+    )
     attending = units * tiles.segments
     clearing = -(-rows // config["CLEAR_ROWS"])
     sparse_attention_decode_kernel[(attending + clearing,)](
@@ -164,7 +167,9 @@ def sparse_attention_triton(
     )
     if plan.max_query_len <= DECODE_ROWS:
         return
-    config = kernel_config("sparse_attention_prefill", arch=arch, dot=dtype_name(dot))
+    config = attention_config(
+        "sparse_attention_prefill", dtype=q.dtype, kv_dtype=k_pages.dtype, arch=arch
+    )
     keys = keys_per_step(page_size, config["MAX_KEYS"])
     max_tiles = (rows // TILE_ROWS + 2 * num_reqs) * (TILE_ROWS // config["ROWS"])
     sparse_attention_prefill_kernel[(kv_heads * max_tiles,)](

@@ -7,6 +7,7 @@ per step, blocks per segment) never depends on the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ def decode_tiles(
     head_dim: int,
     page_size: int,
     topk: int,
-    dot: torch.dtype,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     arch: int,
 ) -> DecodeTiles:
     """Tiles of the decode kernel.
@@ -70,10 +72,10 @@ def decode_tiles(
     ----------
     max_query_len : capped at DECODE_ROWS
     group : query heads of a KV head
-    dot : see `dot_dtype`
+    dtype, kv_dtype : of q and of the pages
     arch : compute capability as major * 10 + minor
     """
-    config = kernel_config("sparse_attention_decode", arch=arch, dot=dtype_name(dot))
+    config = attention_config("sparse_attention_decode", dtype=dtype, kv_dtype=kv_dtype, arch=arch)
     query_len = min(max(max_query_len, 1), DECODE_ROWS)
     rows = min(power_of_two(query_len), config["MAX_ROWS"])
     segment_blocks = min(config["SEGMENT_BLOCKS"], topk)
@@ -93,9 +95,16 @@ def dot_dtype(q: torch.dtype, pages: torch.dtype) -> torch.dtype:
     return q if pages in (q, *FP8_DTYPES) else torch.float32
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """As in the configurations, e.g. "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
+def attention_config(
+    kernel: str, *, dtype: torch.dtype, kv_dtype: torch.dtype, arch: int
+) -> dict[str, Any]:
+    """Meta-parameters of a kernel of this op; rows of its configuration may ask for dot and kv."""
+    return kernel_config(
+        kernel,
+        arch=arch,
+        dot=str(dot_dtype(dtype, kv_dtype)).removeprefix("torch."),
+        kv=str(kv_dtype).removeprefix("torch."),
+    )
 
 
 def power_of_two(size: int) -> int:
@@ -131,7 +140,8 @@ def allocate_sparse_attention_workspace(
     head_dim: int,
     page_size: int,
     topk: int,
-    dot: torch.dtype,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     device: torch.device,
 ) -> SparseAttentionWorkspace:
     """A workspace that suffices for every step of at most `max_reqs` requests.
@@ -139,7 +149,7 @@ def allocate_sparse_attention_workspace(
     Parameters
     ----------
     max_query_len : query rows of a request; more than DECODE_ROWS ask for no more memory
-    dot : `dot_dtype` of q and the pages
+    dtype, kv_dtype : of q and of the pages
     """
     tiles = decode_tiles(
         max_query_len=max_query_len,
@@ -147,7 +157,8 @@ def allocate_sparse_attention_workspace(
         head_dim=head_dim,
         page_size=page_size,
         topk=topk,
-        dot=dot,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
         arch=arch_of(device),
     )
     units = max_reqs * tiles.row_groups * num_kv_heads
