@@ -75,6 +75,12 @@ def test_a_client_that_dies_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
         run_client(SERVER, LOAD, host=HOSTS["vllm"])
 
 
+def test_a_package_the_client_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_VLLM_CLIENT", "import no_such_package")
+    with pytest.raises(ClientFailed, match="pip install no_such_package"):
+        run_client(SERVER, LOAD, host=HOSTS["vllm"])
+
+
 def test_the_reason_of_a_server_is_its_last_error() -> None:
     log = "server ended with 1; end of log:\nValueError: first\nTypeError: cannot\nnoise"
     assert serve._reason(log) == "TypeError: cannot"

@@ -93,18 +93,25 @@ def test_sums(tmp_path: Path) -> None:
     recorder.add(ids([[0, 2, 4]], [[1, 2, 4]]), batch=step((512, 1)))
     recorder.add(ids([[0, 1, 4]], [[1, 2, 4]]), batch=step((513, 1)))
     # another request at the next position is no neighbour
-    recorder.add(ids([[1, 2, 4]], [[1, 2, 4]]), batch=step((514, 1), first_page=100))
+    recorder.add(ids([[1, 3, 4]], [[1, 2, 4]]), batch=step((514, 1), first_page=100))
     # within the budget everything is chosen, which says nothing
     recorder.add(ids([[0, 1, 2]], [[0, 1, 2]]), batch=step((300, 1)))
     summary = summarise(tmp_path)
     assert (summary.rows, summary.rows_beyond_budget, summary.num_blocks) == (4, 3, 5)
     (layer,) = summary.layers
-    assert layer.heat[0] == [0.6667, 0.6667, 0.6667, 0.0, 1.0]
+    assert layer.heat[0] == [0.6667, 0.6667, 0.3333, 0.3333, 1.0]
     assert layer.heat[1] == [0.0, 1.0, 1.0, 0.0, 1.0]
     assert layer.local == pytest.approx(6 / 18)
     assert layer.early == pytest.approx(2 / 18)
     assert layer.neighbour_overlap == pytest.approx((2 / 3 + 1) / 2)
-    assert layer.head_overlap == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert layer.head_overlap == pytest.approx(2 / 3)
+
+
+def test_rows_with_a_gap_between_them_are_no_neighbours(tmp_path: Path) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES)
+    for position in (600, 602):
+        recorder.add(ids([[0, 1, 4]], [[0, 1, 4]]), batch=step((position, 1)))
+    assert summarise(tmp_path).layers[0].neighbour_overlap is None
 
 
 def test_phases_are_told_apart(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ _VLLM_CLIENT = (
     "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
+_MISSING_MODULE = re.compile(r"No module named '(\w+)'")
 _COLOURS = {"m3-plugin": "tab:blue", "pure host": "tab:orange", "dense": "tab:gray"}
 
 
@@ -186,7 +188,13 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
         )
         if done.returncode or not result.exists():
             tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-            raise ClientFailed(f"{host.title}'s client ended with {done.returncode}:\n{tail}")
+            missing = _MISSING_MODULE.search(tail)
+            advice = (
+                f"\nInstall it beside {host.title}: pip install {missing[1]}" if missing else ""
+            )
+            raise ClientFailed(
+                f"{host.title}'s client ended with {done.returncode}:\n{tail}{advice}"
+            )
         found = json.loads(result.read_text().splitlines()[-1])
     if found["completed"] != load.requests:
         raise ClientFailed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,6 +52,15 @@ def server(
 class TestServer(InsightCases, ServerCases):
     metrics = ("sglang:prompt_tokens_total", "sglang:cache_hit_rate")
     audio_part: ClassVar = {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,AAAA"}}
+
+    @pytest.mark.skipif(
+        find_spec("datasets") is None,
+        reason="SGLang's client imports datasets, which the lite environment leaves out",
+    )
+    def test_bench_serve_with_the_hosts_own_client(
+        self, server: ServerProcess, constructed_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        super().test_bench_serve_with_the_hosts_own_client(server, constructed_checkpoint, tmp_path)
 
     def error_message(self, body: dict[str, Any]) -> str:
         return body["message"]
