@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from m3_plugin.assembly import make_session
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.presence import PluginRefusal, attestation
 from m3_plugin.session import MSACaches, MSAPlan
 from m3_sglang.batch import UniformStep, msa_batch, uniform_step
-from m3_sglang.compat import read_config, sglang_version
+from m3_sglang.compat import read_config, read_draft_config, sglang_version
 from m3_sglang.graphs import GraphBuffers
 from m3_sglang.options import require_served
-from m3_sglang.registration import MODEL_PACKAGE, WRAPPER, wrapper_hook_is_applied
+from m3_sglang.plain_dense import PlainDenseBackend
+from m3_sglang.registration import (
+    MODEL_PACKAGE,
+    WRAPPER,
+    is_ours,
+    wrapper_hook_is_applied,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -32,10 +39,43 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def create_backend(runner: Any) -> M3AttentionBackend:
-    """Backend `msa` around the dense backend SGLang would choose for this machine."""
-    name = dense_backend_name(runner)
-    return M3AttentionBackend(runner, dense=ATTENTION_BACKENDS[name](runner))
+def create_backend(runner: Any) -> AttentionBackend:
+    """Backend `msa` around the dense backend SGLang would choose for this machine.
+
+    A dense draft model beside an M3 target is started under the target's name; it gets the dense
+    backend alone.
+    """
+    dense = dense_backend(runner)
+    if runner.is_draft_worker and not is_ours(runner.model_config.hf_config):
+        return dense
+    return attested(M3AttentionBackend(runner, dense=dense), runner)
+
+
+def attested(backend: M3AttentionBackend, runner: Any) -> M3AttentionBackend:
+    """Log that this runner's model is ours, and what runs its layers."""
+    sparse = backend.config.num_sparse_layers
+    logger.info(
+        "%s",
+        attestation(
+            host="SGLang",
+            host_version=sglang_version(),
+            kernels=backend.session.kernels,
+            detail=f"{'drafting for' if runner.is_draft_worker else 'serving'} MiniMax-M3 with "
+            f"{sparse} MSA and {backend.config.num_hidden_layers - sparse} dense attention layers "
+            f"in this process, dense ones on {type(backend.dense).__name__}",
+        ),
+    )
+    return backend
+
+
+def dense_backend(runner: Any) -> AttentionBackend:
+    """The host's own choice for dense attention, able to take part in speculation."""
+    return speculating(runner, ATTENTION_BACKENDS[dense_backend_name(runner)](runner))
+
+
+def speculating(runner: Any, dense: AttentionBackend) -> AttentionBackend:
+    """The same backend, for torch-native attention one that knows the steps of speculation."""
+    return PlainDenseBackend(runner) if type(dense) is TorchNativeAttnBackend else dense
 
 
 def dense_backend_name(runner: Any) -> str:
@@ -64,13 +104,16 @@ class M3AttentionBackend(AttentionBackend):
         super().__init__()
         require_served(runner.server_args)
         require_complete_presence(runner)
-        config = read_config(runner.model_config.hf_config)
+        drafting = runner.is_draft_worker
+        read = read_draft_config if drafting else read_config
+        config = read(runner.model_config.hf_config)
         session = make_session(config, device_type=torch.device(runner.device).type)
         if session is None:
             raise PluginRefusal(
                 "no layer of this checkpoint is sparse; SGLang alone serves it: "
                 "set M3_PLUGIN_DISABLE=1"
             )
+        self.config = config
         self.dense = dense
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
@@ -78,18 +121,9 @@ class M3AttentionBackend(AttentionBackend):
         self.plan: MSAPlan | None = None
         self.caches: dict[int, MSACaches] = {}
         self.graph_buffers: GraphBuffers | None = None
-        sparse = config.num_sparse_layers
-        logger.info(
-            "%s",
-            attestation(
-                host="SGLang",
-                host_version=sglang_version(),
-                kernels=session.kernels,
-                detail=f"serving MiniMax-M3 with {sparse} MSA and "
-                f"{config.num_hidden_layers - sparse} dense attention layers in this process, "
-                f"dense ones on {type(dense).__name__}",
-            ),
-        )
+        if drafting:
+            # selections are recorded of the target alone
+            session.recorder = None
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare one eager step, for both kinds of layer."""

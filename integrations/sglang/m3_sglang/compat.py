@@ -8,6 +8,7 @@ from typing import Any
 from packaging.version import Version
 
 from m3_plugin.config import M3Config
+from m3_plugin.mtp import mtp_config
 from m3_plugin.presence import TestedWindow
 
 _ORIGINAL_HEADS = {
@@ -38,6 +39,11 @@ def needs_vision_config_attributes() -> bool:
     return device_type() == "cpu" and Version(sglang_version()) < Version("0.5.23")
 
 
+def speculation_is_tested() -> bool:
+    """Whether this SGLang has the speculative workers our hooks were written for."""
+    return Version(sglang_version()) >= Version("0.5.23")
+
+
 def tensor_parallel_size() -> int:
     """Ranks that share each layer, from SGLang's context of the running process."""
     from sglang.srt.runtime_context import get_parallel
@@ -46,7 +52,21 @@ def tensor_parallel_size() -> int:
 
 
 def read_config(hf_config: Any) -> M3Config:
-    """The model's config as SGLang parsed it, checked for what a paged host can serve.
+    """The model's config as SGLang parsed it, checked for what a paged host can serve."""
+    config = M3Config.from_hf(_values(hf_config))
+    config.require_paged_host()
+    return config
+
+
+def read_draft_config(hf_config: Any) -> M3Config:
+    """The MTP module's config as SGLang parsed it and `configure_draft` cut it."""
+    config = mtp_config(_values(hf_config), num_modules=1)
+    config.require_paged_host()
+    return config
+
+
+def _values(hf_config: Any) -> dict[str, Any]:
+    """The config as config.json has it.
 
     On CPU, SGLang writes more heads into the config than the checkpoint has when the ranks exceed
     them, and keeps the true numbers beside.
@@ -56,6 +76,4 @@ def read_config(hf_config: Any) -> M3Config:
     for key, original in _ORIGINAL_HEADS.items():
         if original in text:
             text[key] = text[original]
-    config = M3Config.from_hf(values)
-    config.require_paged_host()
-    return config
+    return values

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from m3_plugin.config import PAGED_BLOCK_SIZE
+from m3_plugin.mtp import require_mtp_modules
+from m3_plugin.shards import read_checkpoint
+from m3_sglang.compat import sglang_version, speculation_is_tested
 
 BACKEND_NAME = "msa"
 
@@ -14,7 +18,19 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
         (None, PAGED_BLOCK_SIZE),
         f"one sparse block is one cache page; leave --page-size out or give {PAGED_BLOCK_SIZE}",
     ),
-    "speculative_algorithm": ((None,), "speculative decoding is not supported yet"),
+    "speculative_algorithm": (
+        (None, "NEXTN", "EAGLE", "EAGLE3"),
+        "NEXTN drafts with the MTP module, EAGLE3 with a head of its own",
+    ),
+    "speculative_eagle_topk": (
+        (None, 1),
+        "drafts are chains; a tree's keys would have to move between slots, which SGLang's cache "
+        "pool for MiniMax-M3 cannot do",
+    ),
+    "enable_multi_layer_eagle": (
+        (False, None),
+        "one MTP module is applied again for every further token",
+    ),
     "pp_size": ((1,), "pipeline parallelism is not supported yet"),
     "ep_size": ((1,), "expert parallelism is not supported yet"),
     "moe_a2a_backend": ((None, "none"), "expert parallelism is not supported yet"),
@@ -68,3 +84,37 @@ def require_served(server_args: Any) -> None:
                 f"m3-plugin: --{name.replace('_', '-')} must be {wanted} for MiniMax-M3; "
                 f"got {value!r}: {advice}"
             )
+    if server_args.speculative_algorithm is not None:
+        require_draft(server_args)
+
+
+def require_draft(server_args: Any) -> None:
+    """Refuse speculation without what it needs.
+
+    Raises
+    ------
+    ValueError : an SGLang too old, no draft checkpoint, or one for NEXTN that holds no MTP weights.
+    """
+    algorithm, path = server_args.speculative_algorithm, server_args.speculative_draft_model_path
+    if not speculation_is_tested():
+        raise ValueError(
+            f"m3-plugin: --speculative-algorithm {algorithm} needs SGLang 0.5.23; "
+            f"got {sglang_version()}"
+        )
+    if path is None:
+        what = "a head trained for MiniMax-M3"
+        if algorithm != "EAGLE3":
+            what = f"MTP weights, perhaps of the target's own checkpoint {server_args.model_path}"
+        raise ValueError(
+            f"m3-plugin: --speculative-algorithm {algorithm} needs --speculative-draft-model-path: "
+            f"{what}"
+        )
+    if server_args.device == "cpu" and not server_args.disable_cuda_graph:
+        raise ValueError(
+            f"m3-plugin: --speculative-algorithm {algorithm} on a CPU needs --disable-cuda-graph: "
+            "SGLang's draft worker would capture graphs otherwise"
+        )
+    # elsewhere than on this disk, the loading itself finds out
+    if algorithm != "EAGLE3" and Path(path).is_dir():
+        names = [header.name for header in read_checkpoint(Path(path))]
+        require_mtp_modules(names, checkpoint=str(path))

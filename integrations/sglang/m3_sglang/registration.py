@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 from m3_plugin.backends import choose_kernels
-from m3_plugin.presence import absence, attestation, require_tested
+from m3_plugin.presence import PluginRefusal, absence, attestation, require_tested
 from m3_plugin.settings import Settings
 from m3_sglang.compat import (
     SGLANG_WINDOW,
@@ -22,10 +23,14 @@ from m3_sglang.options import BACKEND_NAME, m3_defaults
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
+DRAFT_ARCHITECTURE = "MiniMaxM3MTP"
+DRAFT_MODEL_TYPE = "minimax_m3_mtp"
 MODEL_PACKAGE = "m3_sglang.models"
 PROCESSOR_PACKAGE = "m3_sglang.processors"
 WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
 QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._parse_quant_hf_config"
+DRAFT_CONFIG = "sglang.srt.configs.model_config.ModelConfig._config_draft_model"
+INDEX_POOL = "sglang.srt.configs.model_config.is_minimax_sparse"
 CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 
 
@@ -47,6 +52,7 @@ def register_with_sglang() -> None:
     _register_backend()
     _register_defaults()
     _register_models()
+    _register_draft_config()
     if settings.dequantize:
         _register_plain_weights()
     _say(
@@ -85,20 +91,54 @@ def _register_backend() -> None:
         return create_backend(runner)
 
     HookRegistry.register(WRAPPER, wrap_attention_backend, HookType.AROUND)
+    HookRegistry.register(DRAFT_CONFIG, configure_draft, HookType.AFTER)
+    HookRegistry.register(INDEX_POOL, has_index_keys, HookType.AFTER)
     if needs_vision_config_attributes():
         HookRegistry.register(CPU_CONFIG, give_vision_config_attributes, HookType.BEFORE)
 
 
+def is_ours(hf_config: Any) -> bool:
+    """Whether the model of this config is M3 or its MTP module, as SGLang names architectures."""
+    architectures = hf_config.architectures or [None]
+    return architectures[0] in (*ARCHITECTURES, DRAFT_ARCHITECTURE)
+
+
 def wrap_attention_backend(original: Any, runner: Any, full_attn_backend: Any) -> Any:
     """AROUND hook: M3 gets our backend around the chosen one, all other models what they had."""
-    architectures = runner.model_config.hf_config.architectures or [None]
-    if architectures[0] not in ARCHITECTURES:
+    if not is_ours(runner.model_config.hf_config):
         return original(runner, full_attn_backend)
-    from m3_sglang.backend import M3AttentionBackend
+    from m3_sglang.backend import M3AttentionBackend, attested, speculating
 
     if isinstance(full_attn_backend, M3AttentionBackend):
         return full_attn_backend
-    return M3AttentionBackend(runner, dense=full_attn_backend)
+    dense = speculating(runner, full_attn_backend)
+    return attested(M3AttentionBackend(runner, dense=dense), runner)
+
+
+def configure_draft(result: None, model_config: Any) -> None:
+    """AFTER hook: an M3 checkpoint that is to draft is its MTP module alone, one MSA layer.
+
+    SGLang then makes a cache pool and a model of that shape. One module is applied again for every
+    further token, so the first one is taken of a checkpoint with several.
+    """
+    hf_config = model_config.hf_config
+    if not model_config.is_draft_model or not is_ours(hf_config):
+        return
+    text = getattr(hf_config, "text_config", hf_config)
+    hf_config.architectures = [DRAFT_ARCHITECTURE]
+    text.num_hidden_layers = 1
+    text.num_nextn_predict_layers = 1
+    text.moe_layer_freq = [1]
+    text.sparse_attention_config = dict(text.sparse_attention_config) | {
+        "use_sparse_attention": True,
+        "sparse_attention_freq": [1],
+        "sparse_disable_index_value": [1],
+    }
+
+
+def has_index_keys(result: bool, hf_config: Any) -> bool:
+    """AFTER hook: the MTP module needs the pool that keeps index keys, as M3 does."""
+    return result or (hf_config.architectures or [None])[0] == DRAFT_ARCHITECTURE
 
 
 def give_vision_config_attributes(model_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -119,8 +159,28 @@ def _register_plain_weights() -> None:
 
 def without_quantization(original: Any, model_config: Any) -> Any:
     """AROUND hook: an M3 checkpoint counts as unquantised, any other as what it is."""
-    architectures = model_config.hf_config.architectures or [None]
-    return None if architectures[0] in ARCHITECTURES else original(model_config)
+    return None if is_ours(model_config.hf_config) else original(model_config)
+
+
+def apply_around(hooks: Mapping[str, Callable[..., Any]]) -> None:
+    """Wrap functions of SGLang after its start, once each; `from` imports of them are wrapped too.
+
+    Raises
+    ------
+    PluginRefusal : SGLang has no function of that name; it would only log that.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook in hooks.items():
+        if target not in HookRegistry._patched:
+            HookRegistry.register(target, hook, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    missing = [target for target in hooks if target not in HookRegistry._patched]
+    if missing:
+        raise PluginRefusal(
+            f"speculative decoding needs {', '.join(missing)}, which this SGLang lacks; "
+            "leave --speculative-algorithm out"
+        )
 
 
 def wrapper_hook_is_applied() -> bool:
@@ -151,6 +211,14 @@ def _register_models() -> None:
     from sglang.srt.models.registry import ModelRegistry, import_model_classes
 
     ModelRegistry.models.update(import_model_classes(MODEL_PACKAGE, strict=True))
+
+
+def _register_draft_config() -> None:
+    """The `model_type` of MTP checkpoints of their own, which transformers does not know."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    config = type("MiniMaxM3MTPConfig", (PretrainedConfig,), {"model_type": DRAFT_MODEL_TYPE})
+    AutoConfig.register(DRAFT_MODEL_TYPE, config, exist_ok=True)
 
 
 def _say(line: str) -> None:

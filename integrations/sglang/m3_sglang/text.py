@@ -12,6 +12,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_context import get_attn_backend
+from sglang.srt.runtime_context import get_spec
 from torch import Tensor, nn
 
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
@@ -22,6 +23,7 @@ from m3_plugin.quantization.plan import WeightPlan
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
 from m3_sglang.compat import read_config, tensor_parallel_size
+from m3_sglang.drafting import prepare_speculation
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
 from m3_sglang.weights import FUSED, text_weight_loader
@@ -122,11 +124,11 @@ class M3Model(nn.Module):
             if config.moe_layers[index]:
                 # before the next layer takes as much memory again
                 share = 1 / tensor_parallel_size()
-                require_expert_bytes(
-                    plan, layer.block_sparse_moe.experts, layer=index, share=share
-                )
+                require_expert_bytes(plan, layer.block_sparse_moe.experts, layer=index, share=share)
             self.layers.append(layer)
         self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # layers behind which an EAGLE3 head reads the stream
+        self.captured_layers: tuple[int, ...] = ()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -137,15 +139,19 @@ class M3Model(nn.Module):
         positions: Tensor,
         forward_batch: ForwardBatch,
         input_embeds: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Hidden states after the final norm, and the streams an EAGLE3 head has asked for."""
         require_our_backend()
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         residual = None
+        captured = []
         with activations_as_is(self.device_type):
-            for layer in self.layers:
-                hidden_states, residual = layer(positions, hidden_states, residual, forward_batch)
+            for layer, module in enumerate(self.layers):
+                hidden_states, residual = module(positions, hidden_states, residual, forward_batch)
+                if layer in self.captured_layers:
+                    captured.append(hidden_states + residual)
         hidden_states, _ = self.norm(hidden_states, residual)
-        return hidden_states
+        return hidden_states, captured or None
 
 
 class M3CausalLM(nn.Module):
@@ -172,6 +178,9 @@ class M3CausalLM(nn.Module):
         self.config = config
         self.quant_config = quant_config
         self.m3_config = read_config(config)
+        # SGLang makes a draft model after this one
+        if get_spec().speculative_algorithm is not None:
+            prepare_speculation(device_type=torch.get_default_device().type)
         dot = f"{prefix}." if prefix else ""
         self.model = M3Model(
             self.m3_config,
@@ -201,8 +210,34 @@ class M3CausalLM(nn.Module):
         forward_batch: ForwardBatch,
         input_embeds: Tensor | None = None,
     ) -> Any:
-        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
-        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
+        hidden_states, captured = self.model(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(
+            input_ids, hidden_states, self.lm_head, forward_batch, captured
+        )
+
+    def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
+        """What a draft model shares with its target."""
+        embedding, head = self.model.embed_tokens, self.lm_head
+        return embedding.get_parameter("weight"), head.get_parameter("weight")
+
+    def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
+        """Choose the layers whose output streams an EAGLE3 head reads.
+
+        The default is that of SGLang's class for the released architecture; heads for M3 without
+        `eagle_aux_hidden_state_layer_ids` in their config were trained on it.
+
+        Raises
+        ------
+        ValueError : a layer the model does not have, or one given twice.
+        """
+        depth = self.m3_config.num_hidden_layers
+        wanted = [2, depth // 2, depth - 3] if layer_ids is None else list(layer_ids)
+        if len(set(wanted)) < len(wanted) or not all(0 <= layer < depth for layer in wanted):
+            raise ValueError(
+                "eagle_aux_hidden_state_layer_ids in the EAGLE3 head's config.json must be "
+                f"different layers within 0..{depth - 1}; got {wanted}"
+            )
+        self.model.captured_layers = tuple(wanted)
 
     def weight_loader(self) -> WeightLoader:
         """A loader for the text model; feed it every text tensor, then call `finish`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
 from torch import nn
 
-from m3_plugin.checkpoint import text_modules
+from m3_plugin.checkpoint import MTP_PREFIX, is_mtp_tensor, mtp_modules, text_modules
 from m3_plugin.config import M3Config
 from m3_plugin.loading import Shard, WeightLoader, chosen_dequantiser
 
@@ -29,9 +31,35 @@ def text_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
     model : our causal LM
     config : what the checkpoint promises
     """
+    return _weight_loader(model, config=config, expected=text_modules(config))
+
+
+def mtp_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
+    """A loader for the MTP module alone; it passes over the target and over further modules.
+
+    Parameters
+    ----------
+    model : our draft model
+    config : the module as a model of its own (`m3_plugin.mtp.mtp_config`)
+    """
+    return _weight_loader(
+        model,
+        config=config,
+        expected=mtp_modules(config, num_modules=1),
+        is_foreign=lambda name: not name.startswith(f"{MTP_PREFIX}0."),
+    )
+
+
+def _weight_loader(
+    model: nn.Module,
+    *,
+    config: M3Config,
+    expected: frozenset[str],
+    is_foreign: Callable[[str], bool] = is_mtp_tensor,
+) -> WeightLoader:
     return WeightLoader(
         model,
-        expected=text_modules(config),
+        expected=expected,
         fused=FUSED,
         experts=FusedMoE.make_expert_params_mapping(
             ckpt_gate_proj_name="w1",
@@ -42,4 +70,5 @@ def text_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
         default_loader=default_weight_loader,
         scale_alias=maybe_remap_kv_scale_name,
         dequantiser=chosen_dequantiser(config),
+        is_foreign=is_foreign,
     )

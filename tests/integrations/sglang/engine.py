@@ -6,6 +6,7 @@ get it: through its entry point, by SGLang's own loader.
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import sys
@@ -40,7 +41,7 @@ OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished request as SGLang reports it."""
+    """One finished request as SGLang reports it; the last two are 0 without speculation."""
 
     token_ids: list[int]
     text: str
@@ -48,6 +49,8 @@ class Completion:
     num_prompt_tokens: int
     finish_reason: str | None
     input_logprobs: list[float]
+    num_verify_steps: int
+    num_accepted: int
 
 
 class EngineProcess:
@@ -105,9 +108,16 @@ class EngineProcess:
         """Log probability of every prompt token after the first."""
         return self._call("prompt_logprobs", prompt)
 
-    def flush(self) -> None:
-        """Empty the radix cache."""
-        self._call("flush")
+    def abort(self, prompt: list[int], *, after: int, beside: list[int]) -> list[Completion]:
+        """Abort a request once it has generated `after` tokens, while another one goes on.
+
+        Returns what the aborted request had by then, and the other one's whole answer of 32 tokens.
+        """
+        return self._call("abort", prompt, after, beside)
+
+    def flush(self) -> bool:
+        """Empty the radix cache; False if SGLang refuses because a request still runs."""
+        return self._call("flush")
 
     def log_text(self) -> str:
         """Everything the engine's processes have written so far."""
@@ -204,8 +214,31 @@ class _Engine:
         )
         return _completion(output).input_logprobs[1:]
 
-    def flush(self) -> None:
-        self.host.flush_cache()
+    def abort(self, prompt: list[int], after: int, beside: list[int]) -> list[Completion]:
+        async def run() -> list[Completion]:
+            params = {"temperature": 0, "ignore_eos": True}
+            other = asyncio.ensure_future(
+                self.host.async_generate(
+                    input_ids=beside, sampling_params={**params, "max_new_tokens": 32}
+                )
+            )
+            stream = await self.host.async_generate(
+                input_ids=prompt,
+                sampling_params={**params, "max_new_tokens": 1000},
+                stream=True,
+                rid="to-abort",
+            )
+            last: dict[str, Any] = {}
+            async for output in stream:
+                last = output
+                if output["meta_info"]["completion_tokens"] >= after:
+                    self.host.tokenizer_manager.abort_request(rid="to-abort")
+            return [_completion(last), _completion(await other)]
+
+        return self.host.loop.run_until_complete(run())
+
+    def flush(self) -> bool:
+        return bool(self.host.flush_cache().success)
 
 
 def _completion(output: dict[str, Any]) -> Completion:
@@ -217,4 +250,6 @@ def _completion(output: dict[str, Any]) -> Completion:
         num_prompt_tokens=meta["prompt_tokens"],
         finish_reason=(meta["finish_reason"] or {}).get("type"),
         input_logprobs=[entry[0] for entry in meta.get("input_token_logprobs") or []],
+        num_verify_steps=meta.get("spec_verify_ct", 0),
+        num_accepted=meta.get("spec_num_correct_drafts", 0),
     )

@@ -217,6 +217,11 @@ def server_args(**given: Any) -> Any:
         "attention_backend": None,
         "kv_cache_dtype": "auto",
         "cuda_graph_backend_prefill": None,
+        "speculative_algorithm": None,
+        "speculative_draft_model_path": None,
+        "model_path": "the/target",
+        "device": "cpu",
+        "disable_cuda_graph": False,
     }
     split = {"prefill_attention_backend": None, "decode_attention_backend": None}
     return SimpleNamespace(**{**plain, **split, **given})
@@ -234,7 +239,9 @@ def test_defaults_leave_a_chosen_dense_backend_alone() -> None:
     "given",
     [
         {"page_size": 64},
-        {"speculative_algorithm": "EAGLE"},
+        {"speculative_algorithm": "NGRAM"},
+        {"speculative_eagle_topk": 4},
+        {"enable_multi_layer_eagle": True},
         {"pp_size": 2},
         {"kv_cache_dtype": "fp8_e4m3"},
         {"cuda_graph_backend_prefill": "breakable"},
@@ -247,3 +254,101 @@ def test_what_is_not_served_is_refused_with_argument_and_value(given: dict[str, 
     ((name, value),) = given.items()
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be .*{value!r}"):
         m3_defaults(server_args(**given), None)
+
+
+def test_speculation_without_a_draft_checkpoint_is_refused() -> None:
+    from m3_sglang.options import m3_defaults
+
+    for algorithm in ("NEXTN", "EAGLE3"):
+        with pytest.raises(ValueError, match="needs --speculative-draft-model-path"):
+            m3_defaults(server_args(speculative_algorithm=algorithm), None)
+
+
+def test_a_cpu_must_not_capture_graphs_of_drafts() -> None:
+    from m3_sglang.options import m3_defaults
+
+    given = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "a/head"}
+    with pytest.raises(ValueError, match="needs --disable-cuda-graph"):
+        m3_defaults(server_args(**given), None)
+    m3_defaults(server_args(**given, disable_cuda_graph=True), None)
+
+
+def test_an_older_sglang_does_not_speculate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from m3_sglang import compat
+    from m3_sglang.options import m3_defaults
+
+    monkeypatch.setattr(compat, "sglang_version", lambda: "0.5.22")
+    with pytest.raises(ValueError, match=r"needs SGLang 0\.5\.23"):
+        m3_defaults(
+            server_args(speculative_algorithm="NEXTN", speculative_draft_model_path="x"), None
+        )
+
+
+def test_a_draft_is_configured_as_one_sparse_layer_with_index_keys() -> None:
+    """Of a target's config; a target itself, and another model that drafts, stay as they are."""
+    from m3_sglang.registration import configure_draft, has_index_keys
+
+    def model(architecture: str, *, is_draft_model: bool) -> Any:
+        text = SimpleNamespace(
+            num_hidden_layers=4,
+            moe_layer_freq=[0, 1, 1, 1],
+            sparse_attention_config={"sparse_attention_freq": [0, 1, 1, 1], "sparse_index_dim": 8},
+        )
+        config = SimpleNamespace(architectures=[architecture], text_config=text)
+        return SimpleNamespace(hf_config=config, is_draft_model=is_draft_model)
+
+    released = "MiniMaxM3SparseForConditionalGeneration"
+    for untouched in (
+        model(released, is_draft_model=False),
+        model("LlamaForCausalLMEagle3", is_draft_model=True),
+    ):
+        configure_draft(None, untouched)
+        assert untouched.hf_config.text_config.num_hidden_layers == 4
+        assert not has_index_keys(False, untouched.hf_config)
+    draft = model(released, is_draft_model=True)
+    configure_draft(None, draft)
+    text = draft.hf_config.text_config
+    assert (text.num_hidden_layers, text.moe_layer_freq) == (1, [1])
+    assert text.sparse_attention_config["sparse_attention_freq"] == [1]
+    assert text.sparse_attention_config["sparse_index_dim"] == 8
+    assert has_index_keys(False, draft.hf_config)
+
+
+def test_drafting_rounds_in_a_graph_equal_eager_ones() -> None:
+    from m3_sglang.drafting import M3DraftBackends
+
+    backends = object.__new__(M3DraftBackends)
+    backends.num_steps = 3
+    backends.attn_backends = [graph_backend(max_bs=2, max_rows=2) for _ in range(2)]
+    # 3 slots per request, of which the last is written by nobody
+    slots = torch.tensor([767, 256, 257, 255, 512, 513])
+    live = forward_batch("DECODE", seq_lens=[127, 255], out_cache_loc=slots)
+    backends.init_forward_metadata(live)
+    eager = [backend.plan.batch for backend in backends.attn_backends]
+    assert [batch.seq_lens.tolist() for batch in eager] == [[128, 256], [129, 257]]
+    assert [batch.slot_mapping.tolist() for batch in eager] == [[767, 255], [256, 512]]
+    captured = forward_batch("DECODE", seq_lens=[1, 1], out_cache_loc=torch.zeros_like(slots))
+    backends.init_forward_metadata_out_graph(captured, in_capture=True)
+    backends.init_forward_metadata_in_graph(captured)
+    backends.init_forward_metadata_out_graph(live)
+    backends.init_forward_metadata_in_graph(live)
+    for backend, batch in zip(backends.attn_backends, eager, strict=True):
+        graph = backend.plan.batch
+        assert graph.seq_lens.tolist() == batch.seq_lens.tolist()
+        assert graph.slot_mapping.tolist() == batch.slot_mapping.tolist()
+        assert torch.equal(graph.page_table[:, : batch.page_table.shape[1]], batch.page_table)
+
+
+def test_torch_native_attention_is_given_lengths_it_knows() -> None:
+    from m3_sglang.plain_dense import plain_step
+
+    verify: Any = plain_step(
+        verify_step(seq_lens=[126, 250], query_len=4, out_cache_loc=torch.arange(8))
+    )
+    assert verify.seq_lens.tolist() == [130, 254]
+    assert verify.extend_prefix_lens.tolist() == [126, 250]
+    assert verify.extend_seq_lens.tolist() == [4, 4]
+    decode = forward_batch("DECODE", seq_lens=[5], out_cache_loc=torch.arange(1))
+    assert plain_step(decode) is decode
+    assert plain_step(decode, drafted=2).seq_lens.tolist() == [7]
+    assert decode.seq_lens.tolist() == [5]

@@ -111,6 +111,27 @@ def test_shared_prefix_with_different_tails(constructed_engine: EngineProcess) -
         assert output.num_cached_tokens == 3999 // PAGE * PAGE
 
 
+def test_abort_frees_what_it_held_and_harms_nobody(constructed_engine: EngineProcess) -> None:
+    """Two requests decode, one is aborted; its prompt stays in the cache, the rest is free."""
+    prompt, beside = (needle_prompt(seed, num_tokens=n) for seed, n in ((630, 3000), (631, 2200)))
+    constructed_engine.flush()
+    aborted, other = constructed_engine.abort(
+        list(prompt.token_ids), after=3, beside=list(beside.token_ids)
+    )
+    assert aborted.finish_reason == "abort"
+    assert 3 <= len(aborted.token_ids) < 1000
+    assert tuple(other.token_ids[: len(beside.expected_ids)]) == beside.expected_ids
+    assert len(other.token_ids) == 32
+    again = answer(constructed_engine, [prompt])
+    check([prompt], again)
+    assert again[0].num_cached_tokens == 2999 // PAGE * PAGE
+    # refused while any request holds pages
+    assert constructed_engine.flush()
+    fresh = answer(constructed_engine, [prompt])
+    check([prompt], fresh)
+    assert fresh[0].num_cached_tokens == 0
+
+
 def test_small_chunks_beside_decoding_requests(tight_engine: EngineProcess) -> None:
     """One step holds rows of a chunk and of a decoding request: 255 new tokens of 256."""
     prompts = [needle_prompt(seed, num_tokens=n) for seed, n in ((600, 1400), (601, 1601))]

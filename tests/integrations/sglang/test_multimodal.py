@@ -89,6 +89,62 @@ def test_colour_of_one_picture(
     assert tuple(output.token_ids) == prompt.expected_ids
 
 
+def video_file(path: Path, frames: torch.Tensor, *, fps: int) -> Path:
+    """Write uncompressed YUV4MPEG2, which needs no encoder.
+
+    Parameters
+    ----------
+    frames : uint8 [n, 3, height, width]
+    """
+    height, width = frames.shape[2:]
+    red, green, blue = frames.float().unbind(1)
+    planes = torch.stack(
+        [
+            16 + 0.257 * red + 0.504 * green + 0.098 * blue,
+            128 - 0.148 * red - 0.291 * green + 0.439 * blue,
+            128 + 0.439 * red - 0.368 * green - 0.071 * blue,
+        ],
+        dim=1,
+    )
+    with path.open("wb") as file:
+        file.write(f"YUV4MPEG2 W{width} H{height} F{fps}:1 Ip C444\n".encode())
+        for frame in planes.round().to(torch.uint8):
+            file.write(b"FRAME\n" + frame.numpy().tobytes())
+    return path
+
+
+@pytest.mark.parametrize("colours", [("red",), ("cyan",)])
+def test_colour_of_a_video_file(
+    constructed_engine: EngineProcess,
+    constructed_checkpoint: Path,
+    tmp_path: Path,
+    colours: tuple[str, ...],
+) -> None:
+    """SGLang decodes 3.5 s at 4 frames per second; frames of seconds 0 to 3 and the last are seen.
+
+    Their time stamps are written into the prompt, as transformers' processor does.
+    """
+    from transformers import AutoProcessor
+
+    prompt = picture_prompt(colours, modality="video")
+    colour = torch.tensor(colour_rgb(colours[0]), dtype=torch.uint8)
+    frames = colour.view(1, 3, 1, 1).expand(14, 3, 56, 84)
+    path = video_file(tmp_path / "video.y4m", frames, fps=4)
+    (output,) = constructed_engine.generate(
+        [{"prompt": prompt.text, "video_data": str(path)}], max_tokens=prompt.max_tokens
+    )
+    assert tuple(output.token_ids) == prompt.expected_ids
+    indices = [0, 4, 8, 12, 13]
+    inputs = AutoProcessor.from_pretrained(constructed_checkpoint)(
+        text=prompt.text,
+        videos=[frames[indices]],
+        video_metadata=[{"total_num_frames": 14, "fps": 4.0, "frames_indices": indices}],
+        videos_kwargs={"do_sample_frames": False},
+        return_tensors="pt",
+    )
+    assert output.num_prompt_tokens == inputs.input_ids.shape[1]
+
+
 @pytest.mark.parametrize("ask", [0, 1, 2])
 def test_one_of_several_pictures(constructed_engine: EngineProcess, ask: int) -> None:
     prompt = picture_prompt(("green", "magenta", "yellow"), ask=ask)

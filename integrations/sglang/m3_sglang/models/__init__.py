@@ -7,4 +7,4 @@ scheduler reports the `ImportError` of a package to its parent, which `SystemExi
 from m3_sglang.exits import ending_the_process
 
 with ending_the_process(ImportError):
-    from m3_sglang.models import minimax_m3  # noqa: F401
+    from m3_sglang.models import minimax_m3, minimax_m3_mtp  # noqa: F401

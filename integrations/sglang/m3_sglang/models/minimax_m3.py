@@ -73,7 +73,7 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         forward_batch: ForwardBatch,
         get_embedding: bool = False,
     ) -> Any:
-        hidden_states = general_mm_embed_routine(
+        hidden_states, captured = general_mm_embed_routine(
             input_ids=input_ids,
             forward_batch=forward_batch,
             language_model=self.language_model.model,
@@ -81,8 +81,16 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
             positions=positions,
         )
         return self.language_model.logits_processor(
-            input_ids, hidden_states, self.language_model.lm_head, forward_batch
+            input_ids, hidden_states, self.language_model.lm_head, forward_batch, captured
         )
+
+    def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
+        """What a draft model shares with its target."""
+        return self.language_model.get_embed_and_head()
+
+    def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
+        """Choose the layers whose output streams an EAGLE3 head reads."""
+        self.language_model.set_eagle3_layers_to_capture(layer_ids)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load every tensor of the checkpoint.

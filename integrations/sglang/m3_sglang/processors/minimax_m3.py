@@ -225,7 +225,8 @@ def video_frames(video: Any) -> tuple[Tensor, dict[str, Any]]:
     if isinstance(video, torch.Tensor):
         return video, {"total_num_frames": len(video), "fps": None, "frames_indices": None}
     indices = sampled_frames(len(video), fps=video.avg_fps)
-    frames = video.get_frames_as_tensor(indices).permute(0, 3, 1, 2)
+    # not as a tensor, for which SGLang pins memory even where there is no accelerator
+    frames = torch.as_tensor(video.get_frames_at(indices)).permute(0, 3, 1, 2)
     return frames, {
         "total_num_frames": len(video),
         "fps": video.avg_fps,
