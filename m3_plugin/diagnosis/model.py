@@ -6,18 +6,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from m3_plugin.checkpoint import (
-    TEXT_PREFIX,
-    VISION_PREFIXES,
-    TensorLedger,
-    is_mtp_tensor,
-    text_modules,
-)
+from m3_plugin.checkpoint import is_mtp_tensor
 from m3_plugin.config import M3Config
 from m3_plugin.diagnosis.findings import Report
 from m3_plugin.quantization.dialects import is_index_projection
 from m3_plugin.quantization.formats import FLOAT_DTYPES
+from m3_plugin.quantization.plan import plan_weights
 from m3_plugin.released import ModelNotFound, ModelSource, find_model, released_config
+from m3_plugin.settings import Settings
 from m3_plugin.shards import TensorHeader, read_checkpoint
 
 SECTION = "model"
@@ -176,12 +172,9 @@ def _examine_files(report: Report, source: ModelSource, config: M3Config) -> Non
 
 
 def _examine_names(report: Report, headers: list[TensorHeader], config: M3Config) -> None:
-    ledger = TensorLedger(text_modules(config))
-    for header in headers:
-        if not header.name.startswith(VISION_PREFIXES) and not is_mtp_tensor(header.name):
-            ledger.add(header.name.removeprefix(TEXT_PREFIX))
+    """What loading would find: every tensor there, in the shape and format the config says."""
     try:
-        ledger.require_complete()
+        plan = plan_weights(headers, config, fused={}, dequantise=_settings().dequantize)
     except ValueError as error:
         report.add(
             SECTION,
@@ -192,7 +185,15 @@ def _examine_names(report: Report, headers: list[TensorHeader], config: M3Config
             "the config.json that belongs to it",
         )
     else:
-        report.add(SECTION, "tensors", "all that the config promises, and no others")
+        report.add(SECTION, "tensors", f"all that the config promises: {plan.describe()}")
+
+
+def _settings() -> Settings:
+    """The plugin's variables; a misspelt one is a finding of its own."""
+    try:
+        return Settings.from_environment()
+    except ValueError:
+        return Settings()
 
 
 def _examine_mtp(report: Report, headers: list[TensorHeader], config: M3Config) -> None:
