@@ -12,7 +12,6 @@ from m3_kernels.sparse_attention import (
     SparseAttentionWorkspace,
     allocate_sparse_attention_workspace,
 )
-from m3_kernels.sparse_attention.workspace import dot_dtype
 from m3_kernels.work_plan import WorkPlan, WorkPlanBuffers, allocate_work_plan, fill_work_plan
 from m3_plugin.batch import MSABatch, StepCapacity
 from m3_plugin.config import MSAConfig
@@ -129,7 +128,8 @@ def allocate_workspace(
             head_dim=shape.head_dim,
             page_size=msa.block_size,
             topk=msa.topk_blocks,
-            dot=dot_dtype(shape.dtype, shape.cache_dtype),
+            dtype=shape.dtype,
+            kv_dtype=shape.cache_dtype,
             device=device,
         ),
         block_ids=torch.empty(
