@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from m3_plugin.torchvision_ops import declare_missing_ops
+from tests.integrations.quantised import QuantisedCheckpoints
 
 declare_missing_ops()
 
@@ -37,3 +38,20 @@ def constructed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("constructed") / "checkpoint"
     return ConstructedCheckpoint().write(path, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def random_quantised(
+    random_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> QuantisedCheckpoints:
+    """From the random checkpoint of preset `engine`."""
+    return QuantisedCheckpoints(random_checkpoint("engine"), tmp_path_factory.mktemp("quantised"))
+
+
+@pytest.fixture(scope="session")
+def constructed_quantised(
+    constructed_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> QuantisedCheckpoints:
+    """From the checkpoint whose answers are known."""
+    folder = tmp_path_factory.mktemp("constructed-quantised")
+    return QuantisedCheckpoints(constructed_checkpoint, folder)

@@ -151,7 +151,8 @@ class M3MoE(nn.Module):
         if not self.on_cpu:
             return
         for name, weight in self.experts.named_parameters():
-            if name.endswith("w13_weight"):
+            # quantised rows belong to scales; vLLM has no CPU kernel for them that we know of
+            if name.endswith("w13_weight") and weight.dtype.itemsize > 1:
                 weight.data = interleave_gate_up(weight.data)
 
 

@@ -1,0 +1,159 @@
+"""Load a quantised checkpoint into vLLM's own quantised layers and compare them with the reference.
+
+    python -m tests.integrations.vllm.host_layers STORED REFERENCE REPORT
+
+A process of its own, because it sets up vLLM's distributed state and leaves out the choice of
+kernels, of which vLLM has none on CPU for these formats. Nothing is computed with the layers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.config import M3Config
+from m3_plugin.quantization.codecs import dequantise
+from m3_plugin.quantization.formats import Mxfp8, Nvfp4, Plain, WeightFormat
+from m3_plugin.torchvision_ops import declare_missing_ops
+
+
+def without_kernels() -> None:
+    """Let vLLM's methods be built although this machine has no kernel for them."""
+    from vllm.model_executor.layers.quantization import modelopt
+
+    class Kernel:
+        def input_quant_key(self) -> None:
+            return None
+
+    modelopt.select_linear_kernel = lambda *args, **kwargs: Kernel()
+    modelopt.select_mxfp8_moe_backend = lambda *args, **kwargs: (None, None)
+    modelopt.select_nvfp4_moe_backend = lambda *args, **kwargs: (None, None)
+
+
+def build(stored: Path) -> tuple[nn.Module, M3Config]:
+    """Our model around vLLM's layers, with the checkpoint loaded."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    config = EngineArgs(model=str(stored), dtype="bfloat16", enforce_eager=True)
+    vllm_config = config.create_engine_config()
+    with set_current_vllm_config(vllm_config), tempfile.TemporaryDirectory() as folder:
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        without_kernels()
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        model: Any = initialize_model(vllm_config=vllm_config)
+        torch.set_default_dtype(default)
+        tensors = read(stored)
+        model.load_weights(iter(tensors.items()))
+    return model.language_model, model.language_model.model.m3_config
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def compare(model: nn.Module, config: M3Config, reference: dict[str, Tensor]) -> dict[str, Any]:
+    """Per fused layer: its format, and the largest difference of its numbers to the reference."""
+    from m3_vllm.weights import fused_projections
+
+    plain = {
+        name.removeprefix(TEXT_PREFIX).removesuffix(".weight"): tensor
+        for name, tensor in reference.items()
+        if not name.startswith(VISION_PREFIXES)
+    }
+    fused = fused_projections(config)
+    order: dict[str, list[str]] = {}
+    for part in ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"):
+        order.setdefault(fused[part][0], []).append(part)
+    order["gate_up_proj"] = ["gate_proj", "up_proj"]
+    report = {}
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        tensors = {n: p.data for n, p in module.named_parameters(recurse=False)}
+        candidates = [f"{parent}.{part}".lstrip(".") for part in order.get(own, [own])]
+        # dense layers have no index projections
+        parts = [part for part in candidates if part in plain]
+        if "weight" in tensors and parts:
+            expected = torch.cat([plain[part] for part in parts])
+            if expected.dim() == 2 and own != "gate":
+                weight = format_of(tensors, prefix="")
+                found = decode(weight, tensors, prefix="", halves=1)
+                report[name] = entry(weight, found, expected)
+        if "w13_weight" in tensors:
+            layer = name.partition(".experts")[0] + ".experts"
+            report[layer] = compare_experts(layer, tensors, plain, config)
+    return report
+
+
+def compare_experts(
+    layer: str, tensors: dict[str, Tensor], plain: dict[str, Tensor], config: M3Config
+) -> dict[str, Any]:
+    """All routed experts of a layer; the largest difference of any of them."""
+    weight = format_of(tensors, prefix="w13_")
+    worst = 0.0
+    for expert in range(config.num_experts):
+        own = {name: tensor[expert] for name, tensor in tensors.items()}
+        names = [f"{layer}.{expert}.{part}" for part in ("w1", "w3", "w2")]
+        gate_up = torch.cat([plain[names[0]], plain[names[1]]])
+        for prefix, halves, expected in (("w13_", 2, gate_up), ("w2_", 1, plain[names[2]])):
+            found = decode(weight, own, prefix=prefix, halves=halves)
+            worst = max(worst, float((found - expected).abs().max()))
+    return {"format": weight.name, "difference": worst}
+
+
+def format_of(tensors: dict[str, Tensor], *, prefix: str) -> WeightFormat:
+    """vLLM's layers name their scales as ModelOpt does."""
+    if f"{prefix}weight_scale_2" in tensors:
+        return Nvfp4()
+    return Mxfp8(scale="weight_scale") if f"{prefix}weight_scale" in tensors else Plain()
+
+
+def decode(weight: WeightFormat, tensors: dict[str, Tensor], *, prefix: str, halves: int) -> Tensor:
+    """A layer's numbers; with two halves the scale of the tensor is one per half."""
+    parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not isinstance(weight, Nvfp4):
+        return dequantise(weight, parts)
+    scales = parts["weight_scale_2"].reshape(-1)
+    assert scales.numel() == halves
+    rows = [t.chunk(halves) for t in (parts["weight"], parts["weight_scale"])]
+    return torch.cat(
+        [
+            dequantise(weight, {"weight": w, "weight_scale": s, "weight_scale_2": scale})
+            for w, s, scale in zip(*rows, scales, strict=True)
+        ]
+    )
+
+
+def entry(weight: WeightFormat, found: Tensor, expected: Tensor) -> dict[str, Any]:
+    # plain weights are rounded to the model's dtype, padding rows are cut
+    if isinstance(weight, Plain):
+        expected = expected.to(torch.bfloat16).float()
+    difference = (found[: len(expected)].float() - expected).abs().max()
+    return {"format": weight.name, "difference": float(difference)}
+
+
+def main(stored: str, reference: str, report: str) -> None:
+    declare_missing_ops()
+    model, config = build(Path(stored))
+    Path(report).write_text(json.dumps(compare(model, config, read(Path(reference)))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,119 @@
+"""Quantised checkpoints in vLLM: dequantised while loaded, and loaded into vLLM's own layers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m3_plugin.testing.prompts import needle_prompt
+from tests.integrations import golden
+from tests.integrations.cases import LOGPROB_ATOL, random_prompt
+from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
+from tests.integrations.vllm.engine import EngineProcess
+
+
+def test_logprobs_are_those_of_the_dequantised_weights(
+    random_quantised: QuantisedCheckpoints,
+) -> None:
+    """The reference is transformers on numbers noted before they were packed.
+
+    Reordered GPTQ is a format which vLLM itself refuses.
+    """
+    prompt = random_prompt(1300, seed=11)
+    with EngineProcess(
+        random_quantised.stored("gptq"), environment=DEQUANTISE, max_num_batched_tokens=2048
+    ) as engine:
+        ours = torch.tensor(engine.prompt_logprobs(prompt))
+    expected = golden.token_logprobs(random_quantised.reference("gptq"), prompt)
+    torch.testing.assert_close(ours, expected, atol=LOGPROB_ATOL, rtol=0)
+    plain = golden.token_logprobs(random_quantised.source, prompt)
+    assert (expected - plain).abs().max() > 100 * LOGPROB_ATOL
+
+
+def test_the_constructed_checkpoint_answers_right(
+    constructed_quantised: QuantisedCheckpoints,
+) -> None:
+    """8K tokens with decoys: quantised index projections still choose the right blocks."""
+    prompt = needle_prompt(8192, num_tokens=8192)
+    with EngineProcess(
+        constructed_quantised.stored("mxfp8"),
+        environment=DEQUANTISE,
+        max_model_len=16384,
+        max_num_batched_tokens=2048,
+    ) as engine:
+        (answer,) = engine.generate([list(prompt.token_ids)], max_tokens=prompt.max_tokens)
+    assert tuple(answer.token_ids) == prompt.expected_ids
+    assert prompt.dense_answer not in (None, answer.text)
+
+
+@pytest.mark.parametrize("quant", ["mxfp8", "nvfp4"])
+def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
+    random_quantised: QuantisedCheckpoints, tmp_path: Path, quant: str
+) -> None:
+    """Every projection, expert and scale in its place, compared through the codecs.
+
+    vLLM has no kernel for these formats on CPU, so only its choice of one is left out.
+    """
+    stored = random_quantised.stored(quant)  # type: ignore[arg-type]
+    reference = random_quantised.reference(quant)  # type: ignore[arg-type]
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tests.integrations.vllm.host_layers"]
+    result = subprocess.run(
+        [*command, str(stored), str(reference), str(report)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    compared: dict[str, Any] = json.loads(report.read_text())
+    layers = {name: entry["format"] for name, entry in compared.items()}
+    attention = "model.layers.1.self_attn"
+    if quant == "mxfp8":
+        # all of it in one layer, because all of it is stored alike
+        assert layers[f"{attention}.qkv_proj"] == "mxfp8"
+        assert f"{attention}.index_proj" not in layers
+    else:
+        assert layers[f"{attention}.qkv_proj"] == "mxfp8"
+        assert layers[f"{attention}.index_proj"] == "plain"
+    assert layers["model.layers.1.block_sparse_moe.experts"] == quant
+    assert layers["model.layers.0.mlp.down_proj"] == "mxfp8"
+    wrong = {name: entry for name, entry in compared.items() if entry["difference"] > 0}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        ("MiniMaxM3SparseForConditionalGeneration", "m3_dequantized"),
+        ("MiniMaxM3SparseForCausalLM", "m3_dequantized"),
+        ("DeepseekV3ForCausalLM", None),
+        (None, None),
+    ],
+)
+def test_other_models_keep_their_quantisation(architecture: str | None, method: str | None) -> None:
+    """In a process of its own: the registration lasts."""
+    code = (
+        "from types import SimpleNamespace as N\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "from vllm.model_executor.layers.quantization import get_quantization_config\n"
+        "method = get_quantization_config('m3_dequantized')\n"
+        f"names = [{architecture!r}] if {architecture!r} else None\n"
+        "print(method.override_quantization_method({}, None, hf_config=N(architectures=names)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+        env={**__import__("os").environ, **DEQUANTISE},
+    )
+    assert result.stdout.split()[-1] == str(method)
