@@ -2,34 +2,111 @@
 
 from __future__ import annotations
 
-from m3_plugin.backends import choose_kernels
-from m3_plugin.config import M3Config
+import logging
+
+import torch
+
+from m3_kernels.tuning import arch_of
+from m3_plugin.backends import KernelChoice, choose_kernels, require_served
+from m3_plugin.batch import StepCapacity
+from m3_plugin.capacity import local_heads
+from m3_plugin.config import M3Config, MSAConfig
 from m3_plugin.metrics import ExportedStatistics, export_presence
 from m3_plugin.selection.recorder import SelectionRecorder
 from m3_plugin.session import MSASession
 from m3_plugin.settings import Settings
+from m3_plugin.workspace import LayerShape, allocate_workspace
+
+logger = logging.getLogger(__name__)
 
 
-def make_session(config: M3Config, *, device_type: str) -> MSASession | None:
+def make_session(
+    config: M3Config,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    tensor_parallel_size: int,
+    capacity: StepCapacity,
+) -> MSASession | None:
     """The MSA session of one worker, None for a model without sparse layers.
+
+    On a GPU the workspace is allocated here, and the kernels are tried once on small steps of the
+    model's geometry: kernels that nobody has run on this chip must not serve wrong tokens.
 
     Parameters
     ----------
     config : the model
-    device_type : `torch.device.type` of the worker
+    device : of the worker
+    dtype : of activations
+    cache_dtype : of the pages of K, V and index keys
+    capacity : the largest step of the host
 
     Raises
     ------
-    NoKernelError : no kernel family can serve this device.
+    NoKernelError : no kernel family can serve this device, or not with this cache.
+    KernelsAreWrongError : the kernels give wrong results on this device.
     """
     if config.msa is None:
         return None
     settings = Settings.from_environment()
-    kernels = choose_kernels(device_type, settings.kernels)
-    export_presence(kernels, device_type=device_type)
-    session = MSASession(config.msa, kernels=kernels, scale=config.head_dim**-0.5)
+    kernels = choose_kernels(device.type, settings.kernels)
+    require_served(
+        kernels,
+        arch=arch_of(device) if device.type == "cuda" else None,
+        cache_dtype=cache_dtype,
+        index_dtype=cache_dtype,
+    )
+    shape = LayerShape(
+        num_q_heads=local_heads(config.num_attention_heads, tensor_parallel_size),
+        num_kv_heads=local_heads(config.num_key_value_heads, tensor_parallel_size),
+        head_dim=config.head_dim,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        index_dtype=cache_dtype,
+    )
+    workspace = None
+    if kernels.family == "triton":
+        if settings.statistics:
+            raise ValueError(
+                "M3_PLUGIN_STATISTICS=1 reads each layer's selection back, which kernels on a GPU "
+                "must not wait for; unset it, or serve on a CPU"
+            )
+        try_kernels(config.msa, shape, kernels=kernels, device=device)
+        workspace = allocate_workspace(config.msa, shape, capacity, device=device)
+        logger.info("m3-plugin: %s", workspace.describe())
+    session = MSASession(
+        config.msa, kernels=kernels, scale=config.head_dim**-0.5, workspace=workspace
+    )
     if settings.statistics:
         session.statistics = ExportedStatistics()
     if settings.record_blocks is not None:
         session.recorder = SelectionRecorder(settings.record_blocks, config.msa)
+    export_presence(kernels, device_type=device.type)
     return session
+
+
+def try_kernels(
+    msa: MSAConfig, shape: LayerShape, *, kernels: KernelChoice, device: torch.device
+) -> None:
+    """Run the self-test of `verification` on the layers that will be served.
+
+    Raises
+    ------
+    KernelsAreWrongError : with the numbers.
+    """
+    # imported here: it brings the test cases, which only a GPU's session needs
+    from m3_plugin.verification import require_right, self_test
+
+    findings = self_test(
+        msa,
+        kernels=kernels,
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        device=device,
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    require_right(findings, kernels=kernels, device=name)
+    logger.info("m3-plugin: MSA kernels gave right results on %s", name)

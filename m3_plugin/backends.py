@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 import m3_kernels
 from m3_kernels.capability import Implementation
 from m3_plugin.settings import KernelFamily
+
+FULL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_ARCH = 80
+E4M3_ARCH = 89
 
 
 class NoKernelError(RuntimeError):
@@ -71,3 +77,60 @@ def choose_kernels(device_type: str, requested: KernelFamily = "auto") -> Kernel
         f"M3_PLUGIN_KERNELS={requested} does not exist on {device_type!r}; "
         f"known: {', '.join(c.name for c in candidates)}"
     )
+
+
+def require_served(
+    kernels: KernelChoice,
+    *,
+    arch: int | None,
+    cache_dtype: torch.dtype,
+    index_dtype: torch.dtype,
+) -> None:
+    """Refuse caches that the chosen kernels cannot read on this chip, before memory is spent.
+
+    Parameters
+    ----------
+    arch : compute capability as major * 10 + minor; None for a CPU
+    cache_dtype : of K and V pages
+    index_dtype : of index-key pages
+
+    Raises
+    ------
+    NoKernelError : names chip, dtype and the alternative.
+    """
+    if arch is not None and arch < OLDEST_ARCH:
+        raise NoKernelError(
+            f"MSA kernels need compute capability 8.0 (Ampere) or newer; this device has "
+            f"{_capability(arch)}"
+        )
+    for name, dtype, reads_e5m2 in (
+        ("K and V", cache_dtype, True),
+        ("index keys", index_dtype, False),
+    ):
+        refusal = _dtype_refusal(kernels.family, arch, dtype, reads_e5m2=reads_e5m2)
+        if refusal is not None:
+            raise NoKernelError(f"{name} cannot be cached as {dtype}: {refusal}")
+
+
+def _dtype_refusal(
+    family: Implementation, arch: int | None, dtype: torch.dtype, *, reads_e5m2: bool
+) -> str | None:
+    """Why a family cannot read a cache of this dtype, and what it can; None if it can."""
+    if dtype in FULL_DTYPES:
+        return None
+    if family != "triton" or arch is None:
+        return f"kernel family {family!r} reads float32, bfloat16 and float16; use one of these"
+    others = "float8_e5m2 or bfloat16" if reads_e5m2 else "bfloat16"
+    if dtype == torch.float8_e4m3fn:
+        if arch >= E4M3_ARCH:
+            return None
+        return (
+            f"that needs compute capability 8.9, this device has {_capability(arch)}; use {others}"
+        )
+    if dtype == torch.float8_e5m2 and reads_e5m2:
+        return None
+    return f"no kernel reads it; use {others}"
+
+
+def _capability(arch: int) -> str:
+    return f"{arch // 10}.{arch % 10}"

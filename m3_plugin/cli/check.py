@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -183,6 +184,7 @@ def _run(
 ) -> CaseResult:
     import torch
 
+    from m3_kernels.testing.interpreter import interpreted
     from m3_plugin.verification import Finding, phase_of, verify_case
 
     result = CaseResult(
@@ -192,8 +194,12 @@ def _run(
         dtype=str(case.dtype).removeprefix("torch."),
         must_run=case.head_dim == case.page_size == 128 and case.dtype != torch.float32,
     )
+    on_interpreter = kernels.family == "triton" and device.type == "cpu"
     try:
-        findings = verify_case(case, kernels=kernels, device=device, repeats=repeats, graph=graph)
+        with interpreted() if on_interpreter else nullcontext():
+            findings = verify_case(
+                case, kernels=kernels, device=device, repeats=repeats, graph=graph
+            )
     except (NotImplementedError, TypeError, ValueError) as refusal:
         return replace(result, refused=f"{type(refusal).__name__}: {refusal}")
     except Exception as error:

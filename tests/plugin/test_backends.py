@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import m3_kernels
 from m3_kernels import KernelFamily
-from m3_plugin.backends import NoKernelError, choose_kernels
+from m3_plugin.backends import KernelChoice, NoKernelError, choose_kernels, require_served
 
 
 def families(monkeypatch: pytest.MonkeyPatch, *entries: KernelFamily) -> None:
@@ -43,3 +44,39 @@ def test_a_device_without_kernels_is_refused_with_every_reason(device_type: str)
 
 def test_this_machine_has_kernels() -> None:
     assert choose_kernels("cpu").family in ("native", "torch")
+
+
+E4M3, E5M2, BF16 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16
+TRITON = KernelChoice("triton", "test")
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_what_every_chip_serves(arch: int) -> None:
+    for cache in (BF16, torch.float16, E5M2):
+        require_served(TRITON, arch=arch, cache_dtype=cache, index_dtype=BF16)
+    if arch >= 89:
+        require_served(TRITON, arch=arch, cache_dtype=E4M3, index_dtype=E4M3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "cache", "index", "message"),
+    [
+        (75, BF16, BF16, "8.0 .Ampere. or newer; this device has 7.5"),
+        (80, E4M3, BF16, r"K and V .* needs compute capability 8.9, .* 8.0; use float8_e5m2"),
+        (86, BF16, E4M3, r"index keys .* needs compute capability 8.9, .* 8.6; use bfloat16"),
+        (90, BF16, E5M2, "index keys cannot be cached as torch.float8_e5m2"),
+        (90, torch.int8, BF16, "no kernel reads it; use float8_e5m2 or bfloat16"),
+    ],
+)
+def test_what_a_chip_cannot_do_is_refused_with_the_alternative(
+    arch: int, cache: torch.dtype, index: torch.dtype, message: str
+) -> None:
+    with pytest.raises(NoKernelError, match=message):
+        require_served(TRITON, arch=arch, cache_dtype=cache, index_dtype=index)
+
+
+def test_the_cpu_reads_no_fp8() -> None:
+    with pytest.raises(NoKernelError, match="family 'native' reads float32, bfloat16 and float16"):
+        require_served(
+            KernelChoice("native", "test"), arch=None, cache_dtype=E5M2, index_dtype=BF16
+        )

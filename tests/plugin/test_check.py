@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,26 @@ def test_nothing_to_check_is_refused(arguments: list[str], message: str) -> None
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_the_triton_kernels_run_in_the_interpreter(tmp_path: Path) -> None:
+    """In a process of its own, because Triton asks for its mode when it is imported."""
+    file = tmp_path / "check.json"
+    arguments = ["--family", "triton", "--only", "verify", "--repeats", "1", "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "m3_plugin.cli", "check", "--device", "cpu", *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(file.read_text())
+    assert report["families"] == {"triton": "available on cpu"}
+    assert {entry["dtype"] for entry in report["results"]} == {"float32", "float16"}
+    for entry in report["results"]:
+        found = {finding["quantity"] for finding in entry["findings"]}
+        assert found == {"cache", "selection", "attention", "run", "repeats"}
 
 
 @pytest.mark.gpu

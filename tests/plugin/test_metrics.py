@@ -43,17 +43,28 @@ def test_blocks_are_exported_by_phase() -> None:
 
 def test_statistics_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from m3_plugin.assembly import make_session
+    from m3_plugin.batch import StepCapacity
     from m3_plugin.config import M3Config
     from m3_plugin.metrics import ExportedStatistics
+    from m3_plugin.session import MSASession
     from tests.plugin.test_config import HUB
 
-    config = M3Config.from_hf(HUB)
-    silent = make_session(config, device_type="cpu")
+    def session() -> MSASession | None:
+        return make_session(
+            M3Config.from_hf(HUB),
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+            cache_dtype=torch.bfloat16,
+            tensor_parallel_size=1,
+            capacity=StepCapacity(max_requests=1, max_rows=1, max_seq_len=1),
+        )
+
+    silent = session()
     assert silent is not None
     assert silent.statistics is None
     assert silent.scale == 128**-0.5
     monkeypatch.setenv("M3_PLUGIN_STATISTICS", "1")
-    counting = make_session(config, device_type="cpu")
+    counting = session()
     assert counting is not None
     assert isinstance(counting.statistics, ExportedStatistics)
 

@@ -14,7 +14,6 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from m3_plugin.assembly import make_session
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.presence import PluginRefusal, attestation
 from m3_plugin.session import MSACaches, MSAPlan
@@ -29,6 +28,7 @@ from m3_sglang.registration import (
     is_ours,
     wrapper_hook_is_applied,
 )
+from m3_sglang.session import worker_session
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -107,7 +107,7 @@ class M3AttentionBackend(AttentionBackend):
         drafting = runner.is_draft_worker
         read = read_draft_config if drafting else read_config
         config = read(runner.model_config.hf_config)
-        session = make_session(config, device_type=torch.device(runner.device).type)
+        session = worker_session(config, runner)
         if session is None:
             raise PluginRefusal(
                 "no layer of this checkpoint is sparse; SGLang alone serves it: "
@@ -192,6 +192,8 @@ class M3AttentionBackend(AttentionBackend):
             rows=forward_batch.req_pool_indices,
             slots=slots,
         )
+        # recorded after the lengths it divides the work by
+        self.plan = self.session.plan(self.plan.batch)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         # a padded request sees one key, as in SGLang's own backends

@@ -47,7 +47,6 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from m3_plugin.assembly import make_session
 from m3_plugin.capacity import local_heads
 from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
@@ -57,7 +56,7 @@ from m3_plugin.quantization.plan import WeightPlan
 from m3_plugin.session import MSASession
 from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
 from m3_vllm.attention import M3SparseCacheLayer
-from m3_vllm.compat import device_type, vllm_version
+from m3_vllm.compat import vllm_version
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
 from m3_vllm.multimodal import (
     M3DummyInputsBuilder,
@@ -65,6 +64,7 @@ from m3_vllm.multimodal import (
     M3MultiModalProcessor,
     M3ProcessingInfo,
 )
+from m3_vllm.session import worker_session
 from m3_vllm.speculation import require_aux_layers, require_speculation
 from m3_vllm.weights import fused_projections, text_weight_loader
 
@@ -336,7 +336,7 @@ class M3Model(nn.Module, EagleModelMixin):
         config = read_config(vllm_config)
         self.m3_config = config
         plan = read_plan(vllm_config, config)
-        self.session = make_session(config, device_type=device_type())
+        self.session = worker_session(config, vllm_config)
         # on the last stage a draft model may share it
         self.has_embedding = get_pp_group().is_first_rank or spec_decode_needs_target_embed(
             vllm_config, include_mtp=vllm_config.use_v2_model_runner

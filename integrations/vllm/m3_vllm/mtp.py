@@ -21,13 +21,12 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import _merge_multimodal_embeddings, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from m3_plugin.assembly import make_session
 from m3_plugin.checkpoint import TEXT_PREFIX
 from m3_plugin.config import M3Config
 from m3_plugin.mtp import mtp_config, mtp_input, require_mtp_modules
 from m3_plugin.session import MSASession
-from m3_vllm.compat import device_type
 from m3_vllm.model import M3DecoderLayer, M3ForCausalLM
+from m3_vllm.session import worker_session
 from m3_vllm.speculation import count_draft_modules
 from m3_vllm.weights import mtp_weight_loader
 
@@ -81,7 +80,7 @@ class M3MTPModel(nn.Module):
 
     def __init__(self, config: M3Config, *, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        session = make_session(config, device_type=device_type())
+        session = worker_session(config, vllm_config)
         assert session is not None
         self.session = session
         self.embed_tokens: nn.Module

@@ -1,0 +1,57 @@
+"""The MSA session of one vLLM worker: vLLM's limits and dtypes in the words of m3_plugin."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+
+from m3_plugin.assembly import make_session
+from m3_plugin.batch import StepCapacity
+from m3_plugin.config import M3Config
+from m3_plugin.session import MSASession
+from m3_vllm.attention import cache_dtype
+from m3_vllm.compat import device_type
+
+ATTENTION_OP = "vllm::m3_msa_attention"
+
+
+def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | None:
+    """The session for the model being built, None if no layer of it is sparse."""
+    if config.msa is None:
+        return None
+    keep_attention_out_of_piecewise_graphs(vllm_config)
+    return make_session(
+        config,
+        device=torch.device(device_type()),
+        dtype=vllm_config.model_config.dtype,
+        cache_dtype=cache_dtype(vllm_config),
+        tensor_parallel_size=get_tensor_model_parallel_world_size(),
+        capacity=step_capacity(vllm_config),
+    )
+
+
+def step_capacity(vllm_config: VllmConfig) -> StepCapacity:
+    """The largest step vLLM schedules or captures."""
+    scheduler = vllm_config.scheduler_config
+    speculative = vllm_config.speculative_config
+    drafted = speculative.num_speculative_tokens if speculative is not None else 0
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return StepCapacity(
+        max_requests=scheduler.max_num_seqs,
+        max_rows=max(scheduler.max_num_batched_tokens, captured),
+        # the host's upper bound of a length runs ahead of it by the tokens that may be rejected
+        max_seq_len=vllm_config.model_config.max_model_len + drafted + 1,
+    )
+
+
+def keep_attention_out_of_piecewise_graphs(vllm_config: VllmConfig) -> None:
+    """Make torch.compile split the model at our op wherever it splits at vLLM's own attention.
+
+    A piecewise CUDA graph that held the op would replay the metadata of the step it was captured
+    on, which is none at all. vLLM's list of such ops is fixed; ours is added to the copy in the
+    configuration.
+    """
+    splitting = vllm_config.compilation_config.splitting_ops
+    if splitting and ATTENTION_OP not in splitting:
+        splitting.append(ATTENTION_OP)
