@@ -69,39 +69,39 @@ def one_head(
     return inputs
 
 
+RANKINGS = [
+    pytest.param([5, 1, 9, 2, 0], {}, [0, 2, 4], id="best-two-and-local"),
+    pytest.param([7, 7, 7, 7, 7, 0], {}, [0, 1, 5], id="ties-to-the-lower-id"),
+    pytest.param([1, 7, 9, 7, 7, 0], {}, [1, 2, 5], id="tie-at-the-edge"),
+    pytest.param([7, 7, 9, 1, 0], {}, [0, 2, 4], id="later-best-displaces-the-higher-id"),
+    pytest.param([0, -0.0, 0, -0.0, 0], {}, [0, 1, 4], id="zeros-are-equal"),
+    pytest.param([math.nan, 1, math.nan, 2, 0], {}, [1, 3, 4], id="nan-loses"),
+    pytest.param([math.nan, 1, 2, 3, math.nan], {}, [2, 3, 4], id="nan-local-is-kept"),
+    pytest.param([-math.inf] * 6, {}, [0, 1, 5], id="minus-infinity-can-be-chosen"),
+    pytest.param([math.nan] * 6, {}, [0, 1, 5], id="all-nan"),
+    pytest.param([1, math.inf, 2, math.inf, math.inf, 0], {}, [1, 3, 5], id="infinite-ties"),
+    pytest.param([3e38, 9, 8, 3e38, 0, -1], {"topk": 2}, [0, 5], id="local-beats-any-score"),
+    pytest.param([0, 9, 8, 7, 6, 5], {"num_init_blocks": 1}, [0, 1, 5], id="init"),
+    pytest.param(
+        [0, 9, 8, 7, 6, 5],
+        {"num_init_blocks": 2, "num_local_blocks": 2},
+        [0, 1, 4],
+        id="init-before-local-and-better-local-first",
+    ),
+    pytest.param(
+        [0, 9, 8, 7, 5, 5],
+        {"num_init_blocks": 2, "num_local_blocks": 2},
+        [0, 1, 4],
+        id="equal-locals",
+    ),
+    pytest.param([4, 9, 8, 7, 6, 5], {"num_init_blocks": 5}, [1, 2, 3], id="best-of-init"),
+    pytest.param([4, 9, 8, 7, 6, 1], {"num_local_blocks": 0}, [1, 2, 3], id="no-local"),
+    pytest.param([4, 9, 8], {"num_local_blocks": 5, "topk": 4}, [0, 1, 2, -1], id="tail"),
+]
+
+
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
-@pytest.mark.parametrize(
-    ("scores", "rules", "expected"),
-    [
-        pytest.param([5, 1, 9, 2, 0], {}, [0, 2, 4], id="best-two-and-local"),
-        pytest.param([7, 7, 7, 7, 7, 0], {}, [0, 1, 5], id="ties-to-the-lower-id"),
-        pytest.param([1, 7, 9, 7, 7, 0], {}, [1, 2, 5], id="tie-at-the-edge"),
-        pytest.param([7, 7, 9, 1, 0], {}, [0, 2, 4], id="later-best-displaces-the-higher-id"),
-        pytest.param([0, -0.0, 0, -0.0, 0], {}, [0, 1, 4], id="zeros-are-equal"),
-        pytest.param([math.nan, 1, math.nan, 2, 0], {}, [1, 3, 4], id="nan-loses"),
-        pytest.param([math.nan, 1, 2, 3, math.nan], {}, [2, 3, 4], id="nan-local-is-kept"),
-        pytest.param([-math.inf] * 6, {}, [0, 1, 5], id="minus-infinity-can-be-chosen"),
-        pytest.param([math.nan] * 6, {}, [0, 1, 5], id="all-nan"),
-        pytest.param([1, math.inf, 2, math.inf, math.inf, 0], {}, [1, 3, 5], id="infinite-ties"),
-        pytest.param([3e38, 9, 8, 3e38, 0, -1], {"topk": 2}, [0, 5], id="local-beats-any-score"),
-        pytest.param([0, 9, 8, 7, 6, 5], {"num_init_blocks": 1}, [0, 1, 5], id="init"),
-        pytest.param(
-            [0, 9, 8, 7, 6, 5],
-            {"num_init_blocks": 2, "num_local_blocks": 2},
-            [0, 1, 4],
-            id="init-before-local-and-better-local-first",
-        ),
-        pytest.param(
-            [0, 9, 8, 7, 5, 5],
-            {"num_init_blocks": 2, "num_local_blocks": 2},
-            [0, 1, 4],
-            id="equal-locals",
-        ),
-        pytest.param([4, 9, 8, 7, 6, 5], {"num_init_blocks": 5}, [1, 2, 3], id="best-of-init"),
-        pytest.param([4, 9, 8, 7, 6, 1], {"num_local_blocks": 0}, [1, 2, 3], id="no-local"),
-        pytest.param([4, 9, 8], {"num_local_blocks": 5, "topk": 4}, [0, 1, 2, -1], id="tail"),
-    ],
-)
+@pytest.mark.parametrize(("scores", "rules", "expected"), RANKINGS)
 def test_ranking(
     scores: list[float], rules: dict[str, int], expected: list[int], backend: Backend
 ) -> None:

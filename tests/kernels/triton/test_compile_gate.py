@@ -1,0 +1,85 @@
+"""Every Triton kernel compiles for every chip at its chosen configuration, within its budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m3_kernels.testing.compile_gate import ARCHS, OPS, SHARED_LIMIT, Compiled, Variant, faults
+
+# The release on many GPU machines today; `make env` puts it there.
+OLDER_TRITON = Path(__file__).parents[3] / ".venv" / "triton-3.6"
+
+
+def gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process that compiles: without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, "-m", "m3_kernels.testing.compile_gate", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel(arch: int) -> None:
+    done = gate("--arch", str(arch), "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["faults"] == []
+    assert {kernel["op"] for kernel in report["kernels"]} == set(OPS)
+    for kernel in report["kernels"]:
+        assert kernel["stack"] == 0, kernel
+
+
+@pytest.mark.skipif(not OLDER_TRITON.exists(), reason="no .venv/triton-3.6: make env")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_kernel_with_the_older_triton(arch: int) -> None:
+    done = gate("--arch", str(arch), "--json", path=OLDER_TRITON)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["triton"].startswith("3.6")
+
+
+def variant(**changes: object) -> Variant:
+    base = Variant("v", None, {}, {}, {}, registers=64, shared=200_000, needs=("HGMMA",))
+    return dataclasses.replace(base, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def compiled(**counts: int) -> Compiled:
+    instructions = {"LDL": 0, "STL": 0, "HGMMA": 4, **counts}
+    return Compiled(registers=64, stack=0, shared=90_000, warps=4, instructions=instructions)
+
+
+def test_judgement() -> None:
+    assert faults(variant(), compiled(), 90) == []
+    spilled = dataclasses.replace(compiled(), stack=8)
+    assert faults(variant(), spilled, 90) == [
+        "sm_90 v: spills: 8 bytes of stack, 0 loads and stores"
+    ]
+    assert "1 loads and stores" in faults(variant(), compiled(STL=1), 90)[0]
+    assert faults(variant(registers=63), compiled(), 90) == ["sm_90 v: 64 registers, budget 63"]
+    assert "budget 80000" in faults(variant(shared=80_000), compiled(), 90)[0]
+    assert faults(variant(), compiled(HGMMA=0), 90) == ["sm_90 v: no HGMMA"]
+    large = dataclasses.replace(compiled(), shared=110_000)
+    assert faults(variant(), large, 90) == []
+    assert faults(variant(), large, 120) == [
+        f"sm_120 v: 110000 bytes of shared memory, budget {SHARED_LIMIT[120]}"
+    ]
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    from m3_kernels.testing.compile_gate import compile_variant
+    from m3_kernels.work_plan.triton_variants import variants
+
+    with pytest.raises(RuntimeError, match="nothing compiles with TRITON_INTERPRET=1; unset it"):
+        compile_variant(variants(90)[0], 90)
