@@ -65,8 +65,9 @@ screens: env
 	$(BIN)/m3-plugin doctor > $(SCREENS)/doctor.txt
 	M3_PLUGIN_RECORD_BLOCKS=.cache/screens/selection $(BIN)/m3-plugin demo --long-tokens 4096
 	$(BIN)/m3-plugin blocks .cache/screens/selection --phase decode --plot $(SCREENS)/blocks.png
-	$(BIN)/m3-plugin eval needle --output .cache/screens/needle.json --plot $(SCREENS)/needle.png
-	$(BIN)/m3-plugin bench serve --contexts 1024,4096,16384 --requests 2 \
+	$(BIN)/m3-plugin eval needle --contexts 1536,4096 \
+	  --output .cache/screens/needle.json --plot $(SCREENS)/needle.png
+	$(BIN)/m3-plugin bench serve --contexts 1024,4096 --requests 2 \
 	  --json $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
 
 lint: env

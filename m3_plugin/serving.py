@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -71,6 +72,7 @@ class ServerProcess:
     ) -> None:
         self.url = f"http://{LOOPBACK}:{port}"
         self.log = log
+        self._restore: Callable[[], object] = lambda: None
         with log.open("wb") as output:
             # a session of its own, so that stopping reaches the engine and worker processes too
             self.process = subprocess.Popen(
@@ -127,6 +129,8 @@ class ServerProcess:
         self.process.wait()
 
     def __enter__(self) -> ServerProcess:
+        # a terminated process must stop its server as an interrupted one does
+        self._restore = _terminate_as_exit()
         return self
 
     def __exit__(
@@ -135,7 +139,10 @@ class ServerProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        try:
+            self.stop()
+        finally:
+            self._restore()
 
     def _answers(self) -> bool:
         try:
@@ -147,3 +154,19 @@ class ServerProcess:
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
+
+
+def _terminate_as_exit() -> Callable[[], object]:
+    """Let SIGTERM unwind the stack; returns what undoes that.
+
+    Only where nobody else decided, and in the main thread, the only one that may.
+    """
+    alone = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not alone or threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    return lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)

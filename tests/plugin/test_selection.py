@@ -9,11 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from m3_plugin.batch import MSABatch
+from m3_plugin.assembly import make_session
+from m3_plugin.batch import MSABatch, StepCapacity
 from m3_plugin.cli import app
-from m3_plugin.config import MSAConfig
+from m3_plugin.config import M3Config, MSAConfig
+from m3_plugin.released import released_config
 from m3_plugin.selection.recorder import FILE_PATTERN, SelectionRecorder
 from m3_plugin.selection.summary import NoRecords, summarise
+from m3_plugin.session import MSASession
 
 RULES = MSAConfig(
     num_index_heads=2,
@@ -155,16 +158,21 @@ def test_nothing_recorded_says_how(tmp_path: Path) -> None:
 
 
 def test_recording_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from m3_plugin.assembly import make_session
-    from m3_plugin.config import M3Config
-    from tests.plugin.test_config import HUB
+    def session() -> MSASession | None:
+        return make_session(
+            M3Config.from_hf(released_config()),
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+            cache_dtype=torch.bfloat16,
+            tensor_parallel_size=1,
+            capacity=StepCapacity(max_requests=1, max_rows=1, max_seq_len=1),
+        )
 
-    config = M3Config.from_hf(HUB)
-    silent = make_session(config, device_type="cpu")
+    silent = session()
     assert silent is not None
     assert silent.recorder is None
     monkeypatch.setenv("M3_PLUGIN_RECORD_BLOCKS", str(tmp_path / "new"))
-    recording = make_session(config, device_type="cpu")
+    recording = session()
     assert recording is not None
     assert recording.recorder is not None
     assert recording.recorder.folder == tmp_path / "new"

@@ -1,0 +1,65 @@
+"""Nothing that was started may outlive the one who started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from m3_plugin.serving import ServerProcess
+
+# A server with a child of its own, as the hosts have.
+SERVER = """
+import subprocess, time
+print(subprocess.Popen(["sleep", "300"]).pid, flush=True)
+time.sleep(300)
+"""
+STARTER = f"""
+import pathlib, sys, time
+from m3_plugin.serving import ServerProcess
+with ServerProcess(
+    [sys.executable, "-c", {SERVER!r}], port=1, log=pathlib.Path(sys.argv[1])
+) as server:
+    print(server.process.pid, flush=True)
+    time.sleep(300)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # a zombie whose parent is gone is no process that runs
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_server_and_its_children(tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "server.log"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(log)], stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    server = int(starter.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not log.read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child = int(log.read_text())
+    starter.send_signal(number)
+    assert starter.wait(60) != 0
+    assert not is_alive(server)
+    assert not is_alive(child)
+
+
+def test_the_old_handler_comes_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ServerProcess(["sleep", "300"], port=1, log=tmp_path / "server.log"):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
