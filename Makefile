@@ -6,6 +6,7 @@
 #   make test-vllm         without the SGLang environment
 #   make test-sglang       the SGLang tests alone
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
+#   make kernels-table     docs/kernels-compiled.md: the Triton kernels compiled for every GPU family
 #   make lint              ruff, pyright, import-linter
 #   make screens           the generated examples under docs/screens, on this machine's CPU
 #   make clean             remove environments and caches
@@ -27,9 +28,12 @@ BIN        := $(VLLM_VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
 PIP        := -m pip --disable-pip-version-check
 
+# The Triton of torch 2.11, for which the kernels are compiled too, beside the environment's own.
+OLDER_TRITON := .venv/triton-3.6
+
 SCREENS := docs/screens
 
-.PHONY: screens demo test test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
+.PHONY: screens kernels-table demo test test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -56,6 +60,13 @@ $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 	$(SGLANG_BIN)/python -m m3_plugin.torchvision_ops --install
 	touch $@
 
+$(OLDER_TRITON)/.ready: $(VLLM_VENV)/.ready
+	$(BIN)/python $(PIP) install --quiet --no-deps --target $(OLDER_TRITON) --upgrade triton==3.6.0
+	touch $@
+
+kernels-table: env
+	$(BIN)/python -W ignore -m m3_kernels.testing.compile_gate --markdown > docs/kernels-compiled.md
+
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
 	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
 
@@ -81,7 +92,7 @@ lint-sglang: env env-sglang
 
 test: test-vllm test-sglang
 
-test-vllm: lint
+test-vllm: lint $(OLDER_TRITON)/.ready
 	$(BIN)/pytest $(TESTS)
 
 test-sglang: lint-sglang test-sglang-oldest

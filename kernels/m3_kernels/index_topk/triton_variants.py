@@ -117,7 +117,7 @@ def _prefill(arch: int, name: str, q: str, keys: str, dot_name: str, keys_name: 
         signature={**signature, "row_request": "*i32", **rows},
         constexprs={**constants, "DECODE_ROWS": DECODE_ROWS, "M": config["ITEMS"]},
         options={option: config[option] for option in ("num_warps", "num_stages")},
-        registers=192 if config["USE_DESCRIPTORS"] else 248,
+        registers=192 if config["USE_DESCRIPTORS"] else 255,
         shared=136 * 1024,
         needs=_needs(arch, config),
         unaligned=("table_stride", "score_stride", *rows),

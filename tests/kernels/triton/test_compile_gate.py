@@ -13,7 +13,7 @@ import pytest
 
 from m3_kernels.testing.compile_gate import ARCHS, OPS, SHARED_LIMIT, Compiled, Variant, faults
 
-# The release on many GPU machines today; `make env` puts it there.
+# The release that torch 2.11 brings; `make test` puts it there.
 OLDER_TRITON = Path(__file__).parents[3] / ".venv" / "triton-3.6"
 
 
@@ -42,7 +42,7 @@ def test_every_kernel(arch: int) -> None:
         assert kernel["stack"] == 0, kernel
 
 
-@pytest.mark.skipif(not OLDER_TRITON.exists(), reason="no .venv/triton-3.6: make env")
+@pytest.mark.skipif(not OLDER_TRITON.exists(), reason="no .venv/triton-3.6: run make test")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_kernel_with_the_older_triton(arch: int) -> None:
     done = gate("--arch", str(arch), "--json", path=OLDER_TRITON)

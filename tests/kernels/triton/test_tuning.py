@@ -14,8 +14,7 @@ from m3_kernels.tuning import FAMILIES, arch_of, family_of, kernel_config
 
 @pytest.mark.parametrize(
     ("arch", "family"),
-    [(80, 80), (86, 89), (87, 80), (89, 89), (90, 90), (100, 100), (103, 100), (120, 120)]
-    + [(121, 120)],
+    [(80, 80), (86, 89), (87, 80), (89, 89), (90, 90), (100, 100), (103, 100), (121, 120)],
 )
 def test_families(arch: int, family: int) -> None:
     assert family_of(arch) == family
