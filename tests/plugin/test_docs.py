@@ -103,3 +103,15 @@ def test_make_targets_named_anywhere_exist() -> None:
         named = re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text.read_text(), re.MULTILINE)
         for first, second in named:
             assert (first or second) in rules, f"{text.name}: make {first or second}"
+
+
+def test_the_recipe_for_ruler_is_what_lm_eval_understands(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = pytest.importorskip("lm_eval._cli.harness")
+    text = (DOCS / "operations.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^lm_eval run .*$", text, re.MULTILINE)
+    monkeypatch.setattr("sys.argv", shlex.split(line))
+    parsed = vars(harness.HarnessCLI().parse_args())
+    assert parsed["tasks"] == ["ruler"]
+    assert parsed["model"] == "local-completions"
+    assert parsed["model_args"]["base_url"].endswith("/v1/completions")
+    assert max(parsed["metadata"]["max_seq_lengths"]) <= parsed["model_args"]["max_length"]
