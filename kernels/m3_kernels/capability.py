@@ -12,7 +12,7 @@ from m3_kernels import native_build
 Backend = Literal["auto", "reference", "torch", "native", "triton"]
 Implementation = Literal["reference", "torch", "native", "triton"]
 
-NO_CUDA_KERNELS = "CUDA kernels are not part of this version"
+CPU_ONLY = "computes on CPU tensors only"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ def kernel_families(device_type: str) -> tuple[KernelFamily, ...]:
             KernelFamily("triton", _interpreter_refusal()),
         )
     if device_type == "cuda":
-        reason = NO_CUDA_KERNELS
-    else:
-        reason = f"no kernels exist for device type {device_type!r}"
+        return (
+            KernelFamily("triton", _compiler_refusal()),
+            *(KernelFamily(name, CPU_ONLY) for name in ("native", "torch", "reference")),
+        )
+    reason = f"no kernels exist for device type {device_type!r}"
     return tuple(KernelFamily(name, reason) for name in ("triton", "native", "torch", "reference"))
 
 
@@ -82,6 +84,19 @@ def implementation_for(op: str, *, backend: Backend, device_type: str) -> Implem
             return family.name
     known = ", ".join(repr(cast(str, f.name)) for f in families)
     raise ValueError(f"{op}: backend must be 'auto' or one of {known}; got {backend!r}")
+
+
+def _compiler_refusal() -> str | None:
+    """Why Triton kernels cannot be compiled for a GPU.
+
+    Asks no GPU: a host's parent process chooses kernels before CUDA may be started. What the
+    device itself cannot do is refused when its session is made.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; torch's CUDA wheels bring it (pip install triton)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it"
+    return None
 
 
 def _interpreter_refusal() -> str | None:

@@ -36,10 +36,22 @@ def test_a_request_is_obeyed_or_refused(monkeypatch: pytest.MonkeyPatch) -> None
         choose_kernels("cpu", "reference")
 
 
-@pytest.mark.parametrize("device_type", ["cuda", "xpu"])
-def test_a_device_without_kernels_is_refused_with_every_reason(device_type: str) -> None:
-    with pytest.raises(NoKernelError, match=f"no MSA kernels for device '{device_type}'"):
-        choose_kernels(device_type)
+def test_a_device_without_kernels_is_refused_with_every_reason() -> None:
+    with pytest.raises(NoKernelError, match="no MSA kernels for device 'xpu'"):
+        choose_kernels("xpu")
+
+
+def test_cuda_takes_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice starts no CUDA: a host makes it in its parent process too."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert choose_kernels("cuda").family == "triton"
+    assert not torch.cuda.is_initialized()
+    with pytest.raises(NoKernelError, match="native cannot run on 'cuda': computes on CPU"):
+        choose_kernels("cuda", "native")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(NoKernelError, match="TRITON_INTERPRET=1 is set"):
+        choose_kernels("cuda")
 
 
 def test_this_machine_has_kernels() -> None:
