@@ -11,10 +11,25 @@ import torch
 from torch import Tensor
 
 from m3_kernels.index_topk import index_topk
-from m3_kernels.testing.cases import Case, Inputs, all_cases, build
+from m3_kernels.sparse_attention import (
+    SparseAttentionWorkspace,
+    allocate_sparse_attention_workspace,
+    sparse_attention,
+)
+from m3_kernels.sparse_attention.workspace import decode_tiles
+from m3_kernels.testing.cases import (
+    INT32_MAX,
+    Case,
+    Inputs,
+    all_cases,
+    build,
+    production_cases,
+)
 from m3_kernels.testing.compare import assert_accurate, plain_attention
+from m3_kernels.work_plan import make_work_plan
 
 INT32_MIN = -(2**31)
+QUERY_LENS = (1, 2, 3, 4, 5, 8, 100)
 
 # Programs run one after another, tens of milliseconds each: the long prefills lose some rows.
 LONGEST = 17
@@ -34,6 +49,24 @@ CASES = [
     # bf16 arithmetic is wrong in the interpreter.
     if case.dtype != torch.bfloat16 and not case.name.startswith("m3")
 ]
+
+
+@pytest.fixture
+def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products add up in the order of k, as tensor cores do, whatever the shape of the tile.
+
+    The interpreter calls BLAS, whose order depends on the shape.
+    """
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
+        total = acc.data.copy()
+        for k in range(a.data.shape[1]):
+            column = a.data[:, k, None].astype(total.dtype)
+            total += column * b.data[None, k].astype(total.dtype)
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def choose(inputs: Inputs) -> Tensor:
@@ -104,3 +137,227 @@ def test_equals_exact_arithmetic(case: Case) -> None:
     inputs = build(case)
     ids = choose(inputs)
     assert_exact(inputs, ids, attend(inputs, ids, arch=90, use_descriptors=False))
+
+
+def test_descriptors_and_pointers_read_the_same() -> None:
+    inputs = build(
+        Case("tiles", ((90, 2), (60, 9)), head_dim=64, topk=3, num_q_heads=2, num_kv_heads=1)
+    )
+    ids = choose(inputs)
+    pointers = attend(inputs, ids, arch=90, use_descriptors=False)
+    assert_exact(inputs, ids, pointers)
+    assert_same_bits(attend(inputs, ids, arch=90, use_descriptors=True), pointers)
+
+
+@pytest.mark.usefixtures("products_in_order")
+def test_the_real_geometry() -> None:
+    # 2,049 keys are one more than 16 blocks hold: every row leaves one of its blocks out.
+    case = dataclasses.replace(
+        production_cases()[1], name="m3", requests=((2174, 2),), dtype=torch.float16
+    )
+    inputs = build(case)
+    ids = choose(inputs)
+    results = attend(inputs, ids, arch=90, use_descriptors=True)
+    assert_exact(inputs, ids, results)
+    one, ids_of_one = rows_of(inputs, ids, [(0, 1, 2)])
+    assert_same_bits(attend(one, ids_of_one, arch=90), tuple(r[1:2] for r in results))
+
+
+@pytest.mark.usefixtures("products_in_order")
+@pytest.mark.parametrize("rows", [2, 5, 8])
+def test_verification_equals_decoding_bit_by_bit(rows: int) -> None:
+    # From the last rows of one block into the next; some blocks are shared by rows, others not.
+    inputs = build(Case("verify", ((109, rows), (30, 1)), num_kv_heads=1, num_q_heads=4, topk=5))
+    ids = choose(inputs)
+    ids[0, 1, :3] = torch.tensor([4, 2, -1])
+    together = attend(inputs, ids)
+    assert_exact(inputs, ids, together)
+    for row in range(rows):
+        one, ids_of_one = rows_of(inputs, ids, [(0, row, row + 1)])
+        assert_same_bits(attend(one, ids_of_one), tuple(r[row : row + 1] for r in together))
+
+
+def test_chunks_and_company_of_a_prefill_do_not_matter() -> None:
+    inputs = build(Case("chunks", ((21, 30), (100, 9)), num_kv_heads=1, num_q_heads=4))
+    ids = choose(inputs)
+    together = attend(inputs, ids, arch=90)
+    for first, last in ((0, 13), (13, 30), (5, 30)):
+        piece, ids_of_piece = rows_of(inputs, ids, [(0, first, last)])
+        assert_same_bits(
+            attend(piece, ids_of_piece, arch=90), tuple(r[first:last] for r in together)
+        )
+
+
+@pytest.mark.parametrize("rows", [3, 10])
+def test_ids_are_a_set(rows: int) -> None:
+    inputs = build(Case("set", ((100, rows),), num_kv_heads=1, num_q_heads=2))
+    ids = choose(inputs)
+    noise = torch.tensor([INT32_MAX, -1, INT32_MIN, 10_000], dtype=torch.int32)
+    noisy = torch.cat([noise.expand(1, rows, 4), ids.flip(-1), ids], dim=-1)
+    wider = torch.cat([ids, torch.full((1, rows, 8), -1, dtype=torch.int32)], dim=-1)
+    ids[0, 1] = noise
+    noisy[0, 1] = noise.repeat(3)
+    wider[0, 1] = noise.repeat(3)
+    out, lse = attend(inputs, ids)
+    assert (out[1] == 0).all()
+    assert (lse[1] == -math.inf).all()
+    assert out[0].isfinite().all()
+    assert (out[2] != 0).any()
+    assert_same_bits(attend(inputs, noisy), (out, lse))
+    assert_same_bits(attend(inputs, wider), (out, lse))
+
+
+@pytest.mark.parametrize("rows", [6, 20])
+def test_keys_of_later_rows_are_invisible_even_if_nan(rows: int) -> None:
+    inputs = build(Case("later", ((42 - rows, rows + 2),), num_kv_heads=1, num_q_heads=2))
+    ids = choose(inputs)
+    expected = attend(inputs, ids)
+    page = int(inputs.page_table[0, 2])  # positions 32 to 47
+    inputs.k_pages[page, :, 10:] = torch.nan  # from the last but one row's own key on
+    inputs.v_pages[page, :, 10:] = torch.inf
+    got = attend(inputs, ids)
+    assert_same_bits(tuple(r[:rows] for r in got), tuple(r[:rows] for r in expected))
+    assert not got[0][rows:].isfinite().any()
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_blocks_of_other_rows_are_invisible_even_if_nan(rows: int) -> None:
+    inputs = build(Case("others", ((100, rows),), topk=2, num_kv_heads=1, num_q_heads=2))
+    ids = torch.tensor([[[1, 6], *[[0, 6]] * (rows - 1)]], dtype=torch.int32)
+    expected = attend(inputs, ids)
+    inputs.v_pages[int(inputs.page_table[0, 1]), 0, 3] = torch.nan
+    inputs.k_pages[int(inputs.page_table[0, 1])] = torch.nan
+    for block in (2, 3, 4, 5):  # nobody's
+        inputs.k_pages[int(inputs.page_table[0, block])] = torch.nan
+        inputs.v_pages[int(inputs.page_table[0, block])] = torch.nan
+        inputs.page_table[0, block] = INT32_MAX
+    got = attend(inputs, ids)
+    assert_same_bits(tuple(r[1:] for r in got), tuple(r[1:] for r in expected))
+    assert got[0][0].isnan().all()
+
+
+def test_extreme_logits() -> None:
+    inputs = build(Case("extreme", ((60, 1),), num_kv_heads=1, num_q_heads=1))
+    inputs.q.zero_()
+    inputs.q[..., 0] = 1 / inputs.scale
+    ids = torch.tensor([[[0, 1, 2, 3]]], dtype=torch.int32)
+    page = int(inputs.page_table[0, 1])
+    inputs.k_pages[page, 0, 3, 0] = 1e4  # outweighs everything by far
+    out, lse = attend(inputs, ids)
+    torch.testing.assert_close(out[0, 0], inputs.v_pages[page, 0, 3])
+    torch.testing.assert_close(lse[0, 0], torch.tensor(1e4))
+    inputs.k_pages[..., 0] = -math.inf
+    out, lse = attend(inputs, ids)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    inputs.k_pages[page, 0, 3, 0] = math.nan
+    out, lse = attend(inputs, ids)
+    assert out.isnan().all()
+    assert lse.isnan().all()
+
+
+@pytest.mark.parametrize("pages", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_fp8_pages_with_scales(rows: int, pages: torch.dtype) -> None:
+    inputs = build(Case("fp8", ((50, rows),)).with_dtype(torch.float16))
+    ids = choose(inputs)
+    k_scale, v_scale = torch.tensor([0.5, 2.0]), torch.tensor([3.0])
+    stored = dataclasses.replace(
+        inputs, k_pages=inputs.k_pages.to(pages), v_pages=inputs.v_pages.to(pages)
+    )
+    expected_lse = torch.empty(inputs.q.shape[:2])
+    expected = sparse_attention(
+        stored.q.float(),
+        stored.k_pages,
+        stored.v_pages,
+        ids,
+        **stored.batch,
+        scale=stored.scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        lse=expected_lse,
+        backend="reference",
+    )
+    out, lse = attend(stored, ids, arch=89, k_scale=k_scale, v_scale=v_scale)
+    torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=6e-3)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
+
+
+def test_refusals_name_the_alternative() -> None:
+    inputs = build(Case("refused", ((50, 1),)))
+    ids = choose(inputs)
+    e4m3 = dataclasses.replace(
+        inputs,
+        k_pages=inputs.k_pages.to(torch.float8_e4m3fn),
+        v_pages=inputs.v_pages.to(torch.float8_e4m3fn),
+    )
+    with pytest.raises(NotImplementedError, match="Keep KV in float8_e5m2"):
+        attend(e4m3, ids, arch=86)
+    arguments = {**inputs.batch, "scale": inputs.scale}
+    for backend in ("native", "torch"):
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            sparse_attention(e4m3.q, e4m3.k_pages, e4m3.v_pages, ids, **arguments, backend=backend)
+    small = SparseAttentionWorkspace(torch.empty(10), torch.zeros(8, dtype=torch.int32))
+    with pytest.raises(ValueError, match="workspace must hold"):
+        attend(inputs, ids, workspace=small)
+
+
+def test_the_public_function_and_the_workspace_of_a_session() -> None:
+    inputs = build(Case("public", ((60, 3), (20, 1)), padding_rows=1))
+    ids = choose(inputs)
+    expected, _ = attend(inputs, ids)
+    rows, heads, dim = inputs.q.shape
+    workspace = allocate_sparse_attention_workspace(
+        max_reqs=4,
+        max_query_len=8,
+        num_q_heads=heads,
+        num_kv_heads=2,
+        head_dim=dim,
+        page_size=16,
+        topk=4,
+        dtype=torch.float32,
+        kv_dtype=torch.float32,
+        device=inputs.q.device,
+    )
+    workspace.partial.fill_(torch.nan)
+    plan = make_work_plan(
+        cu_seqlens_q=inputs.cu_seqlens_q, seq_lens=inputs.seq_lens, num_rows=rows, page_size=16
+    )
+    for _ in range(2):  # a replay finds the workspace as the last one left it
+        out = sparse_attention(
+            inputs.q,
+            inputs.k_pages,
+            inputs.v_pages,
+            ids,
+            **inputs.batch,
+            scale=inputs.scale,
+            plan=plan,
+            workspace=workspace,
+            backend="triton",
+        )
+        assert torch.equal(out, expected)
+        assert (workspace.arrivals == 0).all()
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_what_decides_bits_does_not_depend_on_the_step(
+    arch: int, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    tiles = [
+        decode_tiles(
+            max_query_len=query_len,
+            group=16,
+            head_dim=128,
+            page_size=128,
+            topk=16,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            arch=arch,
+        )
+        for query_len in QUERY_LENS
+    ]
+    assert len({(t.keys, t.segment_blocks, t.head_pad) for t in tiles}) == 1
+    for query_len, tile in zip(QUERY_LENS, tiles, strict=True):
+        assert tile.rows * tile.row_groups >= min(query_len, 8)
