@@ -12,9 +12,15 @@ import m3_kernels
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
 from m3_kernels.sparse_attention import sparse_attention
+from m3_kernels.work_plan import fill_work_plan
 
 PACKAGE = Path(m3_kernels.__file__).parent
-OPS = {"cache_store": cache_store, "index_topk": index_topk, "sparse_attention": sparse_attention}
+OPS = {
+    "cache_store": cache_store,
+    "index_topk": index_topk,
+    "sparse_attention": sparse_attention,
+    "work_plan": fill_work_plan,
+}
 HEADINGS = ["## Purpose", "## Example", "## Contract", "## Maths", "## Limits"]
 
 

@@ -71,7 +71,7 @@ INT64 = torch.zeros(2, dtype=torch.int64)
         ("index_topk", {"num_init_blocks": -1}, ValueError, "num_init_blocks must not be"),
         ("index_topk", {"out": torch.zeros(2, 13, 4)}, TypeError, "out must be torch.int32"),
         ("index_topk", {"out": torch.zeros(13, 2, 4).int()}, ValueError, r"= \[2, 13, 4\]; got"),
-        ("index_topk", {"backend": "triton"}, ValueError, "backend must be 'auto' or one of"),
+        ("index_topk", {"backend": "cutlass"}, ValueError, "backend must be 'auto' or one of"),
         ("sparse_attention", {"q": torch.zeros(13, 7, 32)}, ValueError, "multiple of the 2 KV"),
         ("sparse_attention", {"q": torch.zeros(13, 8, 32).half().long()}, TypeError, "q must be"),
         ("sparse_attention", {"q": torch.zeros(13, 32, 8).mT}, ValueError, "q must be contiguous"),

@@ -9,7 +9,7 @@ from m3_kernels import validation
 from m3_kernels.capability import Backend, implementation_for
 from m3_kernels.work_plan import WorkPlan
 
-LOW_PRECISION = (torch.int8, torch.float8_e4m3fn)
+LOW_PRECISION = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def index_topk(
@@ -39,8 +39,8 @@ def index_topk(
     Parameters
     ----------
     index_q : [T, num_index_heads, index_dim], any strides with a contiguous last dimension
-    index_k_pages : [P, page_size, index_dim], any strides with a contiguous last dimension; int8
-        and float8_e4m3fn are read by "triton" and "reference" only
+    index_k_pages : [P, page_size, index_dim], any strides with a contiguous last dimension; int8,
+        float8_e4m3fn and float8_e5m2 are read by "triton" and "reference" only
     page_table : int32 [R, max_pages], must cover every sequence
     cu_seqlens_q : int32 [R + 1], never decreasing, from 0 to at most T
     seq_lens : int32 [R], the step's own tokens included
@@ -48,7 +48,7 @@ def index_topk(
     num_local_blocks : newest blocks always chosen, `own - num_local_blocks < b <= own`
     num_init_blocks : first blocks always chosen, before local ones if both do not fit
     index_k_scales : floating [P, page_size], what a stored key is multiplied with; int8 keys need
-        it, float8_e4m3fn keys may have it, others have none
+        it, fp8 keys may have it, others have none
     out : int32 [num_index_heads, T, topk], filled when given
     plan : the step's, read by "triton" only; without one it makes its own, which waits for the
         device and allocates
@@ -69,8 +69,11 @@ def index_topk(
     """
     device = index_q.device
     validation.require_float("index_q", index_q)
-    if index_k_pages.dtype not in LOW_PRECISION:
-        validation.require_float("index_k_pages", index_k_pages)
+    if index_k_pages.dtype not in (*validation.FLOAT_DTYPES, *LOW_PRECISION):
+        raise TypeError(
+            "index_k_pages must be float32, bfloat16, float16, int8, float8_e4m3fn or "
+            f"float8_e5m2; got {index_k_pages.dtype}"
+        )
     words = "[T, num_index_heads, index_dim]"
     validation.require_shape("index_q", index_q, (None, None, None), words)
     rows, heads, dim = index_q.shape
@@ -161,7 +164,7 @@ def _require_scales(pages: Tensor, scales: Tensor | None) -> None:
         return
     if pages.dtype not in LOW_PRECISION:
         raise ValueError(
-            f"index_k_scales must be None unless index_k_pages are int8 or float8_e4m3fn; "
+            f"index_k_scales must be None unless index_k_pages are int8 or fp8; "
             f"got {pages.dtype} pages"
         )
     validation.require_float("index_k_scales", scales)

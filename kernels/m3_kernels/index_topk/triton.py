@@ -28,7 +28,7 @@ DOT_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-LOW_PRECISION = (torch.int8, torch.float8_e4m3fn)
+LOW_PRECISION = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def index_topk_triton(

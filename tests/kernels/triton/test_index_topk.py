@@ -214,7 +214,9 @@ def quantised(inputs: Inputs, dtype: torch.dtype) -> tuple[Inputs, Tensor]:
 
 
 @pytest.mark.parametrize("use_descriptors", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "e4m3"])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2], ids=["int8", "e4m3", "e5m2"]
+)
 def test_keys_of_8_bits(dtype: torch.dtype, use_descriptors: bool) -> None:
     inputs, scales = quantised(build(MIXED.with_dtype(torch.float16)), dtype)
     ids = run(inputs, index_k_scales=scales, use_descriptors=use_descriptors, arch=90)
