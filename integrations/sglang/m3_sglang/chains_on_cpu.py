@@ -185,6 +185,13 @@ def _slots_from(req_to_token: Tensor, rows: Tensor, starts: Tensor, *, count: in
     return req_to_token[rows.long()[:, None], columns].flatten().long()
 
 
+def last_slots(original: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """AROUND hook on `get_last_loc`, which takes Triton for any backend not called torch_native."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(*args, **kwargs)
+
+
 def assign_slots(
     req_pool_indices: Tensor,
     req_to_token: Tensor,
@@ -248,6 +255,7 @@ HOOKS = {
     f"{_SPECULATIVE}.cache_locs.assign_draft_cache_locs_contiguous_func": _instead(draft_slots),
     f"{_SPECULATIVE}.cache_locs.assign_extend_cache_locs_uniform_func": _instead(verify_slots),
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": _instead(assign_slots),
+    "sglang.srt.mem_cache.allocation.get_last_loc": last_slots,
     "sglang.srt.layers.rotary_embedding.get_rope": plain_rope,
 }
 

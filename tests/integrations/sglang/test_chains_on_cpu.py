@@ -9,6 +9,10 @@ import sys
 import pytest
 import torch
 
+from m3_sglang.compat import speculation_is_tested
+
+pytestmark = pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
+
 # SGLang's own Triton kernels, interpreted, on the same random chains.
 AGAINST_TRITON = """
 import torch
