@@ -6,6 +6,7 @@ names of the fused parameters and of the routed experts, which they hand in.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 
 from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor
 from m3_plugin.config import M3Config
+from m3_plugin.quantization.formats import CACHE_SCALES
 from m3_plugin.quantization.plan import WeightPlan, plan_checkpoint, require_in_proportion
 from m3_plugin.quantization.stream import Dequantiser
 from m3_plugin.released import ModelNotFound, find_model
 from m3_plugin.settings import Settings
 from m3_plugin.shards import indexed_tensors, shard_files
+
+logger = logging.getLogger(__name__)
 
 _EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
 
@@ -69,6 +73,7 @@ class WeightLoader:
         self.ledger = TensorLedger(expected)
         self.parameters = dict(model.named_parameters())
         self.loaded: set[str] = set()
+        self.unused_scales: list[str] = []
         self.fused = fused
         self.fused_name = re.compile(rf"\.({'|'.join(fused)})\.")
         self.experts = {
@@ -120,6 +125,13 @@ class WeightLoader:
         if self.dequantiser is not None:
             self.dequantiser.require_complete()
         self.ledger.require_complete()
+        if self.unused_scales:
+            logger.warning(
+                "m3-plugin: %d scales of an fp8 KV cache, such as %s, have no place in this model; "
+                "its cache has unit scale there",
+                len(self.unused_scales),
+                self.unused_scales[0],
+            )
         for module in self.model.modules():
             if isinstance(module, FinishesLoading):
                 module.finish_loading()
@@ -131,6 +143,9 @@ class WeightLoader:
         if target not in self.parameters:
             alias = self.scale_alias(target, self.parameters)
             if alias is None or alias not in self.parameters:
+                if target.rpartition(".")[2] in CACHE_SCALES:
+                    self.unused_scales.append(name)
+                    return
                 raise ValueError(
                     f"checkpoint tensor {name} has no counterpart in the model "
                     f"(looked for parameter {target}); is its quantisation in config.json?"

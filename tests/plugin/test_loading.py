@@ -124,3 +124,15 @@ def test_a_promised_tensor_without_a_parameter_is_an_error() -> None:
 def test_gate_and_up_rows_are_interleaved_per_expert() -> None:
     w13: Tensor = torch.arange(2 * 6).view(2, 6, 1)
     assert interleave_gate_up(w13).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_scales_of_the_cache_without_a_place_are_said_and_not_lost_silently(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Recorder()
+    target = loader(model)
+    for name in [*tensors(), "model.layers.0.self_attn.k_proj.k_scale"]:
+        target.load(name, torch.ones(1))
+    target.finish()
+    assert "1 scales of an fp8 KV cache, such as model.layers.0.self_attn.k_proj" in caplog.text
+    assert "unit scale" in caplog.text

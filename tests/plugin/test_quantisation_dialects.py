@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from m3_plugin.checkpoint import linear_shape, text_modules
 from m3_plugin.config import M3Config
-from m3_plugin.quantization.dialects import Names, Quantization, read_quantization
-from m3_plugin.quantization.formats import GptqInt4, Nvfp4, PackedInt4
+from m3_plugin.quantization.dialects import Names, Quantization, is_linear, read_quantization
+from m3_plugin.quantization.formats import GptqInt4, Nvfp4, PackedInt4, Plain, stored_bytes
 from m3_plugin.testing.quantised import RECIPES, QuantName, quantization_config
 from tests.plugin.test_config import hub
 
@@ -204,3 +204,15 @@ def test_shapes_of_linear_weights_are_the_published_ones() -> None:
     assert linear_shape(config, EXPERT) == (3072, 6144)
     assert linear_shape(config, SHARED) == (3072, 6144)
     assert linear_shape(config, "lm_head") == (200064, 6144)
+
+
+@pytest.mark.parametrize(("quant", "published"), [("mxfp8", 444), ("nvfp4", 250)])
+def test_sizes_at_full_scale_are_the_published_ones(quant: QuantName, published: int) -> None:
+    """GB on disk, from the BF16 release's bytes with the linear weights exchanged."""
+    config = M3Config.from_hf(hub())
+    total = 854_172_958_720
+    for module in filter(is_linear, text_modules(config)):
+        weight = RECIPES[quant].format_of(module) or Plain()
+        rows, columns = linear_shape(config, module)
+        total += stored_bytes(weight, rows=rows, columns=columns) - 2 * rows * columns
+    assert round(total / 1e9) == published
