@@ -48,7 +48,7 @@ class MTPReference:
         load = Model.from_pretrained
         own = _write_one_layer(checkpoint, scratch, module=module)
         self.target = load(checkpoint, dtype=torch.float32) if target is None else target
-        self.layer = load(scratch, dtype=torch.float32)
+        self.layer: Any = load(scratch, dtype=torch.float32)
         self.eps = self.layer.config.text_config.rms_norm_eps
         self.enorm, self.hnorm, self.eh_proj = (
             own[f"{name}.weight"].float() for name in ("enorm", "hnorm", "eh_proj")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from m3_plugin.testing.constructed import ConstructedCheckpoint
 from m3_plugin.testing.hub_layout import EOS_TOKEN
@@ -47,11 +49,15 @@ LENGTHS = (121, 506, 700, 2040)
 NUM_TOKENS = 12
 
 
+def image_request(beginning: str = "") -> dict[str, Any]:
+    """A prompt with an image that passes the budget."""
+    text = f"{beginning}the old man ]<]image[>[ and the sea" + " of words" * 300
+    return {"prompt": text, "multi_modal_data": {"image": image()}}
+
+
 def random_requests() -> list[Any]:
-    """Prompts of `LENGTHS`, and one with an image that passes the budget."""
-    text = "the old man ]<]image[>[ and the sea" + " of words" * 300
-    with_image = {"prompt": text, "multi_modal_data": {"image": image()}}
-    return [*(random_prompt(n, seed=n) for n in LENGTHS), with_image]
+    """Prompts of `LENGTHS`, and one with an image."""
+    return [*(random_prompt(n, seed=n) for n in LENGTHS), image_request()]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,15 @@ def constructed(tmp_path_factory: pytest.TempPathFactory, *, wrong_every: int) -
     folder = tmp_path_factory.mktemp("constructed") / f"wrong{wrong_every}"
     checkpoint = ConstructedCheckpoint(mtp=True, mtp_wrong_every=wrong_every)
     return checkpoint.write(folder, dtype=torch.float32)
+
+
+def soften(checkpoint: Path) -> None:
+    """Scale the head down: the same greedy answers, but sampling has several words to choose."""
+    head = "language_model.lm_head.weight"
+    for shard in checkpoint.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if head in tensors:
+            save_file(tensors | {head: tensors[head] / 25}, shard, metadata={"format": "pt"})
 
 
 def ids(prompts: Sequence[NeedlePrompt]) -> list[list[int]]:
@@ -125,7 +140,8 @@ class TestRandomCheckpoint:
         from transformers import AutoProcessor
 
         reference = MTPReference(random_mtp, scratch=tmp_path / "layer")
-        text, shown = random_prompt(700, seed=700), random_requests()[-1]
+        # prompts the engine has not seen, or fewer chunks would be left to compute
+        text, shown = random_prompt(700, seed=1), image_request("water and ")
         inputs = AutoProcessor.from_pretrained(random_mtp)(
             text=shown["prompt"], images=[image()], return_tensors="pt"
         )
@@ -165,6 +181,17 @@ def delayed(prompt: NeedlePrompt, count: int) -> list[int]:
     """The prompt with `count` fillers before its question; most of it stays a cached prefix."""
     filler = VOCABULARY.id_of(VOCABULARY.fillers[0])
     return [*prompt.token_ids[:-4], *[filler] * count, *prompt.token_ids[-4:]]
+
+
+def from_second_link(prompt: NeedlePrompt) -> NeedlePrompt:
+    """The same text, asked for what the answer's first word means."""
+    key = next(word for word in VOCABULARY.words if word.id == prompt.expected_ids[0])
+    assert key.question_id is not None
+    return replace(
+        prompt,
+        token_ids=(*prompt.token_ids[:-1], key.question_id),
+        expected_ids=prompt.expected_ids[1:],
+    )
 
 
 def cycle(count: int) -> list[int]:
@@ -249,6 +276,7 @@ class TestRepeatingModule:
 def erring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     """Every eighth word of a chain is drafted wrong; the module is a checkpoint of its own."""
     checkpoint = constructed(tmp_path_factory, wrong_every=8)
+    soften(checkpoint)
     draft = separate_mtp(checkpoint, tmp_path_factory.mktemp("draft") / "mtp")
     with EngineProcess(
         checkpoint,
@@ -274,14 +302,12 @@ class TestErringModule:
 
     @pytest.mark.parametrize("size", DRAFTS)
     def test_every_accepted_length_occurs(self, erring: EngineProcess, size: int) -> None:
-        """Chains begin in each of the eight classes, so the mistake falls on each place."""
+        """Chains of eight phases, so that the mistake falls on each place of a step."""
+        whole = [needle_prompt(seed, num_tokens=420, hops=16, decoys=False) for seed in range(4)]
+        chains = [chain for prompt in whole for chain in (prompt, from_second_link(prompt))]
         lengths = [0] * 6
-        for first in range(0, 12, size):
-            chains = [
-                needle_prompt(seed, num_tokens=420, hops=16, decoys=False)
-                for seed in range(first, first + size)
-            ]
-            counted = check(erring, chains)
+        for first in range(0, len(chains), size):
+            counted = check(erring, chains[first : first + size])
             lengths = [a + b for a, b in zip(lengths, counted.lengths, strict=True)]
         assert all(lengths[: DRAFTS[size] + 1]), lengths
 
@@ -295,16 +321,16 @@ class TestErringModule:
 
     def test_speculation_behind_a_prefix_hit(self, erring: EngineProcess) -> None:
         """vLLM gives the last block of a hit up when it drafts, to have the draft's state."""
-        prompt = needle_prompt(50, num_tokens=1500, hops=6)
+        prompt = needle_prompt(50, num_tokens=1700, hops=6)
         first, second = (erring.generate(ids([prompt]), max_tokens=9)[0] for _ in range(2))
         assert tuple(first.token_ids) == tuple(second.token_ids) == prompt.expected_ids
         assert first.num_cached_tokens == 0
-        assert second.num_cached_tokens == (1500 // PAGE - 1) * PAGE
+        assert second.num_cached_tokens == (1699 // PAGE - 1) * PAGE
 
     def test_abort_leaves_the_others_right(self, erring: EngineProcess) -> None:
         chains = [needle_prompt(60 + i, num_tokens=600, hops=16, decoys=False) for i in range(2)]
         assert erring.abort_midway(ids(chains), steps=4, max_tokens=16) > 0
-        check(erring, [needle_prompt(65, num_tokens=1500, hops=6), *chains])
+        check(erring, [needle_prompt(65, num_tokens=1700, hops=6), *chains])
 
     def test_rejected_slots_are_never_read(self, erring: EngineProcess) -> None:
         """NaN in every uncommitted slot before every step changes nothing; in a committed one, all.
@@ -315,7 +341,7 @@ class TestErringModule:
         erring.rpc("poison_uncommitted", True)
         try:
             counted = check(erring, chains)
-            assert counted.lengths[0] + counted.lengths[1] > 0
+            assert counted.accepted < counted.drafted
             assert erring.rpc("poisoned")[0] > 0
         finally:
             erring.rpc("poison_uncommitted", False)
@@ -336,15 +362,14 @@ class TestErringModule:
         """
         prompt = needle_prompt(80, num_tokens=150, hops=3, decoys=False)
         allowed = sorted({*prompt.expected_ids[:3], VOCABULARY.nowhere_id, *FOUR_WORDS})
-        temperature = 25.0
-        exact = exact_distribution(erring, prompt, allowed, temperature=temperature)
+        exact = exact_distribution(erring, prompt, allowed)
         before = erring.speculation()
         outputs = []
         for _ in range(20):
             outputs += erring.generate(
                 ids([prompt]) * 250,
                 max_tokens=3,
-                temperature=temperature,
+                temperature=1.0,
                 allowed_token_ids=allowed,
                 ignore_eos=True,
             )
@@ -352,9 +377,9 @@ class TestErringModule:
         assert 0.1 * counted.drafted < counted.accepted < 0.9 * counted.drafted
         drawn = Counter(tuple(output.token_ids) for output in outputs)
         assert sum(drawn.values()) == 5000
-        assert chi_square_p(drawn, exact) > 1e-3
-        # as flat as that would be seen
-        flatter = exact_distribution(erring, prompt, allowed, temperature=1.3 * temperature)
+        assert chi_square_p(drawn, exact) > 1e-4
+        # a distribution only slightly flatter would be told apart
+        flatter = exact_distribution(erring, prompt, allowed, temperature=1.3)
         assert chi_square_p(drawn, flatter) < 1e-6
 
 
@@ -363,7 +388,7 @@ Draw = tuple[int, ...]
 
 
 def exact_distribution(
-    engine: EngineProcess, prompt: NeedlePrompt, allowed: list[int], *, temperature: float
+    engine: EngineProcess, prompt: NeedlePrompt, allowed: list[int], *, temperature: float = 1.0
 ) -> dict[Draw, float]:
     """Probability of every three allowed words, from the engine's own logits for a first token."""
     known: dict[Draw, float] = {(): 1.0}
@@ -416,9 +441,9 @@ def test_an_always_wrong_module_costs_steps_only(tmp_path_factory: pytest.TempPa
 
 
 def test_ngram_repeats_what_the_context_repeats(constructed_checkpoint: Path) -> None:
-    """Answers stand in the prompt, in order, so some n-gram drafts are right and others are not."""
+    """One prompt begins with its answer, the other with the answer backwards: right and wrong."""
     prompts = [needle_prompt(seed, num_tokens=900, hops=8, decoys=False) for seed in (95, 96)]
-    answers = [list(prompt.expected_ids[:-1]) for prompt in prompts]
+    answers = [list(prompts[0].expected_ids[:-1]), list(prompts[1].expected_ids[-2::-1])]
     requests = [
         [*answer, *prompt.token_ids] for answer, prompt in zip(answers, prompts, strict=True)
     ]
