@@ -294,7 +294,8 @@ def sparse_attention_decode_kernel(
 
     # Rows of the tile, and what each of them chose.
     first_row = request_row + group * ROWS
-    positions_start = tl.load(seq_lens + request) - query_len + group * ROWS
+    seq_len = tl.load(seq_lens + request)
+    positions_start = seq_len - query_len + group * ROWS
     row = tl.arange(0, ROWS)
     row_exists = group * ROWS + row < query_len
     ids = load_chosen(
@@ -397,7 +398,7 @@ def sparse_attention_decode_kernel(
         whole * TILES,
         count * TILES,
         everyone,
-        positions_start + ROWS - 1,
+        tl.minimum(positions_start + ROWS, seq_len) - 1,
         column_row,
         column_position,
         scale_log2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -16,7 +17,8 @@ from m3_kernels.sparse_attention import (
     allocate_sparse_attention_workspace,
     sparse_attention,
 )
-from m3_kernels.sparse_attention.workspace import decode_tiles
+from m3_kernels.sparse_attention.traffic import AttentionTraffic, sparse_attention_traffic
+from m3_kernels.sparse_attention.workspace import decode_tiles, power_of_two
 from m3_kernels.testing.cases import (
     INT32_MAX,
     Case,
@@ -361,3 +363,82 @@ def test_what_decides_bits_does_not_depend_on_the_step(
     assert len({(t.keys, t.segment_blocks, t.head_pad) for t in tiles}) == 1
     for query_len, tile in zip(QUERY_LENS, tiles, strict=True):
         assert tile.rows * tile.row_groups >= min(query_len, 8)
+
+
+def m3_traffic(requests: list[tuple[int, int]], **options: Any) -> AttentionTraffic:
+    """MiniMax-M3 in bf16 where neighbouring rows choose the same blocks: the last ones."""
+    chosen = []
+    for seq_len, query_len in requests:
+        own = [(seq_len - query_len + row) // 128 for row in range(query_len)]
+        chosen.append([[set(range(max(0, b - 15), b + 1)) for b in own]] * 4)
+    return sparse_attention_traffic(
+        requests,
+        chosen=chosen,
+        num_q_heads=64,
+        num_kv_heads=4,
+        head_dim=128,
+        page_size=128,
+        q_bytes=2,
+        kv_bytes=2,
+        **{"rows": 4, "segment_blocks": 2, "prefill_rows": 8, **options},
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "megabytes"), [(1, 8192, 4.2), (1, 2**20, 4.2), (64, 8192, 268)]
+)
+def test_decoding_reads_the_keys_of_the_roofline_once(
+    batch: int, length: int, megabytes: float
+) -> None:
+    found = m3_traffic([(length, 1)] * batch)
+    assert found.kv_bytes / 1e6 == pytest.approx(megabytes, rel=0.005)
+    assert found.launches == 1
+    assert found.partial_bytes < 0.07 * found.kv_bytes
+
+
+def test_verification_and_prefill_share_keys() -> None:
+    one, four = m3_traffic([(8192, 1)]), m3_traffic([(8192, 4)])
+    assert four.kv_bytes == one.kv_bytes
+    assert four.launches == 1
+    prefill = m3_traffic([(8192, 4096)])
+    assert prefill.kv_bytes < 4096 / 8 * one.kv_bytes * 1.01
+    assert prefill.launches == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_bytes_are_those_of_the_model(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    inputs = build(Case("traffic", ((103 - rows, rows), (40, rows)), num_kv_heads=1, num_q_heads=2))
+    ids = choose(inputs)
+    pool = inputs.k_pages.untyped_storage()
+    first, end = pool.data_ptr(), pool.data_ptr() + pool.nbytes()
+    counted = 0
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def counting(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal counted
+        inside = (pointers.data >= first) & (pointers.data < end) & mask.data
+        counted += int(inside.sum()) * inputs.k_pages.element_size()
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counting)
+    attend(inputs, ids, arch=90, use_descriptors=False)
+    starts = [0, rows, 2 * rows]
+    expected = sparse_attention_traffic(
+        [(103, rows), (40 + rows, rows)],
+        chosen=[
+            [[set(ids[0, row].tolist()) - {-1} for row in range(a, b)]]
+            for a, b in itertools.pairwise(starts)
+        ],
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        page_size=16,
+        q_bytes=4,
+        kv_bytes=4,
+        rows=min(power_of_two(rows), 2),  # fp32, by the default configuration
+        segment_blocks=2,
+        prefill_rows=4,
+    )
+    assert counted == expected.kv_bytes
