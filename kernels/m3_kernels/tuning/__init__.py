@@ -85,7 +85,8 @@ def _first_fitting(rows: list[dict[str, Any]], shape: Mapping[str, Shape]) -> di
 def _fits(value: Shape, wanted: Shape | dict[str, int] | list[Shape]) -> bool:
     """Whether a value is in {"min": a, "max": b} (ends included), in a list, or equal."""
     if isinstance(wanted, dict):
-        return wanted.get("min", value) <= value <= wanted.get("max", value)
+        number = int(value)
+        return wanted.get("min", number) <= number <= wanted.get("max", number)
     if isinstance(wanted, list):
         return value in wanted
     return value == wanted

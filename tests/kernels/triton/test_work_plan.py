@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from m3_kernels.testing.cases import Case, all_cases, build
 from m3_kernels.work_plan import (
@@ -25,7 +25,7 @@ CASES = [case for case in all_cases() if case.dtype == torch.float32 and case.nu
 FIELDS = ("cum_blocks", "cum_tiles", "range_start", "range_request", "row_request")
 
 
-def step(*requests: tuple[int, int]) -> dict[str, Tensor]:
+def step(*requests: tuple[int, int]) -> dict[str, Any]:
     """A step of (sequence length, query rows)."""
     return {
         "cu_seqlens_q": torch.tensor([0, *(rows for _, rows in requests)]).cumsum(0).int(),
@@ -41,7 +41,7 @@ def assert_same(plan: WorkPlan, expected: WorkPlan) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_reference(case: Case) -> None:
     inputs = build(case)
-    batch = {"cu_seqlens_q": inputs.cu_seqlens_q, "seq_lens": inputs.seq_lens}
+    batch: dict[str, Any] = {"cu_seqlens_q": inputs.cu_seqlens_q, "seq_lens": inputs.seq_lens}
     rows = inputs.q.shape[0]
     triton, reference = (
         make_work_plan(**batch, num_rows=rows, page_size=case.page_size, backend=backend)
