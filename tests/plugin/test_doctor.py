@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from m3_plugin.diagnosis import Finding, Report
+from m3_plugin.diagnosis import Finding, Report, device
 from m3_plugin.diagnosis.child import ChildFailed, ask
 from m3_plugin.diagnosis.findings import clean
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts, examine_settings
@@ -84,13 +84,18 @@ def test_without_any_host(without_hosts: Path, checkpoint: Path) -> None:
     assert [f.name for f in report.findings if f.status == "failure"] == ["installed"]
 
 
-def test_broken_triton_and_an_absent_gpu(without_hosts: Path, tmp_path: Path) -> None:
+def test_broken_triton_and_an_absent_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton is broken')")
-    done, report = run(without_hosts, "--device", "cuda", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    report = Report()
+    device.examine(report, "cuda")
     assert "libtriton is broken" in finding(report, "Triton").value
     assert "nvidia-smi" in finding(report, "GPU").advice
+    # nothing was run on a device that is not there
+    assert "self-test" not in [f.name for f in report.findings]
+    assert not report.served_by_us
 
 
 def test_a_host_that_is_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
