@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3_plugin.backends import choose_kernels
-from m3_plugin.batch import MSABatch
+from m3_plugin.backends import KernelChoice, choose_kernels
+from m3_plugin.batch import MSABatch, StepCapacity
 from m3_plugin.config import MSAConfig
 from m3_plugin.session import MSACaches, MSASession, MSAStatistics
+from m3_plugin.workspace import LayerShape, Workspace, allocate_workspace
 
 PAGE = 128
 HEADS, KV_HEADS, DIM = 8, 4, 128
@@ -159,3 +160,44 @@ def test_batch_shapes_are_checked() -> None:
         MSABatch(**{**good.__dict__, "cu_seqlens_q": torch.zeros(3, dtype=torch.int32)})
     with pytest.raises(ValueError, match="page_table must be"):
         MSABatch(**{**good.__dict__, "page_table": torch.zeros(2, 2, dtype=torch.int32)})
+
+
+def workspace(**limits: int) -> Workspace:
+    fp32 = torch.float32
+    shape = LayerShape(HEADS, KV_HEADS, DIM, fp32, fp32, fp32)
+    capacity = StepCapacity(**{"max_requests": 2, "max_rows": 4, "max_seq_len": 512} | limits)
+    return allocate_workspace(msa(), shape, capacity, device=torch.device("cpu"))
+
+
+def test_a_workspace_belongs_to_the_triton_kernels() -> None:
+    triton = KernelChoice("triton", "test")
+    with pytest.raises(ValueError, match="'triton' without one"):
+        MSASession(msa(), kernels=triton, scale=1.0)
+    with pytest.raises(ValueError, match="with one"):
+        MSASession(msa(), kernels=choose_kernels("cpu"), scale=1.0, workspace=workspace())
+
+
+def test_a_workspace_holds_the_largest_step_and_no_more() -> None:
+    small, large = workspace(), workspace(max_seq_len=1024)
+    # four bytes for each of 2 requests x 4 rows x 4 heads x 4 more blocks
+    assert large.num_bytes - small.num_bytes == 4 * 2 * 4 * KV_HEADS * 4
+    ids = small.ids(3)
+    assert ids.shape == (KV_HEADS, 3, 4)
+    assert ids.data_ptr() == small.ids(4).data_ptr()
+    assert small.ids(4).numel() == small.block_ids.numel()
+    assert "2 requests, 4 rows, 512 tokens" in small.describe()
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_rows": 1}, "rows=2, but the session was made for at most 1"),
+        ({"max_seq_len": 255}, "max_seq_len=256, but the session was made for at most 255"),
+    ],
+)
+def test_a_step_beyond_the_capacity_is_refused(limits: dict[str, int], message: str) -> None:
+    batch = step(256, 2, torch.arange(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=message):
+        workspace(**limits).plan(batch)
+    with pytest.raises(ValueError, match="max_rows must be at least 1; got 0"):
+        StepCapacity(max_requests=1, max_rows=0, max_seq_len=1)

@@ -17,9 +17,19 @@ ATTENTION_OP = "vllm::m3_msa_attention"
 
 
 def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | None:
-    """The session for the model being built, None if no layer of it is sparse."""
+    """The session for the model being built, None if no layer of it is sparse.
+
+    Raises
+    ------
+    ValueError : vLLM would run two micro-batches at once, and a session plans one.
+    """
     if config.msa is None:
         return None
+    if vllm_config.parallel_config.use_ubatching:
+        raise ValueError(
+            "m3-plugin plans one step at a time: two micro-batches in flight would overwrite each "
+            "other's plan; start vLLM without --enable-dbo and --ubatch-size"
+        )
     keep_attention_out_of_piecewise_graphs(vllm_config)
     return make_session(
         config,
