@@ -82,7 +82,9 @@ def _but_index(weight: WeightFormat) -> dict[Role, WeightFormat]:
 RECIPES: Mapping[QuantName, Recipe] = MappingProxyType(
     {
         "mxfp8": Recipe(_all(Mxfp8()), "mxfp8"),
-        "nvfp4": Recipe(_but_index(Mxfp8(scale="weight_scale")) | {"experts": Nvfp4()}, "modelopt"),
+        "nvfp4": Recipe(
+            {**_but_index(Mxfp8(scale="weight_scale")), "experts": Nvfp4()}, "modelopt"
+        ),
         "mxfp4": Recipe({"experts": Mxfp4()}, "quark"),
         "w4a16": Recipe(_but_index(PackedInt4(_INT4_GROUP, symmetric=True)), "compressed-tensors"),
         "awq": Recipe(_but_index(PackedInt4(_INT4_GROUP, symmetric=False)), "compressed-tensors"),

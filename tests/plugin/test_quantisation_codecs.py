@@ -202,6 +202,7 @@ class TestCompressedTensorsLibrary:
         scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**options))
         library = BaseCompressor.load_from_registry(stored)
         theirs = library.decompress(dict(quantised.parts), scheme)["weight"]
+        assert theirs is not None
         ours = dequantise(weight, quantised.parts)
         # the library computes in the scales' dtype, bf16 for some formats
         torch.testing.assert_close(ours, theirs.float(), rtol=8e-3, atol=1e-6)

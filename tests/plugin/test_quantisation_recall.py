@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from m3_plugin.config import M3Config
-from m3_plugin.quantization.formats import PackedInt4
+from m3_plugin.quantization.formats import PackedInt4, WeightFormat
 from m3_plugin.testing.quantised import (
     RECIPES,
     QuantName,
     Recipe,
+    Role,
     quantise_checkpoint,
     reference_checkpoint,
 )
@@ -41,7 +42,7 @@ def test_a_quantised_branch_that_should_have_been_kept_shows(
 ) -> None:
     """The same awq checkpoint with four-bit index projections, read as the numbers it means."""
     weight = PackedInt4(32, symmetric=False)
-    formats = {**RECIPES["awq"].formats, "index": weight}
+    formats: dict[Role, WeightFormat] = {**RECIPES["awq"].formats, "index": weight}
     broken = Recipe(formats, "compressed-tensors")
     monkeypatch.setattr("m3_plugin.testing.quantised.RECIPES", {"awq": broken})
     recall = index_recall(plain, reference_checkpoint(plain, tmp_path / "q", "awq"))

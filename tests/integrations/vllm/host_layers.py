@@ -33,9 +33,10 @@ def without_kernels() -> None:
         def input_quant_key(self) -> None:
             return None
 
-    modelopt.select_linear_kernel = lambda *args, **kwargs: Kernel()
-    modelopt.select_mxfp8_moe_backend = lambda *args, **kwargs: (None, None)
-    modelopt.select_nvfp4_moe_backend = lambda *args, **kwargs: (None, None)
+    host: Any = modelopt
+    host.select_linear_kernel = lambda *args, **kwargs: Kernel()
+    host.select_mxfp8_moe_backend = lambda *args, **kwargs: (None, None)
+    host.select_nvfp4_moe_backend = lambda *args, **kwargs: (None, None)
 
 
 def build(stored: Path) -> tuple[nn.Module, M3Config]:
