@@ -154,7 +154,7 @@ def repeating_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engin
 class TestRepeatingModule:
     def test_acceptance_is_what_was_designed(self, repeating_engine: EngineProcess) -> None:
         """Six tokens per step: five drafts accepted and the target's own."""
-        prompts = [needle_prompt(700 + i, num_tokens=1300 + i, hops=4) for i in range(3)]
+        prompts = [needle_prompt(700 + i, num_tokens=1400 + i, hops=4) for i in range(3)]
         for output in check(repeating_engine, prompts):
             drafted = 5 * output.num_verify_steps
             # the last step may draft past the last token
