@@ -12,7 +12,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ class Question:
 class Answer:
     """What came back for a question.
 
+    `draft_steps` counts steps that verified drafts, `drafted` and `accepted` their tokens.
     `prefill_blocks` and `decode_blocks` are (read, visible): blocks the MSA layers attended, and
     blocks dense layers would have attended, as counted by the workers.
     """
@@ -57,6 +58,19 @@ class Answer:
     decode_blocks: tuple[int, int]
     first_token_s: float
     decode_ms_per_token: float | None
+    draft_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of draft tokens that were accepted, None without drafts."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens a decode step yields: its own one and the accepted drafts."""
+        return 1 + self.accepted / self.draft_steps if self.draft_steps else 1.0
 
     @property
     def right(self) -> bool:
@@ -72,6 +86,10 @@ def demo(
     long_tokens: Annotated[
         int, typer.Option(min=2048, max=MAX_MODEL_LEN - 1024, help="Tokens of the long prompt.")
     ] = 16384,
+    speculative: Annotated[
+        bool,
+        typer.Option("--speculative", help="Serve again, drafting with the MTP module; compare."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     log: Annotated[
         Path | None, typer.Option(help="Write the server's log to this file and keep it.")
@@ -82,42 +100,73 @@ def demo(
     console = Console(stderr=True)
     try:
         host = installed_host(host_name)
-        answers = _run(host, long_tokens=long_tokens, log=log, console=console)
+        answers, drafted = _run(
+            host, long_tokens=long_tokens, speculative=speculative, log=log, console=console
+        )
     except (LookupError, ServerFailed) as failure:
         console.print(str(failure), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
-    right = all(answer.right for answer in answers)
+    right = all(answer.right for answer in (*answers, *drafted))
     if as_json:
-        typer.echo(json.dumps({"right": right, "answers": [_as_dict(a) for a in answers]}))
+        report = {"right": right, "answers": [_as_dict(a) for a in answers]}
+        typer.echo(json.dumps(report | {"speculative": [_as_dict(a) for a in drafted]}))
     else:
-        _report(answers, host=host, right=right)
+        _report(answers, drafted, host=host, right=right)
     raise typer.Exit(0 if right else 1)
 
 
-def _run(host: Host, *, long_tokens: int, log: Path | None, console: Console) -> list[Answer]:
+def _run(
+    host: Host, *, long_tokens: int, speculative: bool, log: Path | None, console: Console
+) -> tuple[list[Answer], list[Answer]]:
+    """Answers of the plain server, and of one that drafts where that is asked for."""
     from m3_plugin.testing.constructed import ConstructedCheckpoint
 
+    if speculative and not host.speculative_options:
+        raise LookupError(f"--speculative: the demo cannot start {host.title} with drafts")
     with tempfile.TemporaryDirectory(prefix="m3-plugin-demo-") as folder:
         with _step(console, "writing the constructed checkpoint"):
-            checkpoint = ConstructedCheckpoint().write(Path(folder) / "checkpoint")
-        scratch = Path(folder)
-        port = free_port()
-        with (
-            ServerProcess(
-                host.command(checkpoint, port, host.options),
-                port=port,
-                log=log or scratch / "server.log",
-                environment=host.environment(scratch),
-            ) as server,
-            _step(console, f"starting {host.title}") as say,
-        ):
-            server.wait_until_ready(on_wait=lambda line: say(f"starting {host.title}: {line}"))
-            answers = []
-            for question in _questions(long_tokens):
-                say(f"asking: {question.label}")
-                answers.append(_ask(server.url, question, host=host))
-            say(f"stopping {host.title}")
-        return answers
+            checkpoint = ConstructedCheckpoint(mtp=speculative).write(Path(folder) / "checkpoint")
+        runs: list[list[Answer]] = []
+        for name, options in (("plain", ()), ("speculative", host.speculative_options)):
+            if options and not speculative:
+                runs.append([])
+                continue
+            scratch = Path(folder) / name
+            scratch.mkdir()
+            with _served(host, checkpoint, options, scratch, log=log, console=console) as ask:
+                runs.append([ask(question) for question in _questions(long_tokens)])
+        return runs[0], runs[1]
+
+
+@contextmanager
+def _served(
+    host: Host,
+    checkpoint: Path,
+    options: tuple[str, ...],
+    scratch: Path,
+    *,
+    log: Path | None,
+    console: Console,
+) -> Iterator[Callable[[Question], Answer]]:
+    """A running server, as a function that asks it a question."""
+    port = free_port()
+    with (
+        ServerProcess(
+            host.command(checkpoint, port, (*host.options, *options)),
+            port=port,
+            log=log or scratch / "server.log",
+            environment=host.environment(scratch),
+        ) as server,
+        _step(console, f"starting {host.title}") as say,
+    ):
+        server.wait_until_ready(on_wait=lambda line: say(f"starting {host.title}: {line}"))
+
+        def ask(question: Question) -> Answer:
+            say(f"asking: {question.label}")
+            return _ask(server.url, question, host=host)
+
+        yield ask
+        say(f"stopping {host.title}")
 
 
 def _questions(long_tokens: int) -> Iterator[Question]:
@@ -172,6 +221,7 @@ class _Counters:
     decode_s_per_token: float
     prefill_blocks: tuple[float, float]
     decode_blocks: tuple[float, float]
+    drafts: tuple[float, float, float]
 
 
 def _read_counters(url: str, *, host: Host) -> _Counters:
@@ -192,6 +242,19 @@ def _read_counters(url: str, *, host: Host) -> _Counters:
         decode_s_per_token=_metric(text, f"{time_per_token}_sum"),
         prefill_blocks=blocks("prefill"),
         decode_blocks=blocks("decode"),
+        drafts=_drafts(text, host=host),
+    )
+
+
+def _drafts(exposition: str, *, host: Host) -> tuple[float, float, float]:
+    """Steps that verified drafts, draft tokens, and accepted ones."""
+    names = host.draft_counters
+    if names is None:
+        return 0.0, 0.0, 0.0
+    return (
+        _metric(exposition, names.steps),
+        _metric(exposition, names.drafted),
+        _metric(exposition, names.accepted),
     )
 
 
@@ -236,6 +299,9 @@ def _ask(url: str, question: Question, *, host: Host) -> Answer:
     assert usage is not None
     details = usage.prompt_tokens_details
     counted = after.requests > before.requests
+    steps, drafted, accepted = (
+        int(now - then) for now, then in zip(after.drafts, before.drafts, strict=True)
+    )
     return Answer(
         label=question.label,
         asked=question.asked,
@@ -249,6 +315,9 @@ def _ask(url: str, question: Question, *, host: Host) -> Answer:
         decode_ms_per_token=1e3 * (after.decode_s_per_token - before.decode_s_per_token)
         if counted
         else None,
+        draft_steps=steps,
+        drafted=drafted,
+        accepted=accepted,
     )
 
 
@@ -279,10 +348,15 @@ def _share(blocks: tuple[int, int]) -> str:
 
 
 def _as_dict(answer: Answer) -> dict[str, Any]:
-    return {**asdict(answer), "right": answer.right}
+    return {
+        **asdict(answer),
+        "right": answer.right,
+        "acceptance": answer.acceptance,
+        "tokens_per_step": answer.tokens_per_step,
+    }
 
 
-def _report(answers: list[Answer], *, host: Host, right: bool) -> None:
+def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: bool) -> None:
     terminal = Console()
     # a pipe or a log has no width of its own, and a narrow table cannot be read
     console = terminal if terminal.is_terminal else Console(width=130)
@@ -308,6 +382,8 @@ def _report(answers: list[Answer], *, host: Host, right: bool) -> None:
             f"{decode:.0f}" if decode is not None else "-",
         )
     console.print(table)
+    if drafted:
+        console.print(_comparison(answers, drafted))
     if right:
         console.print("all answers right", style="green")
     else:
@@ -318,3 +394,31 @@ def _report(answers: list[Answer], *, host: Host, right: bool) -> None:
     )
     title = "the released weights on GPUs"
     console.print(Panel(host.gpu_command + note, title=title, expand=False, highlight=False))
+
+
+def _comparison(answers: list[Answer], drafted: list[Answer]) -> Table:
+    """The same questions with and without drafts."""
+    table = Table(title="drafting 3 tokens with the MTP module")
+    table.add_column("question")
+    for heading in (
+        "accepted",
+        "tokens per step\nplain | drafting",
+        "decode ms/token\nplain | drafting",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_column("answer")
+    for plain, other in zip(answers, drafted, strict=True):
+        times = [
+            "-" if answer.decode_ms_per_token is None else f"{answer.decode_ms_per_token:.0f}"
+            for answer in (plain, other)
+        ]
+        table.add_row(
+            other.label,
+            f"{other.accepted} of {other.drafted}",
+            f"{plain.tokens_per_step:.1f} | {other.tokens_per_step:.1f}",
+            " | ".join(times),
+            "[green]the same[/green]"
+            if other.received == plain.received
+            else "[red]DIFFERENT[/red]",
+        )
+    return table

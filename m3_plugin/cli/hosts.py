@@ -14,6 +14,21 @@ MAX_MODEL_LEN = 32768
 
 
 @dataclass(frozen=True)
+class DraftCounters:
+    """The host's own counters of speculative decoding, by their name in its metrics.
+
+    Attributes
+    ----------
+    steps : verified batches of drafts, per request
+    drafted, accepted : draft tokens
+    """
+
+    steps: str
+    drafted: str
+    accepted: str
+
+
+@dataclass(frozen=True)
 class Host:
     """One serving framework as the demo uses it.
 
@@ -26,6 +41,8 @@ class Host:
     environment : (scratch folder) to variables of the server's process
     metrics : prefix of its Prometheus metrics
     gpu_command : how to serve the released weights
+    speculative_options : to draft with the checkpoint's MTP module; empty where the demo cannot
+    draft_counters : how it counts drafts
     """
 
     title: str
@@ -35,6 +52,8 @@ class Host:
     environment: Callable[[Path], Mapping[str, str]]
     metrics: str
     gpu_command: str
+    speculative_options: tuple[str, ...] = ()
+    draft_counters: DraftCounters | None = None
 
 
 _COMMON_ENVIRONMENT = {
@@ -79,6 +98,15 @@ HOSTS: Mapping[str, Host] = {
         ),
         environment=_vllm_environment,
         metrics="vllm",
+        speculative_options=(
+            "--speculative-config",
+            '{"method": "mtp", "num_speculative_tokens": 3}',
+        ),
+        draft_counters=DraftCounters(
+            steps="vllm:spec_decode_num_drafts_total",
+            drafted="vllm:spec_decode_num_draft_tokens_total",
+            accepted="vllm:spec_decode_num_accepted_tokens_total",
+        ),
         gpu_command=(
             "vllm serve MiniMaxAI/MiniMax-M3-MXFP8 --tensor-parallel-size 8 \\\n"
             "    --max-model-len 131072 --enable-auto-tool-choice \\\n"

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 
-def check_demo(host: str) -> None:
+def check_demo(host: str, *, speculative: bool = False) -> None:
     """Run the demo and compare its JSON report with what is known beforehand."""
     options = ["--host", host, "--json", "--long-tokens", "4096"]
+    options += ["--speculative"] if speculative else []
     command = [sys.executable, "-m", "m3_plugin.cli", "demo", *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stderr
@@ -25,3 +26,10 @@ def check_demo(host: str) -> None:
     assert read == 4 * 4 * 2 * 4
     assert visible > 5 * read
     assert again["decode_ms_per_token"] > 0
+    assert [drafted["label"] for drafted in report["speculative"]] == list(answers) * speculative
+    for drafted in report["speculative"]:
+        assert drafted["received"] == drafted["expected"]
+        # the colour of a picture is the target's own first token; nothing is left but its end
+        assert drafted["acceptance"] >= 0.95
+        assert drafted["tokens_per_step"] == 4
+    assert {answer["tokens_per_step"] for answer in answers.values()} == {1}
