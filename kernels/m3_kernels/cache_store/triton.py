@@ -76,7 +76,8 @@ def cache_store_kernel(
     in_page = slot % PAGE_SIZE
     row = row.to(tl.int64)
     dim = tl.arange(0, HEAD_PAD)
-    for head in tl.static_range(KV_HEADS):
+    for kv_head in tl.static_range(KV_HEADS):
+        head = tl.full([], kv_head, tl.int64)
         k_factor = 1.0
         v_factor = 1.0
         if HAS_K_SCALE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def sparse_attention_triton(
     kv_heads, page_size = k_pages.shape[1:3]
     topk = block_ids.shape[2]
     if rows == 0:
+        return
+    if topk == 0:
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-math.inf)
         return
     if plan is None:
         plan = make_work_plan(

@@ -238,6 +238,13 @@ def test_blocks_of_other_rows_are_invisible_even_if_nan(rows: int) -> None:
     assert got[0][0].isnan().all()
 
 
+def test_without_any_id_there_is_no_key() -> None:
+    inputs = build(Case("nothing", ((20, 2),)))
+    out, lse = attend(inputs, torch.zeros(2, 2, 0, dtype=torch.int32))
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+
+
 def test_extreme_logits() -> None:
     inputs = build(Case("extreme", ((60, 1),), num_kv_heads=1, num_q_heads=1))
     inputs.q.zero_()
