@@ -38,6 +38,10 @@ CASES = [
     for case in all_cases()
     if case.dtype != torch.bfloat16
 ]
+# Verify rows whose own block is not forced: its score must leave out the keys of later rows.
+OWN_BLOCK = Case(
+    "verify-no-local", ((90, 8), (24, 8), (29, 8), (50, 8)), topk=2, num_local_blocks=0
+)
 MIXED = Case("mixed", ((200, 1), (90, 4), (0, 10), (0, 0), (95, 9), (31, 1), (126, 2)), topk=5)
 
 
@@ -83,7 +87,7 @@ def reference(inputs: Inputs) -> Tensor:
     ("case", "use_descriptors"),
     [
         pytest.param(case, way == "descriptors", id=f"{case.name}-{way}")
-        for case, way in zip(CASES, itertools.cycle(("pointers", "descriptors")))
+        for case, way in zip([*CASES, OWN_BLOCK], itertools.cycle(("pointers", "descriptors")))
     ],
 )
 def test_equals_the_reference(case: Case, use_descriptors: bool) -> None:
@@ -312,7 +316,7 @@ def test_reads_what_the_traffic_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs = build(Case("traffic", requests, index_dim=16, page_size=16, topk=3))
-    plan = plan_of(inputs, 1)
+    plan = plan_of(inputs, 3)
     workspace = None
     if rows_in_passes:
         workspace = torch.empty(rows_in_passes * 2 * plan.max_blocks)
