@@ -185,6 +185,19 @@ def _slots_from(req_to_token: Tensor, rows: Tensor, starts: Tensor, *, count: in
     return req_to_token[rows.long()[:, None], columns].flatten().long()
 
 
+def move_nothing(
+    data_ptrs: Tensor, strides: Tensor, tgt_loc: Tensor, src_loc: Tensor, num_locs: int, *_: Any
+) -> None:
+    """A chain's keys stay; SGLang's pool only tries its kernel, from one slot to itself.
+
+    Raises
+    ------
+    NotImplementedError : keys would have to move, as a tree's.
+    """
+    if not torch.equal(tgt_loc[:num_locs], src_loc[:num_locs]):
+        raise NotImplementedError("on CPU, drafts are chains, whose keys do not move")
+
+
 def last_slots(original: Any, *args: Any, **kwargs: Any) -> Tensor:
     """AROUND hook on `get_last_loc`, which takes Triton for any backend not called torch_native."""
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
@@ -254,6 +267,7 @@ HOOKS = {
     f"{_SPECULATIVE}.eagle.fill_bonus_tokens_func": _instead(last_accepted),
     f"{_SPECULATIVE}.cache_locs.assign_draft_cache_locs_contiguous_func": _instead(draft_slots),
     f"{_SPECULATIVE}.cache_locs.assign_extend_cache_locs_uniform_func": _instead(verify_slots),
+    "sglang.kernels.ops.kvcache.cache_move.copy_all_layer_kv_cache_func": _instead(move_nothing),
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": _instead(assign_slots),
     "sglang.srt.mem_cache.allocation.get_last_loc": last_slots,
     "sglang.srt.layers.rotary_embedding.get_rope": plain_rope,
