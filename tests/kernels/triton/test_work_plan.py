@@ -103,7 +103,8 @@ def test_reuses_its_buffers() -> None:
     buffers = allocate_work_plan(max_reqs=5, max_rows=90, device=torch.device("cpu"))
     for name in FIELDS:
         getattr(buffers, name).fill_(-9)
-    for requests in (((700, 1), (40, 30), (90, 8)), ((0, 0),), (), ((31, 31), (5, 5))):
+    before_zero = ((0, 12), (5, 40), (3, 9))
+    for requests in (((700, 1), (40, 30), (90, 8)), ((0, 0),), (), ((31, 31), (5, 5)), before_zero):
         batch = step(*requests)
         rows = int(batch["cu_seqlens_q"][-1])
         plan = fill_work_plan(
