@@ -23,13 +23,18 @@ from m3_plugin.testing.recall import index_recall
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("plain") / "x", preset="engine")
+    return write_random_checkpoint(tmp_path_factory.mktemp("plain") / "x", preset="small")
 
 
-@pytest.mark.parametrize(("quant", "least"), [("mxfp8", 0.9), ("awq", 1.0)])
-def test_recall_at_8k(plain: Path, tmp_path: Path, quant: QuantName, least: float) -> None:
+@pytest.mark.parametrize(
+    ("quant", "num_tokens", "least"), [("mxfp8", 8192, 0.9), ("awq", 2048, 1.0)]
+)
+def test_recall(
+    plain: Path, tmp_path: Path, quant: QuantName, num_tokens: int, least: float
+) -> None:
     """awq keeps the index branch: not one block may differ. Random weights: a lower bound."""
-    recall = index_recall(plain, quantise_checkpoint(plain, tmp_path / "q", quant))
+    quantised = quantise_checkpoint(plain, tmp_path / "q", quant)
+    recall = index_recall(plain, quantised, num_tokens=num_tokens)
     assert recall.keys() == {1, 2, 3}
     assert least <= min(recall.values())
     assert max(recall.values()) <= 1.0
@@ -45,12 +50,13 @@ def test_a_quantised_branch_that_should_have_been_kept_shows(
     formats: dict[Role, WeightFormat] = {**RECIPES["awq"].formats, "index": weight}
     broken = Recipe(formats, "compressed-tensors")
     monkeypatch.setattr("m3_plugin.testing.quantised.RECIPES", {"awq": broken})
-    recall = index_recall(plain, reference_checkpoint(plain, tmp_path / "q", "awq"))
+    meant = reference_checkpoint(plain, tmp_path / "q", "awq")
+    recall = index_recall(plain, meant, num_tokens=2048)
     assert max(recall.values()) < 0.95
 
 
 def test_a_text_within_the_dense_context_says_nothing(plain: Path) -> None:
     config = M3Config.from_hf(json.loads((plain / "config.json").read_text()))
     assert config.msa is not None
-    with pytest.raises(ValueError, match="512 tokens of this model are attended densely"):
+    with pytest.raises(ValueError, match="32 tokens of this model are attended densely"):
         index_recall(plain, plain, num_tokens=config.msa.dense_context)
