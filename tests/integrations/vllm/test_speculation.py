@@ -20,7 +20,13 @@ from safetensors.torch import load_file, save_file
 from m3_plugin.testing.constructed import ConstructedCheckpoint
 from m3_plugin.testing.hub_layout import EOS_TOKEN
 from m3_plugin.testing.mtp_reference import MTPReference
-from m3_plugin.testing.prompts import NeedlePrompt, colour_rgb, needle_prompt, picture_prompt
+from m3_plugin.testing.prompts import (
+    NeedlePrompt,
+    colour_rgb,
+    min_needle_tokens,
+    needle_prompt,
+    picture_prompt,
+)
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from m3_plugin.testing.vocabulary import VOCABULARY
 from tests.integrations.cases import random_prompt
@@ -360,7 +366,8 @@ class TestErringModule:
         The second and third word come out of rejection sampling. The exact probabilities are those
         of a first generated token, which no draft has touched, after every possible beginning.
         """
-        prompt = needle_prompt(80, num_tokens=150, hops=3, decoys=False)
+        length = min_needle_tokens(hops=3, decoys=False)
+        prompt = needle_prompt(80, num_tokens=length, hops=3, decoys=False)
         allowed = sorted({*prompt.expected_ids[:3], VOCABULARY.nowhere_id, *FOUR_WORDS})
         exact = exact_distribution(erring, prompt, allowed)
         before = erring.speculation()
