@@ -99,7 +99,7 @@ def _decode(
         signature={**signature, **plan},
         constexprs={**constants, "SLOTS": slots, "N": max(16, slots * HEADS)},
         options={option: config[option] for option in ("num_warps", "num_stages")},
-        registers=168 if config["USE_DESCRIPTORS"] else 208,
+        registers=168 if config["USE_DESCRIPTORS"] else 216,
         shared=112 * 1024,
         needs=_needs(arch, config),
         unaligned=("table_stride", "score_stride"),

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,36 @@ def gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProce
     )
 
 
+Gates = dict[tuple[int, bool], Future[subprocess.CompletedProcess[str]]]
+
+# What the older Triton spills a few registers of, on the chips it is asked about. Nothing else may.
+OLDER_SPILLS = {
+    80: {"prefill bf16 KV bf16"},
+    90: {
+        "decode q_len 4 bf16 KV bf16",
+        "decode q_len 4 bf16 KV fp8e4nv",
+        "prefill bf16 KV bf16",
+        "prefill bf16 KV fp8e4nv",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def gates() -> Iterator[Gates]:
+    """Runs of the gate by (chip, older Triton), two at a time: compiling takes one core each."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        runs = {(arch, False): pool.submit(gate, "--arch", str(arch), "--json") for arch in ARCHS}
+        if OLDER_TRITON.exists():
+            for arch in OLDER_SPILLS:
+                runs[arch, True] = pool.submit(
+                    gate, "--arch", str(arch), "--json", path=OLDER_TRITON
+                )
+        yield runs
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel(arch: int) -> None:
-    done = gate("--arch", str(arch), "--json")
+def test_every_kernel(arch: int, gates: Gates) -> None:
+    done = gates[arch, False].result()
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert report["faults"] == []
@@ -43,11 +72,13 @@ def test_every_kernel(arch: int) -> None:
 
 
 @pytest.mark.skipif(not OLDER_TRITON.exists(), reason="no .venv/triton-3.6: run make test")
-@pytest.mark.parametrize("arch", [80, 90])
-def test_every_kernel_with_the_older_triton(arch: int) -> None:
-    done = gate("--arch", str(arch), "--json", path=OLDER_TRITON)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["triton"].startswith("3.6")
+@pytest.mark.parametrize("arch", OLDER_SPILLS)
+def test_every_kernel_with_the_older_triton(arch: int, gates: Gates) -> None:
+    report = json.loads(gates[arch, True].result().stdout)
+    assert report["triton"].startswith("3.6")
+    allowed = {f"sm_{arch} {name}: spills" for name in OLDER_SPILLS[arch]}
+    assert {":".join(line.split(":")[:2]) for line in report["faults"]} <= allowed
+    assert all(kernel["stack"] <= 128 for kernel in report["kernels"])
 
 
 def variant(**changes: object) -> Variant:
