@@ -45,9 +45,10 @@ class M3DraftBackends:
     def slots(self, forward_batch: ForwardBatch) -> Tensor:
         """Slots each step writes: int64 [num_steps, requests]."""
         assert forward_batch.out_cache_loc is not None
+        # SGLang's is a transposed view as soon as there are two requests
         return per_step_draft_out_cache_loc(
             forward_batch.out_cache_loc, forward_batch.batch_size, 1, self.num_steps
-        )
+        ).contiguous()
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan all steps of an eager round."""

@@ -327,6 +327,8 @@ def test_drafting_rounds_in_a_graph_equal_eager_ones() -> None:
     eager = [backend.plan.batch for backend in backends.attn_backends]
     assert [batch.seq_lens.tolist() for batch in eager] == [[128, 256], [129, 257]]
     assert [batch.slot_mapping.tolist() for batch in eager] == [[767, 255], [256, 512]]
+    # as the kernels require
+    assert all(batch.slot_mapping.is_contiguous() for batch in eager)
     captured = forward_batch("DECODE", seq_lens=[1, 1], out_cache_loc=torch.zeros_like(slots))
     backends.init_forward_metadata_out_graph(captured, in_capture=True)
     backends.init_forward_metadata_in_graph(captured)
