@@ -90,7 +90,9 @@ lint: env
 lint-sglang: env env-sglang
 	$(BIN)/pyright --project integrations/sglang
 
-test: test-vllm test-sglang
+# Both at a time: an engine spends much of its start on one core.
+test:
+	$(MAKE) --no-print-directory --jobs 2 test-vllm test-sglang
 
 test-vllm: lint $(OLDER_TRITON)/.ready
 	$(BIN)/pytest $(TESTS)
