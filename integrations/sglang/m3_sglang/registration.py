@@ -28,7 +28,7 @@ DRAFT_MODEL_TYPE = "minimax_m3_mtp"
 MODEL_PACKAGE = "m3_sglang.models"
 PROCESSOR_PACKAGE = "m3_sglang.processors"
 WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
-QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._parse_quant_hf_config"
+QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
 DRAFT_CONFIG = "sglang.srt.configs.model_config.ModelConfig._config_draft_model"
 INDEX_POOL = "sglang.srt.configs.model_config.is_minimax_sparse"
 CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
@@ -157,9 +157,15 @@ def _register_plain_weights() -> None:
     HookRegistry.register(QUANTIZATION, without_quantization, HookType.AROUND)
 
 
-def without_quantization(original: Any, model_config: Any) -> Any:
-    """AROUND hook: an M3 checkpoint counts as unquantised, any other as what it is."""
-    return None if is_ours(model_config.hf_config) else original(model_config)
+def without_quantization(original: Any, model_config: Any) -> None:
+    """AROUND hook: an M3 checkpoint counts as unquantised, any other as what it is.
+
+    Here SGLang settles the method, from its own defaults for M3 and from the checkpoint.
+    """
+    if is_ours(model_config.hf_config):
+        model_config.quantization = None
+    else:
+        original(model_config)
 
 
 def apply_around(hooks: Mapping[str, Callable[..., Any]]) -> None:

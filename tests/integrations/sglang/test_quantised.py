@@ -76,8 +76,17 @@ def hooked() -> Callable[[list[str]], object]:
     class ModelConfig:
         def __init__(self, architectures: list[str]) -> None:
             self.hf_config = Config(architectures)
+            self.quantization: str | None = "SGLang's default for M3"
 
-    return lambda names: without_quantization(lambda config: "its own", ModelConfig(names))
+    def settle(config: ModelConfig) -> None:
+        config.quantization = "its own"
+
+    def settled(architectures: list[str]) -> str | None:
+        config = ModelConfig(architectures)
+        without_quantization(settle, config)
+        return config.quantization
+
+    return settled
 
 
 def test_other_models_keep_their_quantisation(hooked: Callable[[list[str]], object]) -> None:
