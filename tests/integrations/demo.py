@@ -12,7 +12,7 @@ def check_demo(host: str, *, speculative: bool = False) -> None:
     options = ["--host", host, "--json", "--long-tokens", "4096"]
     options += ["--speculative"] if speculative else []
     command = [sys.executable, "-m", "m3_plugin.cli", "demo", *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["right"] is True

@@ -22,7 +22,7 @@ def check_served(host: str, checkpoint: Path) -> None:
         [*command, "--model", str(checkpoint)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     found = json.loads(done.stdout)

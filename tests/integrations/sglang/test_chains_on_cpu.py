@@ -60,7 +60,7 @@ def test_chains_equal_sglangs_trees() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert result.stdout.strip().endswith("SAME"), result.stdout + result.stderr

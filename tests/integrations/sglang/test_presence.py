@@ -35,7 +35,7 @@ def load_plugins(*, models: bool = False, **environment: str) -> subprocess.Comp
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
@@ -73,7 +73,7 @@ def test_a_users_own_model_package_keeps_its_place(tmp_path: Path) -> None:
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -189,6 +189,6 @@ def refuse(
         ) as server,
         pytest.raises(ServerFailed, match="server ended"),
     ):
-        server.wait_until_ready(timeout_s=300)
+        server.wait_until_ready(timeout_s=600)
     assert reason in server.log.read_text(errors="replace")
     assert server.process.returncode != 0

@@ -31,7 +31,7 @@ def load_plugins(tmp_path: Path, **environment: str) -> subprocess.CompletedProc
         env={**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
@@ -91,5 +91,5 @@ def test_broken_import_stops_a_server_that_requires_the_plugin(
         ) as server,
         pytest.raises(ServerFailed, match="broken on purpose"),
     ):
-        server.wait_until_ready(timeout_s=300)
+        server.wait_until_ready(timeout_s=600)
     assert server.process.returncode != 0

@@ -68,7 +68,7 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
         [*command, str(stored), str(reference), str(report)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
@@ -112,7 +112,7 @@ def test_other_models_keep_their_quantisation(architecture: str | None, method: 
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=True,
         env={**__import__("os").environ, **DEQUANTISE},
     )

@@ -44,7 +44,7 @@ def server(
     environment = SERVER_ENVIRONMENT | insight_environment(folder)
     log = folder / "server.log"
     with ServerProcess(command, port=port, log=log, environment=environment) as server:
-        server.wait_until_ready(timeout_s=300)
+        server.wait_until_ready(timeout_s=600)
         yield server
 
 
