@@ -69,11 +69,15 @@ def _values(hf_config: Any) -> dict[str, Any]:
     """The config as config.json has it.
 
     On CPU, SGLang writes more heads into the config than the checkpoint has when the ranks exceed
-    them, and keeps the true numbers beside.
+    them, and keeps the true numbers beside. ModelOpt's method it names after the format it found
+    (modelopt_mixed, modelopt_fp4).
     """
     values = hf_config.to_dict()
     text = values.get("text_config") or values
     for key, original in _ORIGINAL_HEADS.items():
         if original in text:
             text[key] = text[original]
+    quantization = values.get("quantization_config")
+    if quantization and str(quantization.get("quant_method")).startswith("modelopt_"):
+        values["quantization_config"] = quantization | {"quant_method": "modelopt"}
     return values
