@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+LOW_PRECISION_DTYPES = (*FP8_DTYPES, torch.int8)
 
 
 def require_float(name: str, tensor: Tensor) -> None:

@@ -127,15 +127,12 @@ def _run(
         with _step(console, "writing the constructed checkpoint"):
             checkpoint = ConstructedCheckpoint(mtp=speculative).write(Path(folder) / "checkpoint")
         runs: list[list[Answer]] = []
-        for name, options in (("plain", ()), ("speculative", host.speculative_options)):
-            if options and not speculative:
-                runs.append([])
-                continue
-            scratch = Path(folder) / name
+        for options in [(), host.speculative_options] if speculative else [()]:
+            scratch = Path(folder) / ("speculative" if options else "plain")
             scratch.mkdir()
             with _served(host, checkpoint, options, scratch, log=log, console=console) as ask:
                 runs.append([ask(question) for question in _questions(long_tokens)])
-        return runs[0], runs[1]
+        return runs[0], runs[1] if speculative else []
 
 
 @contextmanager

@@ -24,6 +24,7 @@ white, where transformers drops the alpha channel.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,12 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
 
 from m3_plugin.vision import M3Vision
+
+# vLLM's own M3 registers a video loader for the same processor when it is imported, which the host
+# may do late (warm-up, drafting); imported first, it cannot replace ours. A release without it has
+# nothing to replace with.
+with contextlib.suppress(ImportError):
+    import vllm.models.minimax_m3.common.mm_preprocess  # noqa: F401
 
 __all__ = [
     "M3DummyInputsBuilder",

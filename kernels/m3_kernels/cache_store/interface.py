@@ -8,9 +8,6 @@ from torch import Tensor
 from m3_kernels import validation
 from m3_kernels.capability import Backend, implementation_for
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-INDEX_DTYPES = (*FP8_DTYPES, torch.int8)
-
 
 def cache_store(
     k: Tensor,
@@ -79,7 +76,11 @@ def cache_store(
         "v_pages": v_pages,
         "index_k_pages": index_k_pages,
     }
-    quantised = {"k_pages": FP8_DTYPES, "v_pages": FP8_DTYPES, "index_k_pages": INDEX_DTYPES}
+    quantised = {
+        "k_pages": validation.FP8_DTYPES,
+        "v_pages": validation.FP8_DTYPES,
+        "index_k_pages": validation.LOW_PRECISION_DTYPES,
+    }
     for name, tensor in named.items():
         if tensor.dtype not in quantised.get(name, ()):
             validation.require_float(name, tensor)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3_kernels.cache_store.interface import FP8_DTYPES
 from m3_kernels.tuning import arch_of, kernel_config
+from m3_kernels.validation import FP8_DTYPES
 
 # The largest numbers of the types that saturate.
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in FP8_DTYPES}

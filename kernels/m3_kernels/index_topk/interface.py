@@ -9,8 +9,6 @@ from m3_kernels import validation
 from m3_kernels.capability import Backend, implementation_for
 from m3_kernels.work_plan import WorkPlan
 
-LOW_PRECISION = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-
 
 def index_topk(
     index_q: Tensor,
@@ -69,7 +67,7 @@ def index_topk(
     """
     device = index_q.device
     validation.require_float("index_q", index_q)
-    if index_k_pages.dtype not in (*validation.FLOAT_DTYPES, *LOW_PRECISION):
+    if index_k_pages.dtype not in (*validation.FLOAT_DTYPES, *validation.LOW_PRECISION_DTYPES):
         raise TypeError(
             "index_k_pages must be float32, bfloat16, float16, int8, float8_e4m3fn or "
             f"float8_e5m2; got {index_k_pages.dtype}"
@@ -101,7 +99,7 @@ def index_topk(
         validation.require_device("out", out, device)
 
     implementation = implementation_for("index_topk", backend=backend, device_type=device.type)
-    low_precision = index_k_pages.dtype in LOW_PRECISION
+    low_precision = index_k_pages.dtype in validation.LOW_PRECISION_DTYPES
     if low_precision and implementation in ("native", "torch"):
         raise NotImplementedError(
             f"index_topk: backend {implementation!r} reads float32, bfloat16 and float16 index "
@@ -162,7 +160,7 @@ def _require_scales(pages: Tensor, scales: Tensor | None) -> None:
                 "index_k_scales must be given with int8 index_k_pages: one scale per token"
             )
         return
-    if pages.dtype not in LOW_PRECISION:
+    if pages.dtype not in validation.LOW_PRECISION_DTYPES:
         raise ValueError(
             f"index_k_scales must be None unless index_k_pages are int8 or fp8; "
             f"got {pages.dtype} pages"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -15,20 +14,11 @@ from m3_kernels.index_topk.triton_select import index_select_kernel
 from m3_kernels.index_topk.workspace import (
     allocate_index_topk_workspace,
     decode_slots,
-    power_of_two,
 )
+from m3_kernels.tiles import MIN_TILE, dot_dtype, keys_per_step, power_of_two
+from m3_kernels.triton_shared import DOT_DTYPES
 from m3_kernels.tuning import arch_of, kernel_config
 from m3_kernels.work_plan.interface import DECODE_ROWS, WorkPlan, make_work_plan
-
-# Tensor cores take no narrower sides.
-MIN_SIDE = 16
-
-DOT_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-LOW_PRECISION = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def index_topk_triton(
@@ -128,7 +118,7 @@ def index_topk_triton(
     constants = {
         "HEADS": heads,
         "DIM": dim,
-        "DIM_PAD": max(MIN_SIDE, power_of_two(dim)),
+        "DIM_PAD": max(MIN_TILE, power_of_two(dim)),
         "PAGE_SIZE": page_size,
         "HAS_SCALES": index_k_scales is not None,
         "DOT_DTYPE": DOT_DTYPES[dot],
@@ -163,7 +153,7 @@ def index_topk_triton(
         range_request=plan.range_request,
         **constants,
         SLOTS=slots,
-        N=max(MIN_SIDE, power_of_two(slots * heads)),
+        N=max(MIN_TILE, power_of_two(slots * heads)),
         KEYS=keys,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
@@ -197,16 +187,6 @@ def index_topk_triton(
         index_select_kernel[((end_row - first_row) * heads,)](
             **choice, first_row=first_row, SLOTS=0
         )
-
-
-def dot_dtype(q: torch.dtype, keys: torch.dtype) -> torch.dtype:
-    """The dtype of the product: exact for both sides, 8-bit keys in that of the queries."""
-    return q if keys in (q, *LOW_PRECISION) else torch.float32
-
-
-def keys_per_step(page_size: int, most: int) -> int:
-    """Keys of one product: a power of two that covers the page, or the most there may be."""
-    return min(most, max(MIN_SIDE, power_of_two(page_size)))
 
 
 def _check_plan(plan: WorkPlan, *, num_reqs: int, rows: int, page_size: int) -> None:

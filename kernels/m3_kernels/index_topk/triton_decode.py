@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3_kernels.index_topk.triton_scores import PAGES, load_keys, load_scales, pick
+from m3_kernels.index_topk.triton_scores import PAGES, load_keys, load_scales
+from m3_kernels.triton_shared import pick
 
 
 @triton.jit
@@ -146,7 +147,7 @@ def index_decode_scores_kernel(
                         key_pages,
                         key_tiles,
                         key_scales,
-                        pick(pages, place),
+                        pick(pages, place, PAGES),
                         start + place,
                         positions,
                         key_stride_page,
@@ -169,7 +170,7 @@ def index_decode_scores_kernel(
                         key_pages,
                         key_tiles,
                         key_scales,
-                        pick(pages, place),
+                        pick(pages, place, PAGES),
                         start + place,
                         positions,
                         key_stride_page,

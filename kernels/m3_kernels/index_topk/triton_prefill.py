@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3_kernels.index_topk.triton_scores import PAGES, load_keys, load_scales, pick
+from m3_kernels.index_topk.triton_scores import PAGES, load_keys, load_scales
+from m3_kernels.triton_shared import pick
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def index_prefill_scores_kernel(
                             key_pages,
                             key_tiles,
                             key_scales,
-                            pick(pages, place),
+                            pick(pages, place, PAGES),
                             start + place,
                             positions,
                             key_stride_page,
@@ -172,7 +173,7 @@ def index_prefill_scores_kernel(
                             key_pages,
                             key_tiles,
                             key_scales,
-                            pick(pages, place),
+                            pick(pages, place, PAGES),
                             start + place,
                             positions,
                             key_stride_page,

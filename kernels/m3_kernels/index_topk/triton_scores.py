@@ -12,12 +12,6 @@ PAGES = tl.constexpr(32)
 
 
 @triton.jit
-def pick(vector, place):
-    """Element `place` of PAGES numbers in registers, as a scalar."""
-    return tl.sum(tl.where(tl.arange(0, PAGES) == place, vector, 0), axis=0)
-
-
-@triton.jit
 def load_keys(
     key_pages,
     key_tiles,

@@ -6,11 +6,11 @@ from typing import Any
 
 import triton.language as tl
 
-from m3_kernels.index_topk.triton import keys_per_step
 from m3_kernels.index_topk.triton_decode import index_decode_scores_kernel
 from m3_kernels.index_topk.triton_prefill import index_prefill_scores_kernel
 from m3_kernels.index_topk.triton_select import index_select_kernel
 from m3_kernels.testing.compile_gate import Variant
+from m3_kernels.tiles import keys_per_step
 from m3_kernels.tuning import kernel_config
 from m3_kernels.work_plan.interface import DECODE_ROWS
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from m3_kernels.tiles import power_of_two
 from m3_kernels.work_plan.interface import DECODE_ROWS
 
 # Rows of requests of prefill kind are scored in passes, so that scores never need more than this;
 # a pass of few rows would leave most of a GPU idle.
 PREFILL_SCORE_BYTES = 256 * 2**20
 MIN_PASS_ROWS = 128
-
-
-def power_of_two(value: int) -> int:
-    """The smallest power of two that is not below a positive value."""
-    return 1 << (value - 1).bit_length()
 
 
 def decode_slots(max_query_len: int) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from m3_kernels import validation
 from m3_kernels.capability import Backend, implementation_for
-from m3_kernels.sparse_attention.workspace import FP8_DTYPES, SparseAttentionWorkspace
+from m3_kernels.sparse_attention.workspace import SparseAttentionWorkspace
 from m3_kernels.work_plan import WorkPlan
 
 
@@ -71,7 +71,7 @@ def sparse_attention(
     """
     device = q.device
     validation.require_float("q", q)
-    if k_pages.dtype not in FP8_DTYPES:
+    if k_pages.dtype not in validation.FP8_DTYPES:
         validation.require_float("k_pages", k_pages)
     validation.require_dtype("v_pages", v_pages, k_pages.dtype)
     validation.require_dtype("block_ids", block_ids, torch.int32)
@@ -114,7 +114,7 @@ def sparse_attention(
         "sparse_attention", backend=backend, device_type=device.type
     )
     scaled = k_scale is not None or v_scale is not None
-    if implementation in ("native", "torch") and (scaled or k_pages.dtype in FP8_DTYPES):
+    if implementation in ("native", "torch") and (scaled or k_pages.dtype in validation.FP8_DTYPES):
         raise NotImplementedError(
             f"sparse_attention: backend {implementation!r} reads float32, bfloat16 and float16 "
             f"pages without scales; got {k_pages.dtype}{' and scales' if scaled else ''}. Keep KV "

@@ -6,30 +6,21 @@ import math
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m3_kernels.sparse_attention.triton_decode import sparse_attention_decode_kernel
 from m3_kernels.sparse_attention.triton_prefill import sparse_attention_prefill_kernel
 from m3_kernels.sparse_attention.workspace import (
-    MIN_TILE,
     SparseAttentionWorkspace,
     allocate_sparse_attention_workspace,
     attention_config,
     decode_tiles,
-    dot_dtype,
-    keys_per_step,
-    power_of_two,
 )
+from m3_kernels.tiles import MIN_TILE, dot_dtype, keys_per_step, power_of_two
+from m3_kernels.triton_shared import DOT_DTYPES
 from m3_kernels.tuning import arch_of
 from m3_kernels.work_plan import DECODE_ROWS, TILE_ROWS, WorkPlan, make_work_plan
-
-DOT_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 def sparse_attention_triton(

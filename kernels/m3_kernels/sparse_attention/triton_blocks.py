@@ -71,12 +71,6 @@ def union_of_rows(ids, ROWS: tl.constexpr, TOPK_PAD: tl.constexpr, UNION: tl.con
 
 
 @triton.jit
-def pick(vector, place, SIZE: tl.constexpr):
-    """Element `place` of a vector in registers, as a scalar."""
-    return tl.sum(tl.where(tl.arange(0, SIZE) == place, vector, 0), axis=0)
-
-
-@triton.jit
 def sum_keys(values, KEYS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum of a [KEYS, COLUMNS] tile along its keys, in one order for every layout of threads.
 

@@ -15,14 +15,15 @@ import triton.language as tl
 from m3_kernels.sparse_attention.triton_blocks import (
     ABSENT,
     load_chosen,
-    pick,
     rank_in_row,
     sum_keys,
     union_of_rows,
 )
 from m3_kernels.sparse_attention.triton_softmax import LOG2_E, put_result
+from m3_kernels.triton_shared import pick
+from m3_kernels.work_plan import DECODE_ROWS
 
-MAX_QUERY_LEN = tl.constexpr(8)
+MAX_QUERY_LEN = tl.constexpr(DECODE_ROWS)
 
 
 @triton.jit

@@ -10,11 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3_kernels.sparse_attention.triton_blocks import load_chosen, pick, union_of_rows
+from m3_kernels.sparse_attention.triton_blocks import load_chosen, union_of_rows
 from m3_kernels.sparse_attention.triton_softmax import LOG2_E, put_result
+from m3_kernels.triton_shared import pick
+from m3_kernels.work_plan import TILE_ROWS
 
 # Rows of the plan's tiles; a program takes ROWS of them.
-PLAN_ROWS = tl.constexpr(8)
+PLAN_ROWS = tl.constexpr(TILE_ROWS)
+PLAN_SHIFT = tl.constexpr(TILE_ROWS.bit_length() - 1)
 
 
 @triton.jit
@@ -200,7 +203,7 @@ def sparse_attention_prefill_kernel(
     offset = tl.load(seq_lens + request) - query_len
 
     # The shift rounds down, also for rows before position 0.
-    own_tile = tile - tl.load(cum_tiles + request) + (offset >> 3)
+    own_tile = tile - tl.load(cum_tiles + request) + (offset >> PLAN_SHIFT)
     tile_start = own_tile * PLAN_ROWS + program % PARTS * ROWS
     row = tl.arange(0, ROWS)
     own_row = tile_start + row - offset

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from m3_kernels.sparse_attention.triton import DOT_DTYPES
 from m3_kernels.sparse_attention.triton_decode import sparse_attention_decode_kernel
 from m3_kernels.sparse_attention.triton_prefill import sparse_attention_prefill_kernel
 from m3_kernels.sparse_attention.workspace import (
     attention_config,
     decode_tiles,
-    keys_per_step,
-    power_of_two,
 )
 from m3_kernels.testing.compile_gate import Variant
+from m3_kernels.tiles import keys_per_step, power_of_two
+from m3_kernels.triton_shared import DOT_DTYPES
 
 KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, TOPK = 4, 16, 128, 128, 16
 TRITON_NAMES = {

@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3_kernels.tiles import MIN_TILE, dot_dtype, keys_per_step, power_of_two
 from m3_kernels.tuning import arch_of, kernel_config
 from m3_kernels.work_plan import DECODE_ROWS
-
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-# The least size of each side of a product on tensor cores.
-MIN_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -90,11 +86,6 @@ def decode_tiles(
     )
 
 
-def dot_dtype(q: torch.dtype, pages: torch.dtype) -> torch.dtype:
-    """The dtype of both products: that of q and pages, fp32 if they differ, q's for fp8 pages."""
-    return q if pages in (q, *FP8_DTYPES) else torch.float32
-
-
 def attention_config(
     kernel: str, *, dtype: torch.dtype, kv_dtype: torch.dtype, arch: int
 ) -> dict[str, Any]:
@@ -105,16 +96,6 @@ def attention_config(
         dot=str(dot_dtype(dtype, kv_dtype)).removeprefix("torch."),
         kv=str(kv_dtype).removeprefix("torch."),
     )
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two that is not below `size`."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def keys_per_step(page_size: int, most: int) -> int:
-    """A step never leaves its page."""
-    return min(max(power_of_two(page_size), MIN_TILE), most)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -436,6 +437,8 @@ def test_a_video_file_reaches_the_prompt(
     from vllm.multimodal.video import get_video_loader_backend_for_processor
     from vllm.transformers_utils.processor import get_video_processor_cls_name
 
+    # the host's own model, whose loader claims the same processor
+    importlib.import_module("vllm.models.minimax_m3.common.mm_preprocess")
     name = get_video_loader_backend_for_processor(get_video_processor_cls_name(model_config))
     assert name == "m3_plugin"
     file = tmp_path / "video.mp4"

@@ -18,7 +18,7 @@ from m3_kernels.sparse_attention import (
     sparse_attention,
 )
 from m3_kernels.sparse_attention.traffic import AttentionTraffic, sparse_attention_traffic
-from m3_kernels.sparse_attention.workspace import decode_tiles, power_of_two
+from m3_kernels.sparse_attention.workspace import decode_tiles
 from m3_kernels.testing.cases import (
     INT32_MAX,
     Case,
@@ -28,6 +28,7 @@ from m3_kernels.testing.cases import (
     production_cases,
 )
 from m3_kernels.testing.compare import assert_accurate, plain_attention
+from m3_kernels.tiles import power_of_two
 from m3_kernels.work_plan import make_work_plan
 
 INT32_MIN = -(2**31)
