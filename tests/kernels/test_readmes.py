@@ -11,6 +11,7 @@ import pytest
 import m3_kernels
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
+from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_kernels.sparse_attention import sparse_attention
 from m3_kernels.work_plan import fill_work_plan
 
@@ -18,6 +19,7 @@ PACKAGE = Path(m3_kernels.__file__).parent
 OPS = {
     "cache_store": cache_store,
     "index_topk": index_topk,
+    "mxfp8_linear": mxfp8_linear,
     "sparse_attention": sparse_attention,
     "work_plan": fill_work_plan,
 }

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ARCHS = (80, 89, 90, 100, 120)
-OPS = ("work_plan", "index_topk", "sparse_attention", "cache_store")
+OPS = ("work_plan", "index_topk", "sparse_attention", "cache_store", "mxfp8_linear")
 
 # Shared memory one program may use, bytes: the CUDA programming guide's table of capabilities.
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
