@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 
 from m3_plugin.cli import app
 from m3_plugin.settings import PREFIX, Settings
+from tests.integrations.parser_corpus import CASES, MODES, STREAMED, Mode
 
 DOCS = Path(__file__).parents[2] / "docs"
-GUIDES = ("install", "operations", "sizing", "troubleshooting")
+GUIDES = ("install", "operations", "sizing", "troubleshooting", "parsers")
+TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
+PARSERS = (("vllm", "0.32.0"), ("sglang", "0.5.23"), ("sglang", "0.5.22"))
 GIB = 2**30
 
 
@@ -115,3 +118,43 @@ def test_the_recipe_for_ruler_is_what_lm_eval_understands(monkeypatch: pytest.Mo
     assert parsed["model"] == "local-completions"
     assert parsed["model_args"]["base_url"].endswith("/v1/completions")
     assert max(parsed["metadata"]["max_seq_lengths"]) <= parsed["model_args"]["max_length"]
+
+
+def told(modes: tuple[Mode, ...]) -> str:
+    """Ways of feeding, in the words of docs/parsers.md."""
+    return {
+        MODES: "always",
+        STREAMED: "streamed",
+        ("whole",): "not streamed",
+        ("piece", "random"): "streamed, many tokens at once",
+        ("characters", "random"): "streamed, marker in pieces",
+    }[modes]
+
+
+def parser_rows() -> list[list[str]]:
+    """A row per case: whether each release gives the expected reply."""
+    rows = []
+    for case in CASES:
+        row = [case.name, case.thinking]
+        for host, release in PARSERS:
+            found = [d for d in case.deviations if d.concerns(host, release)]
+            differing = tuple(m for m in MODES if any(m in d.modes for d in found))
+            row.append(f"differs {told(differing)}" if differing else "right")
+        rows.append(row)
+    return rows
+
+
+def deviation_rows() -> list[list[str]]:
+    """A row per thing that a release gives instead."""
+    return [
+        [case.name, f"{TITLES[d.host]} {d.releases}", told(d.modes), d.because]
+        for case in CASES
+        for d in case.deviations
+    ]
+
+
+@pytest.mark.parametrize("rows", [parser_rows(), deviation_rows()], ids=["cases", "deviations"])
+def test_what_hosts_parse_is_documented_as_it_is_tested(rows: list[list[str]]) -> None:
+    names = {case.name for case in CASES}
+    documented = [row for row in table_rows("parsers", "") if row[0] in names]
+    assert [row for row in documented if len(row) == len(rows[0])] == rows
