@@ -6,6 +6,7 @@
 #   make test-vllm         without the SGLang environment
 #   make test-sglang       the SGLang tests alone
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
+#   make quick-start       the README's commands in a fresh clone with an empty home (downloads all)
 #   make kernels-table     docs/kernels-compiled.md: the Triton kernels compiled for every GPU family
 #   make lint              ruff, pyright, import-linter
 #   make screens           the generated examples under docs/screens, on this machine's CPU
@@ -33,7 +34,7 @@ OLDER_TRITON := .venv/triton-3.6
 
 SCREENS := docs/screens
 
-.PHONY: screens kernels-table demo test test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
+.PHONY: screens quick-start kernels-table demo test test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -105,7 +106,10 @@ test-sglang-oldest:
 	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_OLDEST) SGLANG_VENV=.venv/sglang-$(SGLANG_OLDEST)
 	.venv/sglang-$(SGLANG_OLDEST)/bin/pytest -m every_release tests/integrations/sglang
 
-test-matrix:
+quick-start: env
+	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py
+
+test-matrix: quick-start
 	@set -e; for release in $(VLLM_MATRIX); do \
 	  echo "== vLLM $$release"; \
 	  $(MAKE) --no-print-directory env VLLM=$$release VLLM_VENV=.venv/vllm-$$release; \

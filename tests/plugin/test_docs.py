@@ -122,13 +122,14 @@ def test_the_recipe_for_ruler_is_what_lm_eval_understands(monkeypatch: pytest.Mo
 
 def told(modes: tuple[Mode, ...]) -> str:
     """Ways of feeding, in the words of docs/parsers.md."""
-    return {
+    words: dict[tuple[Mode, ...], str] = {
         MODES: "always",
         STREAMED: "streamed",
         ("whole",): "not streamed",
         ("piece", "random"): "streamed, many tokens at once",
         ("characters", "random"): "streamed, marker in pieces",
-    }[modes]
+    }
+    return words[modes]
 
 
 def parser_rows() -> list[list[str]]:
@@ -138,7 +139,9 @@ def parser_rows() -> list[list[str]]:
         row = [case.name, case.thinking]
         for host, release in PARSERS:
             found = [d for d in case.deviations if d.concerns(host, release)]
-            differing = tuple(m for m in MODES if any(m in d.modes for d in found))
+            differing: tuple[Mode, ...] = tuple(
+                m for m in MODES if any(m in d.modes for d in found)
+            )
             row.append(f"differs {told(differing)}" if differing else "right")
         rows.append(row)
     return rows
