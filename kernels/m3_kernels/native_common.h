@@ -1,4 +1,4 @@
-// What the C++ kernels share: array descriptors, 16-lane vectors, dtype loads and stores, and the
+// What the C++ kernels share: array descriptors, vectors, dtype loads and stores, and the
 // one inner product everything is built from.
 //
 // A result row must not depend by a single bit on what is computed beside it. Therefore every
@@ -23,22 +23,25 @@
 
 namespace m3 {
 
-constexpr int64_t kLanes = 16;
+// Lanes of the machine's own vectors: compilers turn choices and shuffles of wider ones into scalar
+// code and keep no sums in registers. The sums of kRowTile x kPanelVectors fill the register file.
 #if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
 constexpr int kRowTile = 8;
-constexpr int kPanelVectors = 2;
 #else
-constexpr int kRowTile = 4;
-constexpr int kPanelVectors = 1;
+constexpr int64_t kLanes = 8;
+constexpr int kRowTile = 6;
 #endif
+constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
+constexpr int64_t kCacheLine = 64 / sizeof(float);
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 enum Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt32 = 3, kInt64 = 4 };
 
@@ -102,7 +105,7 @@ inline const char* element(const Array& array, int64_t offset) {
 class Scratch {
  public:
   Scratch(int64_t parts, int64_t floats_per_part)
-      : part_(round_up(floats_per_part, kLanes)),
+      : part_(round_up(floats_per_part, kCacheLine)),
         data_(static_cast<float*>(std::aligned_alloc(64, round_up(parts * part_ * 4 + 64, 64)))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
@@ -136,26 +139,27 @@ inline To bits(From value) {
   return result;
 }
 
-inline f32x16 splat(float value) { return value - f32x16{}; }
+inline Floats splat(float value) { return value - Floats{}; }
 
 #if defined(__clang__)
 #define M3_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define M3_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, u32x16{__VA_ARGS__})
+#define M3_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
 #endif
 
-// Turns rows into columns: 4x4 elements within each 128-bit lane, then 4x4 lanes. Shuffles that
-// stay within lanes, or move whole lanes, are the cheap ones everywhere.
-inline void transpose(u32x16 (&x)[16]) {
-  u32x16 y[16];
+// Turns rows into columns: 4x4 elements within each 128-bit part of a vector, then the parts.
+// Shuffles that stay within parts, or move whole ones, are the cheap ones everywhere.
+#if defined(__AVX512F__)
+inline void transpose(Words (&x)[kLanes]) {
+  Words y[kLanes];
   for (int i = 0; i < 16; i += 2) {
-    const u32x16 a = x[i], b = x[i + 1];
+    const Words a = x[i], b = x[i + 1];
     y[i] = M3_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
     y[i + 1] = M3_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
   }
   for (int i = 0; i < 16; i += 4) {
     for (int half = 0; half < 2; ++half) {
-      const u32x16 a = y[i + half], b = y[i + half + 2];
+      const Words a = y[i + half], b = y[i + half + 2];
       x[i + 2 * half] = M3_SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
       x[i + 2 * half + 1] =
           M3_SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
@@ -163,7 +167,7 @@ inline void transpose(u32x16 (&x)[16]) {
   }
   for (int c = 0; c < 4; ++c) {
     for (int pair = 0; pair < 2; ++pair) {
-      const u32x16 a = x[8 * pair + c], b = x[8 * pair + 4 + c];
+      const Words a = x[8 * pair + c], b = x[8 * pair + 4 + c];
       y[8 * pair + c] = M3_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
       y[8 * pair + 4 + c] =
           M3_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -171,13 +175,35 @@ inline void transpose(u32x16 (&x)[16]) {
   }
   for (int c = 0; c < 4; ++c) {
     for (int half = 0; half < 2; ++half) {
-      const u32x16 a = y[4 * half + c], b = y[8 + 4 * half + c];
+      const Words a = y[4 * half + c], b = y[8 + 4 * half + c];
       x[8 * half + c] = M3_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
       x[8 * half + 4 + c] =
           M3_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     }
   }
 }
+#else
+inline void transpose(Words (&x)[kLanes]) {
+  Words y[kLanes];
+  for (int i = 0; i < 8; i += 2) {
+    const Words a = x[i], b = x[i + 1];
+    y[i] = M3_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+    y[i + 1] = M3_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const Words a = y[i + half], b = y[i + half + 2];
+      x[i + 2 * half] = M3_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+      x[i + 2 * half + 1] = M3_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    const Words a = x[c], b = x[4 + c];
+    x[c] = M3_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+    x[4 + c] = M3_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+#endif
 
 // Brings rows into the cache in the order of their addresses, which the hardware can foresee; the
 // packing below reads them in another order, at less than half the speed if they come from memory.
@@ -192,43 +218,43 @@ inline void stream_rows(const char* rows, int64_t row_stride, int64_t dtype, int
 
 // Exact: shift the fields into place, then rescale the exponent; infinity and NaN need its top
 // value.
-inline f32x16 widen_float16(u32x16 half) {
-  const u32x16 magnitude = (half & 0x7fffu) << 13;
-  const f32x16 scaled = bits<f32x16>(magnitude) * 0x1p112f;
-  const u32x16 special = (u32x16)((half & 0x7c00u) == 0x7c00u) & 0x7f800000u;
-  return bits<f32x16>(bits<u32x16>(scaled) | special | ((half & 0x8000u) << 16));
+inline Floats widen_float16(Words half) {
+  const Words magnitude = (half & 0x7fffu) << 13;
+  const Floats scaled = bits<Floats>(magnitude) * 0x1p112f;
+  const Words special = (Words)((half & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return bits<Floats>(bits<Words>(scaled) | special | ((half & 0x8000u) << 16));
 }
 
-inline f32x16 widen(u32x16 half, int64_t dtype) {
-  return dtype == kBfloat16 ? bits<f32x16>(half << 16) : widen_float16(half);
+inline Floats widen(Words half, int64_t dtype) {
+  return dtype == kBfloat16 ? bits<Floats>(half << 16) : widen_float16(half);
 }
 
-inline f32x16 load_as_float(const char* from, int64_t dtype) {
-  if (dtype == kFloat32) return load<f32x16>(from);
-  return widen(__builtin_convertvector(load<u16x16>(from), u32x16), dtype);
+inline Floats load_as_float(const char* from, int64_t dtype) {
+  if (dtype == kFloat32) return load<Floats>(from);
+  return widen(__builtin_convertvector(load<Halves>(from), Words), dtype);
 }
 
 inline float load_one_as_float(const char* from, int64_t dtype) {
   if (dtype == kFloat32) return load<float>(from);
-  return widen(u32x16{} + static_cast<uint32_t>(load<uint16_t>(from)), dtype)[0];
+  return widen(Words{} + static_cast<uint32_t>(load<uint16_t>(from)), dtype)[0];
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
-inline u32x16 narrow_bfloat16(f32x16 value) {
-  const u32x16 raw = bits<u32x16>(value);
-  const u32x16 rounded = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
+inline Words narrow_bfloat16(Floats value) {
+  const Words raw = bits<Words>(value);
+  const Words rounded = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
   return value == value ? rounded : ((raw >> 16) | 0x40u);
 }
 
-inline u32x16 narrow_float16(f32x16 value) {
-  const u32x16 raw = bits<u32x16>(value);
-  const u32x16 sign = (raw >> 16) & 0x8000u;
-  const u32x16 magnitude = raw & 0x7fffffffu;
-  const u32x16 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+inline Words narrow_float16(Floats value) {
+  const Words raw = bits<Words>(value);
+  const Words sign = (raw >> 16) & 0x8000u;
+  const Words magnitude = raw & 0x7fffffffu;
+  const Words normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Adding one half aligns the bits of a subnormal result with the end of the fraction.
-  const u32x16 small = bits<u32x16>(bits<f32x16>(magnitude) + 0.5f) - 0x3f000000u;
-  const u32x16 overflow = magnitude > 0x7f800000u ? (u32x16{} + 0x7e00u) : (u32x16{} + 0x7c00u);
-  u32x16 result = magnitude < (113u << 23) ? small : normal;
+  const Words small = bits<Words>(bits<Floats>(magnitude) + 0.5f) - 0x3f000000u;
+  const Words overflow = magnitude > 0x7f800000u ? (Words{} + 0x7e00u) : (Words{} + 0x7c00u);
+  Words result = magnitude < (113u << 23) ? small : normal;
   result = magnitude >= (143u << 23) ? overflow : result;
   return result | sign;
 }
@@ -236,13 +262,13 @@ inline u32x16 narrow_float16(f32x16 value) {
 inline void store_floats(char* to, int64_t dtype, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t n = count - i < kLanes ? count - i : kLanes;
-    f32x16 value{};
+    Floats value{};
     std::memcpy(&value, from + i, n * 4);
     if (dtype == kFloat32) {
       std::memcpy(to + i * 4, &value, n * 4);
     } else {
-      const u32x16 wide = dtype == kBfloat16 ? narrow_bfloat16(value) : narrow_float16(value);
-      const u16x16 half = __builtin_convertvector(wide, u16x16);
+      const Words wide = dtype == kBfloat16 ? narrow_bfloat16(value) : narrow_float16(value);
+      const Halves half = __builtin_convertvector(wide, Halves);
       std::memcpy(to + i * 2, &half, n * 2);
     }
   }
@@ -256,14 +282,14 @@ inline void load_floats(float* to, const char* from, int64_t dtype, int64_t coun
   for (; i < count; ++i) to[i] = load_one_as_float(from + i * element_size(dtype), dtype);
 }
 
-inline float reduce_max(f32x16 v) {
+inline float reduce_max(Floats v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
 
 // A fixed tree, so that the sum is the same wherever it is taken.
-inline float reduce_sum(f32x16 v) {
+inline float reduce_sum(Floats v) {
   float x[kLanes];
   store(x, v);
   for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -272,26 +298,28 @@ inline float reduce_sum(f32x16 v) {
   return x[0];
 }
 
-inline f32x16 lane_numbers() {
-  return f32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline Floats lane_numbers() {
+  Floats numbers{};
+  for (int i = 0; i < kLanes; ++i) numbers[i] = static_cast<float>(i);
+  return numbers;
 }
 
 // All ones in the lanes below `count`.
-inline i32x16 first_lanes(int64_t count) {
+inline Ints first_lanes(int64_t count) {
   const int64_t clamped = count < 0 ? 0 : count > kLanes ? kLanes : count;
   return lane_numbers() < splat(static_cast<float>(clamped));
 }
 
 // e^x for x <= 0 within two units in the last place; NaN stays NaN. Below the smallest normal
 // number: 0. Polynomial: Cephes expf.
-inline f32x16 exp_nonpositive(f32x16 x) {
-  const f32x16 lowest = splat(-87.0f);
-  const f32x16 clamped = x < lowest ? lowest : x;
-  const f32x16 shifted = clamped * 1.44269504088896341f + 12582912.0f;
-  const f32x16 n = shifted - 12582912.0f;
-  f32x16 r = clamped - n * 0.693359375f;
+inline Floats exp_nonpositive(Floats x) {
+  const Floats lowest = splat(-87.0f);
+  const Floats clamped = x < lowest ? lowest : x;
+  const Floats shifted = clamped * 1.44269504088896341f + 12582912.0f;
+  const Floats n = shifted - 12582912.0f;
+  Floats r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  f32x16 p = splat(1.9875691500e-4f);
+  Floats p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
@@ -299,9 +327,9 @@ inline f32x16 exp_nonpositive(f32x16 x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   // The low bits of `shifted` hold n; as a power of two they go to the exponent field.
-  const u32x16 exponent = (bits<u32x16>(shifted) - 0x4b400000u + 127u) << 23;
-  const f32x16 result = p * bits<f32x16>(exponent);
-  return x < lowest ? f32x16{} : result;
+  const Words exponent = (bits<Words>(shifted) - 0x4b400000u + 127u) << 23;
+  const Floats result = p * bits<Floats>(exponent);
+  return x < lowest ? Floats{} : result;
 }
 
 inline float exp_nonpositive(float x) { return exp_nonpositive(splat(x))[0]; }
@@ -310,26 +338,26 @@ inline float exp_nonpositive(float x) { return exp_nonpositive(splat(x))[0]; }
 inline void pack_keys(float* panel, const char* keys, int64_t key_stride, int64_t dtype,
                       int64_t count, int64_t dim) {
   const int64_t size = element_size(dtype);
-  const int64_t step = 64 / size;
+  const int64_t step = sizeof(Words) / size;
   for (int64_t group = 0; group < kPanel; group += kLanes) {
     const int64_t present = count - group < kLanes ? count - group : kLanes;
     float* column = panel + group;
     if (present <= 0) {
-      for (int64_t d = 0; d < dim; ++d) store(column + d * kPanel, f32x16{});
+      for (int64_t d = 0; d < dim; ++d) store(column + d * kPanel, Floats{});
       continue;
     }
     const char* first = keys + group * key_stride * size;
     int64_t d = 0;
     for (; d + step <= dim; d += step) {
-      u32x16 x[16];
-      for (int64_t j = 0; j < 16; ++j) {
-        x[j] = j < present ? load<u32x16>(first + (j * key_stride + d) * size) : u32x16{};
+      Words x[kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) {
+        x[j] = j < present ? load<Words>(first + (j * key_stride + d) * size) : Words{};
       }
       transpose(x);
       if (dtype == kFloat32) {
-        for (int64_t i = 0; i < 16; ++i) store(column + (d + i) * kPanel, x[i]);
+        for (int64_t i = 0; i < kLanes; ++i) store(column + (d + i) * kPanel, x[i]);
       } else {
-        for (int64_t i = 0; i < 16; ++i) {
+        for (int64_t i = 0; i < kLanes; ++i) {
           float* pair = column + (d + 2 * i) * kPanel;
           store(pair, widen(x[i] & 0xffffu, dtype));
           store(pair + kPanel, widen(x[i] >> 16, dtype));
@@ -360,14 +388,14 @@ inline void pack_rows(float* panel, const char* rows, int64_t row_stride, int64_
 template <int Rows>
 inline void multiply_rows(const float* const* a, const float* panel, int64_t depth,
                           float* const* c) {
-  f32x16 sum[Rows][kPanelVectors] = {};
+  Floats sum[Rows][kPanelVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    f32x16 b[kPanelVectors];
+    Floats b[kPanelVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) b[v] = load<f32x16>(panel + k * kPanel + v * kLanes);
+    for (int v = 0; v < kPanelVectors; ++v) b[v] = load<Floats>(panel + k * kPanel + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const f32x16 x = splat(a[r][k]);
+      const Floats x = splat(a[r][k]);
 #pragma GCC unroll 8
       for (int v = 0; v < kPanelVectors; ++v) sum[r][v] += x * b[v];
     }

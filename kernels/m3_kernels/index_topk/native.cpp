@@ -218,9 +218,9 @@ class IndexTopk {
         for (int64_t lane = 0; lane < lanes; ++lane) {
           const int64_t position = tile.position + lane / heads_;
           const int64_t seen = std::min(present, position - block * page_size_ - key + 1);
-          f32x16 best = load<f32x16>(maxima + lane * kLanes);
+          Floats best = load<Floats>(maxima + lane * kLanes);
           for (int v = 0; v < kPanelVectors; ++v) {
-            f32x16 dot = load<f32x16>(products + lane * kPanel + v * kLanes);
+            Floats dot = load<Floats>(products + lane * kPanel + v * kLanes);
             if (seen < kPanel) dot = first_lanes(seen - v * kLanes) ? dot : splat(kMinusInfinity);
             // False for NaN, which therefore counts as -inf.
             best = dot > best ? dot : best;
@@ -229,7 +229,7 @@ class IndexTopk {
         }
       }
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        tile.scores[lane * tile.blocks + block] = reduce_max(load<f32x16>(maxima + lane * kLanes));
+        tile.scores[lane * tile.blocks + block] = reduce_max(load<Floats>(maxima + lane * kLanes));
       }
     }
   }

@@ -44,8 +44,8 @@ void merge(Softmax& into, const Softmax& part, int64_t width) {
   // A block of NaN logits has no maximum but its sum is NaN and must stay so.
   into.sum = into.sum * old_weight + part.sum * (part.max == kMinusInfinity ? 1.0f : new_weight);
   for (int64_t d = 0; d < width; d += kLanes) {
-    const f32x16 old_values = load<f32x16>(into.values + d) * splat(old_weight);
-    const f32x16 new_values = load<f32x16>(part.values + d) * splat(new_weight);
+    const Floats old_values = load<Floats>(into.values + d) * splat(old_weight);
+    const Floats new_values = load<Floats>(part.values + d) * splat(new_weight);
     store(into.values + d, old_values + new_values);
   }
 }
@@ -113,9 +113,9 @@ class SparseAttention {
     auto w = std::make_unique<Workspace>();
     const int64_t lanes = rows * group_;
     const int64_t panel = std::max(dim_, page_size_) * kPanel;
-    w->memory.resize(lanes * (width_ * 3 + padded_keys_) + panel + kLanes);
+    w->memory.resize(lanes * (width_ * 3 + padded_keys_) + panel + kCacheLine);
     float* next = w->memory.data();
-    next += (64 - reinterpret_cast<uintptr_t>(next) % 64) % 64 / 4;
+    next += kCacheLine - reinterpret_cast<uintptr_t>(next) / sizeof(float) % kCacheLine;
     w->panel = next;
     w->queries = w->panel + panel;
     w->values = w->queries + lanes * width_;
@@ -244,18 +244,18 @@ class SparseAttention {
 
   // Logits become weights relative to their maximum.
   void exponentiate(float* logits, int64_t keys, Softmax& part) const {
-    f32x16 best = splat(kMinusInfinity);
+    Floats best = splat(kMinusInfinity);
     for (int64_t j = 0; j < keys; j += kLanes) {
-      f32x16 x = load<f32x16>(logits + j) * splat(scale_);
+      Floats x = load<Floats>(logits + j) * splat(scale_);
       if (keys - j < kLanes) x = first_lanes(keys - j) ? x : splat(kMinusInfinity);
       store(logits + j, x);
       best = x > best ? x : best;
     }
     part.max = reduce_max(best);
     const float base = part.max == kMinusInfinity ? 0.0f : part.max;
-    f32x16 sum{};
+    Floats sum{};
     for (int64_t j = 0; j < keys; j += kLanes) {
-      const f32x16 e = exp_nonpositive(load<f32x16>(logits + j) - splat(base));
+      const Floats e = exp_nonpositive(load<Floats>(logits + j) - splat(base));
       store(logits + j, e);
       sum += e;
     }
