@@ -26,6 +26,7 @@ def make_session(
     device: torch.device,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
+    index_dtype: torch.dtype,
     tensor_parallel_size: int,
     capacity: StepCapacity,
 ) -> MSASession | None:
@@ -39,7 +40,7 @@ def make_session(
     config : the model
     device : of the worker
     dtype : of activations
-    cache_dtype : of the pages of K, V and index keys
+    cache_dtype, index_dtype : of the pages of K and V, and of index keys
     capacity : the largest step of the host
 
     Raises
@@ -55,7 +56,7 @@ def make_session(
         kernels,
         arch=arch_of(device) if device.type == "cuda" else None,
         cache_dtype=cache_dtype,
-        index_dtype=cache_dtype,
+        index_dtype=index_dtype,
     )
     shape = LayerShape(
         num_q_heads=local_heads(config.num_attention_heads, tensor_parallel_size),
@@ -63,7 +64,7 @@ def make_session(
         head_dim=config.head_dim,
         dtype=dtype,
         cache_dtype=cache_dtype,
-        index_dtype=cache_dtype,
+        index_dtype=index_dtype,
     )
     workspace = None
     if kernels.family == "triton":
@@ -105,6 +106,8 @@ def try_kernels(
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         dtype=shape.dtype,
+        kv_dtype=shape.cache_dtype,
+        index_dtype=shape.index_dtype,
         device=device,
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

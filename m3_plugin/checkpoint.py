@@ -165,6 +165,10 @@ class TensorLedger:
         self.leftover.append(name)
         return False
 
+    def knows_attention(self, module: str) -> bool:
+        """Whether the config has an attention module of that name, which itself has no weight."""
+        return f"{module}.k_proj" in self.expected
+
     def require_complete(self) -> None:
         """Refuse a checkpoint with tensors missing or left over.
 

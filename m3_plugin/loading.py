@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from m3_plugin.checkpoint import TensorLedger, is_mtp_tensor
 from m3_plugin.config import M3Config
-from m3_plugin.quantization.formats import CACHE_SCALES
+from m3_plugin.quantization.cache_scales import CacheScales, cache_scale_name
 from m3_plugin.quantization.plan import WeightPlan, plan_checkpoint, require_in_proportion
 from m3_plugin.quantization.stream import Dequantiser
 from m3_plugin.released import ModelNotFound, find_model
@@ -37,6 +37,15 @@ class FinishesLoading(Protocol):
     def finish_loading(self) -> None: ...
 
 
+@runtime_checkable
+class TakesCacheScales(Protocol):
+    """An attention module that stores K and V by itself, at the checkpoint's name for it."""
+
+    def take_cache_scales(self, scales: CacheScales) -> None:
+        """Scales of the whole layer, for all ranks; called once, without any for unit scale."""
+        ...
+
+
 class WeightLoader:
     """Loads a text model or its MTP modules tensor by tensor and accounts for every one of them.
 
@@ -48,7 +57,6 @@ class WeightLoader:
     experts : (parameter prefix, checkpoint prefix "experts.7.w1.", expert, shard) of each expert's
         matrix, as both hosts list them
     default_loader : for a parameter without a loader of its own
-    scale_alias : the host's other name for a scale of a quantised cache, None if it has none
     is_elsewhere : whether a tensor belongs to another pipeline stage
     is_foreign : whether a tensor belongs to another model altogether
     rename : the host's spelling of a suffix
@@ -63,7 +71,6 @@ class WeightLoader:
         fused: Mapping[str, tuple[str, Shard]],
         experts: Iterable[tuple[str, str, int, str]],
         default_loader: Callable[..., None],
-        scale_alias: Callable[[str, dict[str, nn.Parameter]], str | None],
         is_elsewhere: Callable[[str], bool] = lambda name: False,
         is_foreign: Callable[[str], bool] = is_mtp_tensor,
         rename: Callable[[str], str] = lambda name: name,
@@ -73,14 +80,13 @@ class WeightLoader:
         self.ledger = TensorLedger(expected)
         self.parameters = dict(model.named_parameters())
         self.loaded: set[str] = set()
-        self.unused_scales: list[str] = []
+        self.cache_scales: dict[str, CacheScales] = {}
         self.fused = fused
         self.fused_name = re.compile(rf"\.({'|'.join(fused)})\.")
         self.experts = {
             weight: (parameter, expert, shard) for parameter, weight, expert, shard in experts
         }
         self.default_loader = default_loader
-        self.scale_alias = scale_alias
         self.is_elsewhere = is_elsewhere
         self.is_foreign = is_foreign
         self.rename = rename
@@ -91,9 +97,12 @@ class WeightLoader:
 
         Raises
         ------
-        ValueError : the model has no parameter for a tensor the config promises.
+        ValueError : the model has no parameter for a tensor the config promises; a cache scale
+            that is none.
         """
-        if self.is_foreign(name) or not self.ledger.add(name) or self.is_elsewhere(name):
+        if self.is_foreign(name) or self._is_cache_scale(name, tensor):
+            return
+        if not self.ledger.add(name) or self.is_elsewhere(name):
             return
         if self.dequantiser is not None:
             plain = self.dequantiser.take(name, tensor)
@@ -125,13 +134,7 @@ class WeightLoader:
         if self.dequantiser is not None:
             self.dequantiser.require_complete()
         self.ledger.require_complete()
-        if self.unused_scales:
-            logger.warning(
-                "m3-plugin: %d scales of an fp8 KV cache, such as %s, have no place in this model; "
-                "its cache has unit scale there",
-                len(self.unused_scales),
-                self.unused_scales[0],
-            )
+        self._hand_out_cache_scales()
         for module in self.model.modules():
             if isinstance(module, FinishesLoading):
                 module.finish_loading()
@@ -141,20 +144,58 @@ class WeightLoader:
         self, name: str, target: str, tensor: Tensor, *args: object, **kwargs: object
     ) -> None:
         if target not in self.parameters:
-            alias = self.scale_alias(target, self.parameters)
-            if alias is None or alias not in self.parameters:
-                if target.rpartition(".")[2] in CACHE_SCALES:
-                    self.unused_scales.append(name)
-                    return
-                raise ValueError(
-                    f"checkpoint tensor {name} has no counterpart in the model "
-                    f"(looked for parameter {target}); is its quantisation in config.json?"
-                )
-            target = alias
+            raise ValueError(
+                f"checkpoint tensor {name} has no counterpart in the model "
+                f"(looked for parameter {target}); is its quantisation in config.json?"
+            )
         parameter = self.parameters[target]
         loader = getattr(parameter, "weight_loader", self.default_loader)
         loader(parameter, tensor, *args, **kwargs)
         self.loaded.add(target)
+
+    def _is_cache_scale(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor scales an fp8 cache, and then keep it until all are there."""
+        scale = cache_scale_name(name)
+        if scale is None or not self.ledger.knows_attention(scale.attention):
+            return False
+        if scale.what != "unused" and not self.is_elsewhere(name):
+            scales = self.cache_scales.get(scale.attention, CacheScales())
+            self.cache_scales[scale.attention] = scales.with_scale(scale, tensor, tensor=name)
+        return True
+
+    def _hand_out_cache_scales(self) -> None:
+        """Each layer its scales: those that store by themselves, and those of the host's own."""
+        waiting = dict(self.cache_scales)
+        for name, module in self.model.named_modules():
+            if isinstance(module, TakesCacheScales):
+                module.take_cache_scales(waiting.pop(name, CacheScales()))
+        unplaced = [name for name, scales in waiting.items() if not self._to_host(name, scales)]
+        found = len(self.cache_scales)
+        logger.info(
+            "m3-plugin: scales for an fp8 KV cache: %s",
+            f"{found} layers have them in the checkpoint, others unit scale"
+            if found
+            else "none in the checkpoint, unit scale",
+        )
+        if unplaced:
+            logger.warning(
+                "m3-plugin: the scales of %d layers for an fp8 KV cache, such as those of %s, have "
+                "no place in this model; its cache has unit scale there",
+                len(unplaced),
+                unplaced[0],
+            )
+
+    def _to_host(self, attention: str, scales: CacheScales) -> bool:
+        """Give a dense layer's scales to the host's attention; whether it has a place for them."""
+        places = {f"{attention}.attn.k_scale": scales.k, f"{attention}.attn.v_scale": scales.v}
+        if not places.keys() <= self.parameters.keys():
+            return False
+        for target, scale in places.items():
+            if scale is not None:
+                # one scale for all heads must not saturate any
+                one = self.parameters[target].numel() == 1
+                self._load_parameter(target, target, scale.max().reshape(1) if one else scale)
+        return True
 
 
 def plan_before_loading(

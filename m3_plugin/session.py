@@ -36,11 +36,15 @@ class MSACaches:
     ----------
     k_pages, v_pages : [num_pages, num_kv_heads, page_size, head_dim], any strides
     index_k_pages : [num_pages, page_size, index_dim], any strides
+    k_scale, v_scale : fp32 [1] or [num_kv_heads], what stored numbers of an fp8 cache are
+        multiplied with; None is 1
     """
 
     k_pages: Tensor
     v_pages: Tensor
     index_k_pages: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,8 @@ class MSASession:
             caches.v_pages,
             caches.index_k_pages,
             slot_mapping=plan.batch.slot_mapping,
+            k_scale=caches.k_scale,
+            v_scale=caches.v_scale,
             backend=self.kernels.family,
         )
 
@@ -232,6 +238,8 @@ class MSASession:
             cu_seqlens_q=batch.cu_seqlens_q,
             seq_lens=batch.seq_lens,
             scale=self.scale,
+            k_scale=caches.k_scale,
+            v_scale=caches.v_scale,
             out=out,
             plan=plan.work,
             workspace=self.workspace.attention if self.workspace else None,

@@ -16,6 +16,7 @@ from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
 from m3_kernels.testing.cases import Case, Inputs, build, whole_storage
 from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
+from m3_kernels.validation import FP8_DTYPES
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.backends import KernelChoice
 from m3_plugin.batch import MSABatch, StepCapacity
@@ -72,6 +73,8 @@ def self_test(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    kv_dtype: torch.dtype | None = None,
+    index_dtype: torch.dtype | None = None,
 ) -> tuple[Finding, ...]:
     """Decode, verify and prefill of the served geometry against the oracle; about a second.
 
@@ -80,7 +83,9 @@ def self_test(
     Parameters
     ----------
     num_q_heads, num_kv_heads : of one rank
-    dtype : of activations and caches
+    dtype : of activations
+    kv_dtype, index_dtype : of the pages of K and V, of index keys; fp8 pages are tried as such,
+        all others in `dtype`
     """
     budget = msa.topk_blocks * msa.block_size
     geometry = Case(
@@ -95,6 +100,8 @@ def self_test(
         num_local_blocks=msa.num_local_blocks,
         num_init_blocks=msa.num_init_blocks,
         dtype=dtype,
+        kv_dtype=kv_dtype if kv_dtype in FP8_DTYPES else None,
+        index_dtype=index_dtype if index_dtype in FP8_DTYPES else None,
     )
     # Each phase beyond the budget, where selection decides, and across the end of a block.
     steps = {
@@ -191,6 +198,8 @@ class _CaseRun:
             expected.v_pages,
             expected.index_k_pages,
             slot_mapping=expected.slot_mapping,
+            k_scale=expected.k_scale,
+            v_scale=expected.v_scale,
             backend="reference",
         )
         self.session.store(self.plan, actual.k, actual.v, actual.index_k, caches=_caches(actual))
@@ -309,9 +318,10 @@ class _Step:
                 rows[first:last] = source[length - (last - first) :]
         slots = inputs.slot_mapping[inputs.slot_mapping >= 0]
         pages, offsets = slots // case.page_size, slots % case.page_size
-        fresh.k_pages[pages, :, offsets] = torch.nan
-        fresh.v_pages[pages, :, offsets] = torch.nan
-        fresh.index_k_pages[pages, offsets] = torch.nan
+        for page, offset in zip(pages.tolist(), offsets.tolist(), strict=True):
+            fresh.k_pages[page, :, offset] = torch.nan
+            fresh.v_pages[page, :, offset] = torch.nan
+            fresh.index_k_pages[page, offset] = torch.nan
         self.inputs = fresh.to(device)
         self.tensors = (
             self.inputs.q,
@@ -341,8 +351,8 @@ def session_for(case: Case, *, kernels: KernelChoice, device: torch.device) -> M
                 num_kv_heads=case.num_kv_heads,
                 head_dim=case.head_dim,
                 dtype=case.dtype,
-                cache_dtype=case.dtype,
-                index_dtype=case.dtype,
+                cache_dtype=case.kv_dtype or case.dtype,
+                index_dtype=case.index_dtype or case.dtype,
             ),
             StepCapacity(
                 max_requests=max(1, len(case.requests)),
@@ -365,7 +375,13 @@ def _batch(inputs: Inputs) -> MSABatch:
 
 
 def _caches(inputs: Inputs) -> MSACaches:
-    return MSACaches(inputs.k_pages, inputs.v_pages, inputs.index_k_pages)
+    return MSACaches(
+        inputs.k_pages,
+        inputs.v_pages,
+        inputs.index_k_pages,
+        k_scale=inputs.k_scale,
+        v_scale=inputs.v_scale,
+    )
 
 
 def _poisoned_like(tensor: Tensor) -> Tensor:

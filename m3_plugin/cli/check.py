@@ -165,6 +165,7 @@ def _cases(family: str, device_type: str, only: str) -> Iterator[Case]:
         production_cases,
         regular_cases,
     )
+    from m3_kernels.tuning import arch_of
 
     interpreted = family == "triton" and device_type == "cpu"
     # bfloat16 arithmetic is wrong in Triton's interpreter
@@ -173,10 +174,31 @@ def _cases(family: str, device_type: str, only: str) -> Iterator[Case]:
     if device_type == "cuda":
         served = production_cases()[0]
         cases += [replace(served, name=name, requests=steps) for name, steps in LONG_STEPS.items()]
+        if family == "triton":
+            cases += fp8_cases(arch_of(torch.device(device_type)))
     for dtype in dtypes:
         for case in cases:
             if only in case.name:
                 yield case.with_dtype(dtype)
+
+
+def fp8_cases(arch: int) -> list[Case]:
+    """Caches of 8 bits that a chip reads: K and V alone, and with e4m3 index keys."""
+    import torch
+
+    from m3_kernels.testing.cases import production_cases, regular_cases
+    from m3_plugin.backends import E4M3_ARCH
+
+    steps = [*production_cases(), *(case for case in regular_cases() if case.name == "mixed")]
+    e4m3 = torch.float8_e4m3fn
+    caches = {"fp8-e5m2": (torch.float8_e5m2, None)}
+    if arch >= E4M3_ARCH:
+        caches |= {"fp8-e4m3": (e4m3, None), "fp8-e4m3-index": (e4m3, e4m3)}
+    return [
+        replace(case, name=f"{case.name}-{name}", kv_dtype=kv, index_dtype=index)
+        for name, (kv, index) in caches.items()
+        for case in steps
+    ]
 
 
 def _run(

@@ -37,9 +37,6 @@ NVFP4_GROUP = 16
 # Four-bit integers per int32 word.
 INT4_PER_WORD = 8
 
-# Beside a projection stand the scales of what it puts into an fp8 cache; they are no part of it.
-CACHE_SCALES = frozenset({"k_scale", "v_scale", "q_scale"})
-
 
 @dataclass(frozen=True)
 class Part:

@@ -24,9 +24,9 @@ from m3_plugin.checkpoint import (
     text_modules,
 )
 from m3_plugin.config import M3Config
+from m3_plugin.quantization.cache_scales import cache_scale_name, require_cache_scales
 from m3_plugin.quantization.dialects import PLAIN, Quantization, is_index_projection, is_linear
 from m3_plugin.quantization.formats import (
-    CACHE_SCALES,
     FLOAT_DTYPES,
     WeightFormat,
     require_all_parts,
@@ -146,16 +146,18 @@ def plan_weights(
     """
     quantization = config.quantization
     stored: dict[str, list[TensorHeader]] = defaultdict(list)
-    cache_scales = []
+    cache_scales: list[TensorHeader] = []
     ledger = TensorLedger(text_modules(config))
     for header in headers:
         name = header.name.removeprefix(TEXT_PREFIX)
-        if name.startswith(VISION_PREFIXES) or is_mtp_tensor(name) or not ledger.add(name):
+        if name.startswith(VISION_PREFIXES) or is_mtp_tensor(name):
             continue
-        module, _, suffix = name.rpartition(".")
-        if suffix in CACHE_SCALES:
-            cache_scales.append(header.name)
-        else:
+        scale = cache_scale_name(name)
+        if scale is not None and ledger.knows_attention(scale.attention):
+            if scale.what != "unused":
+                cache_scales.append(header)
+        elif ledger.add(name):
+            module = name.rpartition(".")[0]
             stored[name if name in ledger.expected else module].append(header)
     try:
         ledger.require_complete()
@@ -181,7 +183,9 @@ def plan_weights(
                 else stored_bytes,
             )
         )
-    plan = WeightPlan(tuple(weights), dequantise, tuple(cache_scales))
+    require_cache_scales(cache_scales, num_kv_heads=config.num_key_value_heads)
+    names = tuple(scale.name for scale in cache_scales)
+    plan = WeightPlan(tuple(weights), dequantise, names)
     if not dequantise:
         _require_alike(plan)
     return plan

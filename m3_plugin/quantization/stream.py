@@ -15,7 +15,6 @@ from m3_plugin.config import M3Config
 from m3_plugin.quantization.codecs import dequantise
 from m3_plugin.quantization.dialects import PLAIN
 from m3_plugin.quantization.formats import (
-    CACHE_SCALES,
     WeightFormat,
     require_all_parts,
     require_part,
@@ -64,7 +63,7 @@ class Dequantiser:
         """
         module, _, suffix = name.rpartition(".")
         weight = self._format_of(module)
-        if weight == PLAIN or suffix in CACHE_SCALES:
+        if weight == PLAIN:
             return name, tensor
         parts = weight.parts(*linear_shape(self.config, module))
         dtype, shape = SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
 
 from m3_plugin.testing.quantised import QuantName, quantise_checkpoint, reference_checkpoint
 
 DEQUANTISE = {"M3_PLUGIN_DEQUANTIZE": "1"}
+
+# One scale of a dense layer as ModelOpt names them, one per KV head of an MSA layer as
+# compressed-tensors does; the other layers have none.
+CACHE_SCALES = {
+    "language_model.model.layers.0.self_attn.k_proj.k_scale": torch.tensor(0.5),
+    "language_model.model.layers.0.self_attn.v_proj.v_scale": torch.tensor(0.25),
+    "language_model.model.layers.1.self_attn.k_scale": torch.tensor([0.5, 1.5]).view(2, 1, 1),
+    "language_model.model.layers.1.self_attn.v_scale": torch.tensor([2.0, 0.75]).view(2, 1, 1),
+}
 
 
 class QuantisedCheckpoints:
@@ -22,6 +36,19 @@ class QuantisedCheckpoints:
 
     def reference(self, quant: QuantName) -> Path:
         return self._once(reference_checkpoint, quant, f"{quant}-reference")
+
+    def with_cache_scales(self, quant: QuantName) -> Path:
+        """`stored` with the scales of `CACHE_SCALES` for an fp8 cache in one more file."""
+        return self._once(self._add_cache_scales, quant, f"{quant}-cache-scales")
+
+    def _add_cache_scales(self, source: Path, target: Path, quant: QuantName) -> Path:
+        shutil.copytree(self.stored(quant), target)
+        save_file(CACHE_SCALES, target / "scales.safetensors", metadata={"format": "pt"})
+        index = target / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"] |= dict.fromkeys(CACHE_SCALES, "scales.safetensors")
+        index.write_text(json.dumps(content))
+        return target
 
     def _once(self, write: Callable[..., Path], quant: QuantName, name: str) -> Path:
         target = self.folder / name

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from m3_plugin.checkpoint import text_modules
 from m3_plugin.config import M3Config
 from m3_plugin.loading import WeightLoader, interleave_gate_up
+from m3_plugin.quantization.cache_scales import CacheScales
 from tests.plugin.test_config import hub
 
 CONFIG = M3Config.from_hf(
@@ -73,7 +74,6 @@ def loader(model: Recorder, **options: object) -> WeightLoader:
         fused=FUSED,
         experts=EXPERTS,
         default_loader=lambda parameter, tensor: None,
-        scale_alias=lambda name, parameters: None,
         **options,  # type: ignore[arg-type]
     )
 
@@ -126,13 +126,88 @@ def test_gate_and_up_rows_are_interleaved_per_expert() -> None:
     assert interleave_gate_up(w13).flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
+class StoresItself(nn.Module):
+    """An attention module that stores K and V by itself, or one of the host's, as told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[CacheScales] = []
+
+    def take_cache_scales(self, scales: CacheScales) -> None:
+        self.taken.append(scales)
+
+
+class OneLayer(Recorder):
+    """`Recorder` with an attention module at the checkpoint's name for it."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.add_module("attention", attention)
+
+    def named_modules(self, *args: object, **kwargs: object):  # type: ignore[override]
+        return iter({"": self, SELF_ATTENTION: self.attention}.items())
+
+
+SELF_ATTENTION = "model.layers.0.self_attn"
+
+
+def load_with_scales(model: nn.Module, scales: dict[str, Tensor]) -> WeightLoader:
+    target = loader(model)  # type: ignore[arg-type]
+    for name in tensors():
+        target.load(name, torch.ones(1))
+    for name, scale in scales.items():
+        target.load(f"{SELF_ATTENTION}.{name}", scale)
+    target.finish()
+    return target
+
+
+def test_scales_of_the_cache_reach_the_layer_that_stores() -> None:
+    attention = StoresItself()
+    given = {"k_scale": torch.rand(4, 1, 1), "v_scale": torch.rand(1), "q_scale": torch.rand(64)}
+    load_with_scales(OneLayer(attention), given)
+    (taken,) = attention.taken
+    assert taken.k is not None
+    assert taken.v is not None
+    assert torch.equal(taken.k, given["k_scale"].flatten())
+    assert torch.equal(taken.v, given["v_scale"])
+
+
+def test_a_checkpoint_without_scales_has_unit_scale_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    attention = StoresItself()
+    with caplog.at_level("INFO"):
+        load_with_scales(OneLayer(attention), {})
+    assert attention.taken == [CacheScales()]
+    assert "scales for an fp8 KV cache: none in the checkpoint, unit scale" in caplog.text
+
+
+def test_a_host_s_single_scale_saturates_no_head() -> None:
+    model = OneLayer(nn.Module())
+    given: dict[str, Tensor] = {}
+    for name in ("k_scale", "v_scale"):
+        parameter = nn.Parameter(torch.tensor(-1.0))
+        parameter.weight_loader = lambda parameter, scale, name=name: given.update({name: scale})  # type: ignore[attr-defined]
+        model.table[f"{SELF_ATTENTION}.attn.{name}"] = parameter
+    scales = {"k_scale": torch.tensor([0.5, 2.0, 1.0, 0.1]), "v_scale": torch.tensor(3.0)}
+    load_with_scales(model, scales)
+    assert (given["k_scale"].tolist(), given["v_scale"].tolist()) == ([2.0], [3.0])
+
+
 def test_scales_of_the_cache_without_a_place_are_said_and_not_lost_silently(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = Recorder()
-    target = loader(model)
-    for name in [*tensors(), "model.layers.0.self_attn.k_proj.k_scale"]:
+    ones = torch.ones(1)
+    load_with_scales(Recorder(), {"k_proj.k_scale": ones, "v_proj.v_scale": ones})
+    assert f"the scales of 1 layers for an fp8 KV cache, such as those of {SELF_ATTENTION}" in (
+        caplog.text
+    )
+    assert "unit scale there" in caplog.text
+
+
+def test_a_cache_scale_of_a_layer_that_is_not_there_is_left_over() -> None:
+    target = loader(Recorder())
+    for name in [*tensors(), "model.layers.7.self_attn.k_scale"]:
         target.load(name, torch.ones(1))
-    target.finish()
-    assert "1 scales of an fp8 KV cache, such as model.layers.0.self_attn.k_proj" in caplog.text
-    assert "unit scale" in caplog.text
+    with pytest.raises(ValueError, match=r"left over 1 tensor\(s\): model\.layers\.7"):
+        target.finish()

@@ -55,6 +55,7 @@ def test_statistics_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) ->
             device=torch.device("cpu"),
             dtype=torch.bfloat16,
             cache_dtype=torch.bfloat16,
+            index_dtype=torch.bfloat16,
             tensor_parallel_size=1,
             capacity=StepCapacity(max_requests=1, max_rows=1, max_seq_len=1),
         )

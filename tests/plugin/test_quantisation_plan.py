@@ -16,7 +16,6 @@ from torch import Tensor
 
 from m3_plugin.checkpoint import TEXT_PREFIX, text_modules
 from m3_plugin.config import M3Config
-from m3_plugin.quantization.formats import CACHE_SCALES
 from m3_plugin.quantization.plan import WeightPlan, plan_checkpoint, require_in_proportion
 from m3_plugin.quantization.stream import Dequantiser
 from m3_plugin.testing.quantised import (
@@ -252,11 +251,39 @@ def test_scales_of_the_cache_are_counted_and_are_no_part_of_a_weight(
     checkpoint: Callable[..., Path], damaged: Callable[..., Path]
 ) -> None:
     folder = damaged(checkpoint("nvfp4"))
-    name = f"{ATTENTION}.k_proj.k_scale"
-    save_file({name: torch.tensor(0.5)}, folder / "scales.safetensors")
+    scales = {
+        f"{ATTENTION}.k_proj.k_scale": torch.tensor(0.5),
+        f"{ATTENTION}.v_proj.v_scale": torch.tensor([2.0]),
+        f"{ATTENTION}.q_scale": torch.ones(16),
+    }
+    save_file(scales, folder / "scales.safetensors")
     (folder / "model.safetensors.index.json").unlink()
-    assert "k_scale" in CACHE_SCALES
-    assert plan(folder).cache_scales == (name,)
+    found = plan(folder)
+    assert set(found.cache_scales) == set(list(scales)[:2])
+    assert found.describe().endswith("scales for an fp8 KV cache: 2")
+    assert plan(checkpoint("nvfp4")).describe().endswith("fp8 KV cache: none, unit scale")
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ({"k_scale": torch.ones(3)}, r"k_scale in scales\.safetensors must hold one .* \[3\]"),
+        ({"v_proj.v_scale": torch.ones(1).int()}, r"v_proj\.v_scale in scales.* F32; got I32"),
+        ({"k_scale": torch.ones(1)}, r"k scale .*k_scale in scales\.safet.* without its v scale"),
+    ],
+)
+def test_wrong_scales_of_the_cache(
+    checkpoint: Callable[..., Path],
+    damaged: Callable[..., Path],
+    scales: dict[str, Tensor],
+    message: str,
+) -> None:
+    folder = damaged(checkpoint("w4a16"))
+    tensors = {f"{ATTENTION}.{name}": tensor for name, tensor in scales.items()}
+    save_file(tensors, folder / "scales.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        plan(folder)
 
 
 def test_a_host_that_allocates_16_bits_for_stored_4_is_stopped(

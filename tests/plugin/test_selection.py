@@ -164,6 +164,7 @@ def test_recording_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_
             device=torch.device("cpu"),
             dtype=torch.bfloat16,
             cache_dtype=torch.bfloat16,
+            index_dtype=torch.bfloat16,
             tensor_parallel_size=1,
             capacity=StepCapacity(max_requests=1, max_rows=1, max_seq_len=1),
         )

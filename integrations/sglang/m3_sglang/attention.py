@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglang.srt.layers.layernorm import GemmaRMSNorm
-from sglang.srt.layers.linear import (
-    QKVParallelLinear,
-    ReplicatedParallelGroup,
-    RowParallelLinear,
-)
+from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import Tensor, nn
 
 from m3_plugin.capacity import local_heads
 from m3_plugin.config import M3Config
-from m3_sglang.compat import tensor_parallel_size
+from m3_plugin.quantization.cache_scales import CacheScales
+from m3_sglang.compat import (
+    partition_shared_by,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -138,13 +139,22 @@ class M3SparseAttention(M3DenseAttention):
             quant_config=quant_config,
             v_head_size=0,
             prefix=f"{prefix}.index_qkv_proj",
-            parallel_group=ReplicatedParallelGroup(
-                group="tp", replica_size=max(1, tp_size // msa.num_index_heads)
-            ),
+            **partition_shared_by(max(1, tp_size // msa.num_index_heads)),
         )
         self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
         self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
         self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
+        self.total_kv_heads = config.num_key_value_heads
+        self.cache_scales = CacheScales()
+
+    def take_cache_scales(self, scales: CacheScales) -> None:
+        """Keep this rank's part of the layer's scales for an fp8 cache; the backend asks for it."""
+        self.cache_scales = scales.of_rank(
+            num_kv_heads=self.total_kv_heads,
+            rank=tensor_parallel_rank(),
+            size=tensor_parallel_size(),
+            device=self.q_norm.get_parameter("weight").device,
+        )
 
     def forward(
         self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch

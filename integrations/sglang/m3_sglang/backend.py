@@ -17,6 +17,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.presence import PluginRefusal, attestation
 from m3_plugin.session import MSACaches, MSAPlan
+from m3_sglang.attention import M3SparseAttention
 from m3_sglang.batch import UniformStep, msa_batch, uniform_step
 from m3_sglang.compat import read_config, read_draft_config, sglang_version
 from m3_sglang.graphs import GraphBuffers
@@ -120,6 +121,11 @@ class M3AttentionBackend(AttentionBackend):
         self.session = session
         self.plan: MSAPlan | None = None
         self.caches: dict[int, MSACaches] = {}
+        self.layers = {
+            module.attn.layer_id: module
+            for module in runner.model.modules()
+            if isinstance(module, M3SparseAttention)
+        }
         self.graph_buffers: GraphBuffers | None = None
         if drafting:
             # selections are recorded of the target alone
@@ -272,10 +278,13 @@ class M3AttentionBackend(AttentionBackend):
         [slots, heads, dim] -> [pages, heads, 128, dim]; the index pool has a single head.
         """
         if layer_id not in self.caches:
+            scales = self.layers[layer_id].cache_scales
             self.caches[layer_id] = MSACaches(
                 k_pages=paged(self.pool.get_key_buffer(layer_id)),
                 v_pages=paged(self.pool.get_value_buffer(layer_id)),
                 index_k_pages=paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1),
+                k_scale=scales.k,
+                v_scale=scales.v,
             )
         return self.caches[layer_id]
 

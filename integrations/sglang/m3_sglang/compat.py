@@ -31,17 +31,46 @@ def device_type() -> str:
     return "cuda" if is_cuda() else "cpu"
 
 
+def _is_older_than(release: str) -> bool:
+    """As in `TestedWindow`, a pre-release counts as its release."""
+    return Version(Version(sglang_version()).base_version) < Version(release)
+
+
 def needs_vision_config_attributes() -> bool:
     """Whether this SGLang, on CPU, reads attributes of `vision_config`, which may be a dict.
 
     `adjust_config_with_unaligned_cpu_tp` does so up to 0.5.22 and ends with an AttributeError.
     """
-    return device_type() == "cpu" and Version(sglang_version()) < Version("0.5.23")
+    return device_type() == "cpu" and _is_older_than("0.5.23")
+
+
+def needs_triton_on_cpu() -> bool:
+    """Whether this SGLang, on a CPU, launches Triton kernels and captures graphs all the same.
+
+    Its cache allocator and its choice of graphs do so up to 0.5.21.
+    """
+    return _is_older_than("0.5.22")
 
 
 def speculation_is_tested() -> bool:
     """Whether this SGLang has the speculative workers our hooks were written for."""
-    return Version(sglang_version()) >= Version("0.5.23")
+    return not _is_older_than("0.5.23")
+
+
+def needs_weight_only_mxfp8(device: str) -> bool:
+    """Whether SGLang refuses MXFP8 here: it does on CPUs and on NVIDIA chips before SM100.
+
+    Parameters
+    ----------
+    device : SGLang's server argument
+    """
+    from sglang.srt.utils import is_cuda
+
+    if not is_cuda():
+        return device == "cpu"
+    import torch
+
+    return torch.cuda.get_device_capability() < (10, 0)
 
 
 def tensor_parallel_size() -> int:
@@ -49,6 +78,28 @@ def tensor_parallel_size() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return get_parallel().tp_size
+
+
+def tensor_parallel_rank() -> int:
+    """This process's place among the ranks that share each layer."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_rank
+
+
+def partition_shared_by(ranks: int) -> dict[str, Any]:
+    """Arguments that let a parallel linear share each shard between that many consecutive ranks.
+
+    Up to 0.5.21 SGLang's linears take rank and number of ranks, from 0.5.22 a group.
+    """
+    if _is_older_than("0.5.22"):
+        return {
+            "tp_rank": tensor_parallel_rank() // ranks,
+            "tp_size": tensor_parallel_size() // ranks,
+        }
+    from sglang.srt.layers.linear import ReplicatedParallelGroup
+
+    return {"parallel_group": ReplicatedParallelGroup(group="tp", replica_size=ranks)}
 
 
 def read_config(hf_config: Any) -> M3Config:

@@ -44,8 +44,15 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
         "steps of prompts stay eager",
     ),
     "kv_cache_dtype": (
+    "kv_cache_dtype": (
+        ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
+        "the kernels read K and V in the model's dtype, bf16 or fp8",
+    ),
+}
+# What only kernels on a GPU read, said before SGLang has allocated such a cache.
+_SERVED_ON_CPU: dict[str, tuple[tuple[object, ...], str]] = {
         ("auto", "bf16", "bfloat16"),
-        "the kernels read K, V and index keys in the model's dtype or bf16",
+        "the kernels of a CPU read K and V in the model's dtype or bf16",
     ),
 }
 
@@ -76,7 +83,8 @@ def require_served(server_args: Any) -> None:
     ------
     ValueError : names the argument, what it may be and what it is.
     """
-    for name, (served, advice) in _SERVED.items():
+    on_cpu = _SERVED_ON_CPU if server_args.device == "cpu" else {}
+    for name, (served, advice) in (_SERVED | on_cpu).items():
         value = getattr(server_args, name, served[0])
         if value not in served:
             wanted = " or ".join(str(choice) for choice in served)

@@ -15,14 +15,23 @@ from m3_sglang.compat import tensor_parallel_size
 
 def worker_session(config: M3Config, runner: Any) -> MSASession | None:
     """The session for a model runner whose cache pools exist; None if no layer is sparse."""
+    if config.msa is None:
+        return None
     return make_session(
         config,
         device=torch.device(runner.device),
         dtype=runner.dtype,
         cache_dtype=runner.kv_cache_dtype,
+        index_dtype=index_dtype(runner),
         tensor_parallel_size=tensor_parallel_size(),
         capacity=step_capacity(runner),
     )
+
+
+def index_dtype(runner: Any) -> torch.dtype:
+    """How SGLang's pool keeps index keys: as fp8 beside an e4m3 cache on SM90, else unquantised."""
+    pool = runner.token_to_kv_pool
+    return pool.get_index_k_buffer(next(iter(pool.sparse_layer_id_mapping))).dtype
 
 
 def step_capacity(runner: Any) -> StepCapacity:

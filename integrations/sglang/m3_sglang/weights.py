@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
+from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
 from m3_plugin.checkpoint import MTP_PREFIX, is_mtp_tensor, mtp_modules, text_modules
@@ -68,7 +68,6 @@ def _weight_loader(
             num_experts=config.num_experts,
         ),
         default_loader=default_weight_loader,
-        scale_alias=maybe_remap_kv_scale_name,
         dequantiser=chosen_dequantiser(config),
         is_foreign=is_foreign,
     )

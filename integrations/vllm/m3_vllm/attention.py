@@ -21,8 +21,10 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     MLAAttentionSpec,
     SparseCacheRole,
+    get_kv_quant_mode,
 )
 
+from m3_plugin.quantization.cache_scales import CacheScales
 from m3_plugin.session import MSACaches, MSASession
 from m3_vllm.backend import M3IndexBackend, M3IndexMetadata, M3Metadata, M3SparseBackend
 
@@ -30,8 +32,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# vLLM allocates fp8 caches as bytes and leaves their meaning to the backend.
+_FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+def index_dtype(vllm_config: VllmConfig) -> torch.dtype:
+    """Storage dtype of index keys: as K and V, but never fp8, which would choose other blocks."""
+    if vllm_config.cache_config.cache_dtype in _FP8_DTYPES:
+        return vllm_config.model_config.dtype
+    return cache_dtype(vllm_config)
+
+
 def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
-    """Storage dtype of K, V and index keys.
+    """Storage dtype of K and V.
 
     Raises
     ------
@@ -44,6 +61,8 @@ def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
             f"--kv-cache-dtype must be one of {supported} for MSA layers in this version of "
             f"m3-plugin; got {requested}"
         )
+    if requested in _FP8_DTYPES:
+        return _FP8_DTYPES[requested]
     return kv_cache_dtype_str_to_dtype(requested, vllm_config.model_config)
 
 
@@ -106,8 +125,11 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
         self.layer_name = prefix
         self.dtype = cache_dtype(vllm_config)
         self.index_cache = M3IndexCache(
-            prefix=f"{prefix}.index_cache", index_dim=session.msa.index_dim, dtype=self.dtype
+            prefix=f"{prefix}.index_cache",
+            index_dim=session.msa.index_dim,
+            dtype=index_dtype(vllm_config),
         )
+        self.scales = CacheScales()
         self.caches: MSACaches | None = None
         self.kv_cache = torch.tensor([])
         _register_layer(prefix, self)
@@ -116,24 +138,36 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
         return M3SparseBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        # said as vLLM says it of its own dense layers, with which this layer shares a group
+        requested = vllm_config.cache_config.cache_dtype
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_dim,
             head_size_v=self.head_dim,
-            dtype=self.dtype,
+            dtype=kv_cache_dtype_str_to_dtype(requested, vllm_config.model_config),
+            kv_quant_mode=get_kv_quant_mode(requested),
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         # [pages, kv heads, page_size, K | V]: two strided views, no copy
-        self.kv_cache = kv_cache
+        self.kv_cache = kv_cache if kv_cache.numel() == 0 else kv_cache.view(self.dtype)
+
+    def set_scales(self, scales: CacheScales) -> None:
+        """What an fp8 cache's numbers are multiplied with, of this rank's heads."""
+        self.scales = scales
+        self.caches = None
 
     def paged_caches(self) -> MSACaches:
         """The three page tensors as the kernels want them, views of vLLM's allocation."""
         if self.caches is None or self.caches.k_pages.data_ptr() != self.kv_cache.data_ptr():
             k_pages, v_pages = self.kv_cache.split(self.head_dim, dim=-1)
             self.caches = MSACaches(
-                k_pages=k_pages, v_pages=v_pages, index_k_pages=self.index_cache.kv_cache
+                k_pages=k_pages,
+                v_pages=v_pages,
+                index_k_pages=self.index_cache.kv_cache,
+                k_scale=self.scales.k,
+                v_scale=self.scales.v,
             )
         return self.caches
 

@@ -131,6 +131,13 @@ class _M3PagedBackend(AttentionBackend):
 class M3SparseBackend(_M3PagedBackend):
     """Backend of the main K/V cache of an MSA layer."""
 
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        *_M3PagedBackend.supported_kv_cache_dtypes,
+        "fp8",
+        "fp8_e4m3",
+        "fp8_e5m2",
+    ]
+
     @staticmethod
     def get_name() -> str:
         return "M3_MSA"

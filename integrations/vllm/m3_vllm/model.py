@@ -52,6 +52,7 @@ from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.config import M3Config
 from m3_plugin.loading import WeightLoader, plan_before_loading, require_expert_bytes
 from m3_plugin.presence import attestation
+from m3_plugin.quantization.cache_scales import CacheScales
 from m3_plugin.quantization.plan import WeightPlan
 from m3_plugin.session import MSASession
 from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
@@ -102,6 +103,7 @@ class _M3AttentionBase(nn.Module):
         tp_size = get_tensor_model_parallel_world_size()
         self.head_dim = config.head_dim
         self.num_heads = local_heads(config.num_attention_heads, tp_size)
+        self.total_kv_heads = config.num_key_value_heads
         self.num_kv_heads = local_heads(config.num_key_value_heads, tp_size)
         self.q_size = self.num_heads * self.head_dim
         self.kv_size = self.num_kv_heads * self.head_dim
@@ -236,6 +238,17 @@ class M3SparseAttention(_M3AttentionBase):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             prefix=f"{prefix}.attn",
+        )
+
+    def take_cache_scales(self, scales: CacheScales) -> None:
+        """Keep this rank's part of the layer's scales for an fp8 cache."""
+        self.attn.set_scales(
+            scales.of_rank(
+                num_kv_heads=self.total_kv_heads,
+                rank=get_tensor_model_parallel_rank(),
+                size=get_tensor_model_parallel_world_size(),
+                device=self.q_norm.get_parameter("weight").device,
+            )
         )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from m3_plugin.assembly import make_session
 from m3_plugin.batch import StepCapacity
 from m3_plugin.config import M3Config
 from m3_plugin.session import MSASession
-from m3_vllm.attention import cache_dtype
+from m3_vllm.attention import cache_dtype, index_dtype
 from m3_vllm.compat import device_type
 
 ATTENTION_OP = "vllm::m3_msa_attention"
@@ -36,6 +36,7 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
         device=torch.device(device_type()),
         dtype=vllm_config.model_config.dtype,
         cache_dtype=cache_dtype(vllm_config),
+        index_dtype=index_dtype(vllm_config),
         tensor_parallel_size=get_tensor_model_parallel_world_size(),
         capacity=step_capacity(vllm_config),
     )

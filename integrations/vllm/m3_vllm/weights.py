@@ -7,10 +7,7 @@ from functools import cache
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
-from vllm.model_executor.model_loader.weight_utils import (
-    default_weight_loader,
-    maybe_remap_kv_scale_name,
-)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from m3_plugin.checkpoint import EMBEDDING, is_mtp_tensor, layer_of, mtp_modules, text_modules
 from m3_plugin.config import M3Config
@@ -112,7 +109,6 @@ def _weight_loader(
             num_experts=config.num_experts,
         ),
         default_loader=default_weight_loader,
-        scale_alias=maybe_remap_kv_scale_name,
         # vLLM's mxfp8 layers call the stored block scale by the name without "_inv"
         rename=lambda name: name.replace("weight_scale_inv", "weight_scale"),
         dequantiser=chosen_dequantiser(config),

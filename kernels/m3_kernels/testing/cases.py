@@ -28,6 +28,7 @@ class Case:
     shared_blocks : leading blocks which all requests have in common, on the same pages
     padding_rows : rows of the query tensors that belong to no request
     missing_keys : taken off every sequence length, so that the first rows stand before position 0
+    kv_dtype, index_dtype : fp8 pages of K and V, of index keys; None has them in `dtype`
     """
 
     name: str
@@ -44,6 +45,8 @@ class Case:
     shared_blocks: int = 0
     padding_rows: int = 0
     missing_keys: int = 0
+    kv_dtype: torch.dtype | None = None
+    index_dtype: torch.dtype | None = None
     seed: int = 0
 
     @property
@@ -79,7 +82,8 @@ class Inputs:
 
     Attributes
     ----------
-    sequences : the keys, values and index keys of each request in order, before paging
+    sequences : the keys, values and index keys of each request in order, as read from the pages
+    k_scale, v_scale : of fp8 pages
     """
 
     case: Case
@@ -96,6 +100,8 @@ class Inputs:
     seq_lens: Tensor
     slot_mapping: Tensor
     sequences: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
         """A copy on a device; strides and the poison around every view stay as they are.
@@ -141,6 +147,7 @@ def build(case: Case) -> Inputs:
         return torch.randn(*shape, generator=random).to(case.dtype)
 
     size, heads, dim = case.page_size, case.num_kv_heads, case.head_dim
+    k_scale, v_scale = cache_scales(case)
     lengths = [max(0, cached + rows - case.missing_keys) for cached, rows in case.requests]
     shared = case.shared_blocks * size
     common = (
@@ -157,7 +164,12 @@ def build(case: Case) -> Inputs:
         )
         for mine, theirs in zip(own, common, strict=True):
             mine[:shared] = theirs[:length]
-        sequences.append(own)
+        held = (
+            as_held(own[0], k_scale, case.kv_dtype),
+            as_held(own[1], v_scale, case.kv_dtype),
+            as_held(own[2], None, case.index_dtype),
+        )
+        sequences.append(held)
 
     # One page more than used, permuted, so that no page id equals its block id by chance.
     blocks = [-(-length // size) for length in lengths]
@@ -175,9 +187,10 @@ def build(case: Case) -> Inputs:
         for block, page in enumerate(pages):
             part = slice(block * size, min(length, (block + 1) * size))
             count = part.stop - part.start
-            k_pages[page, :, :count] = own[0][part].transpose(0, 1)
-            v_pages[page, :, :count] = own[1][part].transpose(0, 1)
-            index_k_pages[page, :count] = own[2][part]
+            keys, values = stored(own[0][part], k_scale), stored(own[1][part], v_scale)
+            k_pages[page, :, :count] = keys.transpose(0, 1).to(k_pages.dtype)
+            v_pages[page, :, :count] = values.transpose(0, 1).to(v_pages.dtype)
+            index_k_pages[page, :count] = own[2][part].to(index_k_pages.dtype)
         positions = range(length - case.requests[request][1], length)
         slots += [pages[p // size] * size + p % size if p >= 0 else -1 for p in positions]
 
@@ -200,14 +213,44 @@ def build(case: Case) -> Inputs:
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         slot_mapping=torch.tensor(slots + [-1] * case.padding_rows, dtype=torch.int64),
         sequences=tuple(sequences),
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
+
+
+def cache_scales(case: Case) -> tuple[Tensor | None, Tensor | None]:
+    """Scales of fp8 pages: of each head for K, of all for V; None for other pages.
+
+    Of so few bits that numbers read from the pages are exact in any dtype of activations, and give
+    the same bytes when they are stored again.
+    """
+    if case.kv_dtype is None:
+        return None, None
+    return 0.5 + torch.arange(case.num_kv_heads) % 3 / 2, torch.tensor([1.5])
+
+
+def stored(values: Tensor, scale: Tensor | None) -> Tensor:
+    """[tokens, heads, dim] as numbers of the cache, before they are rounded to its dtype."""
+    return values if scale is None else values.float() / scale[:, None]
+
+
+def as_held(values: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """What is read of values once they are in a cache of `dtype`; None keeps their own."""
+    if dtype is None:
+        return values
+    held = stored(values, scale).to(dtype).float()
+    return (held if scale is None else held * scale[:, None]).to(values.dtype)
 
 
 def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
     """K, V and index pages full of NaN, as strided views of one allocation each."""
     size, heads, dim = case.page_size, case.num_kv_heads, case.head_dim
-    fused = torch.full((num_pages, 2, size, heads, dim), torch.nan, dtype=case.dtype)
-    index = torch.full((num_pages, size, case.index_dim + 8), torch.nan, dtype=case.dtype)
+
+    def nans(*shape: int, dtype: torch.dtype | None) -> Tensor:
+        return torch.full(shape, torch.nan).to(dtype or case.dtype)
+
+    fused = nans(num_pages, 2, size, heads, dim, dtype=case.kv_dtype)
+    index = nans(num_pages, size, case.index_dim + 8, dtype=case.index_dtype)
     k_pages, v_pages = fused.transpose(2, 3).unbind(1)
     return k_pages, v_pages, index[:, :, : case.index_dim]
 

@@ -354,3 +354,27 @@ def test_torch_native_attention_is_given_lengths_it_knows() -> None:
     assert plain_step(decode) is decode
     assert plain_step(decode, drafted=2).seq_lens.tolist() == [7]
     assert decode.seq_lens.tolist() == [5]
+
+
+def test_fp8_pages_and_scales_of_sglang_s_pool() -> None:
+    """As the pool gives them out: K and V as fp8, index keys in the model's dtype."""
+    from m3_plugin.quantization.cache_scales import CacheScales
+    from m3_sglang.backend import M3AttentionBackend
+    from m3_sglang.options import require_served
+
+    e4m3 = torch.float8_e4m3fn
+    pool = SimpleNamespace(
+        get_key_buffer=lambda layer: torch.zeros(256, 2, 128).to(e4m3),
+        get_value_buffer=lambda layer: torch.zeros(256, 2, 128).to(e4m3),
+        get_index_k_buffer=lambda layer: torch.zeros(256, 1, 128).bfloat16(),
+    )
+    scales = CacheScales(torch.rand(2), torch.rand(1))
+    backend = object.__new__(M3AttentionBackend)
+    backend.pool, backend.caches = pool, {}  # type: ignore[assignment]
+    backend.layers = {4: SimpleNamespace(cache_scales=scales)}  # type: ignore[dict-item]
+    caches = backend._caches(4)
+    assert caches.k_pages.shape == caches.v_pages.shape == (2, 2, 128, 128)
+    assert (caches.k_pages.dtype, caches.index_k_pages.dtype) == (e4m3, torch.bfloat16)
+    assert (caches.k_scale, caches.v_scale) == (scales.k, scales.v)
+    for dtype in ("fp8_e4m3", "fp8_e5m2"):
+        require_served(server_args(kv_cache_dtype=dtype, device="cuda", pp_size=1, ep_size=1))

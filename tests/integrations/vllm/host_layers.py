@@ -103,6 +103,24 @@ def compare(model: nn.Module, config: M3Config, reference: dict[str, Tensor]) ->
     return report
 
 
+def cache_scales(model: nn.Module) -> dict[str, dict[str, list[float]]]:
+    """Per attention layer with scales of an fp8 cache: what K and V are multiplied with."""
+    from m3_vllm.attention import M3SparseCacheLayer
+
+    report = {}
+    for name, module in model.named_modules():
+        if isinstance(module, M3SparseCacheLayer):
+            pair = {"k_scale": module.scales.k, "v_scale": module.scales.v}
+        else:
+            own = dict(module.named_parameters(recurse=False))
+            pair = {scale: own.get(scale) for scale in ("k_scale", "v_scale")}
+        found = {scale: values for scale, values in pair.items() if values is not None}
+        # vLLM marks a scale that never came by -1
+        if len(found) == 2 and all(bool((values > 0).all()) for values in found.values()):
+            report[name] = {scale: values.reshape(-1).tolist() for scale, values in found.items()}
+    return report
+
+
 def compare_experts(
     layer: str, tensors: dict[str, Tensor], plain: dict[str, Tensor], config: M3Config
 ) -> dict[str, Any]:
@@ -153,7 +171,8 @@ def entry(weight: WeightFormat, found: Tensor, expected: Tensor) -> dict[str, An
 def main(stored: str, reference: str, report: str) -> None:
     declare_missing_ops()
     model, config = build(Path(stored))
-    Path(report).write_text(json.dumps(compare(model, config, read(Path(reference)))))
+    compared = compare(model, config, read(Path(reference)))
+    Path(report).write_text(json.dumps(compared | cache_scales(model)))
 
 
 if __name__ == "__main__":

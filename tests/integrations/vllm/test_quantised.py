@@ -58,9 +58,11 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
 ) -> None:
     """Every projection, expert and scale in its place, compared through the codecs.
 
+    Scales of an fp8 cache are in the layer that multiplies with them, vLLM's own or ours.
+
     vLLM has no kernel for these formats on CPU, so only its choice of one is left out.
     """
-    stored = random_quantised.stored(quant)  # type: ignore[arg-type]
+    stored = random_quantised.with_cache_scales(quant)  # type: ignore[arg-type]
     reference = random_quantised.reference(quant)  # type: ignore[arg-type]
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "tests.integrations.vllm.host_layers"]
@@ -73,7 +75,7 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
     )
     assert result.returncode == 0, result.stderr[-4000:]
     compared: dict[str, Any] = json.loads(report.read_text())
-    layers = {name: entry["format"] for name, entry in compared.items()}
+    layers = {name: entry.get("format") for name, entry in compared.items()}
     attention = "model.layers.1.self_attn"
     if quant == "mxfp8":
         # all of it in one layer, because all of it is stored alike
@@ -84,6 +86,11 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
         assert layers[f"{attention}.index_proj"] == "plain"
     assert layers["model.layers.1.block_sparse_moe.experts"] == quant
     assert layers["model.layers.0.mlp.down_proj"] == "mxfp8"
+    cache = {name.split(".")[2]: entry for name, entry in compared.items() if "k_scale" in entry}
+    assert cache["1"] == {"k_scale": [0.5, 1.5], "v_scale": [2.0, 0.75]}
+    assert cache["0"] == {"k_scale": [0.5], "v_scale": [0.25]}
+    assert set(cache) == {"0", "1"}
+    compared = {name: entry for name, entry in compared.items() if "format" in entry}
     wrong = {name: entry for name, entry in compared.items() if entry["difference"] > 0}
     assert wrong == {}
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from vllm.compilation.backends import split_graph
-from vllm.config import CompilationConfig, CompilationMode, VllmConfig
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
-import m3_vllm.attention  # noqa: F401  registers the op
+from m3_plugin.backends import choose_kernels
 from m3_plugin.config import M3Config
+from m3_plugin.quantization.cache_scales import CacheScales
 from m3_plugin.released import released_config
+from m3_plugin.session import MSASession
+from m3_vllm.attention import M3SparseCacheLayer  # its module registers the op
 from m3_vllm.session import (
     ATTENTION_OP,
     keep_attention_out_of_piecewise_graphs,
@@ -67,3 +73,41 @@ def test_two_micro_batches_are_refused() -> None:
     config.parallel_config.enable_dbo = True
     with pytest.raises(ValueError, match="without --enable-dbo"):
         worker_session(M3Config.from_hf(released_config()), config)
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype"),
+    [
+        ("fp8", torch.float8_e4m3fn),
+        ("fp8_e5m2", torch.float8_e5m2),
+        ("auto", torch.bfloat16),
+    ],
+)
+def test_fp8_pages_reach_the_kernels_as_fp8_with_their_scales(
+    option: str, dtype: torch.dtype
+) -> None:
+    """vLLM allocates bytes; index keys stay in the model's dtype, in the same group of pages."""
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(dtype=torch.bfloat16)  # type: ignore[assignment]
+    config.cache_config.cache_dtype = option  # type: ignore[assignment]
+    config.cache_config.block_size = 128
+    msa = M3Config.from_hf(released_config()).msa
+    assert msa is not None
+    session = MSASession(msa, kernels=choose_kernels("cpu"), scale=1.0)
+    with set_current_vllm_config(config):
+        layer = M3SparseCacheLayer(session=session, num_kv_heads=4, head_dim=128, prefix="layer")
+    main, index = layer.get_kv_cache_spec(config), layer.index_cache.get_kv_cache_spec(config)
+    assert isinstance(main, FullAttentionSpec)
+    assert isinstance(index, MLAAttentionSpec)
+    assert main.page_size_bytes == 128 * 4 * 256 * dtype.itemsize
+    assert index.dtype == torch.bfloat16
+    layer.bind_kv_cache(torch.zeros(3, 4, 128, 256, dtype=main.dtype))
+    layer.index_cache.bind_kv_cache(torch.zeros(3, 1, 128, 128, dtype=index.dtype))
+    scales = CacheScales(torch.rand(4), torch.rand(1))
+    assert layer.paged_caches().k_scale is None
+    layer.set_scales(scales)
+    caches = layer.paged_caches()
+    assert caches.k_pages.dtype == caches.v_pages.dtype == dtype
+    assert caches.k_pages.shape == caches.v_pages.shape == (3, 4, 128, 128)
+    assert caches.v_pages.data_ptr() - caches.k_pages.data_ptr() == 128 * dtype.itemsize
+    assert (caches.k_scale, caches.v_scale) == (scales.k, scales.v)
