@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.mtp import require_mtp_modules
 from m3_plugin.shards import read_checkpoint
-from m3_sglang.compat import sglang_version, speculation_is_tested
+from m3_sglang.compat import needs_triton_on_cpu, sglang_version, speculation_is_tested
 
 BACKEND_NAME = "msa"
 
@@ -44,13 +45,13 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
         "steps of prompts stay eager",
     ),
     "kv_cache_dtype": (
-    "kv_cache_dtype": (
         ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
         "the kernels read K and V in the model's dtype, bf16 or fp8",
     ),
 }
 # What only kernels on a GPU read, said before SGLang has allocated such a cache.
 _SERVED_ON_CPU: dict[str, tuple[tuple[object, ...], str]] = {
+    "kv_cache_dtype": (
         ("auto", "bf16", "bfloat16"),
         "the kernels of a CPU read K and V in the model's dtype or bf16",
     ),
@@ -92,8 +93,31 @@ def require_served(server_args: Any) -> None:
                 f"m3-plugin: --{name.replace('_', '-')} must be {wanted} for MiniMax-M3; "
                 f"got {value!r}: {advice}"
             )
+    if server_args.device == "cpu" and needs_triton_on_cpu():
+        require_interpreted_steps(server_args)
     if server_args.speculative_algorithm is not None:
         require_draft(server_args)
+
+
+def require_interpreted_steps(server_args: Any) -> None:
+    """Refuse a start on a CPU which an older SGLang would end itself, far from the cause.
+
+    Raises
+    ------
+    ValueError : Triton is not in interpreter mode, or graphs would be captured.
+    """
+    host = f"m3-plugin: SGLang {sglang_version()} on a CPU needs"
+    mode = os.environ.get("TRITON_INTERPRET")
+    if mode != "1":
+        raise ValueError(
+            f"{host} TRITON_INTERPRET=1; got {mode!r}: its cache allocator launches Triton "
+            "kernels; set it, or install SGLang 0.5.22 or later"
+        )
+    if not server_args.disable_cuda_graph:
+        raise ValueError(
+            f"{host} --disable-cuda-graph: it would capture graphs; give it, or install SGLang "
+            "0.5.22 or later"
+        )
 
 
 def require_draft(server_args: Any) -> None:
