@@ -3,8 +3,9 @@
 #   make demo              serve the demo checkpoint on a real vLLM on this CPU, ask, check the answers
 #   make demo HOST=sglang  the same on a real SGLang
 #   make test              linters and all tests, those through real engines and servers included
-#   make test-vllm         without the SGLang environment
-#   make test-sglang       the SGLang tests alone
+#   make test-core         kernels, plugin and command line; TESTS=tests/kernels for a part
+#   make test-vllm         through real vLLM engines and servers
+#   make test-sglang       through real SGLang engines and servers
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
 #   make quick-start       the README's commands in a fresh clone with an empty home (downloads all)
 #   make kernels-table     docs/kernels-compiled.md: the Triton kernels compiled for every GPU family
@@ -14,7 +15,7 @@
 
 PYTHON ?= python3
 HOST   ?= vllm
-TESTS  ?= tests
+TESTS  ?= tests --ignore=tests/integrations
 
 # vLLM and SGLang pin different libraries: one environment each.
 VLLM          ?= 0.32
@@ -34,7 +35,7 @@ OLDER_TRITON := .venv/triton-3.6
 
 SCREENS := docs/screens
 
-.PHONY: screens quick-start kernels-table demo test test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
+.PHONY: screens quick-start kernels-table demo test test-core test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -91,12 +92,15 @@ lint: env
 lint-sglang: env env-sglang
 	$(BIN)/pyright --project integrations/sglang
 
-# Both at a time: an engine spends much of its start on one core.
+# Two at a time, the longest first: an engine spends much of its start on one core.
 test:
-	$(MAKE) --no-print-directory --jobs 2 test-vllm test-sglang
+	$(MAKE) --no-print-directory --jobs 2 test-sglang test-vllm test-core
 
-test-vllm: lint $(OLDER_TRITON)/.ready
+test-core: lint $(OLDER_TRITON)/.ready
 	$(BIN)/pytest $(TESTS)
+
+test-vllm: env
+	$(BIN)/pytest tests/integrations/vllm
 
 test-sglang: lint-sglang test-sglang-oldest
 	$(SGLANG_BIN)/pytest tests/integrations/sglang
