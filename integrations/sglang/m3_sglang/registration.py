@@ -16,6 +16,8 @@ from m3_sglang.compat import (
     SGLANG_WINDOW,
     device_type,
     needs_vision_config_attributes,
+    needs_weight_only_mxfp8,
+    read_config,
     sglang_version,
 )
 from m3_sglang.options import BACKEND_NAME, m3_defaults
@@ -31,6 +33,7 @@ WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
 QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
 DRAFT_CONFIG = "sglang.srt.configs.model_config.ModelConfig._config_draft_model"
 INDEX_POOL = "sglang.srt.configs.model_config.is_minimax_sparse"
+MXFP8_METHOD = "m3_mxfp8"
 CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 
 
@@ -53,8 +56,7 @@ def register_with_sglang() -> None:
     _register_defaults()
     _register_models()
     _register_draft_config()
-    if settings.dequantize:
-        _register_plain_weights()
+    _register_quantization()
     _say(
         attestation(
             host="SGLang",
@@ -78,9 +80,9 @@ def _register_backend() -> None:
     For the M3 architectures SGLang wraps whatever backend was chosen in its own sparse backend;
     the hook wraps it in ours.
     """
-    from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import add_attention_backend_choices
 
     add_attention_backend_choices([BACKEND_NAME])
 
@@ -150,20 +152,51 @@ def give_vision_config_attributes(model_config: Any, *args: Any, **kwargs: Any) 
         config.vision_config = PretrainedConfig(**config.vision_config)
 
 
-def _register_plain_weights() -> None:
-    """SGLang builds plain layers for M3; our loader dequantises what it puts into them."""
+def _register_quantization() -> None:
+    """Our word on what SGLang settles for M3 checkpoints."""
+    from sglang.srt.arg_groups.overrides import register_model_override
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(QUANTIZATION, without_quantization, HookType.AROUND)
+    for architecture in ARCHITECTURES:
+        register_model_override(architecture)(weight_defaults)
+    HookRegistry.register(QUANTIZATION, settle_quantization, HookType.AROUND)
 
 
-def without_quantization(original: Any, model_config: Any) -> None:
-    """AROUND hook: an M3 checkpoint counts as unquantised, any other as what it is.
+def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
+    """Override provider of SGLang: how the weights of an M3 checkpoint are served.
+
+    SGLang's own provider takes a checkpoint at its word, and MXFP8 to expert kernels of SM100.
+    """
+    quantization = read_config(hf_config).quantization
+    if quantization is None:
+        return {}
+    runner = server_args.moe_runner_backend
+    if Settings.from_environment().dequantize:
+        return {
+            "quantization": None,
+            "moe_runner_backend": "triton" if runner == "auto" else runner,
+        }
+    if quantization.method == "mxfp8" and needs_weight_only_mxfp8(server_args.device):
+        return {"quantization": MXFP8_METHOD, "moe_runner_backend": "triton"}
+    return {}
+
+
+def settle_quantization(original: Any, model_config: Any) -> None:
+    """AROUND hook: an M3 checkpoint counts as what `weight_defaults` said, any other as what it is.
 
     Here SGLang settles the method, from its own defaults for M3 and from the checkpoint.
     """
-    if is_ours(model_config.hf_config):
+    if not is_ours(model_config.hf_config):
+        original(model_config)
+    elif Settings.from_environment().dequantize:
         model_config.quantization = None
+    elif model_config.quantization == MXFP8_METHOD:
+        from sglang.srt.layers import quantization
+
+        from m3_sglang.quantization import M3Mxfp8Config
+
+        quantization.QUANTIZATION_METHODS[MXFP8_METHOD] = M3Mxfp8Config
+        quantization.CPU_QUANTIZATION_METHODS[MXFP8_METHOD] = M3Mxfp8Config
     else:
         original(model_config)
 

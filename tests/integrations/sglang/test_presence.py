@@ -17,8 +17,8 @@ LOAD = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
 load_plugins()
-from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, attn_backend_wrapper
+from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
 print("CHOICE", "msa" in ATTENTION_BACKEND_CHOICES, "msa" in ATTENTION_BACKENDS)
 print("HOOK", hasattr(attn_backend_wrapper, "__wrapped__"))
 if MODELS:
