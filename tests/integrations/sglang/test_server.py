@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import sglang
 from openai import OpenAI
 
 from m3_plugin.serving import ServerProcess, free_port, sglang_command
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations.insight import InsightCases, insight_environment
+from tests.integrations.parsers import SpokenCases
 from tests.integrations.server import MODEL, ServerCases, ask, counter
 from tests.integrations.sglang.engine import ENVIRONMENT
 
@@ -49,18 +51,23 @@ def server(
         yield server
 
 
-class TestServer(InsightCases, ServerCases):
+class TestServer(SpokenCases, InsightCases, ServerCases):
+    host = "sglang"
+    release = sglang.__version__
     metrics = ("sglang:prompt_tokens_total", "sglang:cache_hit_rate")
     audio_part: ClassVar = {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,AAAA"}}
 
     @pytest.mark.skipif(
         find_spec("datasets") is None,
-        reason="SGLang's client imports datasets, which the lite environment leaves out",
+        reason="SGLang's client imports datasets, which this environment leaves out",
     )
     def test_bench_serve_with_the_hosts_own_client(
         self, server: ServerProcess, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
         super().test_bench_serve_with_the_hosts_own_client(server, constructed_checkpoint, tmp_path)
+
+    def saying(self, grammar: str) -> dict[str, Any]:
+        return {"ebnf": grammar}
 
     def error_message(self, body: dict[str, Any]) -> str:
         return body["message"]

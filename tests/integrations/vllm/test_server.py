@@ -13,6 +13,8 @@ from packaging.version import Version
 from m3_plugin.serving import ServerProcess, free_port, vllm_command
 from m3_vllm.compat import vllm_version
 from tests.integrations.insight import InsightCases, insight_environment
+from tests.integrations.parser_corpus import Case
+from tests.integrations.parsers import SpokenCases
 from tests.integrations.server import MODEL, ServerCases
 from tests.integrations.vllm.engine import ENVIRONMENT
 
@@ -26,6 +28,8 @@ OPTIONS = (
     "--enforce-eager",
     "--enable-prompt-tokens-details",
     *("--reasoning-parser", "minimax_m3"),
+    # a constrained answer is constrained from its first word on, thoughts included
+    *("--structured-outputs-config", '{"enable_in_reasoning": true}'),
 )
 TOOL_OPTIONS = ("--tool-call-parser", "minimax_m3", "--enable-auto-tool-choice")
 # The parser of 0.31 wants an extension module that its CPU wheel was built without.
@@ -48,9 +52,18 @@ def server(
         yield server
 
 
-class TestServer(InsightCases, ServerCases):
+class TestServer(SpokenCases, InsightCases, ServerCases):
+    host = "vllm"
+    release = vllm_version()
     metrics = ("vllm:prompt_tokens_total", "vllm:prefix_cache_hits_total")
     audio_part: ClassVar = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+    def saying(self, grammar: str) -> dict[str, Any]:
+        return {"structured_outputs": {"grammar": grammar}}
+
+    @pytest.mark.skipif(not HAS_TOOL_PARSER, reason="this vLLM was built without tool parsers")
+    def test_spoken_replies_are_parsed(self, client: OpenAI, case: Case) -> None:
+        super().test_spoken_replies_are_parsed(client, case)
 
     def error_message(self, body: dict[str, Any]) -> str:
         return body["error"]["message"]
