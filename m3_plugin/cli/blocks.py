@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from m3_plugin.cli.outputs import JsonOption, PlotOption
+
 if TYPE_CHECKING:
     from m3_plugin.selection.summary import LayerSummary, Summary
 
@@ -29,10 +31,8 @@ def blocks(
     phase: Annotated[
         Phase, typer.Option(help="Rows alone in their step, or the others.")
     ] = Phase.all,
-    json_file: Annotated[
-        str | None, typer.Option("--json", help="Write the numbers as JSON; - for stdout.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Heat map of layers against context, share of local and early blocks, and overlaps."""
     from m3_plugin.selection.summary import NoRecords, summarise

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3_plugin.cli.bench.report import gpu_facts, machine_facts, progress_bar, write_json
+from m3_plugin.cli.outputs import JsonOption
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +83,7 @@ def check(
         int | None,
         typer.Option(help="Runs that must be bit-equal; default: 200 on cuda, 3 on cpu."),
     ] = None,
-    json_file: Annotated[
-        str | None, typer.Option("--json", help="Write every finding as JSON; - for stdout.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Compare every kernel with the oracle on this device; ends with 1 if anything is wrong."""
     import torch

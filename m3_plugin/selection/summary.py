@@ -12,6 +12,7 @@ from typing import Any, Literal
 from m3_plugin.selection.recorder import FILE_PATTERN
 
 Phase = Literal["all", "prefill", "decode"]
+_HEADER = ("block_size", "topk", "num_local_blocks")
 
 
 class NoRecords(LookupError):
@@ -140,7 +141,7 @@ def summarise(folder: Path, *, phase: Phase = "all") -> Summary:
     Raises
     ------
     NoRecords : no file, or no row beyond the budget; says what to do.
-    ValueError : files of different models in one folder.
+    ValueError : files of different models in one folder, or files that are no recording.
     """
     files = sorted(folder.glob(FILE_PATTERN))
     if not files:
@@ -178,8 +179,23 @@ def summarise(folder: Path, *, phase: Phase = "all") -> Summary:
     )
 
 
+def _header(file: Path) -> dict[str, Any]:
+    """The first line: the rules by which the blocks in the others were chosen."""
+    try:
+        with file.open() as lines:
+            header = json.loads(lines.readline())
+    except ValueError as error:
+        raise ValueError(f"{file} does not begin with a recording's header: {error}") from None
+    if not isinstance(header, dict) or not header.keys() >= set(_HEADER):
+        raise ValueError(
+            f"{file} does not begin with a recording's header, which has {', '.join(_HEADER)}; "
+            "remove it, or record again"
+        )
+    return header
+
+
 def _rules(files: list[Path]) -> dict[str, Any]:
-    found = {file: json.loads(file.open().readline()) for file in files}
+    found = {file: _header(file) for file in files}
     first = found[files[0]]
     for file, rules in found.items():
         if rules != first:

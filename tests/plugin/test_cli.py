@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -16,11 +18,57 @@ def test_version() -> None:
     assert runner.invoke(app, ["--version"]).output == f"m3-plugin {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "tiny", "bench"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("doctor", "fit", "check", "blocks", "demo", "tiny"),
+        *("eval", "eval needle", "bench", "bench cpu", "bench kernels", "bench serve"),
+    ],
+)
 def test_help_of_every_command(command: str) -> None:
-    result = runner.invoke(app, [command, "--help"])
+    result = runner.invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+def said(output: str) -> str:
+    """Words of an error, out of the frame that is drawn around them."""
+    return " ".join(output.replace("│", " ").split())
+
+
+WRITING = {
+    "check": ("--json",),
+    "blocks nowhere": ("--json", "--plot"),
+    "bench cpu": ("--json", "--plot"),
+    "bench kernels": ("--json", "--plot"),
+    "bench serve": ("--json", "--csv", "--plot"),
+    "eval needle --output needle.json": ("--output", "--plot", "--log"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(c, option) for c, options in WRITING.items() for option in options]
+)
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    tmp_path: Path, command: str, option: str
+) -> None:
+    for target, reason in (
+        (tmp_path / "nowhere" / "file", "there is no folder"),
+        (tmp_path, "is a folder"),
+    ):
+        result = runner.invoke(app, [*command.split(), option, str(target)])
+        assert result.exit_code == 2
+        assert option in result.output
+        assert reason in said(result.output)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("m3_plugin.cli.outputs.find_spec", lambda name: None)
+    result = runner.invoke(app, ["bench", "cpu", "--plot", "picture.png"])
+    assert result.exit_code == 2
+    assert "pip install matplotlib" in said(result.output)
 
 
 def test_unknown_host_is_named_with_the_known_ones() -> None:

@@ -84,6 +84,33 @@ def test_without_any_host(without_hosts: Path, checkpoint: Path) -> None:
     assert [f.name for f in report.findings if f.status == "failure"] == ["installed"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("demo",),
+        ("demo", "--host", "sglang"),
+        ("bench", "serve"),
+        ("eval", "needle", "--output", "needle.json"),
+    ],
+    ids=" ".join,
+)
+def test_commands_that_start_a_server_need_a_host(
+    without_hosts: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    done = subprocess.run(
+        [str(without_hosts), "-m", "m3_plugin.cli", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "is not installed beside m3-plugin; run `make demo`, or install it here" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_broken_triton_and_an_absent_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton is broken')")

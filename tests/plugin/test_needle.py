@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,8 @@ def test_repeats_are_averaged_and_drawn(tmp_path: Path) -> None:
         (("--contexts", "many"), "not numbers"),
         (("--contexts", "100000"), "Start your own"),
         (("--host", "tgi"), "--host must be one of"),
+        (("--prose", "/nowhere/prose.txt"), "does not exist"),
+        (("--prose", sys.executable), "must be UTF-8 text"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, options: tuple[str, ...], message: str) -> None:

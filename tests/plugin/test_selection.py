@@ -157,6 +157,15 @@ def test_nothing_recorded_says_how(tmp_path: Path) -> None:
     assert "longer prompt" in result.output
 
 
+@pytest.mark.parametrize("text", ["", "no json\n", "3\n", '{"topk": 4}\n', "\x00\n"])
+def test_files_that_are_no_recording_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "selection-1.jsonl").write_text(text)
+    result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "selection-1.jsonl does not begin with a recording's header" in said
+
+
 def test_recording_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def session() -> MSASession | None:
         return make_session(

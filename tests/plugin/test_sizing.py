@@ -188,6 +188,24 @@ def test_mistakes_are_named(options: tuple[str, ...], message: str) -> None:
     assert message in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read"),
+        ('{"text_config": {"num_', "is not JSON"),
+        ("\x00", "is not JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("{}", "config key 'num_hidden_layers' must be"),
+    ],
+)
+def test_a_config_that_cannot_be_read(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    result = invoke("--model", str(tmp_path), "--gpu", "H200")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
 def test_a_card_of_any_size(tmp_path: Path) -> None:
     found = as_json("--model", "MiniMaxAI/MiniMax-M3", "--gpu", "mine", "--gpu-memory", "200")
     assert found["machine"]["memory"] == 200 * GIB

@@ -25,6 +25,7 @@ from m3_plugin.cli.bench.report import (
     short,
     write_json,
 )
+from m3_plugin.cli.outputs import JsonOption, PlotOption
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,10 +99,8 @@ def bench_cpu(
     rounds: Annotated[int, typer.Option(help="Timed decode runs of each method.")] = 15,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's own choice.")] = 0,
     dense: Annotated[bool, typer.Option(help="Also run the dense peers.")] = True,
-    json_file: Annotated[
-        str | None, typer.Option("--json", help="Write the results as JSON; - for stdout.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """One sparse layer of MiniMax-M3 in bf16 against dense attention over the same context."""
     import torch

@@ -31,6 +31,7 @@ from m3_plugin.cli.bench.roofline import (
     floor_seconds,
     sparse_work,
 )
+from m3_plugin.cli.outputs import JsonOption, PlotOption
 
 if TYPE_CHECKING:
     import torch
@@ -143,10 +144,8 @@ def bench_kernels(
     peer_folder: Annotated[
         Path | None, typer.Option(help="Folder with the peers' packages, if not installed.")
     ] = None,
-    json_file: Annotated[
-        str | None, typer.Option("--json", help="Write the results as JSON; - for stdout.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """One sparse layer of MiniMax-M3 in bf16 on this GPU, beside peers and the roofline."""
     import torch

@@ -43,10 +43,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes of a picture: times against context, both logarithmic."""
+    """One pair of axes of a picture: times against context, both logarithmic.
+
+    Attributes
+    ----------
+    share : its values are parts of 1, drawn from 0 to 1 on a linear axis
+    """
 
     title: str
     curves: tuple[Curve, ...]
+    share: bool = False
 
 
 def machine_facts() -> dict[str, Any]:
@@ -140,7 +146,7 @@ def plot_panels(panels: Sequence[Panel], path: Path, *, title: str, unit: str) -
 
     Parameters
     ----------
-    unit : what the vertical axis shows
+    unit : what the vertical axis shows, but for shares
     """
     import matplotlib
 
@@ -155,10 +161,13 @@ def plot_panels(panels: Sequence[Panel], path: Path, *, title: str, unit: str) -
             axis.fill_between(at, low, high, color=curve.colour, alpha=0.2)
         ticks = sorted({point[0] for curve in panel.curves for point in curve.points})
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        if panel.share:
+            axis.set_ylim(0, 1)
+        else:
+            axis.set_yscale("log")
         axis.set_xticks(ticks, [f"{tick / 1024:g}K" for tick in ticks])
         axis.set_xlabel("context")
-        axis.set_ylabel(unit)
+        axis.set_ylabel("share" if panel.share else unit)
         axis.set_title(panel.title)
         axis.grid(True, which="both", alpha=0.2)
         axis.legend()

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -31,6 +31,7 @@ from m3_plugin.cli.bench.report import (
     write_json,
 )
 from m3_plugin.cli.hosts import HOSTS, MAX_MODEL_LEN, MODEL_NAME, Host, installed_host
+from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
 from m3_plugin.serving import ServerFailed, ServerProcess, free_port
 
 # The `vllm` script looks up a distribution of that name, which the CPU build does not have.
@@ -119,11 +120,11 @@ def bench_serve(
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 16,
     requests: Annotated[int, typer.Option(min=1, help="Requests per context.")] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
-    json_file: Annotated[
-        str | None, typer.Option("--json", help="Write the results as JSON; - for stdout.")
+    json_file: JsonOption = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the rows as CSV.", callback=in_a_folder)
     ] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows as CSV.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
+    plot: PlotOption = None,
 ) -> None:
     """Times per token against context, with `vllm bench serve` or `sglang.bench_serving`."""
     console = Console(stderr=True)
@@ -347,17 +348,14 @@ def _print(report: ServeReport, console: Console) -> None:
 def _plot(report: ServeReport, path: Path) -> None:
     names = list(dict.fromkeys(row.server for row in report.rows))
 
+    def curve(name: str, points: Iterable[tuple[int, float]]) -> Curve:
+        drawn = tuple((at, value, value, value) for at, value in points)
+        return Curve(label=name, colour=_COLOURS[name], points=drawn)
+
     def curves(value: Callable[[Row], float]) -> tuple[Curve, ...]:
+        rows = sorted(report.rows, key=lambda row: row.context)
         return tuple(
-            Curve(
-                label=name,
-                colour=_COLOURS[name],
-                points=tuple(
-                    (row.context, value(row), value(row), value(row))
-                    for row in sorted(report.rows, key=lambda row: row.context)
-                    if row.server == name
-                ),
-            )
+            curve(name, ((row.context, value(row)) for row in rows if row.server == name))
             for name in names
         )
 
@@ -365,6 +363,11 @@ def _plot(report: ServeReport, path: Path) -> None:
         [
             Panel("time per token", curves(lambda row: row.tpot_ms)),
             Panel("time to first token", curves(lambda row: row.ttft_ms)),
+            Panel(
+                "attention's share of the time per token, at least",
+                tuple(curve(name, growing_share(report.rows, name)) for name in names),
+                share=True,
+            ),
         ],
         path,
         title=f"{report.model}, {report.client}, {report.machine['cpu']}",

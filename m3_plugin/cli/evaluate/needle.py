@@ -20,6 +20,7 @@ from rich.table import Table
 from m3_plugin.cli.bench.report import numbers, progress_bar
 from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, Haystack, TextHaystack
 from m3_plugin.cli.hosts import installed_host
+from m3_plugin.cli.outputs import PlotOption, in_a_folder
 from m3_plugin.serving import ServerFailed, ServerProcess, free_port
 
 
@@ -96,7 +97,10 @@ class Grid:
 
 
 def needle(
-    output: Annotated[Path, typer.Option(help="JSON file; an existing one is completed.")],
+    output: Annotated[
+        Path,
+        typer.Option(help="JSON file; an existing one is completed.", callback=in_a_folder),
+    ],
     url: Annotated[
         str | None,
         typer.Option(help="A running server, http://host:port; by default one is started."),
@@ -112,9 +116,20 @@ def needle(
     contexts: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,4096,8192",
     depths: Annotated[str, typer.Option(help="Percent of the context.")] = "0,25,50,75,100",
     repeats: Annotated[int, typer.Option(min=1, help="Questions per cell.")] = 1,
-    prose: Annotated[Path | None, typer.Option(help="A text file to hide text needles in.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (needs matplotlib).")] = None,
-    log: Annotated[Path | None, typer.Option(help="Keep the started server's log here.")] = None,
+    prose: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text file to hide text needles in.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
+    ] = None,
+    plot: PlotOption = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="Keep the started server's log here.", callback=in_a_folder),
+    ] = None,
 ) -> None:
     """Hide a fact at every depth of every context and ask for it; exit 0 if all was found.
 
@@ -131,9 +146,10 @@ def needle(
     try:
         grid = Grid(output, {"needles": kind.value, "model": model, "prose": str(prose)})
         missing = [cell for cell in cells if cell not in grid.results]
+        hay = None if prose is None else _read(prose)
         if missing:
             with _server(url, host=host, cells=cells, log=log, console=console) as address:
-                _ask_all(address, grid, missing, model=model, kind=kind, prose=prose)
+                _ask_all(address, grid, missing, model=model, kind=kind, prose=hay)
     except (LookupError, ServerFailed, ValueError) as failure:
         console.print(str(failure), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
@@ -184,7 +200,7 @@ def _ask_all(
     *,
     model: str | None,
     kind: Needles,
-    prose: Path | None,
+    prose: str | None,
 ) -> None:
     from openai import APIConnectionError, APIStatusError
 
@@ -193,7 +209,7 @@ def _ask_all(
         haystack: Haystack = (
             ConstructedHaystack()
             if kind is Needles.constructed
-            else TextHaystack(asker.count_tokens, prose=prose.read_text() if prose else None)
+            else TextHaystack(asker.count_tokens, prose=prose)
         )
         with progress_bar() as progress:
             task = progress.add_task("needles", total=len(cells))
@@ -208,6 +224,13 @@ def _ask_all(
             f"{url} refused a request: {error.message}. What was asked before is kept in "
             f"{grid.file}"
         ) from None
+
+
+def _read(prose: Path) -> str:
+    try:
+        return prose.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prose {prose} must be UTF-8 text: {error}") from None
 
 
 class _Asker:

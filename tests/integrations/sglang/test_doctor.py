@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.doctor import check_hidden, check_served, failures
+from tests.integrations.doctor import ARCHITECTURES, check_hidden, check_served, failures
 
 
 def test_the_plugin_serves(constructed_checkpoint: Path) -> None:
@@ -15,6 +15,20 @@ def test_the_plugin_serves(constructed_checkpoint: Path) -> None:
 
 def test_an_allow_list_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
     check_hidden("sglang", monkeypatch)
+
+
+@pytest.mark.extended
+def test_an_untested_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another release's metadata come first on the path, as if pip had upgraded SGLang."""
+    (tmp_path / "sglang-0.99.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: sglang\nVersion: 0.99.0\n"
+    (tmp_path / "sglang-0.99.0.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    version, *classes = failures("sglang")
+    assert "sglang 0.99.0 is outside the tested window" in version.value
+    assert "M3_PLUGIN_ALLOW_UNTESTED=1" in version.advice
+    assert {found.name for found in classes} >= set(ARCHITECTURES)
+    assert all(not found.value.startswith("m3_sglang.") for found in classes)
 
 
 def test_a_broken_triton_ends_the_host_and_not_the_doctor(
