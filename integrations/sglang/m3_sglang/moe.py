@@ -29,6 +29,7 @@ from m3_plugin.experts import (
 )
 from m3_plugin.loading import interleave_gate_up
 from m3_sglang.compat import tensor_parallel_size
+from m3_sglang.quantization import Mxfp8ExpertsMethod
 
 # SGLang's activations add a fixed 1 to `up`.
 _HOST_BETA = 1.0
@@ -96,9 +97,6 @@ class M3MoE(nn.Module):
         self.config = config
         self.proof: ExpertProof | None = None
         self.tp_size = tensor_parallel_size()
-        # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
-        # say nothing when told that they are not: the rows are interleaved after loading.
-        self.interleave = device_type == "cpu"
         self.gate = ReplicatedLinear(
             config.hidden_size,
             config.num_experts,
@@ -126,6 +124,10 @@ class M3MoE(nn.Module):
             gate_up_interleaved=False,
             prefix=f"{prefix}.experts",
         )
+        # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
+        # say nothing when told that they are not: the rows are interleaved after loading.
+        ours = isinstance(self.experts.quant_method, Mxfp8ExpertsMethod)
+        self.interleave = device_type == "cpu" and not ours
         self.topk = TopK(
             top_k=config.num_experts_per_token,
             renormalize=True,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from m3_plugin.experts import expert_output
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
@@ -20,10 +25,14 @@ from tests.integrations.sglang.engine import EngineDiedError, EngineProcess
 def test_logprobs_are_those_of_the_dequantised_weights(
     random_quantised: QuantisedCheckpoints, tmp_path: Path
 ) -> None:
-    """The reference is transformers on numbers noted before they were packed."""
+    """The reference is transformers on numbers noted before they were packed.
+
+    Scales of an fp8 cache are no weights: they change nothing in a cache of 16 bits.
+    """
     prompt = random_prompt(1300, seed=11)
     log = tmp_path / "engine.log"
-    with EngineProcess(random_quantised.stored("nvfp4"), log=log, environment=DEQUANTISE) as engine:
+    checkpoint = random_quantised.with_cache_scales("nvfp4")
+    with EngineProcess(checkpoint, log=log, environment=DEQUANTISE) as engine:
         ours = torch.tensor(engine.prompt_logprobs(prompt))
         said = engine.log_text()
     expected = golden.token_logprobs(random_quantised.reference("nvfp4"), prompt)
@@ -31,27 +40,35 @@ def test_logprobs_are_those_of_the_dequantised_weights(
     plain = golden.token_logprobs(random_quantised.source, prompt)
     assert (expected - plain).abs().max() > 100 * LOGPROB_ATOL
     assert "dequantised to" in said
+    assert "scales for an fp8 KV cache: 2 layers have them" in said
+    # the dense layer is SGLang's own, and unquantised
+    assert "the scales of 1 layers for an fp8 KV cache, such as those of model.layers.0" in said
 
 
-@pytest.mark.xfail(
-    raises=EngineDiedError,
-    reason="SGLang 0.5.23 gives an mxfp8 M3 FlashInfer's experts, whose package a CPU lacks",
-)
 def test_the_constructed_checkpoint_answers_right(
     constructed_quantised: QuantisedCheckpoints, tmp_path: Path
 ) -> None:
-    """8K tokens with decoys: quantised index projections still choose the right blocks."""
+    """8K tokens with decoys: quantised index projections still choose the right blocks.
+
+    The weights stay in 8 bits: without any option of ours, where SGLang itself refuses the format.
+    """
     prompt = needle_prompt(8192, num_tokens=8192)
+    checkpoint = constructed_quantised.stored("mxfp8")
+    log = tmp_path / "engine.log"
     with EngineProcess(
-        constructed_quantised.stored("mxfp8"),
-        log=tmp_path / "engine.log",
-        environment=DEQUANTISE,
-        context_length=16384,
-        chunked_prefill_size=8192,
+        checkpoint, log=log, context_length=16384, chunked_prefill_size=8192
     ) as engine:
         (answer,) = engine.generate([list(prompt.token_ids)], max_tokens=prompt.max_tokens)
+        # first prompt tokens beyond the dense context: as from the dequantised weights
+        reached = torch.tensor(engine.prompt_logprobs(list(prompt.token_ids[:1300])))
+        said = engine.log_text()
     assert tuple(answer.token_ids) == prompt.expected_ids
     assert prompt.dense_answer not in (None, answer.text)
+    expected = golden.token_logprobs(
+        constructed_quantised.reference("mxfp8"), list(prompt.token_ids[:1300])
+    )
+    torch.testing.assert_close(reached, expected, atol=LOGPROB_ATOL, rtol=0)
+    assert "dequantised" not in said
 
 
 def test_an_absent_scale_stops_the_start_before_the_model_is_built(
@@ -69,31 +86,118 @@ def test_an_absent_scale_stops_the_start_before_the_model_is_built(
         EngineProcess(broken, log=log, environment=DEQUANTISE)
 
 
-@pytest.fixture
-def hooked() -> Callable[[list[str]], object]:
-    from m3_sglang.registration import without_quantization
+def settled(architecture: str, quantization: str | None, settle: Callable[[Any], None]) -> Any:
+    """What becomes of SGLang's choice under our hook around the function that makes it."""
+    from m3_sglang.registration import settle_quantization
 
-    class Config:
-        def __init__(self, architectures: list[str]) -> None:
-            self.architectures = architectures
+    config = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=[architecture]), quantization=quantization
+    )
+    settle_quantization(settle, config)
+    return config.quantization
 
-    class ModelConfig:
-        def __init__(self, architectures: list[str]) -> None:
-            self.hf_config = Config(architectures)
-            self.quantization: str | None = "SGLang's default for M3"
 
-    def settle(config: ModelConfig) -> None:
+@pytest.mark.parametrize("dequantise", [False, True])
+def test_other_models_keep_their_quantisation(
+    monkeypatch: pytest.MonkeyPatch, dequantise: bool
+) -> None:
+    if dequantise:
+        monkeypatch.setenv("M3_PLUGIN_DEQUANTIZE", "1")
+
+    def settle(config: Any) -> None:
         config.quantization = "its own"
 
-    def settled(architectures: list[str]) -> str | None:
-        config = ModelConfig(architectures)
-        without_quantization(settle, config)
-        return config.quantization
-
-    return settled
+    for name in ("MiniMaxM3SparseForConditionalGeneration", "MiniMaxM3SparseForCausalLM"):
+        assert settled(name, "fp8", settle) == (None if dequantise else "its own")
+        assert settled(name, "m3_mxfp8", settle) == (None if dequantise else "m3_mxfp8")
+    assert settled("DeepseekV3ForCausalLM", "mxfp8", settle) == "its own"
 
 
-def test_other_models_keep_their_quantisation(hooked: Callable[[list[str]], object]) -> None:
-    assert hooked(["MiniMaxM3SparseForConditionalGeneration"]) is None
-    assert hooked(["MiniMaxM3SparseForCausalLM"]) is None
-    assert hooked(["DeepseekV3ForCausalLM"]) == "its own"
+def served(checkpoint: Path, **arguments: Any) -> dict[str, Any]:
+    """What our provider says of a checkpoint's weights."""
+    from m3_sglang.registration import weight_defaults
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    plain = {"device": "cpu", "moe_runner_backend": "auto", "quantization": None}
+    hf_config = SimpleNamespace(to_dict=lambda: config)
+    return weight_defaults(SimpleNamespace(**{**plain, **arguments}), hf_config)
+
+
+def test_which_checkpoints_stay_in_eight_bits(
+    monkeypatch: pytest.MonkeyPatch, random_quantised: QuantisedCheckpoints
+) -> None:
+    ours = {"quantization": "m3_mxfp8", "moe_runner_backend": "triton"}
+    assert served(random_quantised.stored("mxfp8")) == ours
+    assert served(random_quantised.stored("nvfp4")) == {}
+    assert served(random_quantised.source) == {}
+    from sglang.srt import utils
+
+    for capability, expected in (((8, 0), ours), ((9, 0), ours), ((10, 0), {}), ((12, 0), {})):
+        monkeypatch.setattr(utils, "is_cuda", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert served(random_quantised.stored("mxfp8"), device="cuda") == expected
+    monkeypatch.setenv("M3_PLUGIN_DEQUANTIZE", "1")
+    plain = {"quantization": None, "moe_runner_backend": "triton"}
+    assert served(random_quantised.stored("mxfp8")) == plain
+    chosen = served(random_quantised.stored("nvfp4"), moe_runner_backend="cutlass")
+    assert chosen == plain | {"moe_runner_backend": "cutlass"}
+
+
+def experts_layer(*, experts: int, hidden: int, inner: int) -> nn.Module:
+    """What SGLang's layer of routed experts is to its method."""
+    from m3_sglang.quantization import Mxfp8ExpertsMethod
+
+    layer = nn.Module()
+    layer.moe_runner_config = SimpleNamespace(gemm1_alpha=1.702, gemm1_clamp_limit=7.0)  # type: ignore[assignment]
+    Mxfp8ExpertsMethod().create_weights(
+        layer, experts, hidden, inner, torch.float32, weight_loader=None
+    )
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in layer.named_parameters():
+        # gates and ups beyond the clamp, of either sign
+        drawn = torch.randn(parameter.shape, generator=random) * 2
+        scale = torch.randint(124, 128, parameter.shape, generator=random)
+        parameter.data.copy_(scale if name.endswith("scale_inv") else drawn)
+    return layer
+
+
+def test_experts_in_eight_bits_are_those_of_the_decoded_weights() -> None:
+    """Tokens without an expert (id -1, as padding has), experts without a token, and both signs."""
+    from m3_plugin.quantization.codecs import dequantise
+    from m3_plugin.quantization.formats import Mxfp8
+    from m3_sglang.moe import activations_as_is
+    from m3_sglang.quantization import Mxfp8ExpertsMethod
+
+    layer = experts_layer(experts=5, hidden=64, inner=96)
+    parameters = dict(layer.named_parameters())
+    assert sum(p.nbytes for p in parameters.values()) == 5 * (3 * 96 * 64) * 33 // 32
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[0, 4], [4, 1], [1, 0], [0, 1], [4, 0], [1, 4], [-1, -1]])
+    weights = torch.rand(7, 2, generator=torch.Generator().manual_seed(2))
+    dispatched = SimpleNamespace(
+        hidden_states=x, topk_output=SimpleNamespace(topk_ids=ids, topk_weights=weights)
+    )
+    with activations_as_is("cpu"):
+        out = Mxfp8ExpertsMethod().apply(layer, dispatched).hidden_states
+
+    def decoded(name: str) -> Tensor:
+        values, scales = parameters[f"{name}_weight"], parameters[f"{name}_weight_scale_inv"]
+        pairs = zip(values, scales, strict=True)
+        return torch.stack(
+            [dequantise(Mxfp8(), {"weight": v, "weight_scale_inv": s}) for v, s in pairs]
+        )
+
+    w13, w2 = decoded("w13"), decoded("w2")
+    rules: Any = SimpleNamespace(swiglu_alpha=1.702, swiglu_limit=7.0, swiglu_beta=1.0)
+    expected = torch.zeros(7, 64)
+    for token in range(6):
+        for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
+            answer = expert_output(x[token, None], w13[expert], w2[expert], rules)
+            expected[token] += weight * answer[0]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-2)
+    assert expected.abs().max() > 10
+
+
+def test_a_rank_with_part_of_a_group_of_columns_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 32 on every rank; got 48: use fewer"):
+        experts_layer(experts=1, hidden=64, inner=48)
