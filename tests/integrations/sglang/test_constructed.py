@@ -56,7 +56,12 @@ def words(token_ids: tuple[int, ...] | list[int]) -> str:
 
 
 @pytest.mark.parametrize(
-    "num_tokens", [pytest.param(1400, marks=pytest.mark.every_release), 8192, 32768]
+    "num_tokens",
+    [
+        pytest.param(1400, marks=pytest.mark.every_release),
+        8192,
+        pytest.param(32768, marks=pytest.mark.extended),
+    ],
 )
 def test_chain_with_decoys(constructed_engine: EngineProcess, num_tokens: int) -> None:
     prompt = needle_prompt(num_tokens, num_tokens=num_tokens)

@@ -1,15 +1,7 @@
-"""A real vLLM engine in a process of its own, driven over a pipe.
-
-One process per engine keeps vLLM's process-wide state (distributed groups, compiled ops, caches)
-apart between configurations, and lets the plugin be found the way users get it: through its entry
-point, by vLLM's own loader.
-"""
+"""A real vLLM engine in a process of its own, driven over a pipe."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +9,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-START_TIMEOUT_S = 300
+from tests.integrations.engine_pipe import EngineDiedError, EngineError, EnginePipe, answer_requests
+
+__all__ = ["Completion", "EngineDiedError", "EngineError", "EngineProcess", "Speculation"]
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -65,8 +60,8 @@ class Speculation:
         )
 
 
-class EngineProcess:
-    """`vllm.LLM` behind a pipe. Close it, or use it as a context manager.
+class EngineProcess(EnginePipe):
+    """`vllm.LLM` behind a pipe.
 
     Parameters
     ----------
@@ -78,8 +73,6 @@ class EngineProcess:
     def __init__(
         self, model: Path, *, environment: dict[str, str] | None = None, **options: Any
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
         arguments: dict[str, Any] = {
             "model": str(model),
             "dtype": "float32",
@@ -91,21 +84,7 @@ class EngineProcess:
             "worker_extension_cls": "m3_vllm.worker.M3WorkerExtension",
             **options,
         }
-        saved = dict(os.environ)
-        os.environ.update(ENVIRONMENT | (environment or {}))
-        try:
-            # not a daemon: tensor parallel engines have children of their own
-            self._process = context.Process(target=_serve, args=(child, arguments))
-            self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(saved)
-        child.close()
-        try:
-            self._receive(START_TIMEOUT_S)
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(_serve, arguments, environment=ENVIRONMENT | (environment or {}))
 
     def generate(
         self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
@@ -147,64 +126,14 @@ class EngineProcess:
         """Qualified name of the class vLLM built for the checkpoint."""
         return self._call("model_class")
 
-    def close(self) -> None:
-        """End the engine and wait for its process."""
-        if self._process.is_alive():
-            try:
-                self._pipe.send(None)
-                self._process.join(30)
-            except (BrokenPipeError, OSError):
-                pass
-        if self._process.is_alive():
-            self._process.kill()
-        self._process.join()
-
-    def __enter__(self) -> EngineProcess:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _call(self, command: str, *args: Any) -> Any:
-        self._pipe.send((command, args))
-        return self._receive(None)
-
-    def _receive(self, timeout: float | None) -> Any:
-        if not self._pipe.poll(timeout):
-            raise TimeoutError(f"engine said nothing for {timeout} s")
-        try:
-            ok, value = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise EngineDiedError(f"engine ended with {self._process.exitcode}") from None
-        if not ok:
-            raise EngineError(value)
-        return value
-
-
-class EngineError(RuntimeError):
-    """The engine refused or failed; carries its traceback."""
-
-
-class EngineDiedError(RuntimeError):
-    """The engine's process ended without a word."""
-
 
 def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
-    try:
+    def start() -> _Engine:
         from vllm import LLM
 
-        engine = _Engine(LLM(**arguments, disable_log_stats=False))
-        pipe.send((True, None))
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
-        return
-    while (request := pipe.recv()) is not None:
-        command, args = request
-        try:
-            pipe.send((True, getattr(engine, command)(*args)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
+        return _Engine(LLM(**arguments, disable_log_stats=False))
+
+    answer_requests(pipe, start)
 
 
 class _Engine:

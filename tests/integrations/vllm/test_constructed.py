@@ -51,7 +51,9 @@ def words(token_ids: tuple[int, ...] | list[int]) -> str:
     return "".join(VOCABULARY.text_of(token) for token in token_ids)
 
 
-@pytest.mark.parametrize("num_tokens", [1400, 8192, 32768])
+@pytest.mark.parametrize(
+    "num_tokens", [1400, 8192, pytest.param(32768, marks=pytest.mark.extended)]
+)
 def test_chain_with_decoys(engine: EngineProcess, num_tokens: int) -> None:
     prompt = needle_prompt(num_tokens, num_tokens=num_tokens)
     completions = answer(engine, [prompt])
@@ -153,7 +155,7 @@ def test_picture_beyond_the_block_budget(engine: EngineProcess) -> None:
 MIXED = [(600, 1400), (601, 1500), (602, 2300), (603, 4000)]
 
 
-@pytest.mark.parametrize("chunk", [128, 192])
+@pytest.mark.parametrize("chunk", [pytest.param(128, marks=pytest.mark.extended), 192])
 def test_chunk_sizes(constructed_checkpoint: Path, chunk: int) -> None:
     """Chunks that end inside and at block boundaries, mixed with decoding requests."""
     prompts = [needle_prompt(seed, num_tokens=tokens) for seed, tokens in MIXED]
