@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from m3_plugin.cli import app
 from m3_plugin.cli.bench import serve
+from m3_plugin.cli.bench.report import Panel
 from m3_plugin.cli.bench.serve import (
     ClientFailed,
     Load,
@@ -92,6 +93,18 @@ def test_picture(tmp_path: Path) -> None:
     rows = [row(name, at, at / 100) for name in ("m3-plugin", "dense") for at in (1024, 4096)]
     serve._plot(ServeReport({"cpu": "a cpu"}, "vLLM", "m3", rows), tmp_path / "serve.png")
     assert (tmp_path / "serve.png").stat().st_size > 1000
+
+
+def test_what_grows_is_drawn_as_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[Panel] = []
+    monkeypatch.setattr(serve, "plot_panels", lambda panels, *args, **options: drawn.extend(panels))
+    rows = [row("m3-plugin", 4096, 20.0), row("m3-plugin", 1024, 10.0)]
+    serve._plot(ServeReport({"cpu": "a cpu"}, "vLLM", "m3", rows), tmp_path / "serve.png")
+    (share,) = [panel for panel in drawn if panel.share]
+    (curve,) = share.curves
+    assert [(at, value) for at, value, _, _ in curve.points] == growing_share(rows, "m3-plugin")
+    (times, _) = [panel for panel in drawn if not panel.share]
+    assert [point[:2] for point in times.curves[0].points] == [(1024, 10.0), (4096, 20.0)]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,17 @@ def test_every_variable_is_documented() -> None:
     assert listed == {PREFIX + field.name.upper() for field in fields(Settings)}
 
 
+def test_every_metric_is_documented() -> None:
+    source = (DOCS.parent / "m3_plugin" / "metrics.py").read_text()
+    exported = {*re.findall(r'"m3_plugin:(\w+)"', source)}
+    exported |= {f"msa_{name}" for name in re.findall(r'^        "(\w+)": "', source, re.MULTILINE)}
+    assert len(exported) >= 6
+    listed = {
+        row[0].strip("`").partition("{")[0] for row in table_rows("operations", "`m3_plugin:")
+    }
+    assert {name.removesuffix("_total") for name in listed} == {f"m3_plugin:{e}" for e in exported}
+
+
 def commands() -> list[str]:
     """Every `m3-plugin ...` that a guide tells to type."""
     found = []
