@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "sglang: needs SGLang installed and runs a real engine or server"
     )
     config.addinivalue_line(
-        "markers", "every_release: the few tests `make test` runs on the oldest release too"
+        "markers", "every_release: the few tests that run on every release of the tested window"
     )
 
 

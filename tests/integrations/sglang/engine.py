@@ -72,12 +72,17 @@ class EngineProcess:
         environment: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
+        from m3_sglang.compat import needs_triton_on_cpu
+
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
         self.log = log
         arguments = {"model_path": str(model), **OPTIONS, **options}
         saved = dict(os.environ)
         os.environ.update(ENVIRONMENT | (environment or {}))
+        if needs_triton_on_cpu():
+            os.environ["TRITON_INTERPRET"] = "1"
+            arguments["disable_cuda_graph"] = True
         try:
             # not a daemon: the engine has children of its own
             self._process = context.Process(target=_serve, args=(child, log, arguments))

@@ -5,17 +5,25 @@ Prompts reach past the block budget, where a wrong selection shows; below it MSA
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.integrations import golden
 from tests.integrations.sglang.engine import EngineProcess
 
 # SGLang and transformers sum in different orders; measured differences stay below 2e-5.
 LOGPROB_ATOL = 2e-4
+
+beyond_the_budget = pytest.mark.skipif(
+    Version(importlib.metadata.version("transformers")) < Version("5.19"),
+    reason="transformers 5.12 chooses the same blocks for all heads, which M3 does not; "
+    "test_recorded.py compares with the answers of 5.19",
+)
 
 
 def random_prompt(length: int, *, seed: int, vocabulary: int = 400) -> list[int]:
@@ -30,7 +38,10 @@ def checkpoint(random_checkpoint: Callable[[str], Path]) -> Path:
 
 
 @pytest.mark.every_release
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 511, 512, 513, 1300])
+@pytest.mark.parametrize(
+    "length",
+    [1, 127, 128, 129, *(pytest.param(n, marks=beyond_the_budget) for n in (511, 512, 513, 1300))],
+)
 def test_greedy_tokens_equal_transformers(
     random_engine: EngineProcess, checkpoint: Path, length: int
 ) -> None:
@@ -49,6 +60,7 @@ def test_batched_greedy_tokens_equal_transformers(
         assert ours.token_ids == golden.greedy(checkpoint, prompt, num_tokens=limit)
 
 
+@beyond_the_budget
 @pytest.mark.every_release
 def test_prompt_logprobs_equal_transformers(random_engine: EngineProcess, checkpoint: Path) -> None:
     prompt = random_prompt(1500, seed=7)

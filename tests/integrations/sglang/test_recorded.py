@@ -9,6 +9,7 @@ from tests.integrations.cases import LOGPROB_ATOL, NUM_TOKENS, Case, random_prom
 from tests.integrations.sglang.engine import EngineProcess
 
 
+@pytest.mark.every_release
 @pytest.mark.parametrize("case", recorded(), ids=lambda case: str(case["length"]))
 def test_recorded_answers(random_engine: EngineProcess, case: Case) -> None:
     prompt = random_prompt(case["length"], seed=case["seed"])

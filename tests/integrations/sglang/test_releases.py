@@ -10,6 +10,8 @@ from m3_sglang import compat
 from m3_sglang.options import require_served
 from tests.integrations.sglang.test_batch import server_args
 
+pytestmark = pytest.mark.every_release
+
 
 @pytest.fixture
 def sglang_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
