@@ -33,6 +33,9 @@ def test_an_older_sglang_on_a_cpu_says_what_it_needs(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs TRITON_INTERPRET=1; got None: its cache"):
         require_served(server_args())
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="got '0'"):
+        require_served(server_args())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="needs --disable-cuda-graph: "):
         require_served(server_args())
