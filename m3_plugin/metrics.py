@@ -2,6 +2,7 @@
 
 `m3_plugin:info` is 1 with version, device and kernels as labels; where it is absent, the host's own
 MiniMax-M3 serves. `m3_plugin:kernels_refused` is 1 for each better kernel family that cannot run.
+`m3_plugin:requests_refused_total` counts requests with parts that MiniMax-M3 cannot take.
 `m3_plugin:msa_*_total` count what MSA layers read, under `M3_PLUGIN_STATISTICS=1`.
 
 Workers are processes of their own, so the host must run prometheus_client in its multi-process
@@ -63,6 +64,29 @@ def _presence_gauges() -> tuple[Gauge, Gauge]:
             multiprocess_mode="max",
         ),
     )
+
+
+@cache
+def _refused_requests() -> Counter:
+    from prometheus_client import Counter
+
+    return Counter(
+        "m3_plugin:requests_refused",
+        "Requests with a part that MiniMax-M3 cannot take",
+        labelnames=["part"],
+    )
+
+
+def count_refused_request(part: str) -> None:
+    """Count a request that is refused for a part of it, e.g. "audio"; call it where that is said.
+
+    As `export_presence`, only in a process that serves.
+    """
+    try:
+        refused = _refused_requests()
+    except ImportError:
+        return
+    refused.labels(part=part).inc()
 
 
 def export_presence(kernels: KernelChoice, *, device_type: str) -> None:

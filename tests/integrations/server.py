@@ -80,11 +80,11 @@ def bad_requests() -> dict[str, Any]:
     }
 
 
-def counter(server: ServerProcess, name: str, *, phase: str) -> float:
+def counter(server: ServerProcess, name: str, *, label: str) -> float:
     """Sum of one of the plugin's own counters in the server's metrics."""
     lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    mine = [line for line in lines if line.startswith(f"m3_plugin:msa_{name}_total")]
-    return sum(float(line.rpartition(" ")[2]) for line in mine if f'phase="{phase}"' in line)
+    mine = [line for line in lines if line.startswith(f"m3_plugin:{name}_total")]
+    return sum(float(line.rpartition(" ")[2]) for line in mine if label in line)
 
 
 class ServerCases:
@@ -144,8 +144,10 @@ class ServerCases:
     def test_bad_requests_get_a_4xx_with_a_reason(self, server: ServerProcess, name: str) -> None:
         self.refused(server, bad_requests()[name])
 
-    def test_audio_is_refused_by_name(self, server: ServerProcess) -> None:
+    def test_audio_is_refused_by_name_and_counted(self, server: ServerProcess) -> None:
+        before = counter(server, "requests_refused", label='part="audio"')
         assert "no audio tower" in self.refused(server, user_says(self.audio_part))
+        assert counter(server, "requests_refused", label='part="audio"') == before + 1
 
     def refused(self, server: ServerProcess, body: Any) -> str:
         """Post a request that must be refused as the client's mistake; the reason given."""

@@ -83,6 +83,15 @@ def test_presence_is_exported_with_what_was_refused() -> None:
     assert _metric(text, "m3_plugin:kernels_refused{", label='reason="no compiler"') == 1
 
 
+def test_refused_requests_are_counted_by_part() -> None:
+    from m3_plugin.metrics import count_refused_request
+
+    count_refused_request("audio")
+    count_refused_request("audio")
+    text = prometheus_client.generate_latest().decode()
+    assert _metric(text, "m3_plugin:requests_refused_total", label='part="audio"') == 2
+
+
 def test_serving_does_not_need_the_metrics_library(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
@@ -93,3 +102,5 @@ def test_serving_does_not_need_the_metrics_library(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(metrics, "_presence_gauges", fresh)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     metrics.export_presence(KernelChoice(family="torch", reason="best"), device_type="cpu")
+    monkeypatch.setattr(metrics, "_refused_requests", metrics._refused_requests.__wrapped__)
+    metrics.count_refused_request("audio")

@@ -49,6 +49,7 @@ from vllm.multimodal.processing import (
 )
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
 
+from m3_plugin.metrics import count_refused_request
 from m3_plugin.vision import M3Vision
 
 # vLLM's own M3 registers a video loader for the same processor when it is imported, which the host
@@ -77,6 +78,7 @@ _PLACEHOLDERS = {
 
 
 def _refuse(modality: str) -> ValueError:
+    count_refused_request(modality)
     if modality == "audio":
         return ValueError("MiniMax-M3 has no audio tower: send images or videos")
     return ValueError(f"MiniMax-M3 takes images and videos; got {modality!r}")

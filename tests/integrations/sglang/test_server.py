@@ -80,16 +80,19 @@ class TestServer(SpokenCases, InsightCases, ServerCases):
         assert len(serving) == 1, lines
         assert "kernels: " in serving[0]
 
+    def decoded(self, server: ServerProcess, name: str) -> float:
+        return counter(server, f"msa_{name}", label='phase="decode"')
+
     def test_blocks_read_stay_within_the_budget(
         self, server: ServerProcess, client: OpenAI
     ) -> None:
         """Top-4 of 128-token blocks: a decode row reads 4 blocks per layer and group, no more."""
         names = ("rows", "blocks_read", "blocks_visible")
-        before = {name: counter(server, name, phase="decode") for name in names}
+        before = {name: self.decoded(server, name) for name in names}
         prompt = needle_prompt(707, num_tokens=6000)
         reply = ask(client, prompt.messages(), prompt.max_tokens)
         assert reply.choices[0].message.content == prompt.expected_text
-        rows, read, visible = (counter(server, n, phase="decode") - before[n] for n in names)
+        rows, read, visible = (self.decoded(server, n) - before[n] for n in names)
         layers, groups, topk = 2, 4, 4
         # SGLang starts one more step before it learns that a request has ended
         steps = rows / layers

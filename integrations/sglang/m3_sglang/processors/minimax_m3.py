@@ -27,6 +27,7 @@ from sglang.srt.multimodal.processors.base_processor import (
 from torch import Tensor
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
 
+from m3_plugin.metrics import count_refused_request
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
 MAX_FRAMES = 768
@@ -75,6 +76,7 @@ class M3Processor(BaseMultimodalProcessor):
         ValueError : audio, or media and placeholders that do not match.
         """
         if audio_data:
+            count_refused_request("audio")
             raise ValueError("MiniMax-M3 has no audio tower: send images or videos")
         loaded = await self.load_mm_data(
             prompt=input_text,  # pyright: ignore[reportArgumentType]  (SGLang tests for a list)
