@@ -72,10 +72,11 @@ kernels-table: env
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
 	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
 
-# A recording and results of an earlier run must not be mixed with new ones.
+# A recording and results of an earlier run must not be mixed with new ones, and what vLLM remembers
+# of this machine's earlier sources is no example.
 screens: env
 	rm -rf .cache/screens && mkdir -p .cache/screens $(SCREENS)
-	$(BIN)/m3-plugin doctor > $(SCREENS)/doctor.txt
+	VLLM_CACHE_ROOT=$(CURDIR)/.cache/screens/vllm $(BIN)/m3-plugin doctor > $(SCREENS)/doctor.txt
 	M3_PLUGIN_RECORD_BLOCKS=.cache/screens/selection $(BIN)/m3-plugin demo --long-tokens 4096
 	$(BIN)/m3-plugin blocks .cache/screens/selection --phase decode --plot $(SCREENS)/blocks.png
 	$(BIN)/m3-plugin eval needle --contexts 1536,4096 \
