@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3_plugin.presence import PluginRefusal
 from m3_sglang.registration import apply_around
 from m3_sglang.rope import PlainRotaryEmbedding
 
@@ -109,7 +110,8 @@ def verify_chain_by_sampling(
     num_reqs, num_rows = candidates.shape
     drafted = candidates[:, 1:, None]
     probs = target_probs[:, :-1].gather(2, drafted).squeeze(2)
-    heads = (uniform_samples[:, : num_rows - 1] <= probs / threshold_acc) | (
+    # below, not up to: a coin may be 0, and a token without probability is never right
+    heads = (uniform_samples[:, : num_rows - 1] < probs / threshold_acc) | (
         probs >= threshold_single
     )
     accepted = heads.long().cumprod(dim=1).sum(dim=1)
@@ -123,6 +125,14 @@ def verify_chain_by_sampling(
     chosen = candidates.roll(-1, dims=1)
     chosen[request, accepted] = drawn
     _fill_accepted(predicts, accept_index, accept_token_num, accepted=accepted, chosen=chosen)
+
+
+def greedy_if_all_are(original: Any, *, is_all_greedy: bool, **_unused: Any) -> bool:
+    """AROUND hook on `_verify_uses_greedy`, which on a CPU would answer sampled requests greedily.
+
+    SGLang has no sampling verification for a CPU; `verify_chain_by_sampling` is ours.
+    """
+    return is_all_greedy
 
 
 def _fill_accepted(
@@ -238,14 +248,14 @@ def plain_rope(original: Any, head_size: int, rotary_dim: int, *args: Any, **kwa
 
 def keep_top_k(probs: Tensor, top_ks: Tensor) -> Tensor:
     """Probabilities [rows, vocabulary] of the `top_ks` [rows] likeliest tokens, sum 1 again."""
-    ordered, order = probs.sort(dim=-1, descending=True)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     ordered[torch.arange(probs.shape[-1]) >= top_ks[:, None]] = 0.0
     return _in_place(ordered, order)
 
 
 def keep_top_p(probs: Tensor, top_ps: Tensor) -> Tensor:
     """Probabilities [rows, vocabulary] of the likeliest tokens up to mass `top_ps`, sum 1 again."""
-    ordered, order = probs.sort(dim=-1, descending=True)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     ordered[ordered.cumsum(-1) - ordered >= top_ps[:, None]] = 0.0
     return _in_place(ordered, order)
 
@@ -271,6 +281,7 @@ HOOKS = {
     "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": _instead(assign_slots),
     "sglang.srt.mem_cache.allocation.get_last_loc": last_slots,
     "sglang.srt.layers.rotary_embedding.get_rope": plain_rope,
+    "sglang.srt.speculative.eagle_utils._verify_uses_greedy": greedy_if_all_are,
 }
 
 
@@ -279,10 +290,17 @@ def put_in_place() -> None:
 
     Raises
     ------
-    PluginRefusal : SGLang has no function of that name any more.
+    PluginRefusal : SGLang has no function of that name any more, or is told to draw drafts at
+        random, which its own kernel for that, not ours, could verify.
     """
+    from sglang.srt.runtime_context import get_spec
     from sglang.srt.speculative import eagle_utils
 
+    if get_spec().speculative_use_rejection_sampling:
+        raise PluginRefusal(
+            "--speculative-use-rejection-sampling needs a GPU; leave it out: on a CPU drafts are "
+            "the draft model's likeliest tokens, and sampled answers are as without drafts"
+        )
     apply_around(HOOKS)
     # SGLang has None in these places, and its hooks replace an original wherever it is referred to
     eagle_utils.tree_speculative_sampling_target_only = verify_chain_by_sampling

@@ -111,6 +111,63 @@ def test_sampled_tokens_have_the_targets_distribution(drafts: list[int]) -> None
     assert abs(rate - float(probs[0, drafts[0]])) < 0.03
 
 
+SAMPLED_REQUESTS = """
+from types import SimpleNamespace
+import sglang.srt.runtime_context as context
+context.get_spec = lambda: SimpleNamespace(speculative_use_rejection_sampling=False)
+from m3_sglang.chains_on_cpu import put_in_place
+from sglang.srt.speculative import eagle_utils
+asked = dict(is_cpu=True, is_hip=False, is_xpu=False, use_rejection_sampling=False)
+before = eagle_utils._verify_uses_greedy(is_all_greedy=False, **asked)
+put_in_place()
+after = [eagle_utils._verify_uses_greedy(is_all_greedy=x, **asked) for x in (False, True)]
+print(before, after)
+"""
+
+
+def test_sampled_requests_are_sampled() -> None:
+    """SGLang alone verifies greedily on a CPU, whatever a request says."""
+    result = subprocess.run(
+        [sys.executable, "-c", SAMPLED_REQUESTS],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.stdout.strip().endswith("True [False, True]"), result.stdout + result.stderr
+
+
+def test_a_token_without_probability_is_never_accepted() -> None:
+    """Not even by the coin 0, as a greedy request's wrong draft beside sampled requests."""
+    from m3_sglang.chains_on_cpu import verify_chain_by_sampling
+
+    predicts = torch.zeros(2, dtype=torch.int32)
+    index = torch.full((1, 2), -1, dtype=torch.int32)
+    number = torch.empty(1, dtype=torch.int32)
+    verify_chain_by_sampling(
+        predicts,
+        index,
+        number,
+        torch.tensor([[0, 3]]),
+        uniform_samples=torch.zeros(1, 2),
+        uniform_samples_for_final_sampling=torch.zeros(1),
+        target_probs=torch.tensor([[[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]),
+    )
+    assert (number.tolist(), predicts.tolist(), index.tolist()) == ([0], [2, 0], [[0, -1]])
+
+
+def test_drafts_drawn_at_random_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from m3_plugin.presence import PluginRefusal
+    from m3_sglang.chains_on_cpu import put_in_place
+
+    drawn = SimpleNamespace(speculative_use_rejection_sampling=True)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_spec", lambda: drawn)
+    with pytest.raises(PluginRefusal, match="--speculative-use-rejection-sampling needs a GPU"):
+        put_in_place()
+
+
 def test_truncation_keeps_the_likeliest_tokens() -> None:
     from m3_sglang.chains_on_cpu import keep_top_k, keep_top_p
 
