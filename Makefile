@@ -21,10 +21,12 @@ TESTS  ?= tests --ignore=tests/integrations
 VLLM          ?= 0.32
 VLLM_MATRIX   ?= 0.31 0.32
 VLLM_VENV     ?= .venv/vllm
-SGLANG        ?= 0.5.23
-SGLANG_OLDEST ?= 0.5.22
-SGLANG_MATRIX ?= 0.5.22 0.5.23
-SGLANG_VENV   ?= .venv/sglang
+SGLANG          ?= 0.5.23
+SGLANG_PREVIOUS ?= 0.5.22
+SGLANG_MATRIX   ?= 0.5.22 0.5.23
+# of these, which need Triton's interpreter on a CPU, the matrix runs a few tests
+SGLANG_OLDER    ?= 0.5.19 0.5.20 0.5.21
+SGLANG_VENV     ?= .venv/sglang
 
 BIN        := $(VLLM_VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
@@ -35,7 +37,7 @@ OLDER_TRITON := .venv/triton-3.6
 
 SCREENS := docs/screens
 
-.PHONY: screens quick-start kernels-table demo test test-core test-vllm test-sglang test-sglang-oldest test-matrix lint lint-sglang env env-sglang clean
+.PHONY: screens quick-start kernels-table demo test test-core test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -103,13 +105,13 @@ test-core: lint $(OLDER_TRITON)/.ready
 test-vllm: env
 	$(BIN)/pytest tests/integrations/vllm
 
-test-sglang: lint-sglang test-sglang-oldest
+test-sglang: lint-sglang test-sglang-previous
 	$(SGLANG_BIN)/pytest tests/integrations/sglang
 
-# a few tests through real engines of the oldest release; all of them are in test-matrix
-test-sglang-oldest:
-	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_OLDEST) SGLANG_VENV=.venv/sglang-$(SGLANG_OLDEST)
-	.venv/sglang-$(SGLANG_OLDEST)/bin/pytest -m every_release tests/integrations/sglang
+# a few tests through real engines of the release before; all of them are in test-matrix
+test-sglang-previous:
+	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_PREVIOUS) SGLANG_VENV=.venv/sglang-$(SGLANG_PREVIOUS)
+	.venv/sglang-$(SGLANG_PREVIOUS)/bin/pytest -m every_release tests/integrations/sglang
 
 quick-start: env
 	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py
@@ -123,6 +125,8 @@ test-matrix: quick-start
 	  echo "== SGLang $$release"; \
 	  $(MAKE) --no-print-directory env-sglang SGLANG=$$release SGLANG_VENV=.venv/sglang-$$release; \
 	  .venv/sglang-$$release/bin/pytest -m "" tests/integrations/sglang; \
+	done; for release in $(SGLANG_OLDER); do \
+	  $(MAKE) --no-print-directory test-sglang-previous SGLANG_PREVIOUS=$$release; \
 	done
 
 clean:
