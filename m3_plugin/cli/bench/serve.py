@@ -40,6 +40,7 @@ _VLLM_CLIENT = (
     "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
+_ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")
 _MISSING_MODULE = re.compile(r"No module named '(\w+)'")
 _COLOURS = {"m3-plugin": "tab:blue", "pure host": "tab:orange", "dense": "tab:gray"}
 
@@ -269,9 +270,10 @@ def _measure_started(
 
 
 def _reason(failure: str) -> str:
-    """The last line of a server's log that names an error."""
-    lines = [line.strip() for line in failure.splitlines() if "Error" in line]
-    return lines[-1] if lines else failure.splitlines()[-1].strip()
+    """The last error a server's log names, but for those that only point at another one."""
+    errors = _ERROR.findall(failure)
+    causes = [error for error in errors if "root cause above" not in error]
+    return (causes or errors or failure.splitlines())[-1].strip()
 
 
 @contextmanager
@@ -298,7 +300,12 @@ def _started(
         ) as server:
             what = "without the plugin" if pure else "with every layer dense" if dense else ""
             with console.status(f"starting {host.title} {what}"):
-                server.wait_until_ready()
+                try:
+                    server.wait_until_ready()
+                except ServerFailed as failure:
+                    # the end of a long log seldom holds what went wrong first
+                    reason = _reason(server.log.read_text(errors="replace"))
+                    raise ServerFailed(f"{failure}\n{reason}") from None
             yield lambda name: Server(name, server.url, MODEL_NAME, str(checkpoint))
 
 
