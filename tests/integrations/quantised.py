@@ -19,8 +19,12 @@ DEQUANTISE = {"M3_PLUGIN_DEQUANTIZE": "1"}
 CACHE_SCALES = {
     "language_model.model.layers.0.self_attn.k_proj.k_scale": torch.tensor(0.5),
     "language_model.model.layers.0.self_attn.v_proj.v_scale": torch.tensor(0.25),
-    "language_model.model.layers.1.self_attn.k_scale": torch.tensor([0.5, 1.5]).view(2, 1, 1),
-    "language_model.model.layers.1.self_attn.v_scale": torch.tensor([2.0, 0.75]).view(2, 1, 1),
+    "language_model.model.layers.1.self_attn.k_scale": torch.tensor([0.5, 1.5, 3.0, 0.25]).view(
+        4, 1, 1
+    ),
+    "language_model.model.layers.1.self_attn.v_scale": torch.tensor([2.0, 0.75, 1.0, 4.0]).view(
+        4, 1, 1
+    ),
 }
 
 

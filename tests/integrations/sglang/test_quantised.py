@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +21,8 @@ from m3_plugin.experts import expert_output
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
-from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
-from tests.integrations.sglang.engine import EngineDiedError, EngineProcess
+from tests.integrations.quantised import CACHE_SCALES, DEQUANTISE, QuantisedCheckpoints
+from tests.integrations.sglang.engine import ENVIRONMENT, EngineDiedError, EngineProcess
 
 
 def test_logprobs_are_those_of_the_dequantised_weights(
@@ -141,6 +144,31 @@ def test_which_checkpoints_stay_in_eight_bits(
     assert served(random_quantised.stored("mxfp8")) == plain
     chosen = served(random_quantised.stored("nvfp4"), moe_runner_backend="cutlass")
     assert chosen == plain | {"moe_runner_backend": "cutlass"}
+
+
+def test_sglang_s_loader_leaves_the_checkpoint_s_bytes_in_place(
+    random_quantised: QuantisedCheckpoints, tmp_path: Path
+) -> None:
+    """Every projection and expert as stored, in as many bytes; cache scales where they are used."""
+    stored, report = random_quantised.with_cache_scales("mxfp8"), tmp_path / "report.json"
+    command = [sys.executable, "-m", "tests.integrations.sglang.host_layers"]
+    result = subprocess.run(
+        [*command, str(stored), str(report)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | ENVIRONMENT,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    facts = json.loads(report.read_text())
+    attention, experts = "model.layers.1.self_attn", "model.layers.1.block_sparse_moe.experts"
+    expected = {f"{attention}.qkv_proj", f"{attention}.index_qkv_proj", f"{attention}.o_proj"}
+    assert expected | {f"{experts}.w13", f"{experts}.w2"} <= set(facts["layers"])
+    assert [name for name, held in facts["layers"].items() if not held] == []
+    # beside the weights the files hold four scales of a cache
+    assert facts["stored"] - facts["bytes"] == sum(t.nbytes for t in CACHE_SCALES.values())
+    assert facts["scales"] == {attention: [[0.5, 1.5, 3.0, 0.25], [2.0, 0.75, 1.0, 4.0]]}
 
 
 def experts_layer(*, experts: int, hidden: int, inner: int) -> nn.Module:

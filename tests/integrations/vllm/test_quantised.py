@@ -87,7 +87,10 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
     assert layers["model.layers.1.block_sparse_moe.experts"] == quant
     assert layers["model.layers.0.mlp.down_proj"] == "mxfp8"
     cache = {name.split(".")[2]: entry for name, entry in compared.items() if "k_scale" in entry}
-    assert cache["1"] == {"k_scale": [0.5, 1.5], "v_scale": [2.0, 0.75]}
+    assert cache["1"] == {
+        "k_scale": [0.5, 1.5, 3.0, 0.25],
+        "v_scale": [2.0, 0.75, 1.0, 4.0],
+    }
     assert cache["0"] == {"k_scale": [0.5], "v_scale": [0.25]}
     assert set(cache) == {"0", "1"}
     compared = {name: entry for name, entry in compared.items() if "format" in entry}
