@@ -48,6 +48,7 @@ def test_logprobs_are_those_of_the_dequantised_weights(
     assert "the scales of 1 layers for an fp8 KV cache, such as those of model.layers.0" in said
 
 
+@pytest.mark.extended
 def test_the_constructed_checkpoint_answers_right(
     constructed_quantised: QuantisedCheckpoints, tmp_path: Path
 ) -> None:
