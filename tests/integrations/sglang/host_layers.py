@@ -22,7 +22,7 @@ from m3_plugin.checkpoint import TEXT_PREFIX
 SUFFIXES = ("weight", "weight_scale_inv")
 
 
-def build(stored: Path) -> nn.Module:
+def build(stored: Path) -> Any:
     """Our text model as SGLang's scheduler builds it, weights loaded and processed."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
@@ -34,7 +34,9 @@ def build(stored: Path) -> nn.Module:
     from sglang.srt.server_args import ServerArgs
 
     load_plugins()
-    arguments = ServerArgs(model_path=str(stored), dtype="float32", device="cpu")
+    # its fields are made by a decorator that type checkers cannot follow
+    given: dict[str, Any] = {"model_path": str(stored), "dtype": "float32", "device": "cpu"}
+    arguments = ServerArgs(**given)
     arguments.resolve_once()
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     with tempfile.TemporaryDirectory() as folder:
@@ -78,6 +80,13 @@ def compare(model: nn.Module, files: dict[str, Tensor]) -> dict[str, bool]:
     return report
 
 
+def sparse_layers(model: nn.Module) -> dict[str, Any]:
+    """Our MSA attention modules by name."""
+    from m3_sglang.attention import M3SparseAttention
+
+    return {n: m for n, m in model.named_modules() if isinstance(m, M3SparseAttention)}
+
+
 def same(held: Tensor, files: dict[str, Tensor], modules: list[str], suffix: str) -> bool:
     stored = [files[f"{TEXT_PREFIX}{module}.{suffix}"].view(torch.uint8) for module in modules]
     return torch.equal(held.view(torch.uint8), torch.cat(stored))
@@ -93,9 +102,9 @@ def main(stored: str, report: str) -> None:
         "bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "stored": sum(t.nbytes for n, t in files.items() if n.startswith(TEXT_PREFIX)),
         "scales": {
-            name: [module.cache_scales.k.tolist(), module.cache_scales.v.tolist()]
-            for name, module in model.named_modules()
-            if getattr(getattr(module, "cache_scales", None), "k", None) is not None
+            name: [values.tolist() for values in (module.cache_scales.k, module.cache_scales.v)]
+            for name, module in sparse_layers(model).items()
+            if module.cache_scales.k is not None
         },
     }
     Path(report).write_text(json.dumps(facts))
