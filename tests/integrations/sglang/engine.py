@@ -41,7 +41,10 @@ OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished request as SGLang reports it; the last two are 0 without speculation."""
+    """One finished request as SGLang reports it; the last three are empty without speculation.
+
+    `accepted_lengths[i]` counts verified chains of which i drafts were accepted.
+    """
 
     token_ids: list[int]
     text: str
@@ -51,6 +54,7 @@ class Completion:
     input_logprobs: list[float]
     num_verify_steps: int
     num_accepted: int
+    accepted_lengths: list[int]
 
 
 class EngineProcess:
@@ -120,6 +124,18 @@ class EngineProcess:
         """
         return self._call("abort", prompt, after, beside)
 
+    def join(self, first: list[int], later: list[int], *, after: int) -> list[Completion]:
+        """A request that arrives once another one has generated `after` tokens; both of 32."""
+        return self._call("join", first, later, after)
+
+    def next_logprobs(self, prompts: list[list[int]], token_ids: list[int]) -> list[list[float]]:
+        """Log probability of each of `token_ids` as the token after each prompt."""
+        return self._call("next_logprobs", prompts, token_ids)
+
+    def metric(self, name: str) -> float:
+        """Sum over its labels of a metric as SGLang's `/metrics` shows it; needs enable_metrics."""
+        return self._call("metric", name)
+
     def flush(self) -> bool:
         """Empty the radix cache; False if SGLang refuses because a request still runs."""
         return self._call("flush")
@@ -177,6 +193,8 @@ def _serve(pipe: Connection, log: Path, arguments: dict[str, Any]) -> None:
     with log.open("wb") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
+    # a spawned process takes its parent's sys.path and forgets what PYTHONPATH gave it
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     try:
         from sglang import Engine
 
@@ -242,6 +260,44 @@ class _Engine:
 
         return self.host.loop.run_until_complete(run())
 
+    def join(self, first: list[int], later: list[int], after: int) -> list[Completion]:
+        params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 32}
+
+        async def run() -> list[Completion]:
+            stream = await self.host.async_generate(
+                input_ids=first, sampling_params=params, stream=True
+            )
+            joined, last = None, {}
+            async for last in stream:
+                if joined is None and last["meta_info"]["completion_tokens"] >= after:
+                    joined = asyncio.ensure_future(
+                        self.host.async_generate(input_ids=later, sampling_params=params)
+                    )
+            assert joined is not None
+            return [_completion(last), _completion(await joined)]
+
+        return self.host.loop.run_until_complete(run())
+
+    def next_logprobs(self, prompts: list[list[int]], token_ids: list[int]) -> list[list[float]]:
+        outputs = self.host.generate(
+            input_ids=prompts,
+            sampling_params={"temperature": 0, "max_new_tokens": 1},
+            return_logprob=True,
+            token_ids_logprob=[token_ids] * len(prompts),
+        )
+        tables = [output["meta_info"]["output_token_ids_logprobs"][0] for output in outputs]
+        found = [{token: logprob for logprob, token, *_ in table} for table in tables]
+        return [[table[token] for token in token_ids] for table in found]
+
+    def metric(self, name: str) -> float:
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        samples = [sample for family in registry.collect() for sample in family.samples]
+        return sum(sample.value for sample in samples if sample.name == name)
+
     def flush(self) -> bool:
         return bool(self.host.flush_cache().success)
 
@@ -257,4 +313,5 @@ def _completion(output: dict[str, Any]) -> Completion:
         input_logprobs=[entry[0] for entry in meta.get("input_token_logprobs") or []],
         num_verify_steps=meta.get("spec_verify_ct", 0),
         num_accepted=meta.get("spec_num_correct_drafts", 0),
+        accepted_lengths=meta.get("spec_correct_drafts_histogram", []),
     )

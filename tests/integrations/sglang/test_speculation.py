@@ -7,7 +7,9 @@ constructed checkpoint's known answers.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,25 @@ import torch
 
 from m3_plugin.testing.constructed import ConstructedCheckpoint
 from m3_plugin.testing.hub_layout import EOS_TOKEN
-from m3_plugin.testing.prompts import NeedlePrompt, colour_rgb, needle_prompt, picture_prompt
+from m3_plugin.testing.prompts import (
+    NeedlePrompt,
+    colour_rgb,
+    min_needle_tokens,
+    needle_prompt,
+    picture_prompt,
+)
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from m3_plugin.testing.vocabulary import VOCABULARY
 from m3_sglang.compat import speculation_is_tested
 from tests.integrations.cases import random_prompt
 from tests.integrations.drafts import eagle3_head, separate_mtp
+from tests.integrations.draws import chi_square_p, exact_draws
 from tests.integrations.sglang.engine import Completion, EngineError, EngineProcess
 
 pytestmark = pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
 
 PAGE = 128
+RETRACTED = "sglang:num_retracted_requests_total"
 # Generation passes 127, 128, 129; the budget of 4 blocks; 2047, 2048, 2049.
 LENGTHS = (121, 506, 700, 2040)
 NUM_TOKENS = 12
@@ -142,11 +152,22 @@ def check(engine: EngineProcess, prompts: Sequence[NeedlePrompt]) -> list[Comple
 
 @pytest.fixture(scope="module")
 def repeating_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    """A module that looks up what the target looks up: everything is accepted. Five drafts."""
+    """A module that looks up what the target looks up: everything is accepted. Five drafts.
+
+    There is room for three requests of 1,600 tokens but not for their answers, and SGLang is made
+    to admit requests as if they would hardly generate anything.
+    """
     folder = tmp_path_factory.mktemp("repeating")
     checkpoint = ConstructedCheckpoint(mtp=True).write(folder / "checkpoint", dtype=torch.float32)
     with EngineProcess(
-        checkpoint, log=folder / "engine.log", **speculation(checkpoint, steps=5)
+        checkpoint,
+        log=folder / "engine.log",
+        max_total_tokens=42 * PAGE,
+        schedule_conservativeness=0.01,
+        environment={"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "1"},
+        enable_metrics=True,
+        decode_log_interval=1,
+        **speculation(checkpoint, steps=5),
     ) as engine:
         yield engine
 
@@ -186,6 +207,26 @@ class TestRepeatingModule:
         assert other.token_ids == answer + cycle(32 - len(answer))
         check(repeating_engine, [long, beside])
 
+    def test_retraction(self, repeating_engine: EngineProcess) -> None:
+        """Too few pages for all: requests are evicted while they speculate, and recomputed."""
+        prompts = [needle_prompt(seed, num_tokens=1600) for seed in (610, 611, 612)]
+        before = repeating_engine.metric(RETRACTED)
+        outputs = repeating_engine.generate(ids(prompts), max_tokens=200, ignore_eos=True)
+        assert repeating_engine.metric(RETRACTED) > before
+        assert "KV cache pool is full. Retract requests." in repeating_engine.log_text()
+        for prompt, output in zip(prompts, outputs, strict=True):
+            answer = list(prompt.expected_ids)
+            assert output.token_ids == answer + cycle(200 - len(answer))
+
+    def test_sglangs_own_metrics_show_the_acceptance(self, repeating_engine: EngineProcess) -> None:
+        """The gauges are of the last step, the counter grows by the steps of each answer."""
+        before = repeating_engine.metric("sglang:spec_verify_calls_total")
+        (output,) = check(repeating_engine, [needle_prompt(730, num_tokens=1400)])
+        calls = repeating_engine.metric("sglang:spec_verify_calls_total") - before
+        assert calls == output.num_verify_steps > 0
+        assert repeating_engine.metric("sglang:spec_accept_rate") == 1
+        assert repeating_engine.metric("sglang:spec_accept_length") == 6
+
     def test_a_picture_is_found_only_with_its_embeddings(
         self, repeating_engine: EngineProcess
     ) -> None:
@@ -201,6 +242,111 @@ class TestRepeatingModule:
         )
         assert output.text == " second yellow"
         assert output.num_verify_steps == 1
+
+
+def from_second_link(prompt: NeedlePrompt) -> NeedlePrompt:
+    """The same text, asked for what the answer's first word means."""
+    key = next(word for word in VOCABULARY.words if word.id == prompt.expected_ids[0])
+    assert key.question_id is not None
+    return replace(
+        prompt,
+        token_ids=(*prompt.token_ids[:-1], key.question_id),
+        expected_ids=prompt.expected_ids[1:],
+    )
+
+
+@pytest.fixture(scope="class")
+def erring_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """Every eighth word of a chain is drafted wrong; the module is a checkpoint of its own."""
+    folder = tmp_path_factory.mktemp("erring")
+    checkpoint = ConstructedCheckpoint(mtp=True, mtp_wrong_every=8).write(
+        folder / "checkpoint", dtype=torch.float32
+    )
+    draft = separate_mtp(checkpoint, folder / "draft")
+    with EngineProcess(
+        checkpoint,
+        log=folder / "engine.log",
+        max_running_requests=64,
+        chunked_prefill_size=512,
+        **speculation(draft, steps=3),
+    ) as engine:
+        yield engine
+
+
+class TestErringModule:
+    """A draft model that is right most of the time: drafts of all lengths are accepted."""
+
+    def test_every_accepted_length_occurs(self, erring_engine: EngineProcess) -> None:
+        """Chains of eight phases, so that the mistake falls on each place of a step."""
+        whole = [needle_prompt(seed, num_tokens=420, hops=16, decoys=False) for seed in range(4)]
+        chains = [chain for prompt in whole for chain in (prompt, from_second_link(prompt))]
+        lengths = [0] * 4
+        for output in check(erring_engine, chains):
+            for accepted, count in enumerate(output.accepted_lengths):
+                lengths[accepted] += count
+        assert all(lengths), lengths
+
+    def test_a_prompt_arrives_while_another_one_speculates(
+        self, erring_engine: EngineProcess
+    ) -> None:
+        """In six chunks, between two steps of the other; then both speculate.
+
+        SGLang itself never puts rows of a prompt and verified rows into one step.
+        """
+        first = needle_prompt(40, num_tokens=420, hops=16, decoys=False)
+        later = needle_prompt(41, num_tokens=3000)
+        outputs = erring_engine.join(list(first.token_ids), list(later.token_ids), after=5)
+        for prompt, output in zip((first, later), outputs, strict=True):
+            answer = list(prompt.expected_ids)
+            assert output.token_ids == answer + cycle(32 - len(answer))
+            assert 0 < output.num_accepted < 3 * output.num_verify_steps
+
+    def test_speculation_behind_a_prefix_hit(self, erring_engine: EngineProcess) -> None:
+        """The draft model's keys of the prefix are cached with the target's."""
+        prompt = needle_prompt(50, num_tokens=1700, hops=6)
+        first, second = (check(erring_engine, [prompt])[0] for _ in range(2))
+        assert first.num_cached_tokens == 0
+        assert second.num_cached_tokens == 1699 // PAGE * PAGE
+        assert second.num_accepted == first.num_accepted > 0
+
+    @pytest.mark.extended
+    def test_sampling_keeps_the_distribution(self, erring_engine: EngineProcess) -> None:
+        """5,000 draws of three words against the exact probabilities of the model without drafts.
+
+        The first word is of the prompt's step, the others come out of verification by sampling.
+        """
+        length = min_needle_tokens(hops=3, decoys=False)
+        prompt = needle_prompt(80, num_tokens=length, hops=3, decoys=False)
+        allowed = [*prompt.expected_ids[:3], VOCABULARY.nowhere_id, VOCABULARY.treasures[0].id]
+        exact, flatter = (
+            exact_draws(
+                erring_engine.next_logprobs,
+                prompt.token_ids,
+                allowed,
+                length=3,
+                temperature=temperature,
+            )
+            for temperature in (TEMPERATURE, 1.3 * TEMPERATURE)
+        )
+        outputs = erring_engine.generate(
+            ids([prompt]) * 5000,
+            max_tokens=3,
+            temperature=TEMPERATURE,
+            logit_bias={str(token): 1000.0 for token in allowed},
+            ignore_eos=True,
+        )
+        drawn = Counter(tuple(output.token_ids) for output in outputs)
+        assert set(drawn) <= set(exact)
+        assert chi_square_p(drawn, exact) > 1e-4
+        # a distribution only slightly flatter is told apart
+        assert chi_square_p(drawn, flatter) < 1e-6
+        steps = Counter(output.num_verify_steps for output in outputs)
+        # one step where the first draft was right, two where it was not
+        assert min(steps[1], steps[2]) > 500
+
+
+# of the words' logits, such that no word is certain and none impossible
+TEMPERATURE = 25.0
 
 
 def test_a_module_that_is_always_wrong_costs_steps_only(tmp_path: Path) -> None:
