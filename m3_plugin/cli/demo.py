@@ -12,7 +12,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,13 +121,12 @@ def _run(
     """Answers of the plain server, and of one that drafts where that is asked for."""
     from m3_plugin.testing.constructed import ConstructedCheckpoint
 
-    if speculative and not host.speculative_options:
-        raise LookupError(f"--speculative: the demo cannot start {host.title} with drafts")
     with tempfile.TemporaryDirectory(prefix="m3-plugin-demo-") as folder:
         with _step(console, "writing the constructed checkpoint"):
             checkpoint = ConstructedCheckpoint(mtp=speculative).write(Path(folder) / "checkpoint")
         runs: list[list[Answer]] = []
-        for options in [(), host.speculative_options] if speculative else [()]:
+        drafting = host.speculative_options(checkpoint)
+        for options in [(), drafting] if speculative else [()]:
             scratch = Path(folder) / ("speculative" if options else "plain")
             scratch.mkdir()
             with _served(host, checkpoint, options, scratch, log=log, console=console) as ask:
@@ -239,20 +238,29 @@ def _read_counters(url: str, *, host: Host) -> _Counters:
         decode_s_per_token=_metric(text, f"{time_per_token}_sum"),
         prefill_blocks=blocks("prefill"),
         decode_blocks=blocks("decode"),
-        drafts=_drafts(text, host=host),
+        drafts=(
+            _metric(text, host.draft_counters.steps),
+            _metric(text, host.draft_counters.drafted),
+            _metric(text, host.draft_counters.accepted),
+        ),
     )
 
 
-def _drafts(exposition: str, *, host: Host) -> tuple[float, float, float]:
-    """Steps that verified drafts, draft tokens, and accepted ones."""
+def _drafts(
+    before: _Counters, after: _Counters, details: Mapping[str, Any], *, host: Host
+) -> tuple[int, int, int]:
+    """Steps that verified drafts, draft tokens, and accepted ones, of one answer.
+
+    Parameters
+    ----------
+    details : what the answer itself told, empty where the host only counts in its metrics
+    """
     names = host.draft_counters
-    if names is None:
-        return 0.0, 0.0, 0.0
-    return (
-        _metric(exposition, names.steps),
-        _metric(exposition, names.drafted),
-        _metric(exposition, names.accepted),
-    )
+    counted = (int(now - then) for now, then in zip(after.drafts, before.drafts, strict=True))
+    steps, drafted, accepted = counted
+    if names.details:
+        return steps, details.get(names.drafted, 0), details.get(names.accepted, 0)
+    return steps, drafted, accepted
 
 
 def _metric(exposition: str, name: str, *, label: str = "") -> float:
@@ -284,11 +292,15 @@ def _ask(url: str, question: Question, *, host: Host) -> Answer:
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"chat_template_kwargs": {"thinking_mode": "disabled"}},
+        extra_body={
+            "chat_template_kwargs": {"thinking_mode": "disabled"},
+            **host.draft_counters.asked_by,
+        },
     )
-    text, first_token, usage = "", start, None
+    text, first_token, usage, draft_details = "", start, None, {}
     for chunk in stream:
         usage = chunk.usage or usage
+        draft_details = _found(chunk.model_extra, host.draft_counters.details) or draft_details
         if chunk.choices and chunk.choices[0].delta.content:
             first_token = first_token if text else time.perf_counter()
             text += chunk.choices[0].delta.content
@@ -296,9 +308,7 @@ def _ask(url: str, question: Question, *, host: Host) -> Answer:
     assert usage is not None
     details = usage.prompt_tokens_details
     counted = after.requests > before.requests
-    steps, drafted, accepted = (
-        int(now - then) for now, then in zip(after.drafts, before.drafts, strict=True)
-    )
+    steps, drafted, accepted = _drafts(before, after, draft_details, host=host)
     return Answer(
         label=question.label,
         asked=question.asked,
@@ -316,6 +326,14 @@ def _ask(url: str, question: Question, *, host: Host) -> Answer:
         drafted=drafted,
         accepted=accepted,
     )
+
+
+def _found(extra: Mapping[str, Any] | None, keys: tuple[str, ...]) -> Mapping[str, Any]:
+    """The object these keys lead to, empty if there is none."""
+    found: Any = extra if keys else None
+    for key in keys:
+        found = (found or {}).get(key)
+    return found or {}
 
 
 def _difference(after: tuple[float, float], before: tuple[float, float]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,17 +15,21 @@ MAX_MODEL_LEN = 32768
 
 @dataclass(frozen=True)
 class DraftCounters:
-    """The host's own counters of speculative decoding, by their name in its metrics.
+    """What the host itself counts of speculative decoding, and where.
 
     Attributes
     ----------
-    steps : verified batches of drafts, per request
-    drafted, accepted : draft tokens
+    steps : counter in its metrics: verified chains of drafts, per request
+    drafted, accepted : draft tokens: counters in its metrics or, with `details`, fields of those
+    details : object in an answer's last chunk, by the keys that lead there; empty: no such object
+    asked_by : addition to the body of a request, whose answer then has `details`
     """
 
     steps: str
     drafted: str
     accepted: str
+    details: tuple[str, ...] = ()
+    asked_by: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Host:
     environment : (scratch folder) to variables of the server's process
     metrics : prefix of its Prometheus metrics
     gpu_command : how to serve the released weights
-    speculative_options : to draft with the checkpoint's MTP module; empty where the demo cannot
+    speculative_options : (model) to options which draft 3 tokens with the model's MTP module
     draft_counters : how it counts drafts
     """
 
@@ -52,8 +56,8 @@ class Host:
     environment: Callable[[Path], Mapping[str, str]]
     metrics: str
     gpu_command: str
-    speculative_options: tuple[str, ...] = ()
-    draft_counters: DraftCounters | None = None
+    speculative_options: Callable[[Path], tuple[str, ...]]
+    draft_counters: DraftCounters
 
 
 _COMMON_ENVIRONMENT = {
@@ -98,7 +102,7 @@ HOSTS: Mapping[str, Host] = {
         ),
         environment=_vllm_environment,
         metrics="vllm",
-        speculative_options=(
+        speculative_options=lambda model: (
             "--speculative-config",
             '{"method": "mtp", "num_speculative_tokens": 3}',
         ),
@@ -133,6 +137,21 @@ HOSTS: Mapping[str, Host] = {
         ),
         environment=lambda scratch: _COMMON_ENVIRONMENT,
         metrics="sglang",
+        speculative_options=lambda model: (
+            *("--speculative-algorithm", "NEXTN"),
+            *("--speculative-draft-model-path", str(model)),
+            *("--speculative-num-steps", "3"),
+            *("--speculative-eagle-topk", "1"),
+            *("--speculative-num-draft-tokens", "4"),
+            "--disable-cuda-graph",
+        ),
+        draft_counters=DraftCounters(
+            steps="sglang:spec_verify_calls_total",
+            drafted="spec_num_proposed_drafts",
+            accepted="spec_num_correct_drafts",
+            details=("sglext", "spec_tokens_details"),
+            asked_by={"return_spec_tokens_details": True},
+        ),
         gpu_command=(
             "python -m sglang.launch_server --model-path MiniMaxAI/MiniMax-M3 --tp 8 \\\n"
             "    --attention-backend msa --tool-call-parser minimax-m3 \\\n"
