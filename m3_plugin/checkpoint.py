@@ -20,6 +20,7 @@ VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp."
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MTP = re.compile(r"(^|\.)mtp\.")
+_INDEX_BRANCH = re.compile(r"(.+\.self_attn)\.index_[qk]_(?:proj|norm)\.")
 _MTP_LAYER = re.compile(r"(?:^|\.)mtp\.layers\.(\d+)\.")
 
 
@@ -150,6 +151,9 @@ class TensorLedger:
 
     A tensor belongs to module M when it is named M or M.<suffix>: quantised checkpoints add scales
     beside (or instead of) `weight`, and which suffixes exist is the quantisation's own affair.
+
+    Index branches are not read, and not left over, where the config declares every layer dense: so
+    the same files can be served both ways and compared.
     """
 
     expected: frozenset[str]
@@ -157,13 +161,20 @@ class TensorLedger:
     leftover: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> bool:
-        """Record one tensor; False when the config knows no module of that name."""
+        """Record one tensor; False when the model has no module that reads it."""
         for module in (name, name.rpartition(".")[0]):
             if module in self.expected:
                 self.seen.add(module)
                 return True
-        self.leftover.append(name)
+        if not self._is_unread(name):
+            self.leftover.append(name)
         return False
+
+    def _is_unread(self, name: str) -> bool:
+        branch = _INDEX_BRANCH.match(name)
+        if branch is None or not self.knows_attention(branch.group(1)):
+            return False
+        return not any(".index_" in module for module in self.expected)
 
     def knows_attention(self, module: str) -> bool:
         """Whether the config has an attention module of that name, which itself has no weight."""

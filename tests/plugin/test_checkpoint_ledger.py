@@ -47,6 +47,28 @@ def test_scales_beside_a_weight_are_part_of_its_module() -> None:
     ledger.require_complete()
 
 
+def test_index_branches_are_unread_only_where_every_layer_is_dense() -> None:
+    branches = [
+        f"model.layers.{layer}.self_attn.index_{part}.weight"
+        for layer in (3, 59)
+        for part in ("q_proj", "k_proj", "q_norm", "k_norm")
+    ]
+    dense = M3Config.from_hf(hub(sparse_attention_config={"use_sparse_attention": False}))
+    ledger = TensorLedger(text_modules(dense))
+    for module in text_modules(dense):
+        ledger.add(f"{module}.weight" if "correction_bias" not in module else module)
+    assert not any(map(ledger.add, branches))
+    ledger.require_complete()
+    for stranger in ("model.layers.60.self_attn.index_q_proj.weight", "model.layers.3.index_q"):
+        ledger.add(stranger)
+        with pytest.raises(ValueError, match=rf"left over 1 tensor\(s\): {stranger}"):
+            ledger.require_complete()
+        ledger.leftover.clear()
+    # a dense layer of a sparse model has no branch
+    with pytest.raises(ValueError, match="left over"):
+        ledger_with(extra="model.layers.0.self_attn.index_q_proj.weight").require_complete()
+
+
 @pytest.mark.parametrize(
     "module",
     [
