@@ -117,7 +117,7 @@ def answer_requests(pipe: Connection, start: Callable[[], Any]) -> Any:
     try:
         engine = start()
         pipe.send((True, None))
-    except BaseException:
+    except Exception:
         pipe.send((False, traceback.format_exc()))
         return None
     while (request := pipe.recv()) is not None:

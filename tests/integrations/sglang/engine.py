@@ -7,17 +7,18 @@ get it: through its entry point, by SGLang's own loader.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-START_TIMEOUT_S = 300
+from tests.integrations.engine_pipe import EngineDiedError, EngineError, EnginePipe, answer_requests
+
+__all__ = ["Completion", "EngineDiedError", "EngineError", "EngineProcess"]
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     # a wrong decision of the plugin must end the engine, not show as SGLang's own model
@@ -57,8 +58,8 @@ class Completion:
     accepted_lengths: list[int]
 
 
-class EngineProcess:
-    """`sglang.Engine` behind a pipe. Close it, or use it as a context manager.
+class EngineProcess(EnginePipe):
+    """`sglang.Engine` behind a pipe.
 
     Parameters
     ----------
@@ -78,28 +79,12 @@ class EngineProcess:
     ) -> None:
         from m3_sglang.compat import needs_triton_on_cpu
 
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self.log = log
         arguments = {"model_path": str(model), **OPTIONS, **options}
-        saved = dict(os.environ)
-        os.environ.update(ENVIRONMENT | (environment or {}))
+        variables = ENVIRONMENT | (environment or {})
         if needs_triton_on_cpu():
-            os.environ["TRITON_INTERPRET"] = "1"
+            variables["TRITON_INTERPRET"] = "1"
             arguments["disable_cuda_graph"] = True
-        try:
-            # not a daemon: the engine has children of its own
-            self._process = context.Process(target=_serve, args=(child, log, arguments))
-            self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(saved)
-        child.close()
-        try:
-            self._receive(START_TIMEOUT_S)
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(_serve, log, arguments, environment=variables, log=log)
 
     def generate(
         self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
@@ -140,54 +125,6 @@ class EngineProcess:
         """Empty the radix cache; False if SGLang refuses because a request still runs."""
         return self._call("flush")
 
-    def log_text(self) -> str:
-        """Everything the engine's processes have written so far."""
-        return self.log.read_text(errors="replace")
-
-    def close(self) -> None:
-        """End the engine and wait for its process."""
-        if self._process.is_alive():
-            try:
-                self._pipe.send(None)
-                self._process.join(30)
-            except (BrokenPipeError, OSError):
-                pass
-        if self._process.is_alive():
-            self._process.kill()
-        self._process.join()
-
-    def __enter__(self) -> EngineProcess:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _call(self, command: str, *args: Any) -> Any:
-        self._pipe.send((command, args))
-        return self._receive(None)
-
-    def _receive(self, timeout: float | None) -> Any:
-        if not self._pipe.poll(timeout):
-            raise TimeoutError(f"engine said nothing for {timeout} s; its log is {self.log}")
-        try:
-            ok, value = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise EngineDiedError(
-                f"engine ended with {self._process.exitcode}:\n{self.log_text()[-6000:]}"
-            ) from None
-        if not ok:
-            raise EngineError(f"{value}\n{self.log_text()[-6000:]}")
-        return value
-
-
-class EngineError(RuntimeError):
-    """The engine refused or failed; carries its traceback and the end of its log."""
-
-
-class EngineDiedError(RuntimeError):
-    """The engine's process ended without a word; carries the end of its log."""
-
 
 def _serve(pipe: Connection, log: Path, arguments: dict[str, Any]) -> None:
     with log.open("wb") as output:
@@ -195,21 +132,15 @@ def _serve(pipe: Connection, log: Path, arguments: dict[str, Any]) -> None:
         os.dup2(output.fileno(), sys.stderr.fileno())
     # a spawned process takes its parent's sys.path and forgets what PYTHONPATH gave it
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    try:
+
+    def start() -> _Engine:
         from sglang import Engine
 
-        engine = _Engine(Engine(**arguments))
-        pipe.send((True, None))
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
-        return
-    while (request := pipe.recv()) is not None:
-        command, args = request
-        try:
-            pipe.send((True, getattr(engine, command)(*args)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
-    engine.host.shutdown()
+        return _Engine(Engine(**arguments))
+
+    engine = answer_requests(pipe, start)
+    if engine is not None:
+        engine.host.shutdown()
 
 
 class _Engine:
