@@ -404,8 +404,8 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
     else:
         console.print("WRONG ANSWERS", style="bold red")
     note = (
-        "\n\nThis version brings CPU kernels only: on GPUs the plugin stands aside with a\n"
-        f"warning and {host.title}'s own MiniMax-M3 answers (M3_PLUGIN_REQUIRED=1 forbids that)."
+        "\n\nThe Triton kernels have not run on a GPU yet: at start they are compared with the\n"
+        "oracle, and nothing is served if they are wrong. There, `m3-plugin check` says more."
     )
     title = "the released weights on GPUs"
     console.print(Panel(host.gpu_command + note, title=title, expand=False, highlight=False))
