@@ -92,6 +92,10 @@ class CacheScales:
             return CacheScales(scale, scale)
         return replace(self, **{name.what: scale})
 
+    def for_pages(self, dtype: torch.dtype) -> CacheScales:
+        """The scales of pages of that dtype: none for 16 bits and more, which need no room."""
+        return self if dtype.itemsize == 1 else CacheScales()
+
     def of_rank(
         self, *, num_kv_heads: int, rank: int, size: int, device: torch.device
     ) -> CacheScales:

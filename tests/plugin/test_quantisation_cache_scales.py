@@ -66,6 +66,14 @@ def test_numbers_are_flat_and_fp32_whatever_the_exporter_s_shape() -> None:
     assert CacheScales().of_rank(num_kv_heads=4, rank=1, size=2, device=CPU) == CacheScales()
 
 
+def test_scales_are_for_pages_of_8_bits_alone() -> None:
+    scales = CacheScales(torch.tensor([0.5]), torch.tensor([2.0]))
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        assert scales.for_pages(dtype) is scales
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert scales.for_pages(dtype) == CacheScales()
+
+
 @pytest.mark.parametrize(
     ("rank", "size", "own"),
     [(0, 1, [1, 2, 3, 4]), (1, 2, [3, 4]), (3, 4, [4]), (5, 8, [3]), (7, 8, [4])],

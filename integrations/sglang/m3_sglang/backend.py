@@ -278,9 +278,10 @@ class M3AttentionBackend(AttentionBackend):
         [slots, heads, dim] -> [pages, heads, 128, dim]; the index pool has a single head.
         """
         if layer_id not in self.caches:
-            scales = self.layers[layer_id].cache_scales
+            k_pages = paged(self.pool.get_key_buffer(layer_id))
+            scales = self.layers[layer_id].cache_scales.for_pages(k_pages.dtype)
             self.caches[layer_id] = MSACaches(
-                k_pages=paged(self.pool.get_key_buffer(layer_id)),
+                k_pages=k_pages,
                 v_pages=paged(self.pool.get_value_buffer(layer_id)),
                 index_k_pages=paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1),
                 k_scale=scales.k,

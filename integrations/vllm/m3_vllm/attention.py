@@ -162,12 +162,13 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
         """The three page tensors as the kernels want them, views of vLLM's allocation."""
         if self.caches is None or self.caches.k_pages.data_ptr() != self.kv_cache.data_ptr():
             k_pages, v_pages = self.kv_cache.split(self.head_dim, dim=-1)
+            scales = self.scales.for_pages(k_pages.dtype)
             self.caches = MSACaches(
                 k_pages=k_pages,
                 v_pages=v_pages,
                 index_k_pages=self.index_cache.kv_cache,
-                k_scale=self.scales.k,
-                v_scale=self.scales.v,
+                k_scale=scales.k,
+                v_scale=scales.v,
             )
         return self.caches
 

@@ -23,11 +23,14 @@ def test_logprobs_are_those_of_the_dequantised_weights(
 ) -> None:
     """The reference is transformers on numbers noted before they were packed.
 
-    Reordered GPTQ is a format which vLLM itself refuses.
+    Reordered GPTQ is a format which vLLM itself refuses. Scales of an fp8 cache are no weights:
+    they change nothing in a cache of wider numbers.
     """
     prompt = random_prompt(1300, seed=11)
     with EngineProcess(
-        random_quantised.stored("gptq"), environment=DEQUANTISE, max_num_batched_tokens=2048
+        random_quantised.with_cache_scales("gptq"),
+        environment=DEQUANTISE,
+        max_num_batched_tokens=2048,
     ) as engine:
         ours = torch.tensor(engine.prompt_logprobs(prompt))
     expected = golden.token_logprobs(random_quantised.reference("gptq"), prompt)
@@ -91,8 +94,9 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
         "k_scale": [0.5, 1.5, 3.0, 0.25],
         "v_scale": [2.0, 0.75, 1.0, 4.0],
     }
-    assert cache["0"] == {"k_scale": [0.5], "v_scale": [0.25]}
-    assert set(cache) == {"0", "1"}
+    # where the cache is not fp8, vLLM's method for mixed formats makes no place in dense layers
+    dense = {"0": {"k_scale": [0.5], "v_scale": [0.25]}} if quant == "mxfp8" else {}
+    assert {layer: entry for layer, entry in cache.items() if layer != "1"} == dense
     compared = {name: entry for name, entry in compared.items() if "format" in entry}
     wrong = {name: entry for name, entry in compared.items() if entry["difference"] > 0}
     assert wrong == {}
