@@ -108,10 +108,12 @@ test-vllm: env
 test-sglang: lint-sglang test-sglang-previous
 	$(SGLANG_BIN)/pytest tests/integrations/sglang
 
-# a few tests through real engines of the release before; all of them are in test-matrix
+# a few tests through one real engine of the release before; all of them are in test-matrix
+PREVIOUS_TESTS ?= $(addprefix tests/integrations/sglang/test_,constructed.py multimodal.py presence.py releases.py)
+
 test-sglang-previous:
 	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_PREVIOUS) SGLANG_VENV=.venv/sglang-$(SGLANG_PREVIOUS)
-	.venv/sglang-$(SGLANG_PREVIOUS)/bin/pytest -m every_release tests/integrations/sglang
+	.venv/sglang-$(SGLANG_PREVIOUS)/bin/pytest -m every_release $(PREVIOUS_TESTS)
 
 quick-start: env
 	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py
@@ -126,7 +128,8 @@ test-matrix: quick-start
 	  $(MAKE) --no-print-directory env-sglang SGLANG=$$release SGLANG_VENV=.venv/sglang-$$release; \
 	  .venv/sglang-$$release/bin/pytest -m "" tests/integrations/sglang; \
 	done; for release in $(SGLANG_OLDER); do \
-	  $(MAKE) --no-print-directory test-sglang-previous SGLANG_PREVIOUS=$$release; \
+	  $(MAKE) --no-print-directory test-sglang-previous \
+	    SGLANG_PREVIOUS=$$release PREVIOUS_TESTS=tests/integrations/sglang; \
 	done
 
 clean:

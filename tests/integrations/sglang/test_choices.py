@@ -36,6 +36,7 @@ def engine(
         yield engine
 
 
+@pytest.mark.extended
 def test_the_named_backend_serves_the_dense_layers_only(
     engine: EngineProcess, random_checkpoint: Callable[[str], Path]
 ) -> None:
@@ -48,6 +49,7 @@ def test_the_named_backend_serves_the_dense_layers_only(
 
 
 # docs/sglang.md states these counts; transformers' rule, the default, gives 576 for both
+@pytest.mark.extended
 @pytest.mark.parametrize(("size", "num_image_tokens"), [((1024, 1024), 1369), ((1920, 1080), 2691)])
 def test_sglangs_own_image_rule_stays_reachable(
     engine: EngineProcess, size: tuple[int, int], num_image_tokens: int

@@ -22,7 +22,9 @@ GREW = "does not apply swiglu_limit"
 @pytest.mark.parametrize(
     ("sabotage", "reason"),
     [
-        pytest.param(OTHER_ROW_ORDER, COMPARED, id="rows in another order"),
+        pytest.param(
+            OTHER_ROW_ORDER, COMPARED, id="rows in another order", marks=pytest.mark.extended
+        ),
         pytest.param(NO_CLAMP, COMPARED, id="no clamp"),
         pytest.param(
             f"{NOTHING_TO_COMPARE}; {NO_CLAMP}",

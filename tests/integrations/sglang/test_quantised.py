@@ -75,6 +75,7 @@ def test_the_constructed_checkpoint_answers_right(
     assert "dequantised" not in said
 
 
+@pytest.mark.extended
 def test_an_absent_scale_stops_the_start_before_the_model_is_built(
     random_quantised: QuantisedCheckpoints, tmp_path: Path
 ) -> None:

@@ -100,7 +100,7 @@ def require_the_same(engine: EngineProcess, plain_tokens: list[list[int]]) -> No
     assert alone.num_verify_steps >= NUM_TOKENS - 2
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.extended), 3])
 def test_random_mtp_gives_the_plain_tokens(
     random_mtp: Path, plain_tokens: list[list[int]], tmp_path: Path, steps: int
 ) -> None:
@@ -349,6 +349,7 @@ class TestErringModule:
 TEMPERATURE = 25.0
 
 
+@pytest.mark.extended
 def test_a_module_that_is_always_wrong_costs_steps_only(tmp_path: Path) -> None:
     checkpoint = ConstructedCheckpoint(mtp=True, mtp_wrong_every=1).write(
         tmp_path / "checkpoint", dtype=torch.float32

@@ -194,6 +194,7 @@ def test_tensor_parallel(constructed_checkpoint: Path) -> None:
         assert len(engine.rpc("m3_model_class")) == 2
 
 
+@pytest.mark.extended
 def test_torch_compile(constructed_checkpoint: Path, tmp_path: Path) -> None:
     """The attention op stays opaque: a compiled model answers the same."""
     prompts = [needle_prompt(seed, num_tokens=tokens) for seed, tokens in MIXED]

@@ -35,7 +35,7 @@ def copy_checkpoint(
     return target
 
 
-@pytest.mark.parametrize("name", [EXPERT, INDEX_KEY])
+@pytest.mark.parametrize("name", [pytest.param(EXPERT, marks=pytest.mark.extended), INDEX_KEY])
 def test_one_missing_tensor_stops_the_start_and_is_named(
     constructed_checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
@@ -46,6 +46,7 @@ def test_one_missing_tensor_stops_the_start_and_is_named(
         EngineProcess(broken)
 
 
+@pytest.mark.extended
 def test_a_left_over_tensor_stops_the_start_and_is_named(
     constructed_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def test_logprobs_are_those_of_the_dequantised_weights(
     assert (expected - plain).abs().max() > 100 * LOGPROB_ATOL
 
 
+@pytest.mark.extended
 def test_the_constructed_checkpoint_answers_right(
     constructed_quantised: QuantisedCheckpoints,
 ) -> None:

@@ -347,6 +347,7 @@ class TestErringModule:
             erring.rpc("poison_uncommitted", False)
 
 
+@pytest.mark.extended
 def test_an_always_wrong_module_costs_steps_only(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Served as the text model alone: vLLM finds the same draft class for both architectures."""
     with EngineProcess(
@@ -384,6 +385,7 @@ def test_ngram_repeats_what_the_context_repeats(constructed_checkpoint: Path) ->
     assert 0 < counted.accepted < counted.drafted
 
 
+@pytest.mark.extended
 def test_a_checkpoint_without_mtp_weights_stops_the_start(constructed_checkpoint: Path) -> None:
     with pytest.raises(
         EngineError, match=r"holds no MTP weights .*cannot draft with MTP: use an EAGLE3 head"
