@@ -7,6 +7,7 @@ constructed checkpoint's known answers.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from m3_sglang.compat import speculation_is_tested
 from tests.integrations.cases import random_prompt
 from tests.integrations.drafts import eagle3_head, separate_mtp
 from tests.integrations.draws import chi_square_p, exact_draws
+from tests.integrations.sglang import poison
 from tests.integrations.sglang.engine import Completion, EngineError, EngineProcess
 
 pytestmark = pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
@@ -256,7 +258,15 @@ def from_second_link(prompt: NeedlePrompt) -> NeedlePrompt:
 
 
 @pytest.fixture(scope="class")
-def erring_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> poison.Poison:
+    """What the engine of `erring_engine` is poisoned with."""
+    return poison.install(tmp_path_factory.mktemp("poison") / "plugin")
+
+
+@pytest.fixture(scope="class")
+def erring_engine(
+    poisoned: poison.Poison, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
     """Every eighth word of a chain is drafted wrong; the module is a checkpoint of its own."""
     folder = tmp_path_factory.mktemp("erring")
     checkpoint = ConstructedCheckpoint(mtp=True, mtp_wrong_every=8).write(
@@ -268,6 +278,7 @@ def erring_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnginePr
         log=folder / "engine.log",
         max_running_requests=64,
         chunked_prefill_size=512,
+        environment=poisoned.environment(),
         **speculation(draft, steps=3),
     ) as engine:
         yield engine
@@ -308,6 +319,28 @@ class TestErringModule:
         assert first.num_cached_tokens == 0
         assert second.num_cached_tokens == 1699 // PAGE * PAGE
         assert second.num_accepted == first.num_accepted > 0
+
+    def test_rejected_slots_are_never_read(
+        self, erring_engine: EngineProcess, poisoned: poison.Poison
+    ) -> None:
+        """NaN in every uncommitted slot before every step changes nothing; in a committed one, all.
+
+        The second half shows that the first could fail.
+        """
+        chains = [needle_prompt(seed, num_tokens=420, hops=16, decoys=False) for seed in (70, 71)]
+        clean = check(erring_engine, chains)
+        poisoned.start()
+        outputs = check(erring_engine, chains)
+        assert poisoned.stop() > 0
+        assert [o.accepted_lengths for o in outputs] == [o.accepted_lengths for o in clean]
+        poisoned.start(reach=400)
+        outputs = erring_engine.generate(ids(chains), max_tokens=17)
+        assert poisoned.stop() > 0
+        # nobody may find the poisoned prefix; the last batch leaves a moment after its answers
+        assert any(erring_engine.flush() or time.sleep(0.1) for _ in range(100))
+        assert all(
+            o.token_ids != list(c.expected_ids) for o, c in zip(outputs, chains, strict=True)
+        )
 
     @pytest.mark.extended
     def test_sampling_keeps_the_distribution(self, erring_engine: EngineProcess) -> None:
