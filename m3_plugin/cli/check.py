@@ -88,6 +88,8 @@ def check(
     """Compare every kernel with the oracle on this device; ends with 1 if anything is wrong."""
     import torch
 
+    from m3_kernels.tuning import arch_of
+
     console = Console(stderr=json_file == "-")
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -103,9 +105,8 @@ def check(
         graph=on_gpu,
         families={choice.family: choice.reason for choice in chosen},
     )
-    work = [
-        (choice, case) for choice in chosen for case in _cases(choice.family, device_type, only)
-    ]
+    arch = arch_of(torch.device(device_type)) if on_gpu else None
+    work = [(choice, case) for choice in chosen for case in _cases(choice.family, only, arch=arch)]
     if not work:
         console.print(f"no case has {only!r} in its name", style="red", markup=False)
         raise typer.Exit(2)
@@ -154,8 +155,14 @@ def _families(device_type: str, requested: str | None) -> list[KernelChoice]:
     return [KernelChoice(entry.name, f"available on {device_type}") for entry in able]
 
 
-def _cases(family: str, device_type: str, only: str) -> Iterator[Case]:
-    """The shared cases in every dtype the family can be judged in; long ones on a GPU."""
+def _cases(family: str, only: str, *, arch: int | None) -> Iterator[Case]:
+    """The shared cases in every dtype the family can be judged in; long ones on a GPU.
+
+    Parameters
+    ----------
+    only : a part of the cases' names
+    arch : compute capability as major * 10 + minor; None on a CPU
+    """
     import torch
 
     from m3_kernels.testing.cases import (
@@ -164,17 +171,16 @@ def _cases(family: str, device_type: str, only: str) -> Iterator[Case]:
         production_cases,
         regular_cases,
     )
-    from m3_kernels.tuning import arch_of
 
-    interpreted = family == "triton" and device_type == "cpu"
+    interpreted = family == "triton" and arch is None
     # bfloat16 arithmetic is wrong in Triton's interpreter
     dtypes = [dtype for dtype in DTYPES if not (interpreted and dtype == torch.bfloat16)]
     cases = [*regular_cases(), *corner_cases(), *production_cases()]
-    if device_type == "cuda":
+    if arch is not None:
         served = production_cases()[0]
         cases += [replace(served, name=name, requests=steps) for name, steps in LONG_STEPS.items()]
         if family == "triton":
-            cases += fp8_cases(arch_of(torch.device(device_type)))
+            cases += fp8_cases(arch)
     for dtype in dtypes:
         for case in cases:
             if only in case.name:

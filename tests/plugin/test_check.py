@@ -106,18 +106,28 @@ def test_a_result_is_as_good_as_its_worst_finding() -> None:
 
 
 def test_bfloat16_is_left_out_only_in_the_interpreter() -> None:
-    def dtypes(family: str, device: str) -> set[torch.dtype]:
-        return {case.dtype for case in _cases(family, device, "one-token")}
+    def dtypes(family: str, arch: int | None) -> set[torch.dtype]:
+        return {case.dtype for case in _cases(family, "one-token", arch=arch)}
 
-    assert torch.bfloat16 not in dtypes("triton", "cpu")
-    assert dtypes("triton", "cuda") == {torch.float32, torch.bfloat16, torch.float16}
-    assert dtypes("native", "cpu") == dtypes("triton", "cuda")
+    assert torch.bfloat16 not in dtypes("triton", None)
+    assert dtypes("triton", 90) == {torch.float32, torch.bfloat16, torch.float16}
+    assert dtypes("native", None) == dtypes("triton", 90)
 
 
 def test_long_contexts_run_on_a_gpu() -> None:
-    names = {case.name for case in _cases("triton", "cuda", "long-")}
+    names = {case.name for case in _cases("triton", "long-", arch=90)}
     assert {"long-decode-bfloat16", "long-prefill-float16"} <= names
-    assert not list(_cases("native", "cpu", "long-"))
+    assert not list(_cases("native", "long-", arch=None))
+
+
+def test_chips_are_checked_with_the_caches_they_can_read() -> None:
+    def caches(arch: int | None) -> set[torch.dtype]:
+        cases = _cases("triton", "", arch=arch)
+        return {case.kv_dtype for case in cases if case.kv_dtype is not None}
+
+    assert caches(None) == set()
+    assert caches(80) == {torch.float8_e5m2}
+    assert caches(90) == {torch.float8_e5m2, torch.float8_e4m3fn}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -19,8 +19,10 @@ import subprocess, time
 print(subprocess.Popen(["sleep", "300"]).pid, flush=True)
 time.sleep(300)
 """
+# A background job of a shell ignores Ctrl-C, and its children inherit that.
 STARTER = f"""
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from m3_plugin.serving import ServerProcess
 with ServerProcess(
     [sys.executable, "-c", {SERVER!r}], port=1, log=pathlib.Path(sys.argv[1])
