@@ -110,4 +110,6 @@ def test_fp8_pages_reach_the_kernels_as_fp8_with_their_scales(
     assert caches.k_pages.dtype == caches.v_pages.dtype == dtype
     assert caches.k_pages.shape == caches.v_pages.shape == (3, 4, 128, 128)
     assert caches.v_pages.data_ptr() - caches.k_pages.data_ptr() == 128 * dtype.itemsize
-    assert (caches.k_scale, caches.v_scale) == (scales.k, scales.v)
+    # a checkpoint may ship scales for a cache that the server keeps in 16 bits: not for these
+    expected = (scales.k, scales.v) if dtype.itemsize == 1 else (None, None)
+    assert (caches.k_scale, caches.v_scale) == expected
