@@ -1,8 +1,8 @@
 """Tiny quantised checkpoints in the published tensor names, dtypes and config keys.
 
-Weights are rounded to nearest, which is not how good quantisers choose, but stored as they store
-them. Beside the stored tensors stand the numbers they mean, worked out before packing: a reference
-that shares nothing with the codecs.
+Weights are rounded to nearest, four-bit integers on the scale of least squared error, which is less
+than good quantisers do. Beside the stored tensors stand the numbers they mean, worked out before
+packing: a reference that shares nothing with the codecs.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
 # Columns per scale in the four-bit integer recipes; published ones use 32 or 128, and 32 divides
 # every size of the tiny checkpoints.
 _INT4_GROUP = 32
+# Steps over which a four-bit recipe may spread a group's range; 14 are all that are symmetric.
+_INT4_STEPS = range(14, 7, -1)
 _E4M3_MAX = 448.0
 _E2M1_MAX = 6.0
 
@@ -472,20 +474,40 @@ def _pack_bytes(codes: Tensor) -> Tensor:
 def _round_int4(
     values: Tensor, *, group: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales [rows, groups] in `dtype`, zero points and codes in 0..15 as int64."""
+    """Scales [rows, groups] in `dtype`, zero points and codes in 0..15 as int64.
+
+    Each group takes the scale of least squared error among those that spread its range over fewer
+    steps than there are: what lies on a coarser grid stays on it.
+    """
     import torch
 
     groups = values.unflatten(-1, (-1, group))
+    tried = [
+        _round_in_steps(groups, steps, symmetric=symmetric, dtype=dtype) for steps in _INT4_STEPS
+    ]
+    scales, zeros, codes = (torch.stack(each) for each in zip(*tried, strict=True))
+    meant = (codes - zeros[..., None]) * scales.float()[..., None]
+    best = (meant - groups).square().sum(-1).argmin(0, keepdim=True)
+    chosen = codes.gather(0, best[..., None].expand(-1, -1, -1, group))
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0], chosen[0].flatten(-2)
+
+
+def _round_in_steps(
+    groups: Tensor, steps: int, *, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_round_int4` of [rows, groups, group] with each group's range in `steps` steps."""
+    import torch
+
     if symmetric:
-        scales = (groups.abs().amax(-1) / 7).clamp(min=1e-5).to(dtype)
+        scales = (2 * groups.abs().amax(-1) / steps).clamp(min=1e-5).to(dtype)
         zeros = torch.full(scales.shape, 8)
     else:
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scales = ((high - low) / 15).clamp(min=1e-5).to(dtype)
+        scales = ((high - low) / steps).clamp(min=1e-5).to(dtype)
         # stored less one by GPTQ, so at least one
         zeros = (-low / scales.float()).round().clamp(1, 15).long()
     codes = (groups / scales.float()[..., None]).round().long() + zeros[..., None]
-    return scales, zeros, codes.clamp(0, 15).flatten(-2)
+    return scales, zeros, codes.clamp(0, 15)
 
 
 def _int4_meaning(codes: Tensor, zeros: Tensor, scales: Tensor, *, group: int) -> Tensor:
