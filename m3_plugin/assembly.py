@@ -11,7 +11,7 @@ from m3_plugin.backends import KernelChoice, choose_kernels, require_served
 from m3_plugin.batch import StepCapacity
 from m3_plugin.capacity import local_heads
 from m3_plugin.config import M3Config, MSAConfig
-from m3_plugin.metrics import ExportedStatistics, export_presence
+from m3_plugin.metrics import ExportedStatistics, TimedSession, export_presence
 from m3_plugin.selection.recorder import SelectionRecorder
 from m3_plugin.session import MSASession
 from m3_plugin.settings import Settings
@@ -73,10 +73,15 @@ def make_session(
                 "M3_PLUGIN_STATISTICS=1 reads each layer's selection back, which kernels on a GPU "
                 "must not wait for; unset it, or serve on a CPU"
             )
+        if settings.timings:
+            raise ValueError(
+                "M3_PLUGIN_TIMINGS=1 reads the wall clock around each kernel, which on a GPU says "
+                "how long its launch takes; unset it, or serve on a CPU"
+            )
         try_kernels(config.msa, shape, kernels=kernels, device=device)
         workspace = allocate_workspace(config.msa, shape, capacity, device=device)
         logger.info("m3-plugin: %s", workspace.describe())
-    session = MSASession(
+    session = (TimedSession if settings.timings else MSASession)(
         config.msa, kernels=kernels, scale=config.head_dim**-0.5, workspace=workspace
     )
     if settings.statistics:

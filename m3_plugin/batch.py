@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -48,6 +49,11 @@ class MSABatch:
     def num_reqs(self) -> int:
         """Requests in the step, padded ones included."""
         return self.seq_lens.shape[0]
+
+    @property
+    def phase(self) -> Literal["prefill", "decode"]:
+        """ "decode" if no request can have more than one row, "prefill" for all other steps."""
+        return "decode" if self.max_query_len == 1 else "prefill"
 
 
 @dataclass(frozen=True)

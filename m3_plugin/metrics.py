@@ -3,7 +3,9 @@
 `m3_plugin:info` is 1 with version, device and kernels as labels; where it is absent, the host's own
 MiniMax-M3 serves. `m3_plugin:kernels_refused` is 1 for each better kernel family that cannot run.
 `m3_plugin:requests_refused_total` counts requests with parts that MiniMax-M3 cannot take.
-`m3_plugin:msa_*_total` count what MSA layers read, under `M3_PLUGIN_STATISTICS=1`.
+`m3_plugin:msa_rows_total` and `msa_blocks_*_total` count what MSA layers read, under
+`M3_PLUGIN_STATISTICS=1`; `m3_plugin:msa_seconds_total` how long they took, and
+`m3_plugin:msa_steps_total` over how many steps, under `M3_PLUGIN_TIMINGS=1`.
 
 Workers are processes of their own, so the host must run prometheus_client in its multi-process
 mode: SGLang does under `--enable-metrics`, vLLM when `PROMETHEUS_MULTIPROC_DIR` names an empty
@@ -12,12 +14,15 @@ folder.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from m3_plugin import __version__
-from m3_plugin.session import MSAStatistics
+from m3_plugin.session import MSACaches, MSAPlan, MSASession, MSAStatistics
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge
@@ -77,6 +82,20 @@ def _refused_requests() -> Counter:
     )
 
 
+@cache
+def _timers() -> tuple[Counter, Counter]:
+    from prometheus_client import Counter
+
+    return (
+        Counter(
+            "m3_plugin:msa_seconds",
+            "Time spent in MSA layers: storing keys, selecting blocks, attending",
+            labelnames=["phase", "part"],
+        ),
+        Counter("m3_plugin:msa_steps", "Steps over which that time was spent", ["phase"]),
+    )
+
+
 def count_refused_request(part: str) -> None:
     """Count a request that is refused for a part of it, e.g. "audio"; call it where that is said.
 
@@ -116,3 +135,61 @@ class ExportedStatistics(MSAStatistics):
         for phase, old in before.items():
             for name, value in self.phase(phase).items():
                 _counters()[name].labels(phase=phase).inc(value - old[name])
+
+
+class TimedSession(MSASession):
+    """An `MSASession` that says in the host's metrics how long its layers take, for CPUs.
+
+    Feeds `m3_plugin:msa_seconds_total{phase, part="store" | "select" | "attend"}` and, once per
+    step, `m3_plugin:msa_steps_total{phase}`. It is wall-clock time around each part: on a GPU that
+    would be the time of the launches.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._seconds, self._steps = _timers()
+        self._last_plan: MSAPlan | None = None
+
+    def run(
+        self,
+        plan: MSAPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor,
+        index_k: Tensor,
+        *,
+        caches: MSACaches,
+        out: Tensor,
+    ) -> None:
+        """As `MSASession.run`; the first layer that runs a plan counts a step."""
+        if plan is not self._last_plan:
+            self._last_plan = plan
+            self._steps.labels(phase=plan.batch.phase).inc()
+        super().run(plan, q, k, v, index_q, index_k, caches=caches, out=out)
+
+    def store(
+        self, plan: MSAPlan, k: Tensor, v: Tensor, index_k: Tensor, *, caches: MSACaches
+    ) -> None:
+        """As `MSASession.store`."""
+        with self._timed("store", plan):
+            super().store(plan, k, v, index_k, caches=caches)
+
+    def select(self, plan: MSAPlan, index_q: Tensor, *, caches: MSACaches) -> Tensor:
+        """As `MSASession.select`."""
+        with self._timed("select", plan):
+            return super().select(plan, index_q, caches=caches)
+
+    def attend(
+        self, plan: MSAPlan, q: Tensor, block_ids: Tensor, *, caches: MSACaches, out: Tensor
+    ) -> None:
+        """As `MSASession.attend`."""
+        with self._timed("attend", plan):
+            super().attend(plan, q, block_ids, caches=caches, out=out)
+
+    @contextmanager
+    def _timed(self, part: str, plan: MSAPlan) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._seconds.labels(phase=plan.batch.phase, part=part).inc(seconds)

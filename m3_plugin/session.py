@@ -92,7 +92,7 @@ class MSAStatistics:
         self.rows += rows
         self.blocks_read += read
         self.blocks_visible += visible
-        if batch.max_query_len == 1:
+        if batch.phase == "decode":
             self.decode_rows += rows
             self.decode_blocks_read += read
             self.decode_blocks_visible += visible

@@ -6,6 +6,7 @@
 | `M3_PLUGIN_REQUIRED` | 0, 1 | 1: absence, refusal or fallback ends the process with the reason |
 | `M3_PLUGIN_ALLOW_UNTESTED` | 0, 1 | 1: run on a host version outside the tested window |
 | `M3_PLUGIN_STATISTICS` | 0, 1 | 1: count blocks read by MSA layers, in the host's /metrics |
+| `M3_PLUGIN_TIMINGS` | 0, 1 | 1: time the MSA layers, in the host's /metrics; CPU only |
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
 | `M3_PLUGIN_KERNELS` | auto, triton, native, torch, reference | force a kernel family |
@@ -34,6 +35,7 @@ class Settings:
     required: bool = False
     allow_untested: bool = False
     statistics: bool = False
+    timings: bool = False
     record_blocks: Path | None = None
     dequantize: bool = False
     kernels: KernelFamily = "auto"
@@ -64,6 +66,7 @@ class Settings:
             required=_flag(given, "REQUIRED"),
             allow_untested=_flag(given, "ALLOW_UNTESTED"),
             statistics=_flag(given, "STATISTICS"),
+            timings=_flag(given, "TIMINGS"),
             record_blocks=Path(folder) if (folder := given.get("RECORD_BLOCKS")) else None,
             dequantize=_flag(given, "DEQUANTIZE"),
             kernels=cast(KernelFamily, kernels),

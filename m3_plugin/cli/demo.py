@@ -24,6 +24,7 @@ from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from m3_plugin.cli.host_metrics import exposition, settled, total
 from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, installed_host
 from m3_plugin.serving import ServerFailed, ServerProcess, free_port
 
@@ -221,27 +222,25 @@ class _Counters:
 
 
 def _read_counters(url: str, *, host: Host) -> _Counters:
-    import httpx
-
-    text = httpx.get(f"{url}/metrics", timeout=60).text
+    text = exposition(url)
     time_per_token = f"{host.metrics}:request_time_per_output_token_seconds"
 
     def blocks(phase: str) -> tuple[float, float]:
         label = f'phase="{phase}"'
         return (
-            _metric(text, "m3_plugin:msa_blocks_read_total", label=label),
-            _metric(text, "m3_plugin:msa_blocks_visible_total", label=label),
+            total(text, "m3_plugin:msa_blocks_read_total", label=label),
+            total(text, "m3_plugin:msa_blocks_visible_total", label=label),
         )
 
     return _Counters(
-        requests=_metric(text, f"{time_per_token}_count"),
-        decode_s_per_token=_metric(text, f"{time_per_token}_sum"),
+        requests=total(text, f"{time_per_token}_count"),
+        decode_s_per_token=total(text, f"{time_per_token}_sum"),
         prefill_blocks=blocks("prefill"),
         decode_blocks=blocks("decode"),
         drafts=(
-            _metric(text, host.draft_counters.steps),
-            _metric(text, host.draft_counters.drafted),
-            _metric(text, host.draft_counters.accepted),
+            total(text, host.draft_counters.steps),
+            total(text, host.draft_counters.drafted),
+            total(text, host.draft_counters.accepted),
         ),
     )
 
@@ -261,22 +260,6 @@ def _drafts(
     if names.details:
         return steps, details.get(names.drafted, 0), details.get(names.accepted, 0)
     return steps, drafted, accepted
-
-
-def _metric(exposition: str, name: str, *, label: str = "") -> float:
-    """Sum of a Prometheus metric over its labels, of those samples that carry `label`."""
-    samples = [line for line in exposition.splitlines() if line.startswith(name)]
-    return sum(float(line.rpartition(" ")[2]) for line in samples if label in line)
-
-
-def _counters_after(url: str, before: _Counters, *, host: Host) -> _Counters:
-    """The counters once they hold one request more; the server counts after it has answered."""
-    deadline = time.monotonic() + 10
-    while True:
-        counters = _read_counters(url, host=host)
-        if counters.requests > before.requests or time.monotonic() > deadline:
-            return counters
-        time.sleep(0.1)
 
 
 def _ask(url: str, question: Question, *, host: Host) -> Answer:
@@ -304,7 +287,9 @@ def _ask(url: str, question: Question, *, host: Host) -> Answer:
         if chunk.choices and chunk.choices[0].delta.content:
             first_token = first_token if text else time.perf_counter()
             text += chunk.choices[0].delta.content
-    after = _counters_after(url, before, host=host)
+    after = settled(
+        lambda: _read_counters(url, host=host), lambda now: now.requests > before.requests
+    )
     assert usage is not None
     details = usage.prompt_tokens_details
     counted = after.requests > before.requests

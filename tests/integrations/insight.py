@@ -32,6 +32,7 @@ def insight_environment(folder: Path) -> dict[str, str]:
     return {
         "M3_PLUGIN_RECORD_BLOCKS": str(folder / _FOLDER),
         "M3_PLUGIN_STATISTICS": "1",
+        "M3_PLUGIN_TIMINGS": "1",
         "PROMETHEUS_MULTIPROC_DIR": str(counters),
     }
 
@@ -116,4 +117,8 @@ class InsightCases:
         assert result.exit_code == 0, result.output
         (row,) = csv.DictReader(table.open())
         assert (row["server"], row["context"], row["requests"]) == ("m3-plugin", "700", "2")
-        assert all(float(row[name]) > 0 for name in ("ttft_ms", "tpot_ms", "output_tokens_per_s"))
+        measured = ("ttft_ms", "tpot_ms", "output_tokens_per_s", "step_ms", "select_ms")
+        assert all(float(row[name]) > 0 for name in measured)
+        # the server's own clock and the client's run side by side
+        assert 0.3 < float(row["step_ms"]) / float(row["tpot_ms"]) < 1.5
+        assert 0 < float(row["msa_share"]) < 1

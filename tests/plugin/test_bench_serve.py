@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,14 @@ from m3_plugin.cli.bench import serve
 from m3_plugin.cli.bench.report import Panel
 from m3_plugin.cli.bench.serve import (
     ClientFailed,
+    Decoding,
     Load,
     Row,
     Server,
     ServeReport,
-    growing_share,
+    read_decoding,
     run_client,
+    with_attention,
     write_csv,
 )
 from m3_plugin.cli.hosts import HOSTS
@@ -50,9 +54,98 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, found: dict) -> None:
     monkeypatch.setattr(serve, "_VLLM_CLIENT", script)
 
 
-def test_growing_share() -> None:
-    rows = [row("a", 4096, 20.0), row("a", 1024, 10.0), row("b", 1024, 5.0), row("a", 8192, 40.0)]
-    assert growing_share(rows, "a") == [(1024, 0.0), (4096, 0.5), (8192, 0.75)]
+def exposed(*, requests: int, seconds: float, steps: int, select: float, drafts: int = 0) -> str:
+    """A server's /metrics with two workers, and a prefill that must not be counted."""
+    name = "vllm:request_time_per_output_token_seconds"
+    lines = [
+        f'{name}_sum{{model="m3"}} {seconds}',
+        f'{name}_count{{model="m3"}} {requests}',
+        f'vllm:spec_decode_num_drafts_total{{model="m3"}} {drafts}',
+    ]
+    for pid in (1, 2):
+        labels = f'phase="decode",pid="{pid}"'
+        lines += [
+            f"m3_plugin:msa_steps_total{{{labels}}} {steps}",
+            f'm3_plugin:msa_seconds_total{{part="store",{labels}}} {select / 4}',
+            f'm3_plugin:msa_seconds_total{{part="select",{labels}}} {select}',
+            f'm3_plugin:msa_seconds_total{{part="attend",{labels}}} {select / 2}',
+            'm3_plugin:msa_seconds_total{part="select",phase="prefill"} 1000.0',
+            'm3_plugin:msa_steps_total{phase="prefill"} 1000.0',
+        ]
+    return "\n".join(lines)
+
+
+def scraped(monkeypatch: pytest.MonkeyPatch, text: str) -> Decoding:
+    monkeypatch.setattr(serve, "exposition", lambda url: text)
+    return read_decoding("http://nowhere", host=HOSTS["vllm"])
+
+
+def test_share_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks: 2 requests of 20 ms per token; 10 steps of 2 + 8 + 4 ms on each rank."""
+    before = scraped(monkeypatch, exposed(requests=3, seconds=0.5, steps=7, select=0.3))
+    after = scraped(monkeypatch, exposed(requests=5, seconds=0.54, steps=17, select=0.38))
+    found = with_attention(row("m3-plugin", 1024, 21.0), before, after)
+    assert found.step_ms == pytest.approx(20)
+    assert (found.store_ms, found.select_ms, found.attend_ms) == pytest.approx((2, 8, 4))
+    assert found.msa_share == pytest.approx(0.7)
+    assert found.tpot_ms == 21.0
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        exposed(requests=5, seconds=0.54, steps=7, select=0.3),  # no times of layers
+        exposed(requests=3, seconds=0.5, steps=17, select=0.38),  # no finished request
+        exposed(requests=5, seconds=0.54, steps=17, select=0.38, drafts=4),
+        "",
+    ],
+    ids=["untimed", "unfinished", "drafting", "no metrics"],
+)
+def test_no_share_where_the_server_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    before = exposed(requests=3, seconds=0.5, steps=7, select=0.3) if after else ""
+    looks = scraped(monkeypatch, before), scraped(monkeypatch, after)
+    plain = row("m3-plugin", 1024, 21.0)
+    assert with_attention(plain, *looks) == plain
+    (reason,) = serve._unknown_shares([plain]).values()
+    assert "M3_PLUGIN_TIMINGS=1" in reason
+    (reason,) = serve._unknown_shares([row("dense", 1024, 21.0)]).values()
+    assert "the host's own" in reason
+
+
+def test_the_warm_up_is_asked_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Load] = []
+
+    def client(server: Server, load: Load, *, host: object) -> Row:
+        asked.append(load)
+        return row(server.name, load.context, 10.0 * len(asked))
+
+    # every look finds one request of 20 ms and two steps more than the last, of 1 + 4 + 2 ms each
+    looks = iter(range(1, 100))
+
+    def expose(url: str) -> str:
+        n = next(looks)
+        return exposed(requests=n, seconds=n * 0.02, steps=2 * n, select=n * 0.008)
+
+    monkeypatch.setattr(serve, "run_client", client)
+    monkeypatch.setattr(serve, "exposition", expose)
+    loads = [replace(LOAD, context=at, requests=1) for at in (100, 300, 200)]
+    rows = serve.measure(SERVER, loads, host=HOSTS["vllm"])
+    assert [load.context for load in asked] == [300, 100, 300, 200]
+    assert [(row.context, row.tpot_ms) for row in rows] == [(100, 20.0), (300, 30.0), (200, 40.0)]
+    assert [row.msa_share for row in rows] == pytest.approx([0.35] * 3)
+
+
+@pytest.mark.parametrize("client", [serve._vllm_client, serve._sglang_client])
+def test_no_prompt_is_asked_twice(client: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Neither by a warm-up of the client nor by the next run: a prefix cache would answer."""
+    command = client(SERVER, LOAD, tmp_path / "result.json")
+    options = {word: command[at + 1] for at, word in enumerate(command[:-1])}
+    warm_up = {"--num-warmups", "--warmup-requests"} & options.keys()
+    assert [options[name] for name in warm_up] == ["0"]
+    again = client(SERVER, LOAD, tmp_path / "result.json")
+    assert again[again.index("--seed") + 1] != options["--seed"]
 
 
 def test_rows_of_the_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,16 +193,22 @@ def test_picture(tmp_path: Path) -> None:
     assert (tmp_path / "serve.png").stat().st_size > 1000
 
 
-def test_what_grows_is_drawn_as_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    drawn: list[Panel] = []
-    monkeypatch.setattr(serve, "plot_panels", lambda panels, *args, **options: drawn.extend(panels))
-    rows = [row("m3-plugin", 4096, 20.0), row("m3-plugin", 1024, 10.0)]
-    serve._plot(ServeReport({"cpu": "a cpu"}, "vLLM", "m3", rows), tmp_path / "serve.png")
-    (share,) = [panel for panel in drawn if panel.share]
-    (curve,) = share.curves
-    assert [(at, value) for at, value, _, _ in curve.points] == growing_share(rows, "m3-plugin")
-    (times, _) = [panel for panel in drawn if not panel.share]
-    assert [point[:2] for point in times.curves[0].points] == [(1024, 10.0), (4096, 20.0)]
+def test_what_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: list[list[Panel]] = []
+    monkeypatch.setattr(serve, "plot_panels", lambda panels, *args, **options: drawn.append(panels))
+    timed = {"step_ms": 10.0, "select_ms": 1.0, "msa_share": 0.3}
+    ours = [replace(row("m3-plugin", at, at / 100), **timed) for at in (4096, 1024)]
+    dense = [row("dense", at, at / 50) for at in (1024, 4096)]
+    for rows in (ours + dense, dense):
+        serve._plot(ServeReport({"cpu": "a cpu"}, "vLLM", "m3", rows), tmp_path / "serve.png")
+    (tpot, _, share), silent = drawn
+    assert [point[:2] for point in tpot.curves[0].points] == [(1024, 10.24), (4096, 40.96)]
+    assert [curve.label for curve in tpot.curves] == ["m3-plugin", "dense"]
+    assert [[point[1] for point in curve.points] for curve in share.curves] == [
+        [0.3] * 2,
+        [0.1] * 2,
+    ]
+    assert not any(panel.share for panel in silent)
 
 
 @pytest.mark.parametrize(

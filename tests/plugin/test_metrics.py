@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 
 from m3_plugin.batch import MSABatch
-from m3_plugin.cli.demo import _metric
+from m3_plugin.cli.host_metrics import total
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -24,7 +26,7 @@ def step(seq_len: int, num_rows: int) -> MSABatch:
 
 def exported(name: str, phase: str) -> float:
     text = prometheus_client.generate_latest().decode()
-    return _metric(text, f"m3_plugin:msa_{name}_total", label=f'phase="{phase}"')
+    return total(text, f"m3_plugin:msa_{name}_total", label=f'phase="{phase}"')
 
 
 def test_blocks_are_exported_by_phase() -> None:
@@ -41,11 +43,11 @@ def test_blocks_are_exported_by_phase() -> None:
     assert statistics.phase("prefill") == {"rows": 2, "blocks_read": 10, "blocks_visible": 12}
 
 
-def test_statistics_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_and_timings_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     from m3_plugin.assembly import make_session
     from m3_plugin.batch import StepCapacity
     from m3_plugin.config import M3Config
-    from m3_plugin.metrics import ExportedStatistics
+    from m3_plugin.metrics import ExportedStatistics, TimedSession
     from m3_plugin.session import MSASession
     from tests.plugin.test_config import HUB
 
@@ -62,12 +64,81 @@ def test_statistics_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 
     silent = session()
     assert silent is not None
+    assert type(silent) is MSASession
     assert silent.statistics is None
     assert silent.scale == 128**-0.5
     monkeypatch.setenv("M3_PLUGIN_STATISTICS", "1")
     counting = session()
     assert counting is not None
     assert isinstance(counting.statistics, ExportedStatistics)
+    monkeypatch.setenv("M3_PLUGIN_TIMINGS", "1")
+    assert isinstance(session(), TimedSession)
+
+
+@pytest.mark.parametrize("variable", ["M3_PLUGIN_STATISTICS", "M3_PLUGIN_TIMINGS"])
+def test_what_a_gpu_would_have_to_wait_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    from m3_plugin import assembly
+    from m3_plugin.backends import KernelChoice
+    from m3_plugin.batch import StepCapacity
+    from m3_plugin.config import M3Config
+    from tests.plugin.test_config import HUB
+
+    chosen = KernelChoice(family="triton", reason="asked for")
+    monkeypatch.setattr(assembly, "choose_kernels", lambda *asked: chosen)
+    monkeypatch.setattr(assembly, "require_served", lambda *asked, **dtypes: None)
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ValueError, match=f"{variable}=1 .* unset it, or serve on a CPU"):
+        assembly.make_session(
+            M3Config.from_hf(HUB),
+            device=torch.device("cpu"),
+            dtype=torch.bfloat16,
+            cache_dtype=torch.bfloat16,
+            index_dtype=torch.bfloat16,
+            tensor_parallel_size=1,
+            capacity=StepCapacity(max_requests=1, max_rows=1, max_seq_len=1),
+        )
+
+
+def test_layers_are_timed_by_part_and_steps_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt and three decode steps through two layers, whose parts take 1, 2 and 4 seconds."""
+    from m3_plugin import metrics
+    from m3_plugin.backends import choose_kernels
+    from tests.plugin.test_session import DIM, msa, run
+
+    took = cycle((0, 1, 0, 2, 0, 4))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(took))
+
+    def counted() -> dict[tuple[str, str], float]:
+        text = prometheus_client.generate_latest().decode()
+        steps = {
+            ("steps", phase): total(text, "m3_plugin:msa_steps_total", label=f'phase="{phase}"')
+            for phase in metrics.PHASES
+        }
+        return steps | {
+            # as `bench serve` reads it
+            (part, phase): total(
+                text, "m3_plugin:msa_seconds_total", label=f'part="{part}",phase="{phase}"'
+            )
+            for part in ("store", "select", "attend")
+            for phase in metrics.PHASES
+        }
+
+    before = counted()
+    timed = metrics.TimedSession(msa(), kernels=choose_kernels("cpu"), scale=DIM**-0.5)
+    out = run(msa(), 703, [700, 1, 1, 1], target=timed, layers=2)
+    assert torch.equal(out, run(msa(), 703, [703]))
+    assert {place: value - before[place] for place, value in counted().items()} == {
+        ("steps", "prefill"): 1,
+        ("steps", "decode"): 3,
+        ("store", "prefill"): 2,
+        ("store", "decode"): 6,
+        ("select", "prefill"): 4,
+        ("select", "decode"): 12,
+        ("attend", "prefill"): 8,
+        ("attend", "decode"): 24,
+    }
 
 
 def test_presence_is_exported_with_what_was_refused() -> None:
@@ -79,8 +150,8 @@ def test_presence_is_exported_with_what_was_refused() -> None:
     export_presence(choice, device_type="cpu")
     text = prometheus_client.generate_latest().decode()
     version = f'version="{__version__}"'
-    assert _metric(text, "m3_plugin:info{", label=f'kernels="torch",{version}') == 1
-    assert _metric(text, "m3_plugin:kernels_refused{", label='reason="no compiler"') == 1
+    assert total(text, "m3_plugin:info{", label=f'kernels="torch",{version}') == 1
+    assert total(text, "m3_plugin:kernels_refused{", label='reason="no compiler"') == 1
 
 
 def test_refused_requests_are_counted_by_part() -> None:
@@ -89,7 +160,7 @@ def test_refused_requests_are_counted_by_part() -> None:
     count_refused_request("audio")
     count_refused_request("audio")
     text = prometheus_client.generate_latest().decode()
-    assert _metric(text, "m3_plugin:requests_refused_total", label='part="audio"') == 2
+    assert total(text, "m3_plugin:requests_refused_total", label='part="audio"') == 2
 
 
 def test_serving_does_not_need_the_metrics_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,20 +67,28 @@ def inputs(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def run(config: MSAConfig, length: int, chunks: list[int]) -> Tensor:
-    """Outputs of a whole sequence, stored and attended chunk by chunk."""
+def run(
+    config: MSAConfig,
+    length: int,
+    chunks: list[int],
+    *,
+    target: MSASession | None = None,
+    layers: int = 1,
+) -> Tensor:
+    """Outputs of a whole sequence, stored and attended chunk by chunk, by layers that are alike."""
     generator = torch.Generator().manual_seed(1)
     num_pages = -(-length // PAGE)
     pages = torch.randperm(num_pages + 3, generator=generator)[:num_pages].int()
     cache = caches(num_pages + 3)
     tensors = inputs(length)
     out = torch.full((length, HEADS, DIM), torch.nan)
-    target = session(config)
+    target = target or session(config)
     start = 0
     for size in chunks:
         rows = slice(start, start + size)
         plan = target.plan(step(start + size, size, pages))
-        target.run(plan, *(t[rows] for t in tensors), caches=cache, out=out[rows])
+        for _ in range(layers):
+            target.run(plan, *(t[rows] for t in tensors), caches=cache, out=out[rows])
         start += size
     assert start == length
     return out

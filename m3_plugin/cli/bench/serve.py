@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ from m3_plugin.cli.bench.report import (
     short,
     write_json,
 )
+from m3_plugin.cli.host_metrics import exposition, settled, total
 from m3_plugin.cli.hosts import HOSTS, MAX_MODEL_LEN, MODEL_NAME, Host, installed_host
 from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
 from m3_plugin.serving import ServerFailed, ServerProcess, free_port
@@ -42,7 +44,13 @@ _VLLM_CLIENT = (
 )
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")
 _MISSING_MODULE = re.compile(r"No module named '(\w+)'")
-_COLOURS = {"m3-plugin": "tab:blue", "pure host": "tab:orange", "dense": "tab:gray"}
+_OURS, _UNKNOWN = "m3-plugin", "server"
+_COLOURS = {
+    _OURS: "tab:blue",
+    _UNKNOWN: "tab:green",
+    "pure host": "tab:orange",
+    "dense": "tab:gray",
+}
 
 
 class Against(StrEnum):
@@ -66,7 +74,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Row:
-    """One load on one server, as the host's client counted it. Times are medians over requests."""
+    """One load on one server, as the host's client counted it. Times are medians over requests.
+
+    Attributes
+    ----------
+    step_ms : mean time per token, as the server itself counted it
+    store_ms, select_ms, attend_ms : what all MSA layers together took of a decode step on one rank,
+        as the server counted it, on average: storing keys, selecting blocks, attending
+    msa_share : these three over `step_ms`; None, as they are, where the server does not count them
+    """
 
     server: str
     context: int
@@ -77,6 +93,11 @@ class Row:
     tpot_ms: float
     p99_tpot_ms: float
     output_tokens_per_s: float
+    step_ms: float | None = None
+    store_ms: float | None = None
+    select_ms: float | None = None
+    attend_ms: float | None = None
+    msa_share: float | None = None
 
 
 @dataclass
@@ -141,10 +162,13 @@ def bench_serve(
         if url is not None:
             if model is None or tokenizer is None:
                 raise typer.BadParameter("--model and --tokenizer are needed with --url")
-            served = Server("m3-plugin", url.rstrip("/").removesuffix("/v1"), model, tokenizer)
+            address = url.rstrip("/").removesuffix("/v1")
+            ours = "m3_plugin:info{" in exposition(address)
+            served = Server(_OURS if ours else _UNKNOWN, address, model, tokenizer)
             report.rows += measure(served, loads, host=chosen)
         else:
             _measure_started(report, chosen, loads, against=against, console=console)
+        report.left_out |= _unknown_shares(report.rows)
     except (LookupError, ServerFailed, ClientFailed) as failure:
         console.print(str(failure), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
@@ -159,20 +183,102 @@ def bench_serve(
 
 
 def measure(server: Server, loads: list[Load], *, host: Host) -> list[Row]:
-    """Put every load on a server, one after the other.
+    """Put every load on a server, one after the other, and ask it what its layers took.
+
+    A first request of the longest context is not counted: some kernels are built when they are
+    first needed. The client's own warm-up would ask the first prompt twice, and measure the second
+    time how fast a prefix cache answers.
 
     Raises
     ------
     ClientFailed : the host's client gave no result.
     """
+    warm_up = replace(max(loads, key=lambda load: load.context), requests=1)
     rows = []
     with progress_bar() as progress:
-        task = progress.add_task(server.name, total=len(loads))
-        for load in loads:
-            progress.update(task, description=f"{server.name} at {load.context:,}")
-            rows.append(run_client(server, load, host=host))
+        task = progress.add_task(f"{server.name}: warming up", total=len(loads) + 1)
+        before = read_decoding(server.url, host=host)
+        for load in (warm_up, *loads):
+            if load is not warm_up:
+                progress.update(task, description=f"{server.name} at {load.context:,}")
+            row = run_client(server, load, host=host)
+            finished = before.requests + load.requests
+            after = settled(
+                lambda: read_decoding(server.url, host=host),
+                lambda now, finished=finished: now.requests >= finished,
+            )
+            rows.append(with_attention(row, before, after))
+            before = after
             progress.advance(task)
-    return rows
+    return rows[1:]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A server's counters of decoding up to now; 0 where it does not count.
+
+    Attributes
+    ----------
+    requests, token_seconds : finished requests, and their mean times per token added up
+    drafts : verified chains of drafts
+    steps : decode steps, added up over ranks
+    store, select, attend : seconds of MSA layers in them, added up over ranks
+    """
+
+    requests: float
+    token_seconds: float
+    drafts: float
+    steps: float
+    store: float
+    select: float
+    attend: float
+
+    def since(self, before: Decoding) -> Decoding:
+        """What came after `before`."""
+        names = [counter.name for counter in fields(self)]
+        return Decoding(**{name: getattr(self, name) - getattr(before, name) for name in names})
+
+
+def read_decoding(url: str, *, host: Host) -> Decoding:
+    """The counters of a running server."""
+    text = exposition(url)
+    time_per_token = f"{host.metrics}:request_time_per_output_token_seconds"
+    phase = 'phase="decode"'
+
+    def seconds(part: str) -> float:
+        # prometheus_client orders labels by name
+        return total(text, "m3_plugin:msa_seconds_total", label=f'part="{part}",{phase}')
+
+    return Decoding(
+        requests=total(text, f"{time_per_token}_count"),
+        token_seconds=total(text, f"{time_per_token}_sum"),
+        drafts=total(text, host.draft_counters.steps),
+        steps=total(text, "m3_plugin:msa_steps_total", label=phase),
+        store=seconds("store"),
+        select=seconds("select"),
+        attend=seconds("attend"),
+    )
+
+
+def with_attention(row: Row, before: Decoding, after: Decoding) -> Row:
+    """The row with what the server counted between two looks at it.
+
+    Only where a decode step yields one token per request: with drafts it does not.
+    """
+    counted = after.since(before)
+    if not counted.requests or not counted.steps or counted.drafts:
+        return row
+    per_token = 1e3 * counted.token_seconds / counted.requests
+    parts = [1e3 * part / counted.steps for part in (counted.store, counted.select, counted.attend)]
+    store, select, attend = parts
+    return replace(
+        row,
+        step_ms=per_token,
+        store_ms=store,
+        select_ms=select,
+        attend_ms=attend,
+        msa_share=sum(parts) / per_token,
+    )
 
 
 def run_client(server: Server, load: Load, *, host: Host) -> Row:
@@ -224,7 +330,8 @@ def _vllm_client(server: Server, load: Load, result: Path) -> list[str]:
         *("--dataset-name", "random", "--random-range-ratio", "0"),
         *("--random-input-len", str(load.context), "--random-output-len", str(load.output_tokens)),
         *("--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)),
-        *("--num-warmups", "1", "--ignore-eos", "--disable-tqdm"),
+        *("--num-warmups", "0", "--ready-check-timeout-sec", "0", *_new_seed()),
+        *("--ignore-eos", "--disable-tqdm"),
         *("--save-result", "--result-dir", str(result.parent), "--result-filename", result.name),
     ]
 
@@ -238,8 +345,14 @@ def _sglang_client(server: Server, load: Load, result: Path) -> list[str]:
         *("--dataset-name", "random-ids", "--random-range-ratio", "1"),
         *("--random-input-len", str(load.context), "--random-output-len", str(load.output_tokens)),
         *("--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency)),
+        *("--warmup-requests", "0", *_new_seed()),
         *("--disable-tqdm", "--output-file", str(result)),
     ]
+
+
+def _new_seed() -> tuple[str, str]:
+    """Prompts of their own for every run: with one seed, long prompts begin as short ones do."""
+    return "--seed", str(secrets.randbelow(2**31))
 
 
 def _measure_started(
@@ -253,7 +366,7 @@ def _measure_started(
             f"here; got {longest}. Start your own and give its --url"
         )
     with _started(host, dense=False, console=console) as server:
-        report.rows += measure(server("m3-plugin"), loads, host=host)
+        report.rows += measure(server(_OURS), loads, host=host)
     peers: dict[str, Callable[[], Any]] = {}
     if against in (Against.auto, Against.host):
         peers["pure host"] = lambda: _started(host, dense=False, pure=True, console=console)
@@ -289,7 +402,8 @@ def _started(
             scratch / "checkpoint"
         )
         port = free_port()
-        environment = dict(host.environment(scratch)) | {"M3_PLUGIN_STATISTICS": "0"}
+        measured = {"M3_PLUGIN_STATISTICS": "0", "M3_PLUGIN_TIMINGS": "1"}
+        environment = dict(host.environment(scratch)) | measured
         if pure:
             environment |= {"M3_PLUGIN_DISABLE": "1", "M3_PLUGIN_REQUIRED": "0"}
         with ServerProcess(
@@ -309,14 +423,16 @@ def _started(
             yield lambda name: Server(name, server.url, MODEL_NAME, str(checkpoint))
 
 
-def growing_share(rows: list[Row], server: str) -> list[tuple[int, float]]:
-    """(context, share of the time per token that the shortest context does not need).
-
-    What grows with the context is attention, so this is a lower bound of its share.
-    """
-    mine = sorted((row for row in rows if row.server == server), key=lambda row: row.context)
-    base = mine[0].tpot_ms
-    return [(row.context, max(0.0, 1 - base / row.tpot_ms)) for row in mine]
+def _unknown_shares(rows: list[Row]) -> dict[str, str]:
+    """Per server without times of its MSA layers: why there are none."""
+    unknown = {row.server for row in rows if row.msa_share is None}
+    return {
+        f"attention's share on {name}": "its /metrics do not have m3_plugin:msa_seconds_total: "
+        "start it with M3_PLUGIN_TIMINGS=1 and metrics of workers (docs/operations.md), on a CPU"
+        if name in (_OURS, _UNKNOWN)
+        else "attention there is the host's own, which exports no times"
+        for name in sorted(unknown)
+    }
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
@@ -330,14 +446,15 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 def _print(report: ServeReport, console: Console) -> None:
     table = Table(title=f"{report.model}, measured by {report.client}'s client")
-    for heading in ("context", "server", "first token", "per token", "p99", "tokens/s", "growing"):
+    for heading in ("context", "server", "first token", "per token", "p99", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "server" else "right")
-    growing = {
-        (name, context): share
-        for name in dict.fromkeys(row.server for row in report.rows)
-        for context, share in growing_share(report.rows, name)
-    }
+    table.add_column("selecting | attending\nof a decode step", justify="right")
+    table.add_column("share of\nMSA", justify="right")
     for row in sorted(report.rows, key=lambda row: row.context):
+        parts, share = "-", "-"
+        if row.select_ms is not None and row.attend_ms is not None and row.msa_share is not None:
+            parts = f"{short(row.select_ms)} | {short(row.attend_ms)} ms"
+            share = f"{row.msa_share:.1%}"
         table.add_row(
             f"{row.context:,}",
             row.server,
@@ -345,7 +462,8 @@ def _print(report: ServeReport, console: Console) -> None:
             f"{short(row.tpot_ms)} ms",
             f"{short(row.p99_tpot_ms)} ms",
             short(row.output_tokens_per_s),
-            f"{growing[row.server, row.context]:.0%}",
+            parts,
+            share,
         )
     console.print(table)
     for name, reason in report.left_out.items():
@@ -353,30 +471,36 @@ def _print(report: ServeReport, console: Console) -> None:
 
 
 def _plot(report: ServeReport, path: Path) -> None:
-    names = list(dict.fromkeys(row.server for row in report.rows))
+    rows = sorted(report.rows, key=lambda row: row.context)
+    names = list(dict.fromkeys(row.server for row in rows))
 
-    def curve(name: str, points: Iterable[tuple[int, float]]) -> Curve:
-        drawn = tuple((at, value, value, value) for at, value in points)
-        return Curve(label=name, colour=_COLOURS[name], points=drawn)
+    def curves(
+        value: Callable[[Row], float | None], *, label: str = "", line: str = "o-"
+    ) -> tuple[Curve, ...]:
+        drawn = []
+        for name in names:
+            values = [(row.context, value(row)) for row in rows if row.server == name]
+            points = tuple((at, y, y, y) for at, y in values if y is not None)
+            if points:
+                drawn.append(Curve(f"{name}{label}", _COLOURS[name], points, line))
+        return tuple(drawn)
 
-    def curves(value: Callable[[Row], float]) -> tuple[Curve, ...]:
-        rows = sorted(report.rows, key=lambda row: row.context)
-        return tuple(
-            curve(name, ((row.context, value(row)) for row in rows if row.server == name))
-            for name in names
-        )
+    def selecting(row: Row) -> float | None:
+        return row.select_ms / row.step_ms if row.select_ms and row.step_ms else None
 
+    whole = curves(lambda row: row.msa_share, label=", MSA layers")
+    share = Panel(
+        "decode: share of MSA attention in the time per token",
+        (*whole, *curves(selecting, label=", selecting blocks", line="o--")),
+        share=True,
+    )
     plot_panels(
         [
-            Panel("time per token", curves(lambda row: row.tpot_ms)),
-            Panel("time to first token", curves(lambda row: row.ttft_ms)),
-            Panel(
-                "attention's share of the time per token, at least",
-                tuple(curve(name, growing_share(report.rows, name)) for name in names),
-                share=True,
-            ),
+            Panel("decode: time per token", curves(lambda row: row.tpot_ms)),
+            Panel("prefill: time to first token", curves(lambda row: row.ttft_ms)),
+            *([share] if whole else []),
         ],
         path,
         title=f"{report.model}, {report.client}, {report.machine['cpu']}",
-        unit="ms",
+        unit="ms, median over requests",
     )
