@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from m3_plugin.cli.bench.report import gpu_facts, machine_facts, progress_bar, write_json
+from m3_plugin.cli.bench.report import (
+    deliver,
+    gpu_facts,
+    headline,
+    machine_facts,
+    progress_bar,
+    table_of,
+)
 from m3_plugin.cli.outputs import JsonOption
 
 if TYPE_CHECKING:
@@ -120,8 +126,7 @@ def check(
             progress.advance(task)
     report.ok = all(result.ok for result in report.results)
     _print(report, console)
-    if json_file is not None:
-        write_json(report, json_file)
+    deliver(report, console, json_file=json_file)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -236,18 +241,16 @@ def _run(
 
 
 def _print(report: CheckReport, console: Console) -> None:
-    machine = report.machine
     console.print(
-        f"{machine.get('gpu', machine['cpu'])}; torch {machine['torch']}, "
-        f"commit {machine['commit']}; {report.repeats} repeats, "
+        f"{headline(report.machine)}; {report.repeats} repeats, "
         f"graphs {'replayed' if report.graph else 'not used'}",
         highlight=False,
     )
-    table = Table(title=f"kernels on {report.device} against the oracle")
-    for heading in ("family", "phase", "dtype"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("cases", "refused", "wrong", "error / allowed"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = table_of(
+        f"kernels on {report.device} against the oracle",
+        left=("family", "phase", "dtype"),
+        right=("cases", "refused", "wrong", "error / allowed"),
+    )
     groups: dict[tuple[str, str, str], list[CaseResult]] = defaultdict(list)
     for result in report.results:
         groups[result.family, result.phase, result.dtype].append(result)

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from m3_plugin.cli.bench.report import (
     Curve,
     GateError,
     Panel,
+    deliver,
+    headline,
     load_average,
     machine_facts,
     numbers,
     plot_panels,
     progress_bar,
     short,
-    write_json,
+    table_of,
 )
 from m3_plugin.cli.outputs import JsonOption, PlotOption
 
@@ -133,11 +134,7 @@ def bench_cpu(
         raise typer.Exit(1) from None
     report.machine["load_average_after"] = load_average()
     _print(report, console)
-    if json_file is not None:
-        write_json(report, json_file)
-    if plot is not None:
-        _plot(report, plot)
-        console.print(f"picture: {plot}", markup=False)
+    deliver(report, console, json_file=json_file, plot=plot, draw=_plot)
 
 
 def measure(
@@ -412,8 +409,8 @@ def _read_bandwidth() -> float:
 def _print(report: Report, console: Console) -> None:
     machine = report.machine
     console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, reads {machine['read_gb_per_second']} "
-        f"GB/s; torch {machine['torch']}, commit {machine['commit']}; "
+        f"{headline(machine)}; {machine['threads']} threads, reads "
+        f"{machine['read_gb_per_second']} GB/s; "
         f"load {machine['load_average_before']} to {machine['load_average_after']}",
         highlight=False,
     )
@@ -422,11 +419,11 @@ def _print(report: Report, console: Console) -> None:
         if not rows:
             continue
         chunk = f", last {rows[0].rows} rows" if phase == "prefill" else ", one row"
-        table = Table(title=f"{phase} of one sparse layer{chunk}, bf16")
-        table.add_column("context", justify="right", no_wrap=True)
-        table.add_column("method", no_wrap=True)
-        for heading in ("median ms", "quartiles", "GB/s", "speed-up"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table = table_of(
+            f"{phase} of one sparse layer{chunk}, bf16",
+            left=("context", "method"),
+            right=("median ms", "quartiles", "GB/s", "speed-up"),
+        )
         for row in rows:
             whole = row.name in ("native", "torch")
             speedup = report.speedup(phase, row.name, row.context) if whole else None

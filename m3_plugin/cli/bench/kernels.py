@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from m3_plugin.cli.bench.report import (
     Curve,
     GateError,
     Panel,
+    deliver,
     gpu_facts,
+    headline,
     machine_facts,
     numbers,
     plot_panels,
     progress_bar,
     short,
-    write_json,
+    table_of,
 )
 from m3_plugin.cli.bench.roofline import (
     Geometry,
@@ -219,11 +220,7 @@ def bench_kernels(
             )
             torch.cuda.empty_cache()
     print_report(report, console)
-    if json_file is not None:
-        write_json(report, json_file)
-    if plot is not None:
-        plot_report(report, plot)
-        console.print(f"picture: {plot}", markup=False)
+    deliver(report, console, json_file=json_file, plot=plot, draw=plot_report)
     if any(row.fault for row in report.rows if row.method == OURS):
         raise typer.Exit(1)
 
@@ -383,18 +380,17 @@ def _row(
 
 def print_report(report: Report, console: Console) -> None:
     """The table, the machine above it, and what was left out below."""
-    machine, limits = report.machine, report.limits
+    limits = report.limits
     console.print(
-        f"{machine.get('gpu', machine['cpu'])}; torch {machine['torch']}, commit "
-        f"{machine['commit']}; copies at {limits.bytes_per_second / 1e9:,.0f} GB/s, multiplies at "
-        f"{limits.operations_per_second / 1e12:,.0f} TFLOP/s",
+        f"{headline(report.machine)}; copies at {limits.bytes_per_second / 1e9:,.0f} GB/s, "
+        f"multiplies at {limits.operations_per_second / 1e12:,.0f} TFLOP/s",
         highlight=False,
     )
-    table = Table(title=f"one sparse layer, {report.dtype}")
-    table.add_column("workload", no_wrap=True)
-    table.add_column("method", no_wrap=True)
-    for heading in ("median us", "quartiles", "of floor", "speed-up"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = table_of(
+        f"one sparse layer, {report.dtype}",
+        left=("workload", "method"),
+        right=("median us", "quartiles", "of floor", "speed-up"),
+    )
     for workload in _workloads(report):
         for row in (row for row in report.rows if workload_of(row) == workload):
             table.add_row(*_cells(report, workload, row), style="red" if row.fault else None)

@@ -23,13 +23,13 @@ from rich.table import Table
 from m3_plugin.cli.bench.report import (
     Curve,
     Panel,
+    deliver,
     load_average,
     machine_facts,
     numbers,
     plot_panels,
     progress_bar,
     short,
-    write_json,
 )
 from m3_plugin.cli.host_metrics import exposition, settled, total
 from m3_plugin.cli.hosts import HOSTS, MAX_MODEL_LEN, MODEL_NAME, Host, installed_host
@@ -174,12 +174,9 @@ def bench_serve(
         raise typer.Exit(2) from None
     report.load_average_after = load_average()
     _print(report, Console(stderr=json_file == "-"))
-    if json_file is not None:
-        write_json(report, json_file)
+    deliver(report, console, json_file=json_file, plot=plot, draw=_plot)
     if csv_file is not None:
         write_csv(report.rows, csv_file)
-    if plot is not None:
-        _plot(report, plot)
 
 
 def measure(server: Server, loads: list[Load], *, host: Host) -> list[Row]:
