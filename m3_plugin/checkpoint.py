@@ -29,6 +29,24 @@ def is_mtp_tensor(name: str) -> bool:
     return _MTP.search(name) is not None
 
 
+def is_tensor_of_draft(name: str, *, num_modules: int) -> bool:
+    """Whether a tensor belongs to one of the first `num_modules` MTP modules."""
+    match = _MTP_LAYER.search(name)
+    return match is not None and int(match.group(1)) < num_modules
+
+
+def layer_prefixes(config: M3Config, *, draft: bool = False) -> tuple[str, ...]:
+    """Names of a model's decoder layers, in order.
+
+    Parameters
+    ----------
+    config : the target, or the draft as a model of its own (`m3_plugin.mtp.mtp_config`)
+    draft : whether it is the draft, whose layers are its modules'
+    """
+    name = f"{MTP_PREFIX}{{}}.transformer_layer" if draft else "model.layers.{}"
+    return tuple(name.format(layer) for layer in range(config.num_hidden_layers))
+
+
 def text_modules(config: M3Config, *, layers: Iterable[int] | None = None) -> frozenset[str]:
     """Modules whose weights a text model must find: names as in the checkpoint, without suffix.
 
@@ -104,7 +122,7 @@ def _layer_modules(config: M3Config, prefix: str, *, sparse: bool, moe: bool) ->
 
 
 def linear_shape(config: M3Config, module: str) -> tuple[int, int]:
-    """[rows, columns] of a linear weight of the text model, named relative to it.
+    """[rows, columns] of a linear weight of the text model or its draft, named relative to it.
 
     Raises
     ------
@@ -120,6 +138,8 @@ def linear_shape(config: M3Config, module: str) -> tuple[int, int]:
         return heads * config.msa.index_dim, hidden
     if module == "lm_head":
         return config.vocab_size, hidden
+    if projection == "eh_proj":
+        return hidden, 2 * hidden
     attention = {
         "q_proj": (queries, hidden),
         "k_proj": (keys, hidden),

@@ -199,7 +199,12 @@ class WeightLoader:
 
 
 def plan_before_loading(
-    name: str, config: M3Config, *, fused: Mapping[str, tuple[str, Shard]], item_bytes: int
+    name: str,
+    config: M3Config,
+    *,
+    fused: Mapping[str, tuple[str, Shard]],
+    item_bytes: int,
+    draft: bool = False,
 ) -> WeightPlan | None:
     """The plan of a checkpoint whose files are on this machine, None of any other.
 
@@ -209,6 +214,7 @@ def plan_before_loading(
     config : what its config.json says
     fused : as given to `WeightLoader`
     item_bytes : of the model's dtype
+    draft : plan its MTP modules, of which `config` is that of `m3_plugin.mtp.mtp_config`
 
     Raises
     ------
@@ -229,11 +235,12 @@ def plan_before_loading(
         fused={projection: layer for projection, (layer, _) in fused.items()},
         dequantise=Settings.from_environment().dequantize,
         item_bytes=item_bytes,
+        draft=draft,
     )
 
 
 def require_expert_bytes(
-    plan: WeightPlan | None, experts: nn.Module, *, layer: int, share: float
+    plan: WeightPlan | None, experts: nn.Module, *, layer: str, share: float
 ) -> None:
     """Refuse routed experts for which the host allocated more than the files explain.
 
@@ -241,7 +248,7 @@ def require_expert_bytes(
     ----------
     plan : None asks nothing
     experts : the host's module of a layer just built
-    layer : its number
+    layer : its name in the checkpoint, "model.layers.3"
     share : part of the experts' weights that is this rank's
 
     Raises
@@ -255,9 +262,7 @@ def require_expert_bytes(
         for name, parameter in experts.named_parameters()
         if name.rpartition(".")[2].startswith(("w13_", "w2_"))
     )
-    require_in_proportion(
-        plan, {f"model.layers.{layer}.block_sparse_moe.experts": allocated}, share=share
-    )
+    require_in_proportion(plan, {f"{layer}.block_sparse_moe.experts": allocated}, share=share)
 
 
 def chosen_dequantiser(config: M3Config) -> Dequantiser | None:

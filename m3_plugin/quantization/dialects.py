@@ -31,9 +31,11 @@ from m3_plugin.quantization.formats import (
 KEY = "quantization_config"
 PLAIN = Plain()
 
-# The linear weights of the text model; everything else is stored plain by every exporter.
+# The linear weights of the text model and of its MTP modules; everything else is stored plain by
+# every exporter.
 _LINEAR = re.compile(
-    r"model\.layers\.\d+\.("
+    r"model\.mtp\.layers\.\d+\.eh_proj$"
+    r"|model\.(layers\.\d+|mtp\.layers\.\d+\.transformer_layer)\.("
     r"self_attn\.(index_)?[qk]_proj|self_attn\.[vo]_proj"
     r"|(mlp|block_sparse_moe\.shared_experts)\.(gate|up|down)_proj"
     r"|block_sparse_moe\.experts\.\d+\.w[123]"

@@ -20,7 +20,10 @@ from m3_plugin.checkpoint import (
     VISION_PREFIXES,
     TensorLedger,
     is_mtp_tensor,
+    is_tensor_of_draft,
+    layer_prefixes,
     linear_shape,
+    mtp_modules,
     text_modules,
 )
 from m3_plugin.config import M3Config
@@ -45,7 +48,7 @@ class PlannedWeight:
 
     Attributes
     ----------
-    module : name relative to the text model
+    module : name relative to the text model, as that of an MTP module is too
     layer : the host's layer which takes it; several weights may share one
     weight : how it is stored
     stored_bytes : in the files, scales included
@@ -61,7 +64,7 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Everything the text model will hold.
+    """Everything the text model, or its draft, will hold.
 
     Attributes
     ----------
@@ -104,6 +107,7 @@ def plan_checkpoint(
     fused: Mapping[str, str],
     dequantise: bool,
     item_bytes: int = 2,
+    draft: bool = False,
 ) -> WeightPlan:
     """Plan a checkpoint on disk.
 
@@ -114,6 +118,7 @@ def plan_checkpoint(
     fused : the host's fused layers: projection -> layer, by their last name ("q_proj": "qkv_proj")
     dequantise : quantised weights become plain ones
     item_bytes : of the model's dtype
+    draft : plan its MTP modules, of which `config` is that of `m3_plugin.mtp.mtp_config`
 
     Raises
     ------
@@ -125,7 +130,13 @@ def plan_checkpoint(
     for header in headers:
         absent.pop(header.name, None)
     return plan_weights(
-        headers, config, fused=fused, dequantise=dequantise, item_bytes=item_bytes, absent=absent
+        headers,
+        config,
+        fused=fused,
+        dequantise=dequantise,
+        item_bytes=item_bytes,
+        draft=draft,
+        absent=absent,
     )
 
 
@@ -136,6 +147,7 @@ def plan_weights(
     fused: Mapping[str, str],
     dequantise: bool,
     item_bytes: int = 2,
+    draft: bool = False,
     absent: Mapping[str, str] = MappingProxyType({}),
 ) -> WeightPlan:
     """`plan_checkpoint` for headers already read; other parameters and errors as there.
@@ -147,10 +159,17 @@ def plan_weights(
     quantization = config.quantization
     stored: dict[str, list[TensorHeader]] = defaultdict(list)
     cache_scales: list[TensorHeader] = []
-    ledger = TensorLedger(text_modules(config))
+    num_modules = config.num_hidden_layers if draft else 0
+    ledger = TensorLedger(
+        mtp_modules(config, num_modules=num_modules) if draft else text_modules(config)
+    )
     for header in headers:
         name = header.name.removeprefix(TEXT_PREFIX)
-        if name.startswith(VISION_PREFIXES) or is_mtp_tensor(name):
+        if draft:
+            is_own = is_tensor_of_draft(name, num_modules=num_modules)
+        else:
+            is_own = not (name.startswith(VISION_PREFIXES) or is_mtp_tensor(name))
+        if not is_own:
             continue
         scale = cache_scale_name(name)
         if scale is not None and ledger.knows_attention(scale.attention):
@@ -191,16 +210,22 @@ def plan_weights(
     return plan
 
 
-def index_is_alike(config: M3Config, *, dequantise: bool) -> bool:
-    """Whether index projections may share a host's layer with q, k and v: all stored the same."""
+def index_is_alike(config: M3Config, *, dequantise: bool, draft: bool = False) -> bool:
+    """Whether index projections may share a host's layer with q, k and v: all stored the same.
+
+    Parameters
+    ----------
+    config, dequantise, draft : as for `plan_checkpoint`
+    """
     quantization = config.quantization
     if quantization is None or dequantise:
         return True
     projections = ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj")
     return all(
-        len({quantization.format_of(f"model.layers.{layer}.self_attn.{p}") for p in projections})
-        == 1
-        for layer, sparse in enumerate(config.sparse_layers)
+        len({quantization.format_of(f"{layer}.self_attn.{p}") for p in projections}) == 1
+        for layer, sparse in zip(
+            layer_prefixes(config, draft=draft), config.sparse_layers, strict=True
+        )
         if sparse
     )
 

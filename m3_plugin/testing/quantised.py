@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from m3_plugin.checkpoint import TEXT_PREFIX
+from m3_plugin.checkpoint import MTP_PREFIX, TEXT_PREFIX, is_mtp_tensor
 from m3_plugin.quantization.formats import (
     MX_GROUP,
     NVFP4_GROUP,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QuantName = Literal["mxfp8", "nvfp4", "mxfp4", "w4a16", "awq", "gptq", "auto-round", "fp8"]
-Role = Literal["attention", "index", "mlp", "shared", "experts"]
+Role = Literal["attention", "index", "mlp", "shared", "experts", "drafting"]
 
 _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"\.self_attn\.index_[qk]_proj$"), "index"),
@@ -43,37 +43,44 @@ _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"\.experts\.\d+\.w[123]$"), "experts"),
     (re.compile(r"\.shared_experts\.\w+_proj$"), "shared"),
     (re.compile(r"layers\.\d+\.mlp\.(gate|up|down)_proj$"), "mlp"),
+    (re.compile(r"\.eh_proj$"), "drafting"),
 )
 # Columns per scale in the four-bit integer recipes; published ones use 32 or 128, and 32 divides
 # every size of the tiny checkpoints.
 _INT4_GROUP = 32
 # Steps over which a four-bit recipe may spread a group's range; 14 are all that are symmetric.
-_INT4_STEPS = range(14, 7, -1)
+_INT4_STEPS = tuple(range(14, 7, -1))
 _E4M3_MAX = 448.0
 _E2M1_MAX = 6.0
 
 
 def role_of(module: str) -> Role | None:
     """What a linear module is for; None for everything no exporter quantises."""
-    if not module.startswith("model.layers."):
+    if not module.startswith(("model.layers.", MTP_PREFIX)):
         return None
     return next((role for pattern, role in _ROLES if pattern.search(module)), None)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One published way to quantise M3: formats by role (absent: left alone), and its config."""
+    """One published way to quantise M3: formats by role (absent: left alone), and its config.
+
+    With `keeps_drafts` the MTP modules are left alone, whatever the role.
+    """
 
     formats: Mapping[Role, WeightFormat]
     method: Literal["mxfp8", "modelopt", "quark", "compressed-tensors", "gptq", "auto-round", "fp8"]
+    keeps_drafts: bool = False
 
     def format_of(self, module: str) -> WeightFormat | None:
+        if self.keeps_drafts and is_mtp_tensor(module):
+            return None
         role = role_of(module)
         return None if role is None else self.formats.get(role)
 
 
 def _all(weight: WeightFormat) -> dict[Role, WeightFormat]:
-    roles: tuple[Role, ...] = ("attention", "index", "mlp", "shared", "experts")
+    roles: tuple[Role, ...] = ("attention", "index", "mlp", "shared", "experts", "drafting")
     return dict.fromkeys(roles, weight)
 
 
@@ -106,33 +113,44 @@ class Quantised:
 
 
 def quantise_checkpoint(
-    source: str | Path, target: str | Path, quant: QuantName, *, force: bool = False
+    source: str | Path,
+    target: str | Path,
+    quant: QuantName,
+    *,
+    keep_drafts: bool = False,
+    force: bool = False,
 ) -> Path:
     """Write the plain checkpoint in `source` quantised into the folder `target`.
+
+    `keep_drafts` leaves MTP modules unquantised and says so in config.json.
 
     Raises
     ------
     ValueError : unknown recipe, or sizes its format cannot hold.
     FileExistsError : `target` holds files and `force` was not given.
     """
-    return _rewrite(Path(source), prepare_folder(target, force=force), quant, stored=True)
+    recipe = replace(_recipe(quant), keeps_drafts=keep_drafts)
+    return _rewrite(Path(source), prepare_folder(target, force=force), recipe, stored=True)
 
 
 def reference_checkpoint(source: str | Path, target: str | Path, quant: QuantName) -> Path:
     """Write what `quantise_checkpoint` means as a plain fp32 checkpoint, not by unpacking it."""
-    return _rewrite(Path(source), prepare_folder(target, force=False), quant, stored=False)
+    return _rewrite(Path(source), prepare_folder(target, force=False), _recipe(quant), stored=False)
 
 
-def _rewrite(source: Path, target: Path, quant: QuantName, *, stored: bool) -> Path:
+def _recipe(quant: QuantName) -> Recipe:
+    if quant not in RECIPES:
+        raise ValueError(f"quant must be one of {', '.join(RECIPES)}; got {quant!r}")
+    return RECIPES[quant]
+
+
+def _rewrite(source: Path, target: Path, recipe: Recipe, *, stored: bool) -> Path:
     import json
     import shutil
 
     import torch
     from safetensors.torch import load_file, save_file
 
-    if quant not in RECIPES:
-        raise ValueError(f"quant must be one of {', '.join(RECIPES)}; got {quant!r}")
-    recipe = RECIPES[quant]
     weight_map: dict[str, str] = {}
     modules = []
     for shard in sorted(source.glob("*.safetensors")):
@@ -269,7 +287,12 @@ def _compressed_config(formats: _Formats, kept: list[str], always: list[str]) ->
                 },
             }
         },
-        "ignore": [*always, "re:.*self_attn[.]index_[qk]_proj$", *(f"re:{n}.*" for n in _VISION)],
+        "ignore": [
+            *always,
+            "re:.*self_attn[.]index_[qk]_proj$",
+            *filter(is_mtp_tensor, kept),
+            *(f"re:{n}.*" for n in _VISION),
+        ],
         "kv_cache_scheme": None,
     }
 
@@ -284,7 +307,11 @@ def _gptq_config(formats: _Formats, kept: list[str], always: list[str]) -> dict[
         "desc_act": weight.act_order,
         "lm_head": False,
         "checkpoint_format": "gptq",
-        "dynamic": {"-:.*index_[qk]_proj": {}, "-:.*block_sparse_moe[.]gate$": {}},
+        "dynamic": {
+            "-:.*index_[qk]_proj": {},
+            "-:.*block_sparse_moe[.]gate$": {},
+            **{f"-:{re.escape(name)}$": {} for name in kept if is_mtp_tensor(name)},
+        },
     }
 
 
@@ -297,7 +324,7 @@ def _auto_round_config(formats: _Formats, kept: list[str], always: list[str]) ->
         "group_size": weight.group_size,
         "sym": weight.symmetric,
         "packing_format": "auto_round:auto_gptq",
-        "block_name_to_quantize": "language_model.model.layers",
+        "block_name_to_quantize": "language_model.model.layers,language_model.model.mtp.layers",
         "extra_config": {name: {"bits": 16, "data_type": "float"} for name in [*always, *kept]},
     }
 
@@ -482,22 +509,7 @@ def _round_int4(
     import torch
 
     groups = values.unflatten(-1, (-1, group))
-    tried = [
-        _round_in_steps(groups, steps, symmetric=symmetric, dtype=dtype) for steps in _INT4_STEPS
-    ]
-    scales, zeros, codes = (torch.stack(each) for each in zip(*tried, strict=True))
-    meant = (codes - zeros[..., None]) * scales.float()[..., None]
-    best = (meant - groups).square().sum(-1).argmin(0, keepdim=True)
-    chosen = codes.gather(0, best[..., None].expand(-1, -1, -1, group))
-    return scales.gather(0, best)[0], zeros.gather(0, best)[0], chosen[0].flatten(-2)
-
-
-def _round_in_steps(
-    groups: Tensor, steps: int, *, symmetric: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_round_int4` of [rows, groups, group] with each group's range in `steps` steps."""
-    import torch
-
+    steps = torch.tensor(_INT4_STEPS)[:, None, None]
     if symmetric:
         scales = (2 * groups.abs().amax(-1) / steps).clamp(min=1e-5).to(dtype)
         zeros = torch.full(scales.shape, 8)
@@ -506,8 +518,12 @@ def _round_in_steps(
         scales = ((high - low) / steps).clamp(min=1e-5).to(dtype)
         # stored less one by GPTQ, so at least one
         zeros = (-low / scales.float()).round().clamp(1, 15).long()
-    codes = (groups / scales.float()[..., None]).round().long() + zeros[..., None]
-    return scales, zeros, codes.clamp(0, 15)
+    unit = scales.float()[..., None]
+    codes = ((groups / unit).round().long() + zeros[..., None]).clamp(0, 15)
+    error = ((codes - zeros[..., None]) * unit - groups).square().sum(-1)
+    best = error.argmin(0, keepdim=True)
+    chosen = codes.gather(0, best[..., None].expand(-1, -1, -1, group))
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0], chosen[0].flatten(-2)
 
 
 def _int4_meaning(codes: Tensor, zeros: Tensor, scales: Tensor, *, group: int) -> Tensor:

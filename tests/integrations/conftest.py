@@ -55,3 +55,15 @@ def constructed_quantised(
     """From the checkpoint whose answers are known."""
     folder = tmp_path_factory.mktemp("constructed-quantised")
     return QuantisedCheckpoints(constructed_checkpoint, folder)
+
+
+@pytest.fixture(scope="session")
+def drafting_quantised(tmp_path_factory: pytest.TempPathFactory) -> QuantisedCheckpoints:
+    """From the checkpoint whose answers are known, with an MTP module that drafts them."""
+    import torch
+
+    from m3_plugin.testing.constructed import ConstructedCheckpoint
+
+    folder = tmp_path_factory.mktemp("drafting-quantised")
+    source = ConstructedCheckpoint(mtp=True).write(folder / "plain", dtype=torch.float32)
+    return QuantisedCheckpoints(source, folder)

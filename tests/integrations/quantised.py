@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,11 @@ class QuantisedCheckpoints:
 
     def reference(self, quant: QuantName) -> Path:
         return self._once(reference_checkpoint, quant, f"{quant}-reference")
+
+    def with_drafts_kept(self, quant: QuantName) -> Path:
+        """`stored` with MTP modules left unquantised."""
+        write = partial(quantise_checkpoint, keep_drafts=True)
+        return self._once(write, quant, f"{quant}-drafts-kept")
 
     def with_cache_scales(self, quant: QuantName) -> Path:
         """`stored` with the scales of `CACHE_SCALES` for an fp8 cache in one more file."""

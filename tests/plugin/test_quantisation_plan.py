@@ -14,9 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m3_plugin.checkpoint import TEXT_PREFIX, text_modules
+from m3_plugin.checkpoint import TEXT_PREFIX, is_mtp_tensor, mtp_modules, text_modules
 from m3_plugin.config import M3Config
-from m3_plugin.quantization.plan import WeightPlan, plan_checkpoint, require_in_proportion
+from m3_plugin.mtp import mtp_config
+from m3_plugin.quantization.dialects import is_linear
+from m3_plugin.quantization.plan import (
+    WeightPlan,
+    index_is_alike,
+    plan_checkpoint,
+    require_in_proportion,
+)
 from m3_plugin.quantization.stream import Dequantiser
 from m3_plugin.testing.quantised import (
     RECIPES,
@@ -338,3 +345,94 @@ def test_a_part_that_never_comes_is_named_while_loading(checkpoint: Callable[...
         dequantiser.take(f"{name}.weight_scale_inv", torch.zeros(64, 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match=rf"{name}\.weight_packed is no part of a weight"):
         dequantiser.take(f"{name}.weight_packed", torch.zeros(256, 2, dtype=torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def with_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mtp") / "plain"
+    return write_random_checkpoint(folder, preset="small", num_mtp_modules=2)
+
+
+class TestDraft:
+    """MTP modules, quantised like the target or left alone; no published checkpoint holds any."""
+
+    @staticmethod
+    def draft_config(folder: Path, *, num_modules: int = 2) -> M3Config:
+        config = json.loads((folder / "config.json").read_text())
+        return mtp_config(config, num_modules=num_modules)
+
+    def plan(self, folder: Path, *, num_modules: int = 2, dequantise: bool = False) -> WeightPlan:
+        config = self.draft_config(folder, num_modules=num_modules)
+        return plan_checkpoint(
+            folder, config, fused=APART, dequantise=dequantise, item_bytes=4, draft=True
+        )
+
+    @pytest.mark.parametrize("keep", [False, True])
+    @pytest.mark.parametrize("quant", RECIPES)
+    def test_it_is_planned_as_it_is_stored(
+        self, with_mtp: Path, tmp_path: Path, quant: QuantName, keep: bool
+    ) -> None:
+        """And its tensors come out of a stream as the numbers noted before they were packed."""
+        folder = quantise_checkpoint(with_mtp, tmp_path / "q", quant, keep_drafts=keep)
+        found = self.plan(folder)
+        config = self.draft_config(folder)
+        formats = {weight.module: weight.weight.name for weight in found.weights}
+        assert formats.keys() == mtp_modules(config, num_modules=2)
+        for module, name in formats.items():
+            wanted = None if keep else RECIPES[quant].format_of(module)
+            assert name == ("plain" if wanted is None else wanted.name)
+        assert (len(set(formats.values())) > 1) is not keep
+        stored = {n: t for n, t in all_tensors(folder).items() if is_mtp_tensor(n)}
+        assert found.stored_bytes == sum(tensor.nbytes for tensor in stored.values())
+        assert not any(is_mtp_tensor(weight.module) for weight in plan(folder).weights)
+
+        meant = all_tensors(
+            with_mtp if keep else reference_checkpoint(with_mtp, tmp_path / "meant", quant)
+        )
+        dequantiser = Dequantiser(config)
+        for name, tensor in stored.items():
+            plain = dequantiser.take(name.removeprefix(TEXT_PREFIX), tensor)
+            if plain is not None:
+                expected = meant[TEXT_PREFIX + plain[0]]
+                torch.testing.assert_close(plain[1].float(), expected.float(), rtol=3e-7, atol=0)
+        dequantiser.require_complete()
+
+    def test_dequantised_bytes_are_those_of_the_plain_module(
+        self, with_mtp: Path, tmp_path: Path
+    ) -> None:
+        folder = quantise_checkpoint(with_mtp, tmp_path / "q", "mxfp8")
+        assert is_linear("model.mtp.layers.0.eh_proj")
+        one, both = (self.plan(folder, num_modules=n, dequantise=True) for n in (1, 2))
+        assert both.planned_bytes == 2 * one.planned_bytes == self.plan(with_mtp).stored_bytes
+
+    def test_an_absent_scale_of_a_module(
+        self, with_mtp: Path, tmp_path: Path, damaged: Callable[..., Path]
+    ) -> None:
+        """The target alone does not load it and does not mind."""
+        name = "language_model.model.mtp.layers.1.eh_proj.weight_scale_inv"
+        folder = damaged(quantise_checkpoint(with_mtp, tmp_path / "q", "mxfp8"), {name: None})
+        with pytest.raises(ValueError, match=r"lacks model\.mtp\.layers\.1\.eh_proj\.weight_scale"):
+            self.plan(folder)
+        self.plan(folder, num_modules=1)
+        plan(folder)
+
+    def test_a_module_quantised_that_the_config_keeps(
+        self, with_mtp: Path, tmp_path: Path, damaged: Callable[..., Path]
+    ) -> None:
+        folder = quantise_checkpoint(with_mtp, tmp_path / "q", "mxfp8")
+        kept = quantise_checkpoint(with_mtp, tmp_path / "kept", "mxfp8", keep_drafts=True)
+        config = json.loads((kept / "config.json").read_text())["quantization_config"]
+        with pytest.raises(ValueError, match=r"mtp\.layers\..* stored as F8_E4M3, .*keeps"):
+            self.plan(damaged(folder, quantization=config))
+
+    def test_its_index_branch_is_apart_only_where_it_is_stored_otherwise(
+        self, with_mtp: Path, tmp_path: Path
+    ) -> None:
+        """An awq target keeps its index branch apart, an unquantised module beside it does not."""
+        for keep, apart in ((True, False), (False, True)):
+            folder = tmp_path / f"keep-{keep}"
+            quantise_checkpoint(with_mtp, folder, "awq", keep_drafts=keep)
+            config = self.draft_config(folder)
+            assert index_is_alike(config, dequantise=False, draft=True) is not apart
+            assert index_is_alike(config, dequantise=True, draft=True)
+            assert not index_is_alike(read_config(folder), dequantise=False)

@@ -124,7 +124,8 @@ class M3Model(nn.Module):
             if config.moe_layers[index]:
                 # before the next layer takes as much memory again
                 share = 1 / tensor_parallel_size()
-                require_expert_bytes(plan, layer.block_sparse_moe.experts, layer=index, share=share)
+                experts = layer.block_sparse_moe.experts
+                require_expert_bytes(plan, experts, layer=f"model.layers.{index}", share=share)
             self.layers.append(layer)
         self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # layers behind which an EAGLE3 head reads the stream
@@ -252,13 +253,19 @@ class M3CausalLM(nn.Module):
         return loader.finish()
 
 
-def read_plan(name: str, config: M3Config) -> WeightPlan | None:
+def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan | None:
     """What every weight of the checkpoint becomes, logged; None if its files are not here yet.
 
     SGLang builds models under the dtype they will have.
+
+    Parameters
+    ----------
+    name : folder, or id of a repository
+    config : what it says of the weights (`m3_plugin.mtp.mtp_config` of a draft)
+    draft : whether the MTP module is to be loaded
     """
     item_bytes = torch.get_default_dtype().itemsize
-    plan = plan_before_loading(name, config, fused=FUSED, item_bytes=item_bytes)
+    plan = plan_before_loading(name, config, fused=FUSED, item_bytes=item_bytes, draft=draft)
     if plan is not None:
         logger.info("m3-plugin: %s", plan.describe())
     return plan

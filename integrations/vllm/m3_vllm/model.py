@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
@@ -48,7 +48,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from m3_plugin.capacity import local_heads
-from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES, is_mtp_tensor
 from m3_plugin.config import M3Config
 from m3_plugin.loading import WeightLoader, plan_before_loading, require_expert_bytes
 from m3_plugin.presence import attestation
@@ -79,16 +79,26 @@ def read_config(vllm_config: VllmConfig) -> M3Config:
     return config
 
 
-def read_plan(vllm_config: VllmConfig, config: M3Config) -> WeightPlan | None:
-    """What every weight of the checkpoint becomes, logged; None if its files are not here yet."""
+def read_plan(
+    vllm_config: VllmConfig, model_config: ModelConfig, config: M3Config, *, draft: bool = False
+) -> WeightPlan | None:
+    """What every weight of the checkpoint becomes, logged; None if its files are not here yet.
+
+    Parameters
+    ----------
+    vllm_config : says how to load
+    model_config : of the target, or of the draft
+    config : what it says of the weights (`m3_plugin.mtp.mtp_config` of a draft)
+    draft : whether MTP modules are to be loaded
+    """
     if vllm_config.load_config.load_format == "dummy":
         return None
-    model_config = vllm_config.model_config
     plan = plan_before_loading(
         model_config.model,
         config,
-        fused=fused_projections(config),
+        fused=fused_projections(config, draft=draft),
         item_bytes=model_config.dtype.itemsize,
+        draft=draft,
     )
     if plan is not None:
         logger.info("m3-plugin: %s", plan.describe())
@@ -192,7 +202,8 @@ class M3SparseAttention(_M3AttentionBase):
                 f"head_dim={config.head_dim} in vLLM's fused projection; got {msa.index_dim}"
             )
         self.index_proj: nn.Module | None = None
-        if fused_projections(config)["index_q_proj"][0] == "qkv_proj":
+        fused = fused_projections(config, draft=is_mtp_tensor(prefix))
+        if fused["index_q_proj"][0] == "qkv_proj":
             # [q | k | v | index_q | index_k]; index_q is split and replicated like the KV heads,
             # the single index_k head is on every rank
             self.qkv_proj = MinimaxM3QKVParallelLinearWithIndexer(
@@ -334,6 +345,28 @@ class M3DecoderLayer(nn.Module):
         return feed_forward(hidden_states), residual
 
 
+def require_planned(
+    layer: M3DecoderLayer, plan: WeightPlan | None, *, vllm_config: VllmConfig, name: str
+) -> None:
+    """Measure a layer's routed experts against the plan before the next one takes memory too.
+
+    Parameters
+    ----------
+    layer : just built, with routed experts
+    name : of the layer in the checkpoint
+
+    Raises
+    ------
+    ValueError : see `require_expert_bytes`.
+    """
+    parallel = vllm_config.parallel_config
+    # redundant experts of a load balancer are no part of the files
+    if not parallel.enable_eplb:
+        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+        experts = layer.block_sparse_moe.experts
+        require_expert_bytes(plan, experts, layer=name, share=1 / ranks)
+
+
 @support_torch_compile
 class M3Model(nn.Module, EagleModelMixin):
     """Embedding, decoder layers of this pipeline stage, final norm.
@@ -348,7 +381,7 @@ class M3Model(nn.Module, EagleModelMixin):
         super().__init__()
         config = read_config(vllm_config)
         self.m3_config = config
-        plan = read_plan(vllm_config, config)
+        plan = read_plan(vllm_config, vllm_config.model_config, config)
         self.session = worker_session(config, vllm_config)
         # on the last stage a draft model may share it
         self.has_embedding = get_pp_group().is_first_rank or spec_decode_needs_target_embed(
@@ -379,7 +412,7 @@ class M3Model(nn.Module, EagleModelMixin):
     def _build_layer(
         self, vllm_config: VllmConfig, *, prefix: str, plan: WeightPlan | None
     ) -> M3DecoderLayer:
-        """One decoder layer, measured against the plan before the next one takes memory too."""
+        """One decoder layer, measured against the plan."""
         index = int(prefix.rpartition(".")[2])
         layer = M3DecoderLayer(
             self.m3_config,
@@ -388,12 +421,8 @@ class M3Model(nn.Module, EagleModelMixin):
             vllm_config=vllm_config,
             prefix=prefix,
         )
-        parallel = vllm_config.parallel_config
-        # redundant experts of a load balancer are no part of the files
-        if self.m3_config.moe_layers[index] and not parallel.enable_eplb:
-            ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-            experts = layer.block_sparse_moe.experts
-            require_expert_bytes(plan, experts, layer=index, share=1 / ranks)
+        if self.m3_config.moe_layers[index]:
+            require_planned(layer, plan, vllm_config=vllm_config, name=f"model.layers.{index}")
         return layer
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

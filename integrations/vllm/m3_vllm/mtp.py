@@ -21,11 +21,12 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import _merge_multimodal_embeddings, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from m3_plugin.checkpoint import TEXT_PREFIX
+from m3_plugin.checkpoint import TEXT_PREFIX, layer_prefixes
 from m3_plugin.config import M3Config
 from m3_plugin.mtp import mtp_config, mtp_input, require_mtp_modules
+from m3_plugin.quantization.plan import WeightPlan
 from m3_plugin.session import MSASession
-from m3_vllm.model import M3DecoderLayer, M3ForCausalLM
+from m3_vllm.model import M3DecoderLayer, M3ForCausalLM, read_plan, require_planned
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import count_draft_modules
 from m3_vllm.weights import mtp_weight_loader
@@ -78,7 +79,9 @@ class M3MTPModel(nn.Module):
     Pipeline stages after the first have no target embedding to share and load one of their own.
     """
 
-    def __init__(self, config: M3Config, *, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self, config: M3Config, *, vllm_config: VllmConfig, prefix: str, plan: WeightPlan | None
+    ) -> None:
         super().__init__()
         session = worker_session(config, vllm_config)
         assert session is not None
@@ -89,16 +92,17 @@ class M3MTPModel(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
             )
-        self.modules_in_order = [
-            M3MTPModule(
+        self.modules_in_order: list[M3MTPModule] = []
+        for index, name in enumerate(layer_prefixes(config, draft=True)):
+            module = M3MTPModule(
                 config,
                 index=index,
                 session=session,
                 vllm_config=vllm_config,
                 prefix=f"{prefix}.mtp.layers.{index}",
             )
-            for index in range(config.num_mtp_modules)
-        ]
+            require_planned(module.transformer_layer, plan, vllm_config=vllm_config, name=name)
+            self.modules_in_order.append(module)
         # parameters carry the checkpoint's names
         self.mtp = nn.ModuleDict({"layers": nn.ModuleList(self.modules_in_order)})
 
@@ -124,7 +128,10 @@ class M3MTP(nn.Module):
         self.m3_config = mtp_config(self.config.to_dict(), num_modules=count)
         self.m3_config.require_paged_host()
         self.model = M3MTPModel(
-            self.m3_config, vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model")
+            self.m3_config,
+            vllm_config=vllm_config,
+            prefix=maybe_prefix(prefix, "model"),
+            plan=read_plan(vllm_config, draft, self.m3_config, draft=True),
         )
         # the target's, which vLLM sets after loading
         self.lm_head: nn.Module

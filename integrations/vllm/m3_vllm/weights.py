@@ -32,9 +32,16 @@ _INDEX_APART: dict[str, tuple[str, Shard]] = {
 
 
 @cache
-def fused_projections(config: M3Config) -> dict[str, tuple[str, Shard]]:
-    """Projection of the checkpoint -> our fused layer, and its part of it."""
-    alike = index_is_alike(config, dequantise=Settings.from_environment().dequantize)
+def fused_projections(config: M3Config, *, draft: bool = False) -> dict[str, tuple[str, Shard]]:
+    """Projection of the checkpoint -> our fused layer, and its part of it.
+
+    Parameters
+    ----------
+    config : the target, or the draft as a model of its own (`m3_plugin.mtp.mtp_config`)
+    draft : whether it is the draft, which may be stored otherwise
+    """
+    dequantise = Settings.from_environment().dequantize
+    alike = index_is_alike(config, dequantise=dequantise, draft=draft)
     return _FUSED if alike else _FUSED | _INDEX_APART
 
 
@@ -66,6 +73,7 @@ def text_weight_loader(
     return _weight_loader(
         model,
         config=config,
+        fused=fused_projections(config),
         expected=text_modules(config),
         is_elsewhere=is_elsewhere,
     )
@@ -87,20 +95,27 @@ def mtp_weight_loader(model: nn.Module, *, config: M3Config, embedding: bool) ->
     def is_foreign(name: str) -> bool:
         return not (is_mtp_tensor(name) or (embedding and name.startswith(EMBEDDING)))
 
-    return _weight_loader(model, config=config, expected=expected, is_foreign=is_foreign)
+    return _weight_loader(
+        model,
+        config=config,
+        fused=fused_projections(config, draft=True),
+        expected=expected,
+        is_foreign=is_foreign,
+    )
 
 
 def _weight_loader(
     model: nn.Module,
     *,
     config: M3Config,
+    fused: dict[str, tuple[str, Shard]],
     expected: frozenset[str],
     **rules: Callable[[str], bool],
 ) -> WeightLoader:
     return WeightLoader(
         model,
         expected=expected,
-        fused=fused_projections(config),
+        fused=fused,
         experts=fused_moe_make_expert_params_mapping(
             model,
             ckpt_gate_proj_name="w1",

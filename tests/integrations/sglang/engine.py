@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.integrations.engine_pipe import EngineDiedError, EngineError, EnginePipe, answer_requests
 
-__all__ = ["Completion", "EngineDiedError", "EngineError", "EngineProcess"]
+__all__ = ["Completion", "EngineDiedError", "EngineError", "EngineProcess", "speculation"]
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -38,6 +38,18 @@ OPTIONS: dict[str, Any] = {
     # the scheduler would spin on a core between requests
     "sleep_on_idle": True,
 }
+
+
+def speculation(draft: Path, *, steps: int, algorithm: str = "NEXTN") -> dict[str, Any]:
+    """Engine options for chains of `steps` drafts."""
+    return {
+        "speculative_algorithm": algorithm,
+        "speculative_draft_model_path": str(draft),
+        "speculative_num_steps": steps,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": steps + 1,
+        "disable_cuda_graph": True,
+    }
 
 
 @dataclass(frozen=True)

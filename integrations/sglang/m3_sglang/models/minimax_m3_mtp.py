@@ -13,13 +13,14 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint import TEXT_PREFIX
+from m3_plugin.checkpoint import TEXT_PREFIX, layer_prefixes
 from m3_plugin.config import M3Config
+from m3_plugin.loading import require_expert_bytes
 from m3_plugin.mtp import mtp_input, require_mtp_modules
-from m3_sglang.compat import read_draft_config
+from m3_sglang.compat import read_draft_config, tensor_parallel_size
 from m3_sglang.moe import activations_as_is
 from m3_sglang.rope import make_rope
-from m3_sglang.text import M3CausalLM, M3DecoderLayer, require_our_backend
+from m3_sglang.text import M3CausalLM, M3DecoderLayer, read_plan, require_our_backend
 from m3_sglang.weights import mtp_weight_loader
 
 if TYPE_CHECKING:
@@ -111,8 +112,15 @@ class MiniMaxM3MTP(nn.Module):
         self.quant_config = quant_config
         self.m3_config = read_draft_config(config)
         dot = f"{prefix}." if prefix else ""
+        plan = read_plan(config.name_or_path, self.m3_config, draft=True)
         self.model = M3MTPModel(
             self.m3_config, quant_config=quant_config, prefix=f"{dot}language_model.model"
+        )
+        require_expert_bytes(
+            plan,
+            self.model.module.transformer_layer.block_sparse_moe.experts,
+            layer=layer_prefixes(self.m3_config, draft=True)[0],
+            share=1 / tensor_parallel_size(),
         )
         self.lm_head = ParallelLMHead(
             self.m3_config.vocab_size,
