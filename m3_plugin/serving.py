@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,8 +23,27 @@ from types import TracebackType
 LOOPBACK = "127.0.0.1"
 
 
+_ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")
+
+
 class ServerFailed(RuntimeError):
-    """The server ended or stayed silent; the message carries the end of its log."""
+    """The server ended, stayed silent or refused.
+
+    Attributes
+    ----------
+    reason : in one line; the message also carries the end of the server's log, if there is one
+    """
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or message
+
+
+def named_error(log: str) -> str | None:
+    """The last error a log names, but for those that only point at another one."""
+    errors = _ERROR.findall(log)
+    causes = [error for error in errors if "root cause above" not in error]
+    return (causes or errors or [None])[-1]
 
 
 def free_port() -> int:
@@ -101,18 +121,20 @@ class ServerProcess:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
+                # the end of a long log seldom holds what went wrong first
+                reason = named_error(self.log.read_text(errors="replace")) or "it named no error"
                 raise ServerFailed(
-                    f"server ended with {self.process.returncode}; end of {self.log}:\n"
-                    + self.log_tail()
+                    f"end of {self.log}:\n{self.log_tail()}\n\n"
+                    f"server ended with {self.process.returncode}: {reason}",
+                    reason=reason,
                 )
             if self._answers():
                 return
             if on_wait is not None:
                 on_wait(self.log_tail(lines=1))
             time.sleep(0.5)
-        raise ServerFailed(
-            f"server did not answer within {timeout_s:.0f} s; end of its log:\n{self.log_tail()}"
-        )
+        silence = f"server did not answer within {timeout_s:.0f} s"
+        raise ServerFailed(f"{silence}; end of its log:\n{self.log_tail()}", reason=silence)
 
     def log_tail(self, *, lines: int = 30) -> str:
         """The last lines of the server's output."""

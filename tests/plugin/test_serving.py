@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from m3_plugin.serving import ServerProcess
+from m3_plugin.serving import ServerFailed, ServerProcess, named_error
 
 # A server with a child of its own, as the hosts have.
 SERVER = """
@@ -23,7 +23,7 @@ time.sleep(300)
 STARTER = f"""
 import pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from m3_plugin.serving import ServerProcess
+from m3_plugin.serving import ServerFailed, ServerProcess, named_error
 with ServerProcess(
     [sys.executable, "-c", {SERVER!r}], port=1, log=pathlib.Path(sys.argv[1])
 ) as server:
@@ -65,3 +65,35 @@ def test_the_old_handler_comes_back(tmp_path: Path) -> None:
     with ServerProcess(["sleep", "300"], port=1, log=tmp_path / "server.log"):
         pass
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_reason_is_the_last_error_that_points_at_no_other() -> None:
+    assert named_error("ValueError: first\nTypeError: cannot\nnoise") == "TypeError: cannot"
+    assert named_error("all is well") is None
+    pointing = (
+        "(EngineCore pid=7) ERROR [core.py:1] NotImplementedError: not on CPU.\n"
+        "(APIServer pid=1) RuntimeError: initialization failed. See root cause above. Failed: {}\n"
+    )
+    assert named_error(pointing) == "NotImplementedError: not on CPU."
+
+
+def test_a_server_that_ends_is_quoted_with_its_reason_last(tmp_path: Path) -> None:
+    """The reason stands far above the end of the log."""
+    script = "print('ValueError: no such thing'); [print('noise') for _ in range(100)]; exit(3)"
+    command = [sys.executable, "-c", script]
+    with (
+        ServerProcess(command, port=1, log=tmp_path / "server.log") as server,
+        pytest.raises(ServerFailed) as failed,
+    ):
+        server.wait_until_ready(timeout_s=60)
+    assert failed.value.reason == "ValueError: no such thing"
+    assert str(failed.value).endswith("server ended with 3: ValueError: no such thing")
+    assert "noise" in str(failed.value)
+
+
+def test_a_server_that_stays_silent(tmp_path: Path) -> None:
+    with (
+        ServerProcess(["sleep", "300"], port=1, log=tmp_path / "server.log") as server,
+        pytest.raises(ServerFailed, match="did not answer within 1 s"),
+    ):
+        server.wait_until_ready(timeout_s=1)

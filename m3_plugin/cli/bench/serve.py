@@ -32,7 +32,14 @@ from m3_plugin.cli.bench.report import (
     short,
 )
 from m3_plugin.cli.host_metrics import exposition, settled, total
-from m3_plugin.cli.hosts import HOSTS, MAX_MODEL_LEN, MODEL_NAME, Host, installed_host
+from m3_plugin.cli.hosts import (
+    HOSTS,
+    MAX_MODEL_LEN,
+    MODEL_NAME,
+    Host,
+    host_to_start,
+    installed_host,
+)
 from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
 from m3_plugin.serving import ServerFailed, ServerProcess, free_port
 
@@ -42,7 +49,6 @@ _VLLM_CLIENT = (
     "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
     "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
-_ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")
 _MISSING_MODULE = re.compile(r"No module named '(\w+)'")
 _OURS, _UNKNOWN = "m3-plugin", "server"
 _COLOURS = {
@@ -157,7 +163,7 @@ def bench_serve(
     if not loads:
         raise typer.BadParameter("at least one context is needed", param_hint="--contexts")
     try:
-        chosen = installed_host(host)
+        chosen = installed_host(host) if url else host_to_start(host)
         report = ServeReport(machine_facts(), client=chosen.title, model=model or MODEL_NAME)
         if url is not None:
             if model is None or tokenizer is None:
@@ -375,15 +381,8 @@ def _measure_started(
                 report.rows += measure(server(name), loads, host=host)
                 return
         except ServerFailed as failure:
-            report.left_out[name] = _reason(str(failure))
+            report.left_out[name] = failure.reason
             console.print(f"{name} left out: {report.left_out[name]}", markup=False)
-
-
-def _reason(failure: str) -> str:
-    """The last error a server's log names, but for those that only point at another one."""
-    errors = _ERROR.findall(failure)
-    causes = [error for error in errors if "root cause above" not in error]
-    return (causes or errors or failure.splitlines())[-1].strip()
 
 
 @contextmanager
@@ -411,12 +410,7 @@ def _started(
         ) as server:
             what = "without the plugin" if pure else "with every layer dense" if dense else ""
             with console.status(f"starting {host.title} {what}"):
-                try:
-                    server.wait_until_ready()
-                except ServerFailed as failure:
-                    # the end of a long log seldom holds what went wrong first
-                    reason = _reason(server.log.read_text(errors="replace"))
-                    raise ServerFailed(f"{failure}\n{reason}") from None
+                server.wait_until_ready()
             yield lambda name: Server(name, server.url, MODEL_NAME, str(checkpoint))
 
 

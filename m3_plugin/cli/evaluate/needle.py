@@ -19,7 +19,7 @@ from rich.table import Table
 
 from m3_plugin.cli.bench.report import numbers, progress_bar
 from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, Haystack, TextHaystack
-from m3_plugin.cli.hosts import installed_host
+from m3_plugin.cli.hosts import host_to_start, require_libraries
 from m3_plugin.cli.outputs import PlotOption, in_a_folder
 from m3_plugin.serving import ServerFailed, ServerProcess, free_port
 
@@ -144,6 +144,7 @@ def needle(
         for seed in range(repeats)
     ]
     try:
+        require_libraries("openai")
         grid = Grid(output, {"needles": kind.value, "model": model, "prose": str(prose)})
         missing = [cell for cell in cells if cell not in grid.results]
         hay = None if prose is None else _read(prose)
@@ -177,7 +178,7 @@ def _server(
             f"--contexts must be at most {MAX_MODEL_LEN - 1024} on the server that is started "
             f"here; got {longest}. Start your own and give its --url"
         )
-    chosen = installed_host(host)
+    chosen = host_to_start(host)
     with tempfile.TemporaryDirectory(prefix="m3-plugin-needle-") as folder:
         scratch = Path(folder)
         checkpoint = ConstructedCheckpoint().write(scratch / "checkpoint")
