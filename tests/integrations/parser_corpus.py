@@ -10,7 +10,7 @@ is removed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -133,9 +133,16 @@ class Case:
             return (self.expected, *deviating)
         return tuple(deviating) or (self.expected,)
 
+    def after_the_thought(self) -> Case:
+        """The same without a word in the thought that the prompt has opened."""
+        assert self.thinking == "enabled"
+        assert not self.deviations
+        text = self.text.partition(THINK_END)[2]
+        return replace(self, text=text, expected=replace(self.expected, reasoning=""))
+
 
 # Cases a server is made to say, too.
-SPOKEN = ("call after a thought",)
+SPOKEN = ("call after a thought", "call after a prompted thought")
 SPOKEN_BY_MATRIX = (
     "nested arrays and objects",
     "answer without a thought",
@@ -207,13 +214,35 @@ _NO_CLOSE = invoke("look_up", f"{NAMESPACE}<word>umber")
 _NO_OPEN = invoke("look_up", f"umber{NAMESPACE}</word>")
 _CUT_SHORT = block(_NO_CLOSE).partition("er]")[0]
 _CALLED_EMPTY = "the bad call is made too, without the parameters that could not be read"
+_BOTH_CALLED = Reply(calls=(("look_up", {}), LOOKED_UP))
 
 
-def _swallowed(bad: str) -> str:
+def _vllm(*, reply: Reply, because: str) -> Deviation:
+    """What vLLM gives however it is fed."""
+    return Deviation(host="vllm", releases="==0.32.*", modes=MODES, reply=reply, because=because)
+
+
+def _sglang(*, modes: tuple[Mode, ...], reply: Reply, because: str) -> Deviation:
+    """What every release of SGLang that knows the format gives."""
+    releases = ">=0.5.22,<0.5.24"
+    return Deviation(host="sglang", releases=releases, modes=modes, reply=reply, because=because)
+
+
+def _unread(text: str) -> Deviation:
+    because = "no call at all: the whole block is content"
+    return _sglang(modes=("whole",), reply=Reply(content=text), because=because)
+
+
+def _swallowing(bad: str) -> Deviation:
     """Everything behind the first value's tag, up to the end of that value in the good call."""
     text = bad + LOOK_UP
     tag = f"{NAMESPACE}<word>"
-    return text[text.index(tag) + len(tag) : text.index(f"{NAMESPACE}</word>")]
+    word = text[text.index(tag) + len(tag) : text.index(f"{NAMESPACE}</word>")]
+    return _sglang(
+        modes=STREAMED,
+        reply=Reply(calls=(("look_up", {"word": word}),)),
+        because="one call whose string holds the rest up to the good call's value",
+    )
 
 
 _JOURNEY = invoke(
@@ -273,9 +302,7 @@ CASES: tuple[Case, ...] = (
         text=f"{THINK_END}Cedar.",
         expected=Reply(content="Cedar."),
         deviations=(
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
+            _sglang(
                 modes=("characters", "random"),
                 reply=Reply(content=f"{THINK_END}Cedar."),
                 because="the marker stays in the content if it arrives in pieces",
@@ -369,9 +396,7 @@ CASES: tuple[Case, ...] = (
         text=block(invoke("plan", element("grid"), element("options"))),
         expected=Reply(calls=(("plan", {"grid": [], "options": {}}),)),
         deviations=(
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
+            _sglang(
                 modes=STREAMED,
                 reply=Reply(calls=(("plan", {"grid": {}, "options": {}}),)),
                 because="an empty array becomes an empty object",
@@ -401,9 +426,7 @@ CASES: tuple[Case, ...] = (
             calls=(("look_up", {"word": " amber\n"}), ("plan", {"options": {"tags": [" sea "]}}))
         ),
         deviations=(
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
+            _sglang(
                 modes=("whole",),
                 reply=Reply(
                     calls=(
@@ -413,9 +436,7 @@ CASES: tuple[Case, ...] = (
                 ),
                 because="white space at the end of strings is lost",
             ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
+            _sglang(
                 modes=STREAMED,
                 reply=Reply(
                     calls=(
@@ -436,9 +457,7 @@ CASES: tuple[Case, ...] = (
         ),
         expected=Reply(calls=(("look_up", {"word": ""}), ("plan", {"options": {"tags": [""]}}))),
         deviations=(
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
+            _sglang(
                 modes=("piece", "random"),
                 reply=Reply(
                     calls=(("look_up", {"word": {}}), ("plan", {"options": {"tags": [""]}}))
@@ -459,27 +478,9 @@ CASES: tuple[Case, ...] = (
         text=block(_WRONG_CLOSE, LOOK_UP),
         expected=Reply(calls=(LOOKED_UP,)),
         deviations=(
-            Deviation(
-                host="vllm",
-                releases="==0.32.*",
-                modes=MODES,
-                reply=Reply(calls=(("look_up", {}), LOOKED_UP)),
-                because=_CALLED_EMPTY,
-            ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
-                modes=("whole",),
-                reply=Reply(content=block(_WRONG_CLOSE, LOOK_UP)),
-                because="no call at all: the whole block is content",
-            ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
-                modes=STREAMED,
-                reply=Reply(calls=(("look_up", {"word": _swallowed(_WRONG_CLOSE)}),)),
-                because="one call whose string holds the rest up to the good call's value",
-            ),
+            _vllm(reply=_BOTH_CALLED, because=_CALLED_EMPTY),
+            _unread(block(_WRONG_CLOSE, LOOK_UP)),
+            _swallowing(_WRONG_CLOSE),
         ),
     ),
     Case(
@@ -488,27 +489,9 @@ CASES: tuple[Case, ...] = (
         text=block(_NO_CLOSE, LOOK_UP),
         expected=Reply(calls=(LOOKED_UP,)),
         deviations=(
-            Deviation(
-                host="vllm",
-                releases="==0.32.*",
-                modes=MODES,
-                reply=Reply(calls=(("look_up", {}), LOOKED_UP)),
-                because=_CALLED_EMPTY,
-            ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
-                modes=("whole",),
-                reply=Reply(calls=(("look_up", {}), LOOKED_UP)),
-                because=_CALLED_EMPTY,
-            ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
-                modes=STREAMED,
-                reply=Reply(calls=(("look_up", {"word": _swallowed(_NO_CLOSE)}),)),
-                because="one call whose string holds the rest up to the good call's value",
-            ),
+            _vllm(reply=_BOTH_CALLED, because=_CALLED_EMPTY),
+            _sglang(modes=("whole",), reply=_BOTH_CALLED, because=_CALLED_EMPTY),
+            _swallowing(_NO_CLOSE),
         ),
     ),
     Case(
@@ -523,23 +506,9 @@ CASES: tuple[Case, ...] = (
         text=block(_NO_OPEN, LOOK_UP),
         expected=Reply(calls=(LOOKED_UP,)),
         deviations=(
-            Deviation(
-                host="vllm",
-                releases="==0.32.*",
-                modes=MODES,
-                reply=Reply(calls=(("look_up", {}), LOOKED_UP)),
-                because=_CALLED_EMPTY,
-            ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
-                modes=("whole",),
-                reply=Reply(content=block(_NO_OPEN, LOOK_UP)),
-                because="no call at all: the whole block is content",
-            ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
+            _vllm(reply=_BOTH_CALLED, because=_CALLED_EMPTY),
+            _unread(block(_NO_OPEN, LOOK_UP)),
+            _sglang(
                 modes=STREAMED,
                 reply=Reply(calls=(("look_up", '{"/word": '),)),
                 because="one call whose arguments are no JSON; the good call is lost",
@@ -552,23 +521,16 @@ CASES: tuple[Case, ...] = (
         text=_CUT_SHORT,
         expected=Reply(),
         deviations=(
-            Deviation(
-                host="vllm",
-                releases="==0.32.*",
-                modes=MODES,
+            _vllm(
                 reply=Reply(calls=(("look_up", {}),)),
                 because="a call that looks complete, without the parameter that was cut",
             ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
+            _sglang(
                 modes=("whole",),
                 reply=Reply(content=_CUT_SHORT),
                 because="the markup is content",
             ),
-            Deviation(
-                host="sglang",
-                releases=">=0.5.22,<0.5.24",
+            _sglang(
                 modes=STREAMED,
                 reply=Reply(calls=(("look_up", '{"word": "umb'),)),
                 because="a call with as much of its arguments as there was: no JSON",

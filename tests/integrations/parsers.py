@@ -7,7 +7,7 @@ A host's `test_parsers.py` derives `ParserCases` and says how its parsers are fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -25,12 +25,15 @@ from tests.integrations.parser_corpus import (
     Mode,
     Piece,
     Reply,
+    Thinking,
     by_token,
     cut,
 )
 from tests.integrations.server import MODEL
+from tests.integrations.tool_arguments import Call, calls, leaves, rendered
 
 RANDOM_CUTS = 25
+ROUND_TRIPS = 80
 
 
 class ReplyParser(Protocol):
@@ -90,9 +93,15 @@ class ParserCases:
 
         return AutoTokenizer.from_pretrained(constructed_checkpoint)
 
-    def parser(self, case: Case, tokenizer: Any) -> ReplyParser:
-        """Fresh parsers for a request with the case's thinking mode and all tools."""
+    def parser(
+        self, thinking: Thinking, tokenizer: Any, tools: Sequence[dict[str, Any]] = TOOLS
+    ) -> ReplyParser:
+        """Fresh parsers for a request with this thinking mode and these tools."""
         raise NotImplementedError
+
+    def keeps(self, value: Any, *, streamed: bool) -> bool:
+        """Whether a single value survives; what does not is in the corpus, as a deviation."""
+        return True
 
     def check(self, found: Reply, case: Case, mode: Mode) -> None:
         """Compare with the corpus; also fails if the host has mended what is recorded."""
@@ -105,23 +114,23 @@ class ParserCases:
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_whole(self, case: Case, tokenizer: Any) -> None:
-        self.check(self.parser(case, tokenizer).whole(case.text), case, "whole")
+        self.check(self.parser(case.thinking, tokenizer).whole(case.text), case, "whole")
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_streamed_in_one_piece(self, case: Case, tokenizer: Any) -> None:
         pieces = cut(tokenizer, case.text, ())
-        self.check(self.parser(case, tokenizer).stream(pieces), case, "piece")
+        self.check(self.parser(case.thinking, tokenizer).stream(pieces), case, "piece")
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_streamed_by_token(self, case: Case, tokenizer: Any) -> None:
         pieces = list(by_token(tokenizer, case.text))
         assert "".join(piece.text for piece in pieces) == case.text
-        self.check(self.parser(case, tokenizer).stream(pieces), case, "tokens")
+        self.check(self.parser(case.thinking, tokenizer).stream(pieces), case, "tokens")
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_streamed_by_character(self, case: Case, tokenizer: Any) -> None:
         pieces = cut(tokenizer, case.text, range(len(case.text)))
-        self.check(self.parser(case, tokenizer).stream(pieces), case, "characters")
+        self.check(self.parser(case.thinking, tokenizer).stream(pieces), case, "characters")
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_streamed_in_random_pieces(self, case: Case, tokenizer: Any) -> None:
@@ -131,9 +140,30 @@ class ParserCases:
         @given(places)
         def stream(places: list[int]) -> None:
             pieces = cut(tokenizer, case.text, places)
-            self.check(self.parser(case, tokenizer).stream(pieces), case, "random")
+            self.check(self.parser(case.thinking, tokenizer).stream(pieces), case, "random")
 
         stream()
+
+    def test_arguments_come_back_as_they_were(self, tokenizer: Any) -> None:
+        """Any nesting, rendered by the chat template: whole, and cut anywhere."""
+
+        @settings(max_examples=ROUND_TRIPS, derandomize=True, deadline=None, database=None)
+        @given(calls(), st.data())
+        def there_and_back(call: Call, data: st.DataObject) -> None:
+            text = rendered(tokenizer, call)
+            expected = Reply(calls=((call.name, call.arguments),))
+            for streamed in (False, True):
+                if not all(self.keeps(v, streamed=streamed) for v in leaves(call.arguments)):
+                    continue
+                parser = self.parser("disabled", tokenizer, [call.tool])
+                if streamed:
+                    places = data.draw(st.lists(st.integers(1, len(text) - 1), max_size=12))
+                    found = parser.stream(cut(tokenizer, text, places))
+                else:
+                    found = parser.whole(text)
+                assert found == expected, text
+
+        there_and_back()
 
 
 class SpokenCases:
@@ -146,6 +176,8 @@ class SpokenCases:
 
     host: ClassVar[str]
     release: ClassVar[str]
+    # whether a grammar binds the answer only: a prompted thought is then the model's own, and empty
+    thinks_freely: ClassVar[bool] = False
 
     def saying(self, grammar: str) -> dict[str, Any]:
         """Fields of a request whose answer must follow this EBNF grammar."""
@@ -161,6 +193,8 @@ class SpokenCases:
         return next(case for case in CASES if case.name == request.param)
 
     def test_spoken_replies_are_parsed(self, client: OpenAI, case: Case) -> None:
+        if case.thinking == "enabled" and self.thinks_freely:
+            case = case.after_the_thought()
         request: dict[str, Any] = {
             "model": MODEL,
             "messages": [{"role": "user", "content": "amber?"}],

@@ -124,6 +124,24 @@ class ServerCases:
         assert usage.prompt_tokens_details.cached_tokens >= 2432
         assert usage.prompt_tokens == whole.usage.prompt_tokens
 
+    def test_a_prompted_thought_is_no_answer(self, client: OpenAI) -> None:
+        """The prompt opens the thought, the model ends it at once and answers."""
+        prompt = needle_prompt(708, num_tokens=3000)
+        options = {
+            "model": MODEL,
+            "messages": prompt.messages(),
+            "max_tokens": prompt.max_tokens + 1,
+            "temperature": 0,
+            "extra_body": {"chat_template_kwargs": {"thinking_mode": "enabled"}},
+        }
+        whole = client.chat.completions.create(**options)
+        assert whole.choices[0].message.content == prompt.expected_text
+        chunks = client.chat.completions.create(**options, stream=True)
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == prompt.expected_text
+        # the end of the thought is one token more than the answer has
+        assert whole.usage.completion_tokens == prompt.max_tokens + 1
+
     def test_base64_image(self, client: OpenAI) -> None:
         messages, expected, max_tokens = picture_messages("magenta")
         assert ask(client, messages, max_tokens).choices[0].message.content == expected

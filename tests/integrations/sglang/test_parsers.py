@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import sglang
@@ -10,7 +10,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, Tool
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 
-from tests.integrations.parser_corpus import TOOLS, Case, Piece, Reply
+from tests.integrations.parser_corpus import TOOLS, Piece, Reply, Thinking
 from tests.integrations.parsers import ParserCases, ReplyParser, StreamedReply, made_call
 
 
@@ -21,20 +21,20 @@ class SglangReplyParser:
     done here in the same order, the flush at the end included.
     """
 
-    def __init__(self, case: Case, tokenizer: Any) -> None:
+    def __init__(self, thinking: Thinking, tokenizer: Any, tools: Sequence[dict[str, Any]]) -> None:
         request = ChatCompletionRequest.model_validate(
             {
                 "model": "m3",
                 "messages": [{"role": "user", "content": "amber?"}],
-                "tools": TOOLS,
-                "chat_template_kwargs": {"thinking_mode": case.thinking},
+                "tools": tools,
+                "chat_template_kwargs": {"thinking_mode": thinking},
             }
         )
         self._reasoning = ReasoningParser(
             "minimax-m3", request=request, tokenizer=tokenizer, tool_call_parser_active=True
         )
         self._tools = FunctionCallParser(
-            [Tool.model_validate(tool) for tool in TOOLS], "minimax-m3", tokenizer=tokenizer
+            [Tool.model_validate(tool) for tool in tools], "minimax-m3", tokenizer=tokenizer
         )
 
     def whole(self, text: str) -> Reply:
@@ -72,5 +72,12 @@ class TestParsers(ParserCases):
     host: ClassVar = "sglang"
     release: ClassVar = sglang.__version__
 
-    def parser(self, case: Case, tokenizer: Any) -> ReplyParser:
-        return SglangReplyParser(case, tokenizer)
+    def parser(
+        self, thinking: Thinking, tokenizer: Any, tools: Sequence[dict[str, Any]] = TOOLS
+    ) -> ReplyParser:
+        return SglangReplyParser(thinking, tokenizer, tools)
+
+    def keeps(self, value: Any, *, streamed: bool) -> bool:
+        if isinstance(value, str) and value != value.rstrip():
+            return False
+        return not streamed or value not in ("", [])

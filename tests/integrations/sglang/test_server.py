@@ -54,6 +54,7 @@ def server(
 class TestServer(SpokenCases, InsightCases, ServerCases):
     host = "sglang"
     release = sglang.__version__
+    thinks_freely = True
     metrics = ("sglang:prompt_tokens_total", "sglang:cache_hit_rate")
     audio_part: ClassVar = {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,AAAA"}}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import pytest
 from packaging.version import Version
 
 from m3_vllm.compat import vllm_version
-from tests.integrations.parser_corpus import TOOLS, Case, Piece, Reply
+from tests.integrations.parser_corpus import TOOLS, Piece, Reply, Thinking
 from tests.integrations.parsers import ParserCases, ReplyParser, StreamedReply, made_call
 
 pytestmark = pytest.mark.skipif(
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 class VllmReplyParser:
     """`--tool-call-parser minimax_m3 --reasoning-parser minimax_m3`, as the chat endpoint does."""
 
-    def __init__(self, case: Case, tokenizer: Any) -> None:
+    def __init__(self, thinking: Thinking, tokenizer: Any, tools: Sequence[dict[str, Any]]) -> None:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.parser import ParserManager
 
@@ -32,21 +32,21 @@ class VllmReplyParser:
             tokenizer=tokenizer,
         )
         assert composed is not None
-        options = {"thinking_mode": case.thinking}
+        options = {"thinking_mode": thinking}
         messages: Any = [{"role": "user", "content": "amber?"}]
         body = {
             "model": "m3",
             "messages": messages,
-            "tools": TOOLS,
+            "tools": tools,
             "chat_template_kwargs": options,
         }
         request = ChatCompletionRequest.model_validate(body)
-        tools: Any = request.tools
-        parser = composed(tokenizer, tools, chat_template_kwargs=options)
+        asked: Any = request.tools
+        parser = composed(tokenizer, asked, chat_template_kwargs=options)
         self._request = parser.adjust_request(request)
         self._parser = parser
         self._prompt = tokenizer.apply_chat_template(
-            messages, tools=TOOLS, add_generation_prompt=True, return_dict=False, **options
+            messages, tools=tools, add_generation_prompt=True, return_dict=False, **options
         )
 
     def whole(self, text: str) -> Reply:
@@ -85,5 +85,7 @@ class TestParsers(ParserCases):
     host: ClassVar = "vllm"
     release: ClassVar = vllm_version()
 
-    def parser(self, case: Case, tokenizer: Any) -> ReplyParser:
-        return VllmReplyParser(case, tokenizer)
+    def parser(
+        self, thinking: Thinking, tokenizer: Any, tools: Sequence[dict[str, Any]] = TOOLS
+    ) -> ReplyParser:
+        return VllmReplyParser(thinking, tokenizer, tools)
