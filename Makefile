@@ -75,15 +75,18 @@ demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
 	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
 
 # A recording and results of an earlier run must not be mixed with new ones, and what vLLM remembers
-# of this machine's earlier sources is no example.
+# of this machine's earlier sources is no example. The same recipe makes all files, from one commit on
+# one machine: bench-serve.json names both.
 screens: env
 	rm -rf .cache/screens && mkdir -p .cache/screens $(SCREENS)
-	VLLM_CACHE_ROOT=$(CURDIR)/.cache/screens/vllm $(BIN)/m3-plugin doctor > $(SCREENS)/doctor.txt
+	$(BIN)/m3-plugin tiny .cache/screens/checkpoint
+	VLLM_CACHE_ROOT=$(CURDIR)/.cache/screens/vllm \
+	  $(BIN)/m3-plugin doctor --model .cache/screens/checkpoint > $(SCREENS)/doctor.txt
 	M3_PLUGIN_RECORD_BLOCKS=.cache/screens/selection $(BIN)/m3-plugin demo --long-tokens 4096
 	$(BIN)/m3-plugin blocks .cache/screens/selection --phase decode --plot $(SCREENS)/blocks.png
-	$(BIN)/m3-plugin eval needle --contexts 1536,4096 \
+	$(BIN)/m3-plugin eval needle --contexts 1536,3072,6144 \
 	  --output .cache/screens/needle.json --plot $(SCREENS)/needle.png
-	$(BIN)/m3-plugin bench serve --contexts 1024,4096 --requests 2 \
+	$(BIN)/m3-plugin bench serve --contexts 1024,3072,8192 --requests 2 \
 	  --json $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
 
 lint: env

@@ -97,7 +97,7 @@ def _plot(summary: Summary, path: Path, *, title: str) -> None:
 
     groups = [(layer.layer, g, row) for layer in summary.layers for g, row in enumerate(layer.heat)]
     figure, (axis, shares) = plt.subplots(
-        1, 2, figsize=(12, max(3.0, 0.16 * len(groups))), width_ratios=[4, 1]
+        1, 2, figsize=(13, max(3.2, 0.16 * len(groups))), width_ratios=[4, 1]
     )
     image = axis.imshow(
         [row for _, _, row in groups], aspect="auto", cmap="magma", vmin=0, vmax=1,
@@ -113,7 +113,7 @@ def _plot(summary: Summary, path: Path, *, title: str) -> None:
     axis.set_xlabel(f"block of {summary.block_size} tokens")
     axis.set_ylabel(f"sparse layer, {per_layer} groups each")
     axis.set_title(f"share of rows that chose a block ({title})")
-    figure.colorbar(image, ax=axis)
+    figure.colorbar(image, ax=axis, label="share of rows")
     at = range(len(summary.layers))
     for name, values in {
         "local": [layer.local for layer in summary.layers],
@@ -127,7 +127,10 @@ def _plot(summary: Summary, path: Path, *, title: str) -> None:
     shares.set_xlim(-0.05, 1.05)
     shares.set_yticks(list(at), [str(layer.layer) for layer in summary.layers])
     shares.set_title("share of the chosen blocks")
-    shares.legend(fontsize=7)
+    shares.set_xlabel("share")
+    shares.set_ylabel("sparse layer")
+    # beside the lines, which run along both edges
+    shares.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
+# What precedes the model in the hosts' command lines.
+_MODEL_OPTIONS = ("serve", "--model", "--model-path")
 
 
 class ModelNotFound(LookupError):
@@ -117,6 +121,26 @@ def find_model(name: str) -> ModelSource:
     )
 
 
+def misnamed_model(command_line: Sequence[str]) -> str | None:
+    """What to say where a host is started with a gateway's name; None if there is nothing to say.
+
+    The host itself would look such a repository up and not find it. A name that is only served
+    (`--served-model-name minimax/m3`) is free.
+
+    Parameters
+    ----------
+    command_line : of the server, as `sys.argv`
+    """
+    words = [part for word in command_line for part in word.split("=", 1)]
+    for option, name in pairwise(words):
+        if option in _MODEL_OPTIONS and suggest(name) not in (None, name):
+            try:
+                find_model(name)
+            except ModelNotFound as error:
+                return str(error)
+    return None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Parse a config.json.
 
@@ -139,8 +163,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def suggest(name: str) -> str | None:
     """The published id behind a gateway's name such as "minimax/m3"; None if there is none.
 
-    Names are compared by their letters and digits alone; the owner only has to say MiniMax.
+    Names are compared by their letters and digits alone; the owner only has to say MiniMax. A path
+    is no such name.
     """
+    if name.startswith(("/", ".", "~")):
+        return None
     letters = _letters(name.rpartition("/")[2])
     if "minimax" not in _letters(name) and letters != "m3":
         return None

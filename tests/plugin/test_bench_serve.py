@@ -178,7 +178,9 @@ def test_a_package_the_client_lacks_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [row(name, at, at / 100) for name in ("m3-plugin", "dense") for at in (1024, 4096)]
-    serve._plot(ServeReport({"cpu": "a cpu"}, "vLLM", "m3", rows), tmp_path / "serve.png")
+    serve._plot(
+        ServeReport({"cpu": "a cpu", "commit": "c"}, "vLLM", "m3", rows), tmp_path / "serve.png"
+    )
     assert (tmp_path / "serve.png").stat().st_size > 1000
 
 
@@ -189,7 +191,9 @@ def test_what_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ours = [replace(row("m3-plugin", at, at / 100), **timed) for at in (4096, 1024)]
     dense = [row("dense", at, at / 50) for at in (1024, 4096)]
     for rows in (ours + dense, dense):
-        serve._plot(ServeReport({"cpu": "a cpu"}, "vLLM", "m3", rows), tmp_path / "serve.png")
+        serve._plot(
+            ServeReport({"cpu": "a cpu", "commit": "c"}, "vLLM", "m3", rows), tmp_path / "serve.png"
+        )
     (tpot, _, share), silent = drawn
     assert [point[:2] for point in tpot.curves[0].points] == [(1024, 10.24), (4096, 40.96)]
     assert [curve.label for curve in tpot.curves] == ["m3-plugin", "dense"]
@@ -204,6 +208,10 @@ def test_what_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ("options", "message"),
     [
         (("--url", "http://127.0.0.1:9"), "--model and --tokenizer"),
+        (
+            ("--url", "http://127.0.0.1:9", "--model", "minimax/m3", "--tokenizer", "minimax/m3"),
+            "did you mean MiniMaxAI/MiniMax-M3?",
+        ),
         (("--contexts", ""), "at least one context"),
         (("--contexts", "100000"), "Start your own"),
         (("--host", "tgi"), "--host must be one of"),
@@ -212,4 +220,4 @@ def test_what_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_mistakes_are_named(options: tuple[str, ...], message: str) -> None:
     done = CliRunner().invoke(app, ["bench", "serve", *options])
     assert done.exit_code == 2
-    assert message in " ".join(done.output.split())
+    assert message in " ".join(done.output.replace("│", " ").split())

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from m3_plugin import __version__
 from m3_plugin.cli import app
 from m3_plugin.cli.hosts import HOSTS, installed_host
+from m3_plugin.released import misnamed_model
 
 runner = CliRunner()
 
@@ -72,6 +73,39 @@ def test_a_picture_without_matplotlib_is_refused_before_the_work(
     result = runner.invoke(app, ["bench", "cpu", "--plot", "picture.png"])
     assert result.exit_code == 2
     assert "pip install matplotlib" in said(result.output)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "vllm serve minimax/m3 --port 1",
+        "api_server.py --port 1 --model minimax/m3",
+        "launch_server.py --model-path=minimax/m3",
+    ],
+)
+def test_a_server_started_with_a_gateways_name_is_told_the_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = misnamed_model(command.split())
+    assert said == "no model 'minimax/m3' here; did you mean MiniMaxAI/MiniMax-M3?"
+    # a folder of that name is what is meant
+    (tmp_path / "minimax" / "m3").mkdir(parents=True)
+    (tmp_path / "minimax" / "m3" / "config.json").write_text("{}")
+    assert misnamed_model(command.split()) is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "vllm serve MiniMaxAI/MiniMax-M3 --served-model-name minimax/m3",
+        "vllm serve Qwen/Qwen3-8B",
+        "launch_server.py --model-path /models/minimax-m3",
+        "serve",
+    ],
+)
+def test_other_names_are_left_alone(command: str) -> None:
+    assert misnamed_model(command.split()) is None
 
 
 def test_unknown_host_is_named_with_the_known_ones() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from m3_plugin.backends import choose_kernels
 from m3_plugin.presence import PluginRefusal, absence, attestation, require_tested
+from m3_plugin.released import misnamed_model
 from m3_plugin.settings import Settings
 from m3_sglang.compat import (
     SGLANG_WINDOW,
@@ -65,6 +66,8 @@ def register_with_sglang() -> None:
             detail=f"registered {', '.join(ARCHITECTURES)}",
         )
     )
+    if (misnamed := misnamed_model(sys.argv)) is not None:
+        logger.warning("m3-plugin: %s", misnamed)
 
 
 def _settings() -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from functools import cache
 
 from vllm.logger import init_logger
@@ -10,6 +11,7 @@ from vllm.model_executor.models import ModelRegistry
 
 from m3_plugin.backends import choose_kernels
 from m3_plugin.presence import absence, attestation, require_tested
+from m3_plugin.released import misnamed_model
 from m3_plugin.settings import Settings
 from m3_vllm.compat import VLLM_WINDOW, device_type, vllm_version
 
@@ -63,6 +65,8 @@ def register_with_vllm() -> None:
             detail=f"registered {', '.join(ARCHITECTURES)}",
         )
     )
+    if (misnamed := misnamed_model(sys.argv)) is not None:
+        logger.warning("m3-plugin: %s", misnamed)
 
 
 def _say(line: str) -> None:

@@ -50,7 +50,7 @@ class Panel:
 
     Attributes
     ----------
-    share : its values are parts of 1, drawn from 0 to 1 on a linear axis
+    share : its values are parts of 1, drawn from 0 on a linear axis
     """
 
     title: str
@@ -188,6 +188,7 @@ def plot_panels(panels: Sequence[Panel], path: Path, *, title: str, unit: str) -
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
@@ -198,11 +199,16 @@ def plot_panels(panels: Sequence[Panel], path: Path, *, title: str, unit: str) -
         ticks = sorted({point[0] for curve in panel.curves for point in curve.points})
         axis.set_xscale("log", base=2)
         if panel.share:
-            axis.set_ylim(0, 1)
+            highest = max(point[1] for curve in panel.curves for point in curve.points)
+            axis.set_ylim(0, min(1.0, 1.5 * highest))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
         else:
             axis.set_yscale("log")
+            # powers of ten are too few where times differ by less than one
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which(StrMethodFormatter("{x:g}"))
         axis.set_xticks(ticks, [f"{tick / 1024:g}K" for tick in ticks])
-        axis.set_xlabel("context")
+        axis.set_xlabel("context, tokens")
         axis.set_ylabel("share" if panel.share else unit)
         axis.set_title(panel.title)
         axis.grid(True, which="both", alpha=0.2)

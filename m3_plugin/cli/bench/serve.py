@@ -41,6 +41,7 @@ from m3_plugin.cli.hosts import (
     installed_host,
 )
 from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
+from m3_plugin.released import misnamed_model
 from m3_plugin.serving import ServerFailed, ServerProcess, free_port
 
 # The `vllm` script looks up a distribution of that name, which the CPU build does not have.
@@ -168,6 +169,8 @@ def bench_serve(
         if url is not None:
             if model is None or tokenizer is None:
                 raise typer.BadParameter("--model and --tokenizer are needed with --url")
+            if (misnamed := misnamed_model(["--model", tokenizer])) is not None:
+                raise typer.BadParameter(misnamed, param_hint="--tokenizer")
             address = url.rstrip("/").removesuffix("/v1")
             ours = "m3_plugin:info{" in exposition(address)
             served = Server(_OURS if ours else _UNKNOWN, address, model, tokenizer)
@@ -492,6 +495,7 @@ def _plot(report: ServeReport, path: Path) -> None:
             *([share] if whole else []),
         ],
         path,
-        title=f"{report.model}, {report.client}, {report.machine['cpu']}",
+        title=f"{report.model} on {report.client}, {report.machine['cpu']}, "
+        f"commit {report.machine['commit']}",
         unit="ms, median over requests",
     )

@@ -327,19 +327,30 @@ def _plot(results: list[Result], path: Path) -> None:
     found = shares(results)
     contexts = sorted({context for _, context in found})
     depths = sorted({depth for depth, _ in found})
-    figure, axis = plt.subplots(figsize=(1.6 + 0.8 * len(contexts), 1.6 + 0.4 * len(depths)))
+    figure, axis = plt.subplots(figsize=(2.6 + 0.9 * len(contexts), 1.8 + 0.45 * len(depths)))
     image = axis.imshow(
         [[found[depth, context] for context in contexts] for depth in depths],
         aspect="auto",
+        # pale enough for black numbers
         cmap="RdYlGn",
+        alpha=0.7,
         vmin=0,
         vmax=1,
     )
+    for row, depth in enumerate(depths):
+        for column, context in enumerate(contexts):
+            axis.text(column, row, f"{found[depth, context]:.0%}", ha="center", va="center")
+    # white lines between the cells
+    axis.set_xticks([column - 0.5 for column in range(1, len(contexts))], minor=True)
+    axis.set_yticks([row - 0.5 for row in range(1, len(depths))], minor=True)
+    axis.grid(which="minor", color="white", linewidth=2)
+    axis.tick_params(which="minor", length=0)
+    axis.set_title("needles found")
     axis.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts], rotation=45)
     axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axis.set_xlabel("context, tokens")
     axis.set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=axis, label="found")
+    figure.colorbar(image, ax=axis, label="share of right answers")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
