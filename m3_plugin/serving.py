@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -92,7 +92,7 @@ class ServerProcess:
     ) -> None:
         self.url = f"http://{LOOPBACK}:{port}"
         self.log = log
-        self._restore: Callable[[], object] = lambda: None
+        self._stack = contextlib.ExitStack()
         with log.open("wb") as output:
             # a session of its own, so that stopping reaches the engine and worker processes too
             self.process = subprocess.Popen(
@@ -152,7 +152,7 @@ class ServerProcess:
 
     def __enter__(self) -> ServerProcess:
         # a terminated process must stop its server as an interrupted one does
-        self._restore = _terminate_as_exit()
+        self._stack.enter_context(terminate_as_exit())
         return self
 
     def __exit__(
@@ -161,10 +161,8 @@ class ServerProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
+        with self._stack:
             self.stop()
-        finally:
-            self._restore()
 
     def _answers(self) -> bool:
         try:
@@ -178,17 +176,22 @@ class ServerProcess:
             os.killpg(self.process.pid, number)
 
 
-def _terminate_as_exit() -> Callable[[], object]:
-    """Let SIGTERM unwind the stack; returns what undoes that.
+@contextlib.contextmanager
+def terminate_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, as Ctrl-C does, so that what was started is stopped.
 
     Only where nobody else decided, and in the main thread, the only one that may.
     """
     alone = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if not alone or threading.current_thread() is not threading.main_thread():
-        return lambda: None
+        yield
+        return
 
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
-    return lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

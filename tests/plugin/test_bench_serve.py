@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from m3_plugin.cli.bench.serve import (
     write_csv,
 )
 from m3_plugin.cli.hosts import HOSTS
+from tests.plugin.test_serving import is_alive
 
 SERVER = Server("m3-plugin", "http://127.0.0.1:9", "m3", "/nowhere")
 LOAD = Load(context=100, output_tokens=4, requests=2, concurrency=1)
@@ -173,6 +178,37 @@ def test_a_package_the_client_lacks_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(serve, "_VLLM_CLIENT", "import no_such_package")
     with pytest.raises(ClientFailed, match="pip install no_such_package"):
         run_client(SERVER, LOAD, host=HOSTS["vllm"])
+
+
+CLIENT = """
+import os, pathlib, time
+pathlib.Path({file!r}).write_text(str(os.getpid()))
+time.sleep(300)
+"""
+STARTER = """
+import signal
+from m3_plugin.cli.bench import serve
+from tests.plugin.test_bench_serve import HOSTS, LOAD, SERVER
+signal.signal(signal.SIGINT, signal.default_int_handler)
+serve._VLLM_CLIENT = {client!r}
+serve.run_client(SERVER, LOAD, host=HOSTS["vllm"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_client(tmp_path: Path, number: signal.Signals) -> None:
+    file = tmp_path / "pid"
+    script = STARTER.format(client=CLIENT.format(file=str(file)))
+    root = Path(__file__).parents[2]
+    starter = subprocess.Popen([sys.executable, "-c", script], cwd=root)
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text()):
+        assert starter.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    starter.send_signal(number)
+    assert starter.wait(60) != 0
+    assert not is_alive(int(file.read_text()))
 
 
 def test_picture(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from m3_plugin.cli.hosts import (
 )
 from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
 from m3_plugin.released import misnamed_model
-from m3_plugin.serving import ServerFailed, ServerProcess, free_port
+from m3_plugin.serving import ServerFailed, ServerProcess, free_port, terminate_as_exit
 
 # The `vllm` script looks up a distribution of that name, which the CPU build does not have.
 _VLLM_CLIENT = (
@@ -297,9 +297,10 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
     command = {HOSTS["vllm"].title: _vllm_client, HOSTS["sglang"].title: _sglang_client}[host.title]
     with tempfile.TemporaryDirectory(prefix="m3-plugin-bench-") as folder:
         result = Path(folder) / "result.json"
-        done = subprocess.run(
-            command(server, load, result), capture_output=True, text=True, check=False
-        )
+        with terminate_as_exit():
+            done = subprocess.run(
+                command(server, load, result), capture_output=True, text=True, check=False
+            )
         if done.returncode or not result.exists():
             tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
             missing = _MISSING_MODULE.search(tail)
