@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
@@ -28,6 +28,7 @@ class Machine:
     ----------
     memory : bytes of one device
     reserve : bytes for everything but weights and cache
+    arch : compute capability as major * 10 + minor; None for a CPU or a card not in the table
     """
 
     name: str
@@ -35,6 +36,7 @@ class Machine:
     utilization: float
     reserve: int
     tp_size: int
+    arch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Sizing:
 
     Attributes
     ----------
+    weights_run : host -> how it holds them on this machine; empty for a card not in the table
+    dequantised : bytes of the same weights in 16 bits; None of an unquantised checkpoint
     alternatives : (K/V dtype, index dtype) to what would fit with these
     """
 
@@ -50,6 +54,8 @@ class Sizing:
     machine: Machine
     storage: str
     weights: Weights
+    weights_run: dict[str, str]
+    dequantised: Weights | None
     kv_dtype: CacheDType
     index_dtype: CacheDType
     fit: Fit
@@ -125,6 +131,7 @@ def size(
     ModelNotFound, ValueError : no such model, or one that cannot be served or sized.
     """
     from m3_plugin.config import M3Config
+    from m3_plugin.quantization.chips import how_weights_run
     from m3_plugin.released import find_model
     from m3_plugin.sizing import fit, weight_bytes
 
@@ -156,6 +163,14 @@ def size(
         machine=machine,
         storage=str(config.quantization or "bf16"),
         weights=loaded,
+        weights_run=how_weights_run(config.quantization, arch=machine.arch)
+        if machine.arch is not None or machine.name == CPU
+        else {},
+        dequantised=None
+        if config.quantization is None
+        else weight_bytes(
+            replace(config, quantization=None), source.config, tp_size=machine.tp_size
+        ),
         kv_dtype=kv_dtype,
         index_dtype=index_dtype,
         fit=with_cache(kv_dtype, index_dtype),
@@ -213,6 +228,8 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         "machine": asdict(sizing.machine),
         "storage": sizing.storage,
         "weights": asdict(sizing.weights),
+        "weights_run": sizing.weights_run,
+        "dequantised": None if sizing.dequantised is None else asdict(sizing.dequantised),
         "kv_dtype": sizing.kv_dtype,
         "index_dtype": sizing.index_dtype,
         "fit": _fit_dict(sizing.fit),
@@ -230,6 +247,7 @@ def _machine(
 ) -> Machine:
     from m3_plugin.released import find_gpu
 
+    arch = None
     if gpu_memory is not None:
         name, memory = gpu, int(gpu_memory * 2**30)
     elif gpu.upper() == CPU:
@@ -237,12 +255,18 @@ def _machine(
     else:
         card = find_gpu(gpu)
         name, memory = card.name, card.memory_mib * 2**20
+        arch = int(card.arch.removeprefix("sm_"))
     if gpu.upper() == CPU:
         name = CPU
         if tp_size != 1:
             raise ValueError(f"--gpu CPU is sized for one process: give --tp 1; got {tp_size}")
     return Machine(
-        name=name, memory=memory, utilization=utilization, reserve=reserve, tp_size=tp_size
+        name=name,
+        memory=memory,
+        utilization=utilization,
+        reserve=reserve,
+        tp_size=tp_size,
+        arch=arch,
     )
 
 
@@ -266,6 +290,7 @@ def _print(sizing: Sizing) -> None:
     table = Table(title=f"{sizing.model} on {cards} (computed)", show_header=False)
     rows = {
         "weights": f"{sizing.weights.total / 1e9:,.1f} GB in all, {sizing.storage}",
+        **{f"- in {host}": how for host, how in sizing.weights_run.items()},
         "memory per rank": f"{_gib(machine.memory)}, of which {machine.utilization:.0%} used",
         "- weights": _gib(sizing.weights.per_rank),
         "- reserve": f"{_gib(machine.reserve)} (an allowance)",
@@ -276,6 +301,9 @@ def _print(sizing: Sizing) -> None:
         "longest context": f"{fit.longest_context:,}",
         f"requests of {fit.context:,}": f"{fit.requests:,}",
     }
+    if sizing.dequantised is not None:
+        wide = sizing.dequantised
+        rows["weights in 16 bits"] = f"{wide.total / 1e9:,.1f} GB, {_gib(wide.per_rank)} per rank"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from m3_plugin.capacity import cache_bytes_per_token
+from m3_plugin.checkpoint import text_modules
 from m3_plugin.cli import app
 from m3_plugin.config import M3Config
+from m3_plugin.quantization.formats import GptqInt4, PackedInt4
 from m3_plugin.released import find_gpu, find_model, released_config, suggest
 from m3_plugin.shards import read_checkpoint
 from m3_plugin.sizing import Weights, fit, text_weights, vision_weights, weight_bytes
+from m3_plugin.testing.quantised import RECIPES, QuantName, quantization_config
 from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
 from tests.plugin.test_config import HUB
 
@@ -240,3 +245,57 @@ def test_a_local_folder_wins_over_a_suggestion(
 )
 def test_names_people_type(name: str, meant: str | None) -> None:
     assert suggest(name) == meant
+
+
+def exported(quant: QuantName) -> dict[str, Any]:
+    """What an exporter writes into the released config.json; int4 in groups of 128."""
+    modules = [f"language_model.{module}" for module in text_modules(RELEASED)]
+    recipe = RECIPES[quant]
+    formats = {
+        role: replace(weight, group_size=128)
+        if isinstance(weight, PackedInt4 | GptqInt4)
+        else weight
+        for role, weight in recipe.formats.items()
+    }
+    return quantization_config(replace(recipe, formats=formats), modules)
+
+
+@pytest.mark.parametrize(
+    ("quant", "gigabytes", "vllm", "sglang"),
+    [
+        ("mxfp8", 444, "asks for SM80", "weight-only"),
+        ("nvfp4", 250, "asks for SM75", "asks for SM80"),
+        ("mxfp4", 247, "asks for SM70", "asks for SM70"),
+        ("w4a16", 226, "asks for SM70", "asks for SM70"),
+        ("awq", 227, "asks for SM70", "asks for SM70"),
+        ("gptq", 228, "asks for SM60", "asks for SM80"),
+        ("auto-round", 227, "asks for SM60", "asks for SM60"),
+        ("fp8", 431, "asks for SM75", "asks for SM80"),
+    ],
+)
+def test_every_dialect_has_its_size_and_a_way_to_run(
+    tmp_path: Path, quant: QuantName, gigabytes: int, vllm: str, sglang: str
+) -> None:
+    """Sizes are those of the table in docs/quantisation.md."""
+    config = released_config() | {"quantization_config": exported(quant)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ("--model", str(tmp_path), "--max-model-len", "131072")
+    found = as_json(*options, "--gpu", "H100")
+    assert found["weights"]["total"] / 1e9 == pytest.approx(gigabytes, abs=0.6)
+    assert found["dequantised"]["total"] == 854_172_958_720
+    assert vllm in found["weights_run"]["vLLM"]
+    assert sglang in found["weights_run"]["SGLang"]
+    # a card of unknown kind, and none
+    assert as_json(*options, "--gpu", "X", "--gpu-memory", "80")["weights_run"] == {}
+    cpu = as_json(*options, "--gpu", "CPU", "--gpu-memory", "2000", "--tp", "1")
+    ours = "this plugin's weight-only" if quant == "mxfp8" else "M3_PLUGIN_DEQUANTIZE=1"
+    assert ours in cpu["weights_run"]["SGLang"]
+    assert "M3_PLUGIN_DEQUANTIZE=1" in cpu["weights_run"]["vLLM"]
+
+
+def test_plain_weights_run_as_they_are() -> None:
+    found = as_json("--model", "MiniMaxAI/MiniMax-M3", "--gpu", "B300")
+    assert found["weights_run"] == {"vLLM": "as stored", "SGLang": "as stored"}
+    assert found["dequantised"] is None
+    blackwell = as_json("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "B200")
+    assert "its own mxfp8 method (asks for SM100)" in blackwell["weights_run"]["SGLang"]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_plugin.checkpoint import TEXT_PREFIX
+from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
 from m3_plugin.quantization.dialects import Quantization, read_quantization
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8
 from m3_sglang.registration import MXFP8_METHOD
@@ -57,7 +58,7 @@ class M3Mxfp8Config(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 80
+        return WEIGHT_ONLY_MXFP8
 
     @staticmethod
     def get_config_filenames() -> list[str]:

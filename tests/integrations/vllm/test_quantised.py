@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from m3_plugin.quantization.chips import LEAST_CAPABILITY
 from m3_plugin.testing.prompts import needle_prompt
+from m3_plugin.testing.quantised import RECIPES, QuantName
 from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
@@ -41,13 +43,14 @@ def test_logprobs_are_those_of_the_dequantised_weights(
 
 
 @pytest.mark.extended
+@pytest.mark.parametrize("quant", RECIPES)
 def test_the_constructed_checkpoint_answers_right(
-    constructed_quantised: QuantisedCheckpoints,
+    constructed_quantised: QuantisedCheckpoints, quant: QuantName
 ) -> None:
-    """8K tokens with decoys: quantised index projections still choose the right blocks."""
+    """8K tokens with decoys: the right blocks are chosen, whatever the weights were rounded to."""
     prompt = needle_prompt(8192, num_tokens=8192)
     with EngineProcess(
-        constructed_quantised.stored("mxfp8"),
+        constructed_quantised.stored(quant),
         environment=DEQUANTISE,
         max_model_len=16384,
         max_num_batched_tokens=2048,
@@ -55,6 +58,34 @@ def test_the_constructed_checkpoint_answers_right(
         (answer,) = engine.generate([list(prompt.token_ids)], max_tokens=prompt.max_tokens)
     assert tuple(answer.token_ids) == prompt.expected_ids
     assert prompt.dense_answer not in (None, answer.text)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(("quant", "kept"), [("gptq", False), ("awq", True)])
+def test_a_quantised_checkpoint_drafts_for_itself(
+    drafting_quantised: QuantisedCheckpoints, quant: QuantName, kept: bool
+) -> None:
+    """8K tokens with decoys; the MTP module quantised as the rest, or the only part that is not.
+
+    The answers are those without speculation, and every draft is right.
+    """
+    checkpoint = (
+        drafting_quantised.with_drafts_kept(quant) if kept else drafting_quantised.stored(quant)
+    )
+    prompt = needle_prompt(8192, num_tokens=8192, hops=6)
+    with EngineProcess(
+        checkpoint,
+        environment=DEQUANTISE,
+        max_model_len=16384,
+        max_num_batched_tokens=2048,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 3},
+    ) as engine:
+        (answer,) = engine.generate([list(prompt.token_ids)], max_tokens=prompt.max_tokens)
+        counted = engine.speculation()
+    assert tuple(answer.token_ids) == prompt.expected_ids
+    assert prompt.dense_answer not in (None, answer.text)
+    # the last draft may end past the answer
+    assert counted.accepted >= counted.drafted - 3 > 0
 
 
 @pytest.mark.parametrize("quant", ["mxfp8", "nvfp4"])
@@ -102,6 +133,16 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
     compared = {name: entry for name, entry in compared.items() if "format" in entry}
     wrong = {name: entry for name, entry in compared.items() if entry["difference"] > 0}
     assert wrong == {}
+
+
+def test_the_chips_of_each_method_are_those_that_fit_names() -> None:
+    """vLLM has names of its own for some methods of a checkpoint."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    names: Any = {"modelopt": "modelopt_mixed", "gptq": "auto_gptq", "auto-round": "inc"}
+    for method, least in LEAST_CAPABILITY["vLLM"].items():
+        config = get_quantization_config(names.get(method, method))
+        assert config.get_min_capability() == least, method
 
 
 def test_other_models_keep_their_quantisation() -> None:

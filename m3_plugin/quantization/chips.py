@@ -1,0 +1,61 @@
+"""Which chip runs stored weights how: what `m3-plugin fit` says, computed and not measured.
+
+A host's own method for a format declares the compute capability it asks for; tests compare the
+table with the classes of the installed hosts. A method's kernels may still refuse a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from m3_plugin.quantization.dialects import Quantization
+
+# Host -> quant_method -> compute capability as major * 10 + minor.
+LEAST_CAPABILITY: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "vLLM": {
+            "mxfp8": 80,
+            "modelopt": 75,
+            "quark": 70,
+            "compressed-tensors": 70,
+            "gptq": 60,
+            "auto-round": 60,
+            "fp8": 75,
+        },
+        "SGLang": {
+            "mxfp8": 100,
+            "modelopt": 80,
+            "quark": 70,
+            "compressed-tensors": 70,
+            "gptq": 80,
+            "auto-round": 60,
+            "fp8": 80,
+        },
+    }
+)
+# Below SGLang's own: this plugin's method, on a GPU of this capability or on a CPU.
+WEIGHT_ONLY_MXFP8 = 80
+DEQUANTISED = "16 bits with M3_PLUGIN_DEQUANTIZE=1"
+
+
+def how_weights_run(quantization: Quantization | None, *, arch: int | None) -> dict[str, str]:
+    """Host -> how it holds the checkpoint's weights on a chip.
+
+    Parameters
+    ----------
+    quantization : of the checkpoint, None for plain weights
+    arch : compute capability as major * 10 + minor; None for a CPU
+    """
+    if quantization is None:
+        return dict.fromkeys(LEAST_CAPABILITY, "as stored")
+    method = quantization.method
+    found = {}
+    for host, least in LEAST_CAPABILITY.items():
+        if arch is not None and arch >= least[method]:
+            found[host] = f"as stored, by its own {method} method (asks for SM{least[method]})"
+        elif host == "SGLang" and method == "mxfp8" and (arch is None or arch >= WEIGHT_ONLY_MXFP8):
+            found[host] = "as stored, by this plugin's weight-only method"
+        else:
+            found[host] = DEQUANTISED
+    return found
