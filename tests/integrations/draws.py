@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+
+from m3_plugin.testing.prompts import min_needle_tokens, needle_prompt
+from m3_plugin.testing.vocabulary import VOCABULARY
 
 Draw = tuple[int, ...]
 # (prompts, token ids) to log probabilities of each of these tokens after each prompt
 NextLogprobs = Callable[[list[list[int]], list[int]], list[list[float]]]
+
+NUM_DRAWS = 5000
+# Three words of a chain, of which the first is of the prompt's step; the others come out of the
+# verification of drafts. The prompt is short, so that thousands take seconds.
+NUM_WORDS = 3
+_CHAIN = needle_prompt(
+    80, num_tokens=min_needle_tokens(hops=NUM_WORDS, decoys=False), hops=NUM_WORDS, decoys=False
+)
+PROMPT = list(_CHAIN.token_ids)
+ALLOWED = [
+    *_CHAIN.expected_ids[:NUM_WORDS],
+    VOCABULARY.nowhere_id,
+    VOCABULARY.treasures[0].id,
+]
+# of the words' logits, such that no word is certain and none impossible
+TEMPERATURE = 25.0
+
+
+def require_the_distribution(answers: Iterable[Sequence[int]], next_logprobs: NextLogprobs) -> None:
+    """`ALLOWED` words sampled after `PROMPT` at `TEMPERATURE` have the model's own distribution.
+
+    One test in 10,000 fails by chance.
+    """
+    drawn = Counter(tuple(answer) for answer in answers)
+    exact, flatter = (
+        exact_draws(next_logprobs, PROMPT, ALLOWED, length=NUM_WORDS, temperature=temperature)
+        for temperature in (TEMPERATURE, 1.3 * TEMPERATURE)
+    )
+    assert set(drawn) <= set(exact)
+    assert chi_square_p(drawn, exact) > 1e-4
+    # a distribution only slightly flatter is told apart
+    assert chi_square_p(drawn, flatter) < 1e-6
 
 
 def exact_draws(

@@ -66,7 +66,7 @@ from m3_vllm.multimodal import (
     M3ProcessingInfo,
 )
 from m3_vllm.session import worker_session
-from m3_vllm.speculation import require_aux_layers, require_speculation
+from m3_vllm.speculation import prepare_speculation, require_aux_layers
 from m3_vllm.weights import fused_projections, text_weight_loader
 
 logger = init_logger("vllm.m3_plugin.model")
@@ -474,8 +474,7 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        # before any weight is read: it takes minutes for the released model
-        require_speculation(vllm_config)
+        prepare_speculation(vllm_config)
         self.config = vllm_config.model_config.hf_text_config
         self.model = M3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         config = self.model.m3_config

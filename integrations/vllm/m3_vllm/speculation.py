@@ -1,18 +1,16 @@
-"""Speculative decoding: combinations that cannot work are refused before any weight is read."""
+"""Speculative decoding: what a worker does about it before any weight is read."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.mtp import require_mtp_modules
+from m3_vllm import sampling_on_cpu
 from m3_vllm.compat import device_type
-
-logger = init_logger("vllm.m3_plugin.speculation")
 
 
 def count_draft_modules(draft: ModelConfig, *, load_format: str) -> int:
@@ -35,22 +33,26 @@ def count_draft_modules(draft: ModelConfig, *, load_format: str) -> int:
     return require_mtp_modules(names, checkpoint=draft.model)
 
 
+def prepare_speculation(vllm_config: VllmConfig) -> None:
+    """Called by the target in each worker, before any weight is read, which takes minutes.
+
+    Raises
+    ------
+    ValueError : as `require_speculation`.
+    """
+    require_speculation(vllm_config)
+    if vllm_config.speculative_config is not None and device_type() == "cpu":
+        sampling_on_cpu.put_right()
+
+
 def require_speculation(vllm_config: VllmConfig) -> None:
     """Refuse a speculative configuration that cannot work with this model.
-
-    A CPU gets a warning too: vLLM's stand-in for a Triton kernel loses the temperature, top-k and
-    top-p of verified rows there, for every model (docs/vllm.md).
 
     Raises
     ------
     ValueError : names the setting, its value and the flag that would fix it.
     """
     speculative = vllm_config.speculative_config
-    if speculative is not None and device_type() == "cpu":
-        logger.warning(
-            "vLLM's CPU build samples wrongly when it verifies drafts: only greedy requests "
-            "(temperature 0) are exact with --speculative-config"
-        )
     if speculative is None or speculative.draft_model_config is vllm_config.model_config:
         return
     if speculative.method == "mtp":
