@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from m3_plugin.cli.outputs import JsonOption, PlotOption
 
@@ -38,7 +39,8 @@ def blocks(
     from m3_plugin.selection.summary import NoRecords, summarise
 
     try:
-        summary = summarise(folder, phase=phase.value)
+        with Console(stderr=True).status(Text(f"reading {folder}")):
+            summary = summarise(folder, phase=phase.value)
     except (NoRecords, ValueError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None

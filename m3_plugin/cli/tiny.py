@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from m3_plugin.cli.hosts import require_libraries
 
@@ -79,19 +80,21 @@ def tiny(
 ) -> None:
     """Write a tiny MiniMax-M3 checkpoint that loads wherever the published one does."""
     _refuse_foreign_options(kind, topk=topk, preset=preset, seed=seed)
+    console = Console(stderr=True)
     try:
         require_libraries("safetensors", "tokenizers", "transformers")
-        if kind is Kind.constructed:
-            summary = _constructed(folder, dtype=dtype, topk=topk, dense=dense, force=force)
-        else:
-            summary = _random(
-                folder, dtype=dtype, preset=preset, seed=seed, dense=dense, force=force
-            )
-        if quant is not None:
-            summary |= _quantise(folder, quant)
+        with console.status(Text(f"writing {folder}")):
+            if kind is Kind.constructed:
+                summary = _constructed(folder, dtype=dtype, topk=topk, dense=dense, force=force)
+            else:
+                summary = _random(
+                    folder, dtype=dtype, preset=preset, seed=seed, dense=dense, force=force
+                )
+            if quant is not None:
+                summary |= _quantise(folder, quant)
     except (LookupError, OSError, ValueError) as error:
         # markup off: paths may hold brackets
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(summary))

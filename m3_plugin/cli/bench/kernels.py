@@ -184,17 +184,18 @@ def bench_kernels(
     from m3_plugin.cli.bench.clocks import GraphClock, copy_bandwidth, matmul_throughput
 
     device, dtype, clock = torch.device("cuda"), torch.bfloat16, GraphClock()
-    loaded, status = load_peers(wanted, peer_folder)
-    report = Report(
-        machine=machine_facts() | gpu_facts(),
-        geometry=Geometry(),
-        dtype="bfloat16",
-        limits=Limits(
-            copy_bandwidth(clock, device, num_bytes=2**30),
-            matmul_throughput(clock, device, size=8192, dtype=dtype),
-        ),
-        peers=status,
-    )
+    with Console(stderr=True).status("loading peers and measuring what this GPU can do"):
+        loaded, status = load_peers(wanted, peer_folder)
+        report = Report(
+            machine=machine_facts() | gpu_facts(),
+            geometry=Geometry(),
+            dtype="bfloat16",
+            limits=Limits(
+                copy_bandwidth(clock, device, num_bytes=2**30),
+                matmul_throughput(clock, device, size=8192, dtype=dtype),
+            ),
+            peers=status,
+        )
     with progress_bar() as progress:
         for workload in workloads:
             count = max(3, rounds // 4) if workload.phase == "prefill" else rounds

@@ -398,9 +398,10 @@ def _started(
 
     with tempfile.TemporaryDirectory(prefix="m3-plugin-bench-") as folder:
         scratch = Path(folder)
-        checkpoint = ConstructedCheckpoint(use_sparse_attention=not dense).write(
-            scratch / "checkpoint"
-        )
+        with console.status("writing the constructed checkpoint"):
+            checkpoint = ConstructedCheckpoint(use_sparse_attention=not dense).write(
+                scratch / "checkpoint"
+            )
         port = free_port()
         measured = {"M3_PLUGIN_STATISTICS": "0", "M3_PLUGIN_TIMINGS": "1"}
         environment = dict(host.environment(scratch)) | measured

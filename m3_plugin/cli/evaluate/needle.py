@@ -181,7 +181,8 @@ def _server(
     chosen = host_to_start(host)
     with tempfile.TemporaryDirectory(prefix="m3-plugin-needle-") as folder:
         scratch = Path(folder)
-        checkpoint = ConstructedCheckpoint().write(scratch / "checkpoint")
+        with console.status("writing the constructed checkpoint"):
+            checkpoint = ConstructedCheckpoint().write(scratch / "checkpoint")
         port = free_port()
         with ServerProcess(
             chosen.command(checkpoint, port, chosen.options),
