@@ -306,19 +306,30 @@ def require_part(
 
 
 def require_all_parts(
-    weight: WeightFormat, parts: Mapping[str, Part], *, module: str, found: Collection[str]
+    weight: WeightFormat,
+    parts: Mapping[str, Part],
+    *,
+    module: str,
+    found: Collection[str],
+    file: str | None = None,
 ) -> None:
     """Refuse a weight with a part missing.
 
+    Parameters
+    ----------
+    weight, parts : the format, and its parts for this weight's shape
+    module, found, file : whose weight, suffixes of the parts found, and where they are if known
+
     Raises
     ------
-    ValueError : names the missing tensors.
+    ValueError : names the missing tensors, and the file with the others.
     """
     missing = sorted(required_suffixes(parts) - set(found))
     if missing:
         raise ValueError(
             f"checkpoint lacks {', '.join(f'{module}.{suffix}' for suffix in missing)}, without "
-            f"which {module} (stored as {weight.name}) has no meaning; are all shards there?"
+            f"which {module} (stored as {weight.name}{f' in {file}' if file else ''}) has no "
+            "meaning; are all shards there?"
         )
 
 

@@ -49,6 +49,7 @@ class PlannedWeight:
     Attributes
     ----------
     module : name relative to the text model, as that of an MTP module is too
+    file : which holds it, or the first of its tensors
     layer : the host's layer which takes it; several weights may share one
     weight : how it is stored
     stored_bytes : in the files, scales included
@@ -56,6 +57,7 @@ class PlannedWeight:
     """
 
     module: str
+    file: str
     layer: str
     weight: WeightFormat
     stored_bytes: int
@@ -194,6 +196,7 @@ def plan_weights(
         weights.append(
             PlannedWeight(
                 module=module,
+                file=tensors[0].file,
                 layer=_host_layer(module, fused),
                 weight=weight,
                 stored_bytes=stored_bytes,
@@ -306,7 +309,7 @@ def _require_parts(
             file=tensor.file,
         )
     found = [tensor.name.rpartition(".")[2] for tensor in tensors]
-    require_all_parts(weight, parts, module=module, found=found)
+    require_all_parts(weight, parts, module=module, found=found, file=tensors[0].file)
 
 
 def _require_alike(plan: WeightPlan) -> None:
@@ -316,7 +319,8 @@ def _require_alike(plan: WeightPlan) -> None:
         other = first.setdefault(weight.layer, weight)
         if other.weight != weight.weight:
             raise ValueError(
-                f"{weight.module} is stored as {weight.weight.name} and {other.module} as "
-                f"{other.weight.name}, but the host fuses both into {weight.layer}, which has one "
-                "method; set M3_PLUGIN_DEQUANTIZE=1 if memory suffices"
+                f"{weight.module} in {weight.file} is stored as {weight.weight.name} and "
+                f"{other.module} in {other.file} as {other.weight.name}, but the host fuses both "
+                f"into {weight.layer}, which has one method; set M3_PLUGIN_DEQUANTIZE=1 if memory "
+                "suffices"
             )

@@ -28,6 +28,7 @@ from m3_plugin.quantization.stream import Dequantiser
 from m3_plugin.testing.quantised import (
     RECIPES,
     QuantName,
+    Recipe,
     quantise_checkpoint,
     reference_checkpoint,
 )
@@ -138,10 +139,35 @@ def test_dequantised_bytes_are_those_of_the_plain_checkpoint(
 
 
 def test_index_kept_apart_where_it_is_stored_otherwise(checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match=r"self_attn\..* is stored as .*fuses both.*qkv_proj"):
+    said = r"self_attn\..* in model-.* is stored as .* in model-.*fuses both.*qkv_proj"
+    with pytest.raises(ValueError, match=said):
         plan(checkpoint("awq"), fused=TOGETHER)
     plan(checkpoint("awq"), fused=APART)
     plan(checkpoint("mxfp8"), fused=TOGETHER)
+
+
+@pytest.mark.parametrize(
+    ("kept", "layer"),
+    [
+        ("model.layers.2.self_attn.v_proj", r"self_attn\.qkv_proj"),
+        ("model.layers.0.mlp.up_proj", r"mlp\.gate_up_proj"),
+        ("model.layers.2.block_sparse_moe.experts.3.w2", "experts"),
+    ],
+)
+def test_mixed_methods_in_one_fused_layer(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, layer: str
+) -> None:
+    """One weight of it left unquantised, in the files and in config.json."""
+    format_of = Recipe.format_of
+    monkeypatch.setattr(
+        Recipe, "format_of", lambda self, m: None if m == kept else format_of(self, m)
+    )
+    folder = quantise_checkpoint(plain, tmp_path / "mixed", "mxfp8")
+    said = rf" in model-.* in model-.*fuses both into model\.layers\..*{layer}, which has one"
+    with pytest.raises(ValueError, match=said) as error:
+        plan(folder)
+    assert f"{kept} in model-" in str(error.value)
+    plan(folder, dequantise=True)
 
 
 def test_a_missing_shard(checkpoint: Callable[..., Path], damaged: Callable[..., Path]) -> None:
@@ -206,7 +232,8 @@ def test_an_absent_scale(
     checkpoint: Callable[..., Path], damaged: Callable[..., Path], quant: QuantName, suffix: str
 ) -> None:
     folder = damaged(checkpoint(quant), {f"{EXPERT}.{suffix}": None})
-    with pytest.raises(ValueError, match=rf"lacks .*experts\.3\.w2\.{suffix}, without which"):
+    said = rf"lacks .*experts\.3\.w2\.{suffix}, without which .* in model-0000.-of-00003"
+    with pytest.raises(ValueError, match=said):
         plan(folder)
 
 
