@@ -83,6 +83,20 @@ def test_stored_weights_mean_what_was_rounded(
         assert error < ROUNDING.get(weight.name, 0.15)
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if "int4" in name or "gptq" in name])
+def test_four_bits_hold_what_lies_on_a_coarser_grid(name: str) -> None:
+    """Powers of two within a factor of 4, of 8 where all are positive."""
+    draw = torch.Generator().manual_seed(3)
+    steps = torch.tensor([0.0, 0.25, 0.5, 1.0, 2.0])[torch.randint(5, (64, 128), generator=draw)]
+    signs = torch.randint(2, (64, 128), generator=draw) * 2 - 1
+    # 8 steps of 0.25 to the positive side are one more than there are
+    one_sided, two_sided = steps, steps.where(steps >= 0.5, 0.0) * signs
+    weight = FORMATS[name]
+    assert torch.equal(quantise(weight, two_sided).values, two_sided)
+    if not weight.symmetric:  # type: ignore[attr-defined]
+        assert torch.equal(quantise(weight, one_sided).values, one_sided)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_parts_are_described_as_they_are_stored(name: str) -> None:
     weight = FORMATS[name]
