@@ -51,3 +51,10 @@ def failures(host: str) -> list[Finding]:
     examine_hosts(report, host)
     assert all(finding.advice for finding in report.findings if finding.status == "failure")
     return [finding for finding in report.findings if finding.status == "failure"]
+
+
+def break_triton(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a Triton that cannot be imported before the real one, for child processes."""
+    (folder / "triton").mkdir()
+    (folder / "triton" / "__init__.py").write_text("raise ImportError('libtriton is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(folder))

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.doctor import ARCHITECTURES, check_hidden, check_served, failures
+from tests.integrations.doctor import (
+    ARCHITECTURES,
+    break_triton,
+    check_hidden,
+    check_served,
+    failures,
+)
 
 
 def test_the_plugin_serves(constructed_checkpoint: Path) -> None:
@@ -34,9 +40,7 @@ def test_an_untested_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_broken_triton_ends_the_host_and_not_the_doctor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "triton").mkdir()
-    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton is broken')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    break_triton(tmp_path, monkeypatch)
     (loads,) = failures("sglang")
     assert "libtriton is broken" in loads.value
     assert "python -m m3_sglang.probe" in loads.advice

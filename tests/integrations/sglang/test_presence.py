@@ -192,3 +192,21 @@ def refuse(
         server.wait_until_ready(timeout_s=600)
     assert reason in server.log.read_text(errors="replace")
     assert server.process.returncode != 0
+
+
+@pytest.mark.extended
+def test_a_start_with_a_gateways_name_is_told_the_repository(tmp_path: Path) -> None:
+    """SGLang itself only says that it found nothing."""
+    command = sglang_command(Path("minimax/m3"), port=free_port(), options=("--device", "cpu"))
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "m3-plugin: no model 'minimax/m3' here; did you mean MiniMaxAI/MiniMax-M3?" in said

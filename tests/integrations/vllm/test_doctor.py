@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.doctor import ARCHITECTURES, check_hidden, check_served, failures
+from m3_plugin.diagnosis import Report, device
+from tests.integrations.doctor import (
+    ARCHITECTURES,
+    break_triton,
+    check_hidden,
+    check_served,
+    failures,
+)
 
 OTHER_VERSION = """
 import importlib.abc, importlib.machinery, sys
@@ -43,3 +50,19 @@ def test_an_untested_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {found.name for found in classes} >= set(ARCHITECTURES)
     assert all(found.value.startswith("vllm.") for found in classes)
     assert "NOT ACTIVE" in classes[0].advice
+
+
+@pytest.mark.extended
+def test_a_broken_triton_is_named_and_stops_gpus_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's CPU build does without one."""
+    break_triton(tmp_path, monkeypatch)
+    assert failures("vllm") == []
+    for wanted, status in (("cpu", "warning"), ("cuda", "failure")):
+        report = Report()
+        device.examine(report, wanted)
+        (triton,) = [found for found in report.findings if found.name == "Triton"]
+        assert triton.status == status
+        assert "libtriton is broken" in triton.value
+        assert "--force-reinstall triton" in triton.advice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,6 @@ for name in ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGenerat
 
 def load_plugins(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run vLLM's plugin loader in a fresh interpreter and print what serves M3."""
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", LOAD],
         env={**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), **environment},
@@ -93,3 +92,21 @@ def test_broken_import_stops_a_server_that_requires_the_plugin(
     ):
         server.wait_until_ready(timeout_s=600)
     assert server.process.returncode != 0
+
+
+@pytest.mark.extended
+def test_a_start_with_a_gateways_name_is_told_the_repository(tmp_path: Path) -> None:
+    """vLLM itself only says that it found nothing."""
+    command = vllm_command(Path("minimax/m3"), port=free_port())
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert "m3-plugin: no model 'minimax/m3' here; did you mean MiniMaxAI/MiniMax-M3?" in said
