@@ -179,11 +179,17 @@ def size(
 
 
 def launch_commands(sizing: Sizing) -> dict[str, str]:
-    """How to start each host with these numbers; none for caches the plugin does not store yet."""
-    if not {sizing.kv_dtype, sizing.index_dtype} <= set(_STORED):
-        return {}
+    """How to start each host with these numbers; none for caches the plugin cannot be told of."""
     machine, context = sizing.machine, sizing.fit.context
-    if machine.name == CPU:
+    on_cpu = machine.name == CPU
+    if (sizing.kv_dtype, sizing.index_dtype) not in (_STORED[:1] if on_cpu else _STORED):
+        return {}
+    cache = ""
+    if sizing.kv_dtype == "fp8":
+        # the kernels read e4m3 from this capability on
+        e4m3 = machine.arch is None or machine.arch >= _FIRST_WITH_E4M3
+        cache = f"--kv-cache-dtype {'fp8_e4m3' if e4m3 else 'fp8_e5m2'} "
+    if on_cpu:
         space = math.floor(sizing.fit.budget / 2**30)
         return {
             "vLLM": f"VLLM_CPU_KVCACHE_SPACE={space} VLLM_CPU_OMP_THREADS_BIND=nobind \\\n"
@@ -199,11 +205,11 @@ def launch_commands(sizing: Sizing) -> dict[str, str]:
     return {
         "vLLM": f"vllm serve {sizing.model} --tensor-parallel-size {machine.tp_size} \\\n"
         f"    --max-model-len {context} --gpu-memory-utilization {machine.utilization:g}"
-        f" \\\n    {_VLLM_PARSERS}",
+        f" \\\n    {cache}{_VLLM_PARSERS}",
         "SGLang": f"python -m sglang.launch_server --model-path {sizing.model} \\\n"
         f"    --tp {machine.tp_size} --context-length {context} "
         f"--mem-fraction-static {static:g} \\\n"
-        f"    --attention-backend msa {_SGLANG_PARSERS}",
+        f"    {cache}--attention-backend msa {_SGLANG_PARSERS}",
     }
 
 
@@ -211,8 +217,10 @@ _VLLM_PARSERS = (
     "--enable-auto-tool-choice --tool-call-parser minimax_m3 --reasoning-parser minimax_m3"
 )
 _SGLANG_PARSERS = "--tool-call-parser minimax-m3 --reasoning-parser minimax-m3"
-# Caches are kept in the model's dtype; the numbers of others say what they would give.
-_STORED = ("bf16",)
+# K and V, and index keys, as a server's options can ask for them; the numbers of others say what
+# they would give. The first is all that a CPU has.
+_STORED = (("bf16", "bf16"), ("fp8", "bf16"))
+_FIRST_WITH_E4M3 = 89
 
 
 def as_dict(sizing: Sizing) -> dict[str, Any]:
@@ -325,7 +333,9 @@ def _print(sizing: Sizing) -> None:
         return
     commands = launch_commands(sizing)
     if not commands:
-        console.print("no command: this version stores caches in the model's dtype (bf16) only")
+        console.print(
+            "no command: servers store K and V in bf16, on a GPU in fp8 too, and index keys in bf16"
+        )
     for host, command in commands.items():
         console.print(f"\n[bold]{host}[/]")
         # as one line breaks it, so that it can be copied

@@ -139,12 +139,24 @@ def test_commands_carry_the_numbers(host: str) -> None:
 
 
 def test_no_command_promises_a_cache_that_is_not_stored() -> None:
-    options = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "H200", "--kv-cache-dtype", "fp8")
+    model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--kv-cache-dtype", "fp8")
+    options = (*model, "--gpu", "H200", "--index-cache-dtype", "fp8")
     assert as_json(*options)["commands"] == {}
+    cpu = as_json(*model, "--gpu", "CPU", "--gpu-memory", "2000", "--tp", "1")
+    assert cpu["commands"] == {}
     result = invoke(*options)
     assert result.exit_code == 0
-    assert "stores caches in the model's dtype" in result.output
+    assert "index keys in bf16" in result.output
     assert "vllm serve" not in result.output
+
+
+@pytest.mark.parametrize(("gpu", "dtype"), [("H200", "fp8_e4m3"), ("A100-80GB", "fp8_e5m2")])
+def test_commands_ask_for_an_8_bit_cache_the_chip_can_read(gpu: str, dtype: str) -> None:
+    model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", gpu)
+    narrow = as_json(*model, "--kv-cache-dtype", "fp8")["commands"]
+    assert all(f"--kv-cache-dtype {dtype} " in command for command in narrow.values())
+    assert narrow.keys() == {"vLLM", "SGLang"}
+    assert all("cache-dtype" not in command for command in as_json(*model)["commands"].values())
 
 
 def test_sglang_is_given_the_share_of_weights_and_cache_alone() -> None:
