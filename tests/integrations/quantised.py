@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from m3_plugin.testing.quantised import QuantName, quantise_checkpoint, reference_checkpoint
 
@@ -27,6 +27,9 @@ CACHE_SCALES = {
         4, 1, 1
     ),
 }
+
+
+DROPPED_SCALE = "language_model.model.layers.2.self_attn.index_q_proj.weight_scale_inv"
 
 
 class QuantisedCheckpoints:
@@ -58,6 +61,19 @@ class QuantisedCheckpoints:
         content = json.loads(index.read_text())
         content["weight_map"] |= dict.fromkeys(CACHE_SCALES, "scales.safetensors")
         index.write_text(json.dumps(content))
+        return target
+
+    def without_a_scale(self, quant: QuantName) -> Path:
+        """`stored` without the scale of one index projection."""
+        return self._once(self._drop_scale, quant, f"{quant}-broken")
+
+    def _drop_scale(self, source: Path, target: Path, quant: QuantName) -> Path:
+        shutil.copytree(self.stored(quant), target)
+        index = json.loads((target / "model.safetensors.index.json").read_text())
+        file = target / index["weight_map"][DROPPED_SCALE]
+        tensors = load_file(file)
+        del tensors[DROPPED_SCALE]
+        save_file(tensors, file, metadata={"format": "pt"})
         return target
 
     def _once(self, write: Callable[..., Path], quant: QuantName, name: str) -> Path:
