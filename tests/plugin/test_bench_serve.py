@@ -126,12 +126,13 @@ def test_the_warm_up_is_asked_and_not_counted(monkeypatch: pytest.MonkeyPatch) -
         asked.append(load)
         return row(server.name, load.context, 10.0 * len(asked))
 
-    # every look finds one request of 20 ms and two steps more than the last, of 1 + 4 + 2 ms each
+    # the n-th look finds one request more, of n * 20 ms, and two steps of 1 + 4 + 2 ms
     looks = iter(range(1, 100))
 
     def expose(url: str) -> str:
         n = next(looks)
-        return exposed(requests=n, seconds=n * 0.02, steps=2 * n, select=n * 0.008)
+        seconds = 0.02 * n * (n + 1) / 2
+        return exposed(requests=n, seconds=seconds, steps=2 * n, select=n * 0.008)
 
     monkeypatch.setattr(serve, "run_client", client)
     monkeypatch.setattr(serve, "exposition", expose)
@@ -139,7 +140,7 @@ def test_the_warm_up_is_asked_and_not_counted(monkeypatch: pytest.MonkeyPatch) -
     rows = serve.measure(SERVER, loads, host=HOSTS["vllm"])
     assert [load.context for load in asked] == [300, 100, 300, 200]
     assert [(row.context, row.tpot_ms) for row in rows] == [(100, 20.0), (300, 30.0), (200, 40.0)]
-    assert [row.msa_share for row in rows] == pytest.approx([0.35] * 3)
+    assert [row.msa_share for row in rows] == pytest.approx([7 / 60, 7 / 80, 7 / 100])
 
 
 @pytest.mark.parametrize("client", [serve._vllm_client, serve._sglang_client])
