@@ -74,8 +74,8 @@ def exposed(*, requests: int, seconds: float, steps: int, select: float, drafts:
             f'm3_plugin:msa_seconds_total{{part="store",{labels}}} {select / 4}',
             f'm3_plugin:msa_seconds_total{{part="select",{labels}}} {select}',
             f'm3_plugin:msa_seconds_total{{part="attend",{labels}}} {select / 2}',
-            'm3_plugin:msa_seconds_total{part="select",phase="prefill"} 1000.0',
-            'm3_plugin:msa_steps_total{phase="prefill"} 1000.0',
+            f'm3_plugin:msa_seconds_total{{part="select",phase="prefill"}} {9.0 * steps}',
+            f'm3_plugin:msa_steps_total{{phase="prefill"}} {7.0 * steps}',
         ]
     return "\n".join(lines)
 
