@@ -12,6 +12,7 @@ import m3_kernels
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
 from m3_kernels.mxfp8_linear import mxfp8_linear
+from m3_kernels.norm_rope_store import norm_rope_store
 from m3_kernels.sparse_attention import sparse_attention
 from m3_kernels.work_plan import fill_work_plan
 
@@ -20,6 +21,7 @@ OPS = {
     "cache_store": cache_store,
     "index_topk": index_topk,
     "mxfp8_linear": mxfp8_linear,
+    "norm_rope_store": norm_rope_store,
     "sparse_attention": sparse_attention,
     "work_plan": fill_work_plan,
 }

@@ -51,6 +51,66 @@ def cache_store(
     NotImplementedError : nothing can run on this device, or not with these dtypes; the reason and
         the alternative are in the message
     """
+    require_storable(
+        k,
+        v,
+        index_k,
+        k_pages,
+        v_pages,
+        index_k_pages,
+        slot_mapping=slot_mapping,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        index_k_scales=index_k_scales,
+    )
+    implementation = implementation_for("cache_store", backend=backend, device_type=k.device.type)
+    scaled = k_scale is not None or v_scale is not None
+    dtypes = (k_pages.dtype, v_pages.dtype, index_k_pages.dtype)
+    if implementation in ("native", "torch"):
+        if scaled or any(dtype not in validation.FLOAT_DTYPES for dtype in dtypes):
+            raise NotImplementedError(
+                f"cache_store: backend {implementation!r} writes float32, bfloat16 and float16 "
+                f"pages without scales; got {dtypes}{' and scales' if scaled else ''}. Keep the "
+                f"caches in one of these on a CPU, or ask for backend='reference'"
+            )
+        if implementation == "native":
+            from m3_kernels.cache_store.native import cache_store_native as run
+        else:
+            from m3_kernels.cache_store.torch_cpu import cache_store_torch as run
+        run(k, v, index_k, k_pages, v_pages, index_k_pages, slot_mapping=slot_mapping)
+        return
+    if implementation == "triton":
+        from m3_kernels.cache_store.triton import cache_store_triton as run_scaled
+    else:
+        from m3_kernels.cache_store.reference import cache_store_reference as run_scaled
+    run_scaled(
+        k,
+        v,
+        index_k,
+        k_pages,
+        v_pages,
+        index_k_pages,
+        slot_mapping=slot_mapping,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        index_k_scales=index_k_scales,
+    )
+
+
+def require_storable(
+    k: Tensor,
+    v: Tensor,
+    index_k: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    index_k_pages: Tensor,
+    *,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    index_k_scales: Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments are in the contract of `cache_store`."""
     device = k.device
     validation.require_shape("k", k, (None, None, None), "[T, num_kv_heads, head_dim]")
     rows, heads, dim = k.shape
@@ -107,36 +167,3 @@ def cache_store(
         )
         validation.require_dense_rows("index_k_scales", index_k_scales)
         validation.require_device("index_k_scales", index_k_scales, device)
-
-    implementation = implementation_for("cache_store", backend=backend, device_type=device.type)
-    scaled = k_scale is not None or v_scale is not None
-    dtypes = (k_pages.dtype, v_pages.dtype, index_k_pages.dtype)
-    if implementation in ("native", "torch"):
-        if scaled or any(dtype not in validation.FLOAT_DTYPES for dtype in dtypes):
-            raise NotImplementedError(
-                f"cache_store: backend {implementation!r} writes float32, bfloat16 and float16 "
-                f"pages without scales; got {dtypes}{' and scales' if scaled else ''}. Keep the "
-                f"caches in one of these on a CPU, or ask for backend='reference'"
-            )
-        if implementation == "native":
-            from m3_kernels.cache_store.native import cache_store_native as run
-        else:
-            from m3_kernels.cache_store.torch_cpu import cache_store_torch as run
-        run(k, v, index_k, k_pages, v_pages, index_k_pages, slot_mapping=slot_mapping)
-        return
-    if implementation == "triton":
-        from m3_kernels.cache_store.triton import cache_store_triton as run_scaled
-    else:
-        from m3_kernels.cache_store.reference import cache_store_reference as run_scaled
-    run_scaled(
-        k,
-        v,
-        index_k,
-        k_pages,
-        v_pages,
-        index_k_pages,
-        slot_mapping=slot_mapping,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        index_k_scales=index_k_scales,
-    )

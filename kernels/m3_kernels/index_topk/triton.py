@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -16,7 +15,12 @@ from m3_kernels.index_topk.workspace import (
     decode_slots,
 )
 from m3_kernels.tiles import MIN_TILE, dot_dtype, keys_per_step, power_of_two
-from m3_kernels.triton_shared import DOT_DTYPES
+from m3_kernels.triton_shared import (
+    DOT_DTYPES,
+    aligned_for_descriptors,
+    dependent_launch,
+    require_e4m3,
+)
 from m3_kernels.tuning import arch_of, kernel_config
 from m3_kernels.work_plan.interface import DECODE_ROWS, WorkPlan, make_work_plan
 
@@ -50,12 +54,13 @@ def index_topk_triton(
     ValueError : the plan is of another step, or the workspace is too small
     """
     arch = arch_of(index_q.device) if arch is None else arch
-    if index_k_pages.dtype == torch.float8_e4m3fn and arch < 89:
-        raise NotImplementedError(
-            f"index_topk: float8_e4m3fn index keys need compute capability 8.9; this one has "
-            f"{arch // 10}.{arch % 10}. Keep them in int8 with one scale per token, or as the "
-            "queries are"
-        )
+    require_e4m3(
+        "index_topk",
+        "index keys",
+        index_k_pages,
+        arch,
+        instead="them in int8 with one scale per token, or as the queries are",
+    )
     rows, heads, dim = index_q.shape
     page_size = index_k_pages.shape[1]
     topk = out.shape[2]
@@ -122,6 +127,7 @@ def index_topk_triton(
         "PAGE_SIZE": page_size,
         "HAS_SCALES": index_k_scales is not None,
         "DOT_DTYPE": DOT_DTYPES[dot],
+        **dependent_launch(index_q.device, arch),
     }
     choice: dict[str, Any] = {
         "row_request": plan.row_request,
@@ -141,6 +147,7 @@ def index_topk_triton(
         "TOPK": topk,
         "TOPK_PAD": power_of_two(topk),
         **kernel_config("index_topk_select", arch=arch, max_blocks=max_blocks),
+        **dependent_launch(index_q.device, arch),
     }
 
     config = kernel_config("index_topk_decode_scores", arch=arch, **shape)
@@ -203,11 +210,7 @@ def _key_tiles(
 ) -> dict[str, Any]:
     """The pool as the kernels read whole tiles: a descriptor where TMA's rules allow one."""
     wanted = config["USE_DESCRIPTORS"] if use_descriptors is None else use_descriptors
-    size = pages.element_size()
-    aligned = pages.data_ptr() % 16 == 0 and all(
-        stride > 0 and stride * size % 16 == 0 for stride in pages.stride()[:2]
-    )
-    if wanted and aligned:
+    if wanted and aligned_for_descriptors(pages):
         tile = [1, keys, dim_pad]
         tiles = TensorDescriptor(pages, list(pages.shape), list(pages.stride()), tile)
         return {"key_tiles": tiles, "USE_DESCRIPTORS": True}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from m3_kernels.triton_shared import await_previous_launch
+
 # A block's rank as one number: tier, then score, then lower id. All ranks of a row differ.
 ID_BITS = tl.constexpr(29)
 ID_MASK = tl.constexpr(2**29 - 1)
@@ -45,6 +47,7 @@ def index_select_kernel(
     TOPK: tl.constexpr,
     TOPK_PAD: tl.constexpr,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (row, head), rows from `first_row` on.
 
@@ -54,6 +57,7 @@ def index_select_kernel(
     Blocks are looked at BLOCKS at a time; what ranks above the lowest of the best so far takes its
     place. A rank is unique, so the result depends on no order.
     """
+    await_previous_launch(PDL)
     program = tl.program_id(0)
     row = first_row + program // HEADS
     head = program % HEADS

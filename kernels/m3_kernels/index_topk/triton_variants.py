@@ -76,6 +76,7 @@ def _scores(
         "HAS_SCALES": keys == "i8",
         "USE_DESCRIPTORS": config["USE_DESCRIPTORS"],
         "DOT_DTYPE": tl.bfloat16,
+        "PDL": arch >= 90,
     }
     return config, signature, constants
 
@@ -103,6 +104,7 @@ def _decode(
         shared=112 * 1024,
         needs=_needs(arch, config),
         unaligned=("table_stride", "score_stride"),
+        dependent=arch >= 90,
     )
 
 
@@ -121,6 +123,7 @@ def _prefill(arch: int, name: str, q: str, keys: str, dot_name: str, keys_name: 
         shared=136 * 1024,
         needs=_needs(arch, config),
         unaligned=("table_stride", "score_stride", *rows),
+        dependent=arch >= 90,
     )
 
 
@@ -147,9 +150,11 @@ def _select(arch: int, *, max_blocks: int, slots: int) -> Variant:
             "TOPK": TOPK,
             "TOPK_PAD": TOPK,
             "BLOCKS": config["BLOCKS"],
+            "PDL": arch >= 90,
         },
         options={option: config[option] for option in ("num_warps", "num_stages")},
         registers=96,
         shared=4 * 1024,
         unaligned=counts,
+        dependent=arch >= 90,
     )

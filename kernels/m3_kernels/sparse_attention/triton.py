@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -18,7 +17,12 @@ from m3_kernels.sparse_attention.workspace import (
     decode_tiles,
 )
 from m3_kernels.tiles import MIN_TILE, dot_dtype, keys_per_step, power_of_two
-from m3_kernels.triton_shared import DOT_DTYPES
+from m3_kernels.triton_shared import (
+    DOT_DTYPES,
+    aligned_for_descriptors,
+    dependent_launch,
+    require_e4m3,
+)
 from m3_kernels.tuning import arch_of
 from m3_kernels.work_plan import DECODE_ROWS, TILE_ROWS, WorkPlan, make_work_plan
 
@@ -55,11 +59,9 @@ def sparse_attention_triton(
     ValueError : the workspace is too small
     """
     arch = arch_of(q.device) if arch is None else arch
-    if k_pages.dtype == torch.float8_e4m3fn and arch < 89:
-        raise NotImplementedError(
-            f"sparse_attention: float8_e4m3fn pages need compute capability 8.9; this device has "
-            f"{arch // 10}.{arch % 10}. Keep KV in float8_e5m2 or {q.dtype} instead"
-        )
+    require_e4m3(
+        "sparse_attention", "pages", k_pages, arch, instead=f"KV in float8_e5m2 or {q.dtype}"
+    )
     num_reqs = seq_lens.shape[0]
     rows, q_heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[1:3]
@@ -75,15 +77,14 @@ def sparse_attention_triton(
         plan = make_work_plan(
             cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, num_rows=rows, page_size=page_size
         )
+    served: dict[str, Any] = {
+        "dtype": q.dtype,
+        "kv_dtype": k_pages.dtype,
+        "max_query_len": plan.max_query_len,
+        "arch": arch,
+    }
     tiles = decode_tiles(
-        max_query_len=plan.max_query_len,
-        group=q_heads // kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        topk=topk,
-        dtype=q.dtype,
-        kv_dtype=k_pages.dtype,
-        arch=arch,
+        group=q_heads // kv_heads, head_dim=head_dim, page_size=page_size, topk=topk, **served
     )
     units = num_reqs * tiles.row_groups * kv_heads
     if workspace is None:
@@ -136,11 +137,10 @@ def sparse_attention_triton(
         "TOPK": topk,
         "TOPK_PAD": power_of_two(topk),
         "DOT_DTYPE": DOT_DTYPES[dot_dtype(q.dtype, k_pages.dtype)],
+        **dependent_launch(q.device, arch),
     }
 
-    config = attention_config(
-        "sparse_attention_decode", dtype=q.dtype, kv_dtype=k_pages.dtype, arch=arch
-    )
+    config = attention_config("sparse_attention_decode", **served)
     attending = units * tiles.segments
     clearing = -(-rows // config["CLEAR_ROWS"])
     sparse_attention_decode_kernel[(attending + clearing,)](
@@ -159,14 +159,13 @@ def sparse_attention_triton(
         KEYS=tiles.keys,
         CLEAR_ROWS=config["CLEAR_ROWS"],
         TAIL_STAGES=config["TAIL_STAGES"],
+        CHECK_AT_ONCE=config["CHECK_AT_ONCE"],
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
     if plan.max_query_len <= DECODE_ROWS:
         return
-    config = attention_config(
-        "sparse_attention_prefill", dtype=q.dtype, kv_dtype=k_pages.dtype, arch=arch
-    )
+    config = attention_config("sparse_attention_prefill", **served)
     keys = keys_per_step(page_size, config["MAX_KEYS"])
     max_tiles = (rows // TILE_ROWS + 2 * num_reqs) * (TILE_ROWS // config["ROWS"])
     sparse_attention_prefill_kernel[(kv_heads * max_tiles,)](
@@ -179,6 +178,7 @@ def sparse_attention_triton(
         UNION=config["ROWS"] * power_of_two(topk),
         KEYS=keys,
         TAIL_STAGES=config["TAIL_STAGES"],
+        CHECK_AT_ONCE=config["CHECK_AT_ONCE"],
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
@@ -238,11 +238,7 @@ def _page_tiles(
 
 
 def _describable(pages: Tensor, keys: int) -> bool:
-    """Whether TMA's rules hold: 16-byte strides and start, whole tiles, a power of two inside."""
+    """Whether a descriptor gives what pointers give: whole tiles, a power of two inside."""
     head_dim = pages.shape[3]
-    return (
-        head_dim == max(power_of_two(head_dim), MIN_TILE)
-        and pages.shape[2] % keys == 0
-        and pages.data_ptr() % 16 == 0
-        and all(stride * pages.element_size() % 16 == 0 for stride in pages.stride()[:3])
-    )
+    padded = head_dim != max(power_of_two(head_dim), MIN_TILE)
+    return not padded and pages.shape[2] % keys == 0 and aligned_for_descriptors(pages)

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 ABSENT = tl.constexpr(2**31 - 1)
+
+
+class Union(NamedTuple):
+    """Blocks which the rows of a tile chose, ascending.
+
+    Attributes
+    ----------
+    blocks, pages : int32 [UNION], zeros at the end
+    bits : int32 [UNION], bit r is set if row r chose the block
+    count : blocks, int32
+    """
+
+    blocks: Any
+    pages: Any
+    bits: Any
+    count: Any
 
 
 @triton.jit
@@ -46,15 +64,10 @@ def rank_in_row(ids):
 
 
 @triton.jit
-def union_of_rows(ids, ROWS: tl.constexpr, TOPK_PAD: tl.constexpr, UNION: tl.constexpr):
-    """The present ids of all rows, ascending and each once.
-
-    Returns
-    -------
-    blocks int32 [UNION], zeros at the end; bits int32 [UNION], bit r set if row r chose the block;
-    count of blocks
-    """
-    size: tl.constexpr = ROWS * TOPK_PAD
+def union_of_rows(ids, page_table, UNION: tl.constexpr):
+    """The present ids [ROWS, TOPK_PAD] of all rows, each once; `page_table` is the request's."""
+    TOPK_PAD: tl.constexpr = ids.shape[1]
+    size: tl.constexpr = ids.shape[0] * TOPK_PAD
     flat = tl.reshape(ids, [size])
     place = tl.arange(0, size)
     present = flat != ABSENT
@@ -67,22 +80,15 @@ def union_of_rows(ids, ROWS: tl.constexpr, TOPK_PAD: tl.constexpr, UNION: tl.con
     blocks = tl.sum(tl.where(here & first[:, None], flat[:, None], 0), axis=0)
     # A row holds an id once, so the sum of its bits is their union.
     bits = tl.sum(tl.where(here, (1 << (place // TOPK_PAD))[:, None], 0), axis=0)
-    return blocks, bits, tl.sum(first.to(tl.int32), axis=0)
+    count = tl.sum(first.to(tl.int32), axis=0)
+    pages = tl.load(page_table + blocks, mask=slot < count, other=0)
+    return Union(blocks, pages, bits, count)
 
 
 @triton.jit
-def sum_keys(values, KEYS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum of a [KEYS, COLUMNS] tile along its keys, in one order for every layout of threads.
-
-    `tl.sum` adds in the order of the tile's layout, which depends on its shape and so on how many
-    rows are computed together. A sum of two has no order.
-    """
-    # Within a thread, then within a warp, then between warps, as tensor cores leave their results.
-    values = tl.sum(tl.reshape(values, [KEYS // 16, 2, 8, COLUMNS]), axis=1)
-    values = tl.sum(tl.reshape(values, [KEYS // 16, 2, 4, COLUMNS]), axis=1)
-    values = tl.sum(tl.reshape(values, [KEYS // 16, 2, 2, COLUMNS]), axis=1)
-    values = tl.sum(tl.reshape(values, [KEYS // 16, 2, COLUMNS]), axis=1)
-    for level in tl.static_range(5, 16):
-        if (KEYS >> level) > 0:
-            values = tl.sum(tl.reshape(values, [2, KEYS >> level, COLUMNS]), axis=0)
-    return tl.reshape(values, [COLUMNS])
+def whole_blocks(union, positions_start, PAGE_SIZE: tl.constexpr):
+    """How many blocks of the union end before or with the position of a tile's first row."""
+    slot = tl.arange(0, union.blocks.shape[0])
+    ends = (union.blocks + 1) * PAGE_SIZE
+    whole = (slot < union.count) & (ends <= positions_start + 1)
+    return tl.sum(whole.to(tl.int32), axis=0)

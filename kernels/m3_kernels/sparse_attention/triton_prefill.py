@@ -10,9 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3_kernels.sparse_attention.triton_blocks import load_chosen, union_of_rows
-from m3_kernels.sparse_attention.triton_softmax import LOG2_E, put_result
-from m3_kernels.triton_shared import pick
+from m3_kernels.sparse_attention.triton_blocks import load_chosen, union_of_rows, whole_blocks
+from m3_kernels.sparse_attention.triton_softmax import (
+    LOG2_E,
+    Outputs,
+    is_broken,
+    no_keys,
+    put_result,
+)
+from m3_kernels.sparse_attention.triton_walk import (
+    Lines,
+    attend_masked,
+    attend_whole,
+    factor_of_head,
+    load_queries,
+    pages_of,
+)
+from m3_kernels.triton_shared import await_previous_launch
 from m3_kernels.work_plan import TILE_ROWS
 
 # Rows of the plan's tiles; a program takes ROWS of them.
@@ -31,99 +45,6 @@ def request_of(cum_tiles, tile, num_reqs):
         low = tl.where(begins, middle, low)
         high = tl.where(begins, high, middle - 1)
     return low
-
-
-@triton.jit
-def attend_rows(q, k, v, visible, scale, peak, total, acc):
-    """One step of online softmax, query rows along the first axis.
-
-    A row that sees none of the keys keeps peak, total and acc to the bit: its weights are 0 and
-    its factor is exp2(0). Logits are in units of log 2.
-
-    Parameters
-    ----------
-    q : [M, D]
-    k, v : [KEYS, D]
-    visible : [M, KEYS]
-    peak, total : fp32 [M]
-    acc : fp32 [M, D]
-    """
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    logits = tl.where(visible, logits, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(logits, axis=1))
-    # Without any key yet the peak is -inf, and -inf - -inf would be NaN.
-    origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    factor = tl.exp2(peak - origin)
-    weights = tl.exp2(logits - origin[:, None])
-    total = total * factor + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
-    return new_peak, total, acc
-
-
-@triton.jit
-def attend_rows_masked(
-    query,
-    k_head,
-    v_head,
-    k_stride_page,
-    k_stride_slot,
-    v_stride_page,
-    v_stride_slot,
-    blocks,
-    pages,
-    bits,
-    first_step,
-    end_step,
-    turn,
-    newest,
-    line_row,
-    line_position,
-    scale,
-    peak,
-    total,
-    acc,
-    KEYS: tl.constexpr,
-    UNION: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Attend to steps of the union where not every row sees every key.
-
-    Parameters
-    ----------
-    turn : bit r is set for the rows of the tile that are wanted
-    newest : position of the last key that any of them sees; later ones are not read
-    """
-    TILES: tl.constexpr = (PAGE_SIZE + KEYS - 1) // KEYS
-    key = tl.arange(0, KEYS)
-    dim = tl.arange(0, HEAD_PAD)
-    for step in tl.range(first_step, end_step, num_stages=STAGES):
-        place = step // TILES
-        in_page = (step % TILES) * KEYS + key
-        page = pick(pages, place, UNION).to(tl.int64)
-        members = pick(bits, place, UNION) & turn
-        position = pick(blocks, place, UNION) * PAGE_SIZE + in_page
-        readable = (in_page < PAGE_SIZE) & (position <= tl.where(members > 0, newest, -1))
-        k_rows = k_head + page * k_stride_page + in_page.to(tl.int64) * k_stride_slot
-        v_rows = v_head + page * v_stride_page + in_page.to(tl.int64) * v_stride_slot
-        inside = readable[:, None] & (dim < HEAD_DIM)[None, :]
-        k = tl.load(k_rows[:, None] + dim[None, :], mask=inside, other=0.0)
-        v = tl.load(v_rows[:, None] + dim[None, :], mask=inside, other=0.0)
-        member = (members >> line_row) & 1 > 0
-        visible = member[:, None] & (position[None, :] <= line_position[:, None])
-        peak, total, acc = attend_rows(
-            query,
-            k.to(query.dtype),
-            v.to(query.dtype),
-            visible & readable[None, :],
-            scale,
-            peak,
-            total,
-            acc,
-        )
-    return peak, total, acc
 
 
 BATCH_SIZES = ["num_reqs", "max_tiles", "ids_stride_head", "lse_stride_row", "lse_stride_head"]
@@ -179,8 +100,10 @@ def sparse_attention_prefill_kernel(
     UNION: tl.constexpr,
     KEYS: tl.constexpr,
     TAIL_STAGES: tl.constexpr,
+    CHECK_AT_ONCE: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (KV head, tile), tiles of a head side by side: they share most of their blocks.
 
@@ -188,6 +111,7 @@ def sparse_attention_prefill_kernel(
     of a head. `k_tiles` and `v_tiles` are descriptors of the pools with tiles
     [1, 1, KEYS, HEAD_DIM], read where USE_DESCRIPTORS is set.
     """
+    await_previous_launch(PDL)
     M: tl.constexpr = ROWS * GROUP_PAD
     TILES: tl.constexpr = (PAGE_SIZE + KEYS - 1) // KEYS
     PARTS: tl.constexpr = PLAN_ROWS // ROWS
@@ -218,10 +142,7 @@ def sparse_attention_prefill_kernel(
         TOPK,
         TOPK_PAD,
     )
-    blocks, bits, count = union_of_rows(ids, ROWS, TOPK_PAD, UNION)
-    slot = tl.arange(0, UNION)
-    table = page_table + request.to(tl.int64) * table_stride
-    pages = tl.load(table + blocks, mask=slot < count, other=0)
+    union = union_of_rows(ids, page_table + request.to(tl.int64) * table_stride, UNION)
 
     # Lines of the tile: (row, head of the group).
     line = tl.arange(0, M)
@@ -231,149 +152,86 @@ def sparse_attention_prefill_kernel(
     out_row = request_row + line_position - offset
     line_exists = (line_position >= offset) & (line_position < offset + query_len)
     line_exists = line_exists & (line_head < GROUP)
+    lines = Lines(line_row, line_position)
     head = kv_head * GROUP + line_head
-    dim = tl.arange(0, HEAD_PAD)
-    q_rows = q + out_row.to(tl.int64) * q_stride_row + head * q_stride_head
-    query = tl.load(
-        q_rows[:, None] + dim[None, :],
-        mask=line_exists[:, None] & (dim < HEAD_DIM)[None, :],
-        other=0.0,
-    ).to(DOT_DTYPE)
-    scale_log2 = scale * LOG2_E
-    if HAS_K_SCALE:
-        scale_log2 *= tl.load(k_scale + kv_head * k_scale_stride)
-    v_factor = 1.0
-    if HAS_V_SCALE:
-        v_factor = tl.load(v_scale + kv_head * v_scale_stride)
-    k_head = k_pages + kv_head.to(tl.int64) * k_stride_head
-    v_head = v_pages + kv_head.to(tl.int64) * v_stride_head
-    key = tl.arange(0, KEYS)
-
-    # Blocks that end before the tile begins need no look at positions.
-    ends = (blocks + 1) * PAGE_SIZE
-    whole = tl.sum(((slot < count) & (ends <= tile_start + 1)).to(tl.int32), axis=0)
-    peak = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, HEAD_PAD], tl.float32)
-    for step in tl.range(0, whole * TILES):
-        place = step // TILES
-        begin = (step % TILES) * KEYS
-        page = pick(pages, place, UNION)
-        members = pick(bits, place, UNION)
-        if USE_DESCRIPTORS:
-            k = k_tiles.load([page, kv_head, begin, 0]).reshape(KEYS, HEAD_PAD)
-            v = v_tiles.load([page, kv_head, begin, 0]).reshape(KEYS, HEAD_PAD)
-        else:
-            in_page = (begin + key).to(tl.int64)
-            k_rows = k_head + page.to(tl.int64) * k_stride_page + in_page * k_stride_slot
-            v_rows = v_head + page.to(tl.int64) * v_stride_page + in_page * v_stride_slot
-            if PAGE_SIZE % KEYS == 0 and HEAD_DIM == HEAD_PAD:
-                k = tl.load(k_rows[:, None] + dim[None, :])
-                v = tl.load(v_rows[:, None] + dim[None, :])
-            else:
-                inside = (begin + key < PAGE_SIZE)[:, None] & (dim < HEAD_DIM)[None, :]
-                k = tl.load(k_rows[:, None] + dim[None, :], mask=inside, other=0.0)
-                v = tl.load(v_rows[:, None] + dim[None, :], mask=inside, other=0.0)
-        member = (members >> line_row) & 1 > 0
-        visible = member[:, None] & (begin + key < PAGE_SIZE)[None, :]
-        peak, total, acc = attend_rows(
-            query, k.to(DOT_DTYPE), v.to(DOT_DTYPE), visible, scale_log2, peak, total, acc
-        )
-    everyone = tl.full([], (1 << ROWS) - 1, tl.int32)
-    newest = tl.minimum(tile_start + ROWS, offset + query_len) - 1
-    peak, total, acc = attend_rows_masked(
-        query,
-        k_head,
-        v_head,
-        k_stride_page,
-        k_stride_slot,
-        v_stride_page,
-        v_stride_slot,
-        blocks,
-        pages,
-        bits,
-        whole * TILES,
-        count * TILES,
-        everyone,
-        newest,
-        line_row,
-        line_position,
-        scale_log2,
-        peak,
-        total,
-        acc,
-        KEYS,
-        UNION,
-        PAGE_SIZE,
-        HEAD_DIM,
-        HEAD_PAD,
-        TAIL_STAGES,
-    )
-    put_result(
-        out,
-        lse,
+    query = load_queries(
+        q,
         out_row,
         head,
         line_exists,
-        peak,
-        total,
-        acc,
-        v_factor,
-        out_stride_row,
-        out_stride_head,
-        lse_stride_row,
-        lse_stride_head,
-        HAS_LSE,
+        q_stride_row,
+        q_stride_head,
         HEAD_DIM,
+        HEAD_PAD,
+        DOT_DTYPE,
     )
-    # A value that is not finite times a weight of 0 is NaN: if one shows up, do each row again
-    # without the keys of the others. A row that sees none gets the bits it has anywhere else.
-    broken = tl.max(tl.max(tl.where(tl.abs(acc) < float("inf"), 0, 1), axis=1), axis=0)
-    alone = tl.where(broken > 0, 0, ROWS)
+    scale_log2 = scale * LOG2_E * factor_of_head(k_scale, kv_head, k_scale_stride, HAS_K_SCALE)
+    k = pages_of(k_pages, k_tiles, kv_head, k_stride_page, k_stride_head, k_stride_slot)
+    v = pages_of(v_pages, v_tiles, kv_head, v_stride_page, v_stride_head, v_stride_slot)
+    v_factor = factor_of_head(v_scale, kv_head, v_scale_stride, HAS_V_SCALE)
+    outputs = Outputs(
+        out, out_stride_row, out_stride_head, lse, lse_stride_row, lse_stride_head, v_factor
+    )
+
+    # Blocks that end before the tile begins need no look at positions.
+    whole = whole_blocks(union, tile_start, PAGE_SIZE) * TILES
+    end = union.count * TILES
+    sums = attend_whole(
+        query,
+        k,
+        v,
+        union,
+        whole,
+        lines,
+        scale_log2,
+        no_keys(1, M, HEAD_PAD),
+        1,
+        KEYS,
+        PAGE_SIZE,
+        HEAD_DIM,
+        USE_DESCRIPTORS,
+    )
+    everyone = tl.full([], (1 << ROWS) - 1, tl.int32)
+    newest = tl.minimum(tile_start + ROWS, offset + query_len) - 1
+    sums = attend_masked(
+        query,
+        k,
+        v,
+        union,
+        whole,
+        end,
+        everyone,
+        newest,
+        lines,
+        scale_log2,
+        sums,
+        1,
+        KEYS,
+        PAGE_SIZE,
+        HEAD_DIM,
+        TAIL_STAGES,
+    )
+    put_result(outputs, out_row, head, line_exists, sums, 1, HAS_LSE, HEAD_DIM)
+    alone = tl.where(is_broken(sums, CHECK_AT_ONCE), 0, ROWS)
     while alone < ROWS:
-        peak, total, acc = attend_rows_masked(
+        sums = attend_masked(
             query,
-            k_head,
-            v_head,
-            k_stride_page,
-            k_stride_slot,
-            v_stride_page,
-            v_stride_slot,
-            blocks,
-            pages,
-            bits,
+            k,
+            v,
+            union,
             whole * 0,
-            count * TILES,
+            end,
             everyone * 0 + (1 << alone),
             tile_start + alone,
-            line_row,
-            line_position,
+            lines,
             scale_log2,
-            tl.full([M], float("-inf"), tl.float32),
-            tl.zeros([M], tl.float32),
-            tl.zeros([M, HEAD_PAD], tl.float32),
+            no_keys(1, M, HEAD_PAD),
+            1,
             KEYS,
-            UNION,
             PAGE_SIZE,
             HEAD_DIM,
-            HEAD_PAD,
             1,
         )
-        put_result(
-            out,
-            lse,
-            out_row,
-            head,
-            line_exists & (line_row == alone),
-            peak,
-            total,
-            acc,
-            v_factor,
-            out_stride_row,
-            out_stride_head,
-            lse_stride_row,
-            lse_stride_head,
-            HAS_LSE,
-            HEAD_DIM,
-        )
+        stored = line_exists & (line_row == alone)
+        put_result(outputs, out_row, head, stored, sums, 1, HAS_LSE, HEAD_DIM)
         alone += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from m3_kernels.sparse_attention.triton_decode import sparse_attention_decode_kernel
@@ -10,18 +12,11 @@ from m3_kernels.sparse_attention.workspace import (
     attention_config,
     decode_tiles,
 )
-from m3_kernels.testing.compile_gate import Variant
+from m3_kernels.testing.compile_gate import TRITON_NAMES, Variant
 from m3_kernels.tiles import keys_per_step, power_of_two
 from m3_kernels.triton_shared import DOT_DTYPES
 
 KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, TOPK = 4, 16, 128, 128, 16
-TRITON_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
-}
 # Lengths and strides of the batch, at any value.
 UNALIGNED = (
     "scale",
@@ -49,19 +44,16 @@ def variants(arch: int) -> tuple[Variant, ...]:
 
 def decode(arch: int, query_len: int, dtype: torch.dtype, pages: torch.dtype) -> Variant:
     """The decode kernel for requests of up to `query_len` rows."""
-    config = attention_config("sparse_attention_decode", dtype=dtype, kv_dtype=pages, arch=arch)
-    tiles = decode_tiles(
-        max_query_len=query_len,
-        group=GROUP,
-        head_dim=HEAD_DIM,
-        page_size=PAGE_SIZE,
-        topk=TOPK,
-        dtype=dtype,
-        kv_dtype=pages,
-        arch=arch,
-    )
+    served: dict[str, Any] = {
+        "dtype": dtype,
+        "kv_dtype": pages,
+        "max_query_len": query_len,
+        "arch": arch,
+    }
+    config = attention_config("sparse_attention_decode", **served)
+    tiles = decode_tiles(group=GROUP, head_dim=HEAD_DIM, page_size=PAGE_SIZE, topk=TOPK, **served)
     constants = {
-        **_constants(dtype, pages, tiles.keys, bool(config["USE_DESCRIPTORS"])),
+        **_constants(arch, dtype, pages, tiles.keys, bool(config["USE_DESCRIPTORS"])),
         "KV_HEADS": KV_HEADS,
         "HEADS_PAD": power_of_two(KV_HEADS * GROUP),
         "ROWS": tiles.rows,
@@ -70,34 +62,45 @@ def decode(arch: int, query_len: int, dtype: torch.dtype, pages: torch.dtype) ->
         "UNION": power_of_two(tiles.rows * tiles.segment_blocks),
         "CLEAR_ROWS": config["CLEAR_ROWS"],
         "TAIL_STAGES": config["TAIL_STAGES"],
+        "CHECK_AT_ONCE": config["CHECK_AT_ONCE"],
     }
-    kernel = sparse_attention_decode_kernel
-    return Variant(
-        name=f"decode q_len {query_len} {TRITON_NAMES[dtype]} KV {TRITON_NAMES[pages]}",
-        kernel=kernel,
-        signature=_signature(kernel.arg_names, constants, dtype, pages),
-        constexprs=constants,
-        options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
-        registers=255,
-        shared=config["SHARED_KB"] * 1024,
-        needs=_instructions(arch, bool(config["USE_DESCRIPTORS"])),
-        unaligned=UNALIGNED,
-    )
+    name = f"decode q_len {query_len} {TRITON_NAMES[dtype]} KV {TRITON_NAMES[pages]}"
+    return _variant(name, sparse_attention_decode_kernel, constants, config, dtype, pages, arch)
 
 
 def prefill(arch: int, dtype: torch.dtype, pages: torch.dtype) -> Variant:
     """The prefill kernel."""
-    config = attention_config("sparse_attention_prefill", dtype=dtype, kv_dtype=pages, arch=arch)
+    config = attention_config(
+        "sparse_attention_prefill",
+        dtype=dtype,
+        kv_dtype=pages,
+        max_query_len=PAGE_SIZE,
+        arch=arch,
+    )
     keys = keys_per_step(PAGE_SIZE, config["MAX_KEYS"])
     constants = {
-        **_constants(dtype, pages, keys, bool(config["USE_DESCRIPTORS"])),
+        **_constants(arch, dtype, pages, keys, bool(config["USE_DESCRIPTORS"])),
         "ROWS": config["ROWS"],
         "UNION": config["ROWS"] * TOPK,
         "TAIL_STAGES": config["TAIL_STAGES"],
+        "CHECK_AT_ONCE": config["CHECK_AT_ONCE"],
     }
-    kernel = sparse_attention_prefill_kernel
+    name = f"prefill {TRITON_NAMES[dtype]} KV {TRITON_NAMES[pages]}"
+    return _variant(name, sparse_attention_prefill_kernel, constants, config, dtype, pages, arch)
+
+
+def _variant(
+    name: str,
+    kernel: Any,
+    constants: dict[str, object],
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    pages: torch.dtype,
+    arch: int,
+) -> Variant:
+    """A kernel with all registers and the configured shared memory as its budget."""
     return Variant(
-        name=f"prefill {TRITON_NAMES[dtype]} KV {TRITON_NAMES[pages]}",
+        name=name,
         kernel=kernel,
         signature=_signature(kernel.arg_names, constants, dtype, pages),
         constexprs=constants,
@@ -106,11 +109,12 @@ def prefill(arch: int, dtype: torch.dtype, pages: torch.dtype) -> Variant:
         shared=config["SHARED_KB"] * 1024,
         needs=_instructions(arch, bool(config["USE_DESCRIPTORS"])),
         unaligned=UNALIGNED,
+        dependent=arch >= 90,
     )
 
 
 def _constants(
-    dtype: torch.dtype, pages: torch.dtype, keys: int, descriptors: bool
+    arch: int, dtype: torch.dtype, pages: torch.dtype, keys: int, descriptors: bool
 ) -> dict[str, object]:
     scaled = pages.itemsize == 1
     return {
@@ -127,6 +131,7 @@ def _constants(
         "KEYS": keys,
         "USE_DESCRIPTORS": descriptors,
         "DOT_DTYPE": DOT_DTYPES[dtype],
+        "PDL": arch >= 90,
     }
 
 

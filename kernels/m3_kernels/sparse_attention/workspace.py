@@ -71,7 +71,13 @@ def decode_tiles(
     dtype, kv_dtype : of q and of the pages
     arch : compute capability as major * 10 + minor
     """
-    config = attention_config("sparse_attention_decode", dtype=dtype, kv_dtype=kv_dtype, arch=arch)
+    config = attention_config(
+        "sparse_attention_decode",
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        max_query_len=max_query_len,
+        arch=arch,
+    )
     query_len = min(max(max_query_len, 1), DECODE_ROWS)
     rows = min(power_of_two(query_len), config["MAX_ROWS"])
     segment_blocks = min(config["SEGMENT_BLOCKS"], topk)
@@ -87,14 +93,19 @@ def decode_tiles(
 
 
 def attention_config(
-    kernel: str, *, dtype: torch.dtype, kv_dtype: torch.dtype, arch: int
+    kernel: str, *, dtype: torch.dtype, kv_dtype: torch.dtype, max_query_len: int, arch: int
 ) -> dict[str, Any]:
-    """Meta-parameters of a kernel of this op; rows of its configuration may ask for dot and kv."""
+    """Meta-parameters of a kernel of this op.
+
+    Its configurations may ask for dot, kv and rows: query rows of a request, 1 to DECODE_ROWS. What
+    decides a row's bits (MAX_KEYS, SEGMENT_BLOCKS) must not differ between numbers of rows.
+    """
     return kernel_config(
         kernel,
         arch=arch,
         dot=str(dot_dtype(dtype, kv_dtype)).removeprefix("torch."),
         kv=str(kv_dtype).removeprefix("torch."),
+        rows=min(max(max_query_len, 1), DECODE_ROWS),
     )
 
 

@@ -27,15 +27,36 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ARCHS = (80, 89, 90, 100, 120)
-OPS = ("work_plan", "index_topk", "sparse_attention", "cache_store", "mxfp8_linear")
+OPS = (
+    "work_plan",
+    "index_topk",
+    "sparse_attention",
+    "cache_store",
+    "norm_rope_store",
+    "mxfp8_linear",
+)
 
 # Shared memory one program may use, bytes: the CUDA programming guide's table of capabilities.
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
+TRITON_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.int8: "i8",
+}
+
 # What the table counts: tensor cores (warp, warp group, Blackwell's own memory), TMA, async copies.
 INSTRUCTIONS = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "LDGSTS")
 SPILLS = ("LDL", "STL")
+
+# Of a kernel in a chain of dependent launches: first the wait, before any access to memory.
+DEPENDENCY = ("wait", "launch_dependents")
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,7 @@ class Variant:
     shared : most bytes of shared memory a program may use
     needs : instructions (beginnings of their names) the machine code must contain
     unaligned : pointers and integers not known to be multiples of 16
+    dependent : whether it waits for the launch before it and lets the next one begin (PDL)
     """
 
     name: str
@@ -65,6 +87,7 @@ class Variant:
     shared: int
     needs: tuple[str, ...] = ()
     unaligned: tuple[str, ...] = ()
+    dependent: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,7 @@ class Compiled:
     shared : bytes per program, static and dynamic
     warps : per program
     instructions : how many of each of INSTRUCTIONS and SPILLS the code holds
+    dependency : the PTX instructions of grid dependency, in their order
     """
 
     registers: int
@@ -84,6 +108,7 @@ class Compiled:
     shared: int
     warps: int
     instructions: Mapping[str, int] = field(default_factory=dict)
+    dependency: tuple[str, ...] = ()
 
 
 def compile_variant(variant: Variant, arch: int) -> Compiled:
@@ -125,9 +150,10 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
         target=GPUTarget("cuda", arch, 32),
         options=dict(variant.options),
     )
-    return _read_cubin(
+    read = _read_cubin(
         built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
     )
+    return dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
 
 
 def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
@@ -142,6 +168,9 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
     if compiled.shared > shared:
         found.append(f"{compiled.shared} bytes of shared memory, budget {shared}")
     found += [f"no {name}" for name in variant.needs if not compiled.instructions[name]]
+    wanted = DEPENDENCY if variant.dependent else ()
+    if compiled.dependency != wanted:
+        found.append(f"grid dependency {compiled.dependency}, not {wanted}")
     return [f"sm_{arch} {variant.name}: {line}" for line in found]
 
 
@@ -170,6 +199,16 @@ def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
         warps=warps,
         instructions=counts,
     )
+
+
+def dependency(ptx: str) -> tuple[str, ...]:
+    """A kernel's instructions of grid dependency; memory touched before them shows as "access"."""
+    found = re.findall(
+        r"^\s*(?:@!?%p\d+\s+)?(griddepcontrol\.\w+|(?:ld|st|atom)\.global)", ptx, re.M
+    )
+    names = ["access" if "global" in name else name.partition(".")[2] for name in found]
+    last = max((place for place, name in enumerate(names) if name != "access"), default=-1)
+    return tuple(names[: last + 1])
 
 
 def _output(tool: str, *arguments: str) -> str:

@@ -240,7 +240,7 @@ def test_keys_of_8_bits(dtype: torch.dtype, use_descriptors: bool) -> None:
 def test_refusals_name_the_alternative() -> None:
     inputs, scales = quantised(build(MIXED), torch.float8_e4m3fn)
     with pytest.raises(
-        NotImplementedError, match=r"capability 8\.9; this one has 8\.6\. Keep.*int8"
+        NotImplementedError, match=r"capability 8\.9; this device has 8\.6\. Keep.*int8"
     ):
         run(inputs, index_k_scales=scales, arch=86)
     call = {**inputs.batch, **inputs.selection}
