@@ -42,7 +42,7 @@ class ServerFailed(RuntimeError):
 def named_error(log: str) -> str | None:
     """The last error a log names, but for those that only point at another one."""
     errors = _ERROR.findall(log)
-    causes = [error for error in errors if "root cause above" not in error]
+    causes = [error for error in errors if "root cause" not in error]
     return (causes or errors or [None])[-1]
 
 

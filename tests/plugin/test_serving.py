@@ -72,6 +72,7 @@ def test_the_reason_is_the_last_error_that_points_at_no_other() -> None:
     assert named_error("all is well") is None
     pointing = (
         "(EngineCore pid=7) ERROR [core.py:1] NotImplementedError: not on CPU.\n"
+        "(EngineCore pid=7) Exception: worker failed. See stack trace for root cause.\n"
         "(APIServer pid=1) RuntimeError: initialization failed. See root cause above. Failed: {}\n"
     )
     assert named_error(pointing) == "NotImplementedError: not on CPU."
