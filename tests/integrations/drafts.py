@@ -1,12 +1,21 @@
-"""Draft checkpoints beside a target's, in the layouts both hosts read."""
+"""Draft checkpoints beside a target's, and what the MTP module of one has to draft."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from m3_plugin.testing.mtp_reference import MTPReference
+from tests.integrations.cases import random_prompt
+from tests.integrations.speculation import image, image_text
+
+# (prompt, max_tokens) to the one request's answer and the drafts of each of its steps after the
+# prompt; a prompt of text has `image` in it
+Ask = Callable[[list[int] | str, int], tuple[list[int], list[list[int]]]]
 
 
 def separate_mtp(target: Path, folder: Path) -> Path:
@@ -72,3 +81,48 @@ def eagle3_head(target: Path, folder: Path, *, aux_layers: tuple[int, ...], seed
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def require_the_references_drafts(checkpoint: Path, ask: Ask, *, scratch: Path) -> None:
+    """All drafts are those of a plain torch reference of module 0.
+
+    Of a few tokens over many steps, where every key of the module's own cache weighs; of many, past
+    the budget; and of a text whose drafts need the picture in it.
+    """
+    from transformers import AutoProcessor
+
+    reference = MTPReference(checkpoint, scratch=scratch)
+    for prompt, max_tokens in ((random_prompt(5, seed=2), 10), (random_prompt(700, seed=1), 2)):
+        answer, drafts = ask(prompt, max_tokens)
+        for known, drafted in steps(answer, drafts):
+            right = reference.draft([*prompt, *answer[:known]], num_drafts=len(drafted))
+            assert drafted == right.token_ids, (len(prompt), known)
+    text = image_text("water and ")
+    inputs = AutoProcessor.from_pretrained(checkpoint)(
+        text=text, images=[image()], return_tensors="pt"
+    )
+    token_ids = inputs.pop("input_ids")[0].tolist()
+    inputs.pop("attention_mask")
+    (first, _), (drafted, *_) = ask(text, 2)
+    seeing, blind = (
+        reference.draft([*token_ids, first], num_drafts=len(drafted), text_only=text_only, **inputs)
+        for text_only in (False, True)
+    )
+    assert drafted == seeing.token_ids
+    assert blind.logprobs.sub(seeing.logprobs).abs().max() > 0.01
+
+
+def steps(
+    answer: Sequence[int], drafts: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, Sequence[int]]]:
+    """Tokens of the answer that were known when each step's drafts were made, and the drafts."""
+    known = 1
+    for drafted in drafts:
+        if known >= len(answer):
+            return
+        yield known, drafted
+        for token in drafted:
+            if answer[known : known + 1] != [token]:
+                break
+            known += 1
+        known += 1

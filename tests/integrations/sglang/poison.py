@@ -1,20 +1,15 @@
-"""A plugin of SGLang for tests: before each speculating step, NaN over what no step may read again.
-
-`install` writes the metadata of a distribution, by which SGLang's own loader finds `register` in
-every process of an engine. What is poisoned is said through a file, since the engine's processes
-share nothing else with the test.
-"""
+"""A plugin of SGLang for tests: before each speculating step, NaN over what no step may read."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-VARIABLE = "M3_TEST_POISON"
+from tests.integrations.sglang import extra_plugin
+
 STEP = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.forward_batch_generation"
 
 
@@ -24,9 +19,9 @@ class Poison:
 
     folder: Path
 
-    def environment(self) -> dict[str, str]:
-        """Variables of the engine's processes."""
-        return {"PYTHONPATH": str(self.folder), VARIABLE: str(self.folder)}
+    def install(self) -> dict[str, str]:
+        """Make this module a plugin; returns the variables of engines that are to load it."""
+        return extra_plugin.install(self.folder, module=__name__)
 
     def start(self, *, reach: int = 0) -> None:
         """Poison from the next step on; `reach` committed tokens too, which must show."""
@@ -39,17 +34,6 @@ class Poison:
         return int((self.folder / "slots").read_text())
 
 
-def install(folder: Path) -> Poison:
-    """Make this module a plugin of engines started with `Poison.environment`."""
-    info = folder / "m3_test_poison-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: m3-test-poison\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(
-        f"[sglang.srt.plugins]\nm3_test_poison = {__name__}:register\n"
-    )
-    return Poison(folder)
-
-
 def register() -> None:
     """Entry point: hook the step of SGLang's draft worker."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -59,7 +43,7 @@ def register() -> None:
 
 def poisoned_step(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND hook: a step of drafting, verifying and extending, or one of prompts."""
-    folder = Path(os.environ[VARIABLE])
+    folder = extra_plugin.folder()
     if batch.forward_mode.is_decode() and (folder / "reach").exists():
         slots = uncommitted_slots(batch, reach=int((folder / "reach").read_text()))
         runners = (worker.target_worker.model_runner, worker.draft_worker.draft_runner)

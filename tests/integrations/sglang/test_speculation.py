@@ -10,70 +10,49 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from m3_plugin.testing.constructed import ConstructedCheckpoint
-from m3_plugin.testing.hub_layout import EOS_TOKEN
-from m3_plugin.testing.prompts import (
-    NeedlePrompt,
-    colour_rgb,
-    min_needle_tokens,
-    needle_prompt,
-    picture_prompt,
-)
+from m3_plugin.testing.prompts import NeedlePrompt, needle_prompt
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from m3_plugin.testing.vocabulary import VOCABULARY
 from m3_sglang.compat import speculation_is_tested
+from tests.integrations import draws
 from tests.integrations.cases import random_prompt
-from tests.integrations.drafts import eagle3_head, separate_mtp
-from tests.integrations.draws import chi_square_p, exact_draws
-from tests.integrations.sglang import poison
-from tests.integrations.sglang.engine import Completion, EngineError, EngineProcess
+from tests.integrations.drafts import (
+    eagle3_head,
+    require_the_references_drafts,
+    separate_mtp,
+)
+from tests.integrations.sglang.engine import Completion, EngineError, EngineProcess, speculation
+from tests.integrations.sglang.poison import Poison
+from tests.integrations.sglang.seen_drafts import SeenDrafts
+from tests.integrations.speculation import (
+    LENGTHS,
+    NUM_TOKENS,
+    PAGE,
+    PICTURE_ANSWER,
+    answer,
+    chains_of_eight_phases,
+    drafting_checkpoint,
+    ids,
+    image,
+    image_text,
+    picture_question,
+    random_prompts,
+)
 
 pytestmark = pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
 
-PAGE = 128
 RETRACTED = "sglang:num_retracted_requests_total"
-# Generation passes 127, 128, 129; the budget of 4 blocks; 2047, 2048, 2049.
-LENGTHS = (121, 506, 700, 2040)
-NUM_TOKENS = 12
-
-
-def speculation(draft: Path, *, steps: int, algorithm: str = "NEXTN") -> dict[str, Any]:
-    """Engine options for chains of `steps` drafts."""
-    return {
-        "speculative_algorithm": algorithm,
-        "speculative_draft_model_path": str(draft),
-        "speculative_num_steps": steps,
-        "speculative_eagle_topk": 1,
-        "speculative_num_draft_tokens": steps + 1,
-        "disable_cuda_graph": True,
-    }
-
-
-def image() -> Any:
-    from PIL import Image
-
-    noise = torch.randint(0, 256, (90, 120, 3), generator=torch.Generator().manual_seed(3))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
-
-
-def with_image() -> dict[str, Any]:
-    """A prompt with an image that passes the budget."""
-    text = "the old man ]<]image[>[ and the sea" + " of words" * 300
-    return {"prompt": text, "image_data": [image()]}
 
 
 @pytest.fixture(scope="module")
 def random_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint with one MTP module; its target is that of `random_engine`."""
+    """A random checkpoint with two MTP modules; its target is that of `random_engine`."""
     folder = tmp_path_factory.mktemp("mtp") / "checkpoint"
-    return write_random_checkpoint(folder, num_mtp_modules=1)
+    return write_random_checkpoint(folder, num_mtp_modules=2)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +61,21 @@ def plain_tokens(random_engine: EngineProcess) -> list[list[int]]:
     return random_tokens(random_engine)
 
 
+def with_image(text: str) -> dict[str, Any]:
+    return {"prompt": text, "image_data": [image()]}
+
+
 def random_tokens(engine: EngineProcess) -> list[list[int]]:
     """All prompts together, then the one with the image."""
-    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
     options = {"max_tokens": NUM_TOKENS, "ignore_eos": True}
-    outputs = engine.generate(prompts, **options) + engine.generate([with_image()], **options)
+    outputs = engine.generate(random_prompts(), **options)
+    outputs += engine.generate([with_image(image_text())], **options)
     return [output.token_ids for output in outputs]
+
+
+def settle(engine: EngineProcess) -> None:
+    """Wait for the last round, which ends a moment after its answers, and empty the radix cache."""
+    assert any(engine.flush() or time.sleep(0.1) for _ in range(100))
 
 
 def require_the_same(engine: EngineProcess, plain_tokens: list[list[int]]) -> None:
@@ -102,17 +90,68 @@ def require_the_same(engine: EngineProcess, plain_tokens: list[list[int]]) -> No
     assert alone.num_verify_steps >= NUM_TOKENS - 2
 
 
-@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.extended), 3])
+@pytest.mark.extended
+@pytest.mark.parametrize("steps", [1, 2, 5])
 def test_random_mtp_gives_the_plain_tokens(
     random_mtp: Path, plain_tokens: list[list[int]], tmp_path: Path, steps: int
 ) -> None:
-    """The module out of the target's checkpoint, and out of one of its own."""
-    draft = random_mtp if steps == 1 else separate_mtp(random_mtp, tmp_path / "draft")
+    """With the module out of the target's checkpoint."""
     with EngineProcess(
-        random_mtp, log=tmp_path / "engine.log", **speculation(draft, steps=steps)
+        random_mtp, log=tmp_path / "engine.log", **speculation(random_mtp, steps=steps)
     ) as engine:
         require_the_same(engine, plain_tokens)
-        assert "drafting for MiniMax-M3 with 1 MSA and 0 dense" in engine.log_text()
+
+
+@pytest.fixture(scope="class")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> SeenDrafts:
+    """What the engine of `drafting_at_random` drafts."""
+    return SeenDrafts(tmp_path_factory.mktemp("seen") / "plugin")
+
+
+@pytest.fixture(scope="class")
+def drafting_at_random(
+    random_mtp: Path, seen: SeenDrafts, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
+    """Three drafts, of a checkpoint of its own."""
+    folder = tmp_path_factory.mktemp("drafting-at-random")
+    with EngineProcess(
+        random_mtp,
+        log=folder / "engine.log",
+        environment=seen.install(),
+        **speculation(separate_mtp(random_mtp, folder / "draft"), steps=3),
+    ) as engine:
+        yield engine
+
+
+class TestRandomModule:
+    """No draft is right here but by chance: nearly every verified row but the first is rejected."""
+
+    def test_mtp_gives_the_plain_tokens(
+        self, drafting_at_random: EngineProcess, plain_tokens: list[list[int]]
+    ) -> None:
+        require_the_same(drafting_at_random, plain_tokens)
+        log = drafting_at_random.log_text()
+        assert "drafting for MiniMax-M3 with 1 MSA and 0 dense" in log
+
+    def test_drafts_equal_the_reference(
+        self,
+        drafting_at_random: EngineProcess,
+        seen: SeenDrafts,
+        random_mtp: Path,
+        tmp_path: Path,
+    ) -> None:
+        """Of module 0, although the checkpoint holds two: it is applied again for each draft."""
+
+        def ask(prompt: list[int] | str, max_tokens: int) -> tuple[list[int], list[list[int]]]:
+            request = with_image(prompt) if isinstance(prompt, str) else prompt
+            settle(drafting_at_random)
+            earlier = len(seen.rounds())
+            (output,) = drafting_at_random.generate(
+                [request], max_tokens=max_tokens, ignore_eos=True
+            )
+            return output.token_ids, [drafts for (drafts,) in seen.rounds()[earlier:]]
+
+        require_the_references_drafts(random_mtp, ask, scratch=tmp_path / "layer")
 
 
 def test_random_eagle3_gives_the_plain_tokens(
@@ -133,22 +172,10 @@ def test_random_eagle3_gives_the_plain_tokens(
         require_the_same(engine, plain_tokens)
 
 
-def ids(prompts: Sequence[NeedlePrompt]) -> list[list[int]]:
-    return [list(prompt.token_ids) for prompt in prompts]
-
-
-def cycle(count: int) -> list[int]:
-    """What the constructed model says after its answer when told to ignore the end: by design."""
-    pair = [VOCABULARY.nowhere_id, VOCABULARY.id_of(EOS_TOKEN)]
-    return (pair * count)[:count]
-
-
 def check(engine: EngineProcess, prompts: Sequence[NeedlePrompt]) -> list[Completion]:
     """Ask all together and compare with the known answers, and 32 tokens after them."""
     outputs = engine.generate(ids(prompts), max_tokens=32, ignore_eos=True)
-    for prompt, output in zip(prompts, outputs, strict=True):
-        answer = list(prompt.expected_ids)
-        assert output.token_ids == answer + cycle(32 - len(answer))
+    assert [output.token_ids for output in outputs] == [answer(prompt, 32) for prompt in prompts]
     return outputs
 
 
@@ -160,7 +187,7 @@ def repeating_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engin
     to admit requests as if they would hardly generate anything.
     """
     folder = tmp_path_factory.mktemp("repeating")
-    checkpoint = ConstructedCheckpoint(mtp=True).write(folder / "checkpoint", dtype=torch.float32)
+    checkpoint = drafting_checkpoint(folder / "checkpoint")
     with EngineProcess(
         checkpoint,
         log=folder / "engine.log",
@@ -205,8 +232,7 @@ class TestRepeatingModule:
             list(long.token_ids), after=8, beside=list(beside.token_ids)
         )
         assert aborted.finish_reason == "abort"
-        answer = list(beside.expected_ids)
-        assert other.token_ids == answer + cycle(32 - len(answer))
+        assert other.token_ids == answer(beside, 32)
         check(repeating_engine, [long, beside])
 
     def test_retraction(self, repeating_engine: EngineProcess) -> None:
@@ -216,9 +242,7 @@ class TestRepeatingModule:
         outputs = repeating_engine.generate(ids(prompts), max_tokens=200, ignore_eos=True)
         assert repeating_engine.metric(RETRACTED) > before
         assert "KV cache pool is full. Retract requests." in repeating_engine.log_text()
-        for prompt, output in zip(prompts, outputs, strict=True):
-            answer = list(prompt.expected_ids)
-            assert output.token_ids == answer + cycle(200 - len(answer))
+        assert [output.token_ids for output in outputs] == [answer(p, 200) for p in prompts]
 
     def test_sglangs_own_metrics_show_the_acceptance(self, repeating_engine: EngineProcess) -> None:
         """The gauges are of the last step, the counter grows by the steps of each answer."""
@@ -232,53 +256,34 @@ class TestRepeatingModule:
     def test_a_picture_is_found_only_with_its_embeddings(
         self, repeating_engine: EngineProcess
     ) -> None:
-        """The chain's second word names a picture, so the draft for its colour needs the image."""
-        from PIL import Image
-
-        colours = ("blue", "yellow")
-        pictures = [Image.new("RGB", (112, 112), colour_rgb(colour)) for colour in colours]
-        shown = picture_prompt(colours, ask=1).text.rpartition(" question")[0]
-        text = f"{shown} note : amber means second . and so on . question : follow amber?"
+        text, pictures = picture_question()
         (output,) = repeating_engine.generate(
             [{"prompt": text, "image_data": pictures}], max_tokens=4
         )
-        assert output.text == " second yellow"
+        assert output.text == PICTURE_ANSWER
         assert output.num_verify_steps == 1
 
 
-def from_second_link(prompt: NeedlePrompt) -> NeedlePrompt:
-    """The same text, asked for what the answer's first word means."""
-    key = next(word for word in VOCABULARY.words if word.id == prompt.expected_ids[0])
-    assert key.question_id is not None
-    return replace(
-        prompt,
-        token_ids=(*prompt.token_ids[:-1], key.question_id),
-        expected_ids=prompt.expected_ids[1:],
-    )
-
-
 @pytest.fixture(scope="class")
-def poisoned(tmp_path_factory: pytest.TempPathFactory) -> poison.Poison:
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Poison:
     """What the engine of `erring_engine` is poisoned with."""
-    return poison.install(tmp_path_factory.mktemp("poison") / "plugin")
+    return Poison(tmp_path_factory.mktemp("poison") / "plugin")
 
 
 @pytest.fixture(scope="class")
 def erring_engine(
-    poisoned: poison.Poison, tmp_path_factory: pytest.TempPathFactory
+    poisoned: Poison, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EngineProcess]:
     """Every eighth word of a chain is drafted wrong; the module is a checkpoint of its own."""
     folder = tmp_path_factory.mktemp("erring")
-    checkpoint = ConstructedCheckpoint(mtp=True, mtp_wrong_every=8).write(
-        folder / "checkpoint", dtype=torch.float32
-    )
+    checkpoint = draws.soften(drafting_checkpoint(folder / "checkpoint", wrong_every=8))
     draft = separate_mtp(checkpoint, folder / "draft")
     with EngineProcess(
         checkpoint,
         log=folder / "engine.log",
         max_running_requests=64,
         chunked_prefill_size=512,
-        environment=poisoned.environment(),
+        environment=poisoned.install(),
         **speculation(draft, steps=3),
     ) as engine:
         yield engine
@@ -288,11 +293,8 @@ class TestErringModule:
     """A draft model that is right most of the time: drafts of all lengths are accepted."""
 
     def test_every_accepted_length_occurs(self, erring_engine: EngineProcess) -> None:
-        """Chains of eight phases, so that the mistake falls on each place of a step."""
-        whole = [needle_prompt(seed, num_tokens=420, hops=16, decoys=False) for seed in range(4)]
-        chains = [chain for prompt in whole for chain in (prompt, from_second_link(prompt))]
         lengths = [0] * 4
-        for output in check(erring_engine, chains):
+        for output in check(erring_engine, chains_of_eight_phases()):
             for accepted, count in enumerate(output.accepted_lengths):
                 lengths[accepted] += count
         assert all(lengths), lengths
@@ -308,8 +310,7 @@ class TestErringModule:
         later = needle_prompt(41, num_tokens=3000)
         outputs = erring_engine.join(list(first.token_ids), list(later.token_ids), after=5)
         for prompt, output in zip((first, later), outputs, strict=True):
-            answer = list(prompt.expected_ids)
-            assert output.token_ids == answer + cycle(32 - len(answer))
+            assert output.token_ids == answer(prompt, 32)
             assert 0 < output.num_accepted < 3 * output.num_verify_steps
 
     def test_speculation_behind_a_prefix_hit(self, erring_engine: EngineProcess) -> None:
@@ -321,7 +322,7 @@ class TestErringModule:
         assert second.num_accepted == first.num_accepted > 0
 
     def test_rejected_slots_are_never_read(
-        self, erring_engine: EngineProcess, poisoned: poison.Poison
+        self, erring_engine: EngineProcess, poisoned: Poison
     ) -> None:
         """NaN in every uncommitted slot before every step changes nothing; in a committed one, all.
 
@@ -336,57 +337,33 @@ class TestErringModule:
         poisoned.start(reach=400)
         outputs = erring_engine.generate(ids(chains), max_tokens=17)
         assert poisoned.stop() > 0
-        # nobody may find the poisoned prefix; the last batch leaves a moment after its answers
-        assert any(erring_engine.flush() or time.sleep(0.1) for _ in range(100))
+        # nobody may find the poisoned prefix
+        settle(erring_engine)
         assert all(
             o.token_ids != list(c.expected_ids) for o, c in zip(outputs, chains, strict=True)
         )
 
     @pytest.mark.extended
     def test_sampling_keeps_the_distribution(self, erring_engine: EngineProcess) -> None:
-        """5,000 draws of three words against the exact probabilities of the model without drafts.
-
-        The first word is of the prompt's step, the others come out of verification by sampling.
-        """
-        length = min_needle_tokens(hops=3, decoys=False)
-        prompt = needle_prompt(80, num_tokens=length, hops=3, decoys=False)
-        allowed = [*prompt.expected_ids[:3], VOCABULARY.nowhere_id, VOCABULARY.treasures[0].id]
-        exact, flatter = (
-            exact_draws(
-                erring_engine.next_logprobs,
-                prompt.token_ids,
-                allowed,
-                length=3,
-                temperature=temperature,
-            )
-            for temperature in (TEMPERATURE, 1.3 * TEMPERATURE)
-        )
+        """5,000 draws of three words against the exact distribution without drafts."""
         outputs = erring_engine.generate(
-            ids([prompt]) * 5000,
-            max_tokens=3,
-            temperature=TEMPERATURE,
-            logit_bias={str(token): 1000.0 for token in allowed},
+            [draws.PROMPT] * draws.NUM_DRAWS,
+            max_tokens=draws.NUM_WORDS,
+            temperature=draws.TEMPERATURE,
+            logit_bias={str(token): 1000.0 for token in draws.ALLOWED},
             ignore_eos=True,
         )
-        drawn = Counter(tuple(output.token_ids) for output in outputs)
-        assert set(drawn) <= set(exact)
-        assert chi_square_p(drawn, exact) > 1e-4
-        # a distribution only slightly flatter is told apart
-        assert chi_square_p(drawn, flatter) < 1e-6
+        draws.require_the_distribution(
+            [output.token_ids for output in outputs], erring_engine.next_logprobs
+        )
         steps = Counter(output.num_verify_steps for output in outputs)
         # one step where the first draft was right, two where it was not
         assert min(steps[1], steps[2]) > 500
 
 
-# of the words' logits, such that no word is certain and none impossible
-TEMPERATURE = 25.0
-
-
 @pytest.mark.extended
 def test_a_module_that_is_always_wrong_costs_steps_only(tmp_path: Path) -> None:
-    checkpoint = ConstructedCheckpoint(mtp=True, mtp_wrong_every=1).write(
-        tmp_path / "checkpoint", dtype=torch.float32
-    )
+    checkpoint = drafting_checkpoint(tmp_path / "checkpoint", wrong_every=1)
     with EngineProcess(
         checkpoint, log=tmp_path / "engine.log", **speculation(checkpoint, steps=2)
     ) as engine:

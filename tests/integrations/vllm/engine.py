@@ -33,6 +33,7 @@ class Completion:
     token_ids: list[int]
     text: str
     logprobs: list[dict[int, float]]
+    num_prompt_tokens: int
     num_cached_tokens: int
     finish_reason: str | None
 
@@ -105,6 +106,14 @@ class EngineProcess(EnginePipe):
     def prompt_logprobs(self, prompt: list[int]) -> list[float]:
         """Log probability of every prompt token after the first."""
         return self._call("prompt_logprobs", prompt)
+
+    def next_logprobs(self, prompts: list[list[int]], token_ids: list[int]) -> list[list[float]]:
+        """Log probability of each of `token_ids` as the token after each prompt.
+
+        The engine must have been started with `max_logprobs=-1`.
+        """
+        outputs = self.generate(prompts, max_tokens=1, logprobs=-1)
+        return [[output.logprobs[0][token] for token in token_ids] for output in outputs]
 
     def abort_midway(self, prompts: Sequence[Any], *, steps: int, max_tokens: int) -> int:
         """Start requests, run some engine steps, abort them all; returns tokens produced so far."""
@@ -207,6 +216,7 @@ def _completion(output: Any) -> Completion:
         logprobs=[
             {token: entry.logprob for token, entry in step.items()} for step in first.logprobs or []
         ],
+        num_prompt_tokens=len(output.prompt_token_ids),
         num_cached_tokens=output.num_cached_tokens or 0,
         finish_reason=first.finish_reason,
     )
