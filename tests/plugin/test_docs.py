@@ -109,6 +109,19 @@ def test_messages_in_troubleshooting_are_really_written_somewhere() -> None:
         assert fragment in told, fragment
 
 
+def test_every_screen_is_shown_and_says_where_it_was_made() -> None:
+    guides = "".join(path.read_text() for path in DOCS.glob("*.md"))
+    screens = sorted((DOCS / "screens").iterdir())
+    assert [screen.name for screen in screens if f"screens/{screen.name}" not in guides] == []
+    found = json.loads((DOCS / "screens" / "bench-serve.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{12}", found["machine"]["commit"])
+    assert found["machine"]["cpu"]
+    shares = {row["server"]: row["msa_share"] for row in found["rows"]}
+    assert set(shares) == {"m3-plugin", "dense"}
+    assert 0 < shares["m3-plugin"] < 1
+    assert shares["dense"] is None
+
+
 def test_make_targets_named_anywhere_exist() -> None:
     root = DOCS.parent
     rules = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE)

@@ -441,6 +441,8 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def _print(report: ServeReport, console: Console) -> None:
+    # a pipe or a log has no width of its own, and a narrow table cannot be read
+    console = console if console.is_terminal else Console(width=120, stderr=console.stderr)
     table = Table(title=f"{report.model}, measured by {report.client}'s client")
     for heading in ("context", "server", "first token", "per token", "p99", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "server" else "right")
