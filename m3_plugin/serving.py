@@ -122,7 +122,8 @@ class ServerProcess:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 # the end of a long log seldom holds what went wrong first
-                reason = named_error(self.log.read_text(errors="replace")) or "it named no error"
+                text = self.log.read_text(errors="replace")
+                reason = named_error(text) or self.log_tail(lines=1) or "its log is empty"
                 raise ServerFailed(
                     f"end of {self.log}:\n{self.log_tail()}\n\n"
                     f"server ended with {self.process.returncode}: {reason}",
