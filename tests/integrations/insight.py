@@ -119,6 +119,4 @@ class InsightCases:
         assert (row["server"], row["context"], row["requests"]) == ("m3-plugin", "700", "2")
         measured = ("ttft_ms", "tpot_ms", "output_tokens_per_s", "step_ms", "select_ms")
         assert all(float(row[name]) > 0 for name in measured)
-        # the server's own clock and the client's run side by side
-        assert 0.3 < float(row["step_ms"]) / float(row["tpot_ms"]) < 1.5
         assert 0 < float(row["msa_share"]) < 1
