@@ -35,6 +35,9 @@ PIP        := -m pip --disable-pip-version-check
 # The Triton of torch 2.11, for which the kernels are compiled too, beside the environment's own.
 OLDER_TRITON := .venv/triton-3.6
 
+# Its command line alone is read, to see that the recipe in docs/operations.md is understood.
+LM_EVAL := .venv/lm-eval
+
 SCREENS := docs/screens
 
 .PHONY: screens quick-start kernels-table demo test test-core test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
@@ -66,6 +69,10 @@ $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 
 $(OLDER_TRITON)/.ready: $(VLLM_VENV)/.ready
 	$(BIN)/python $(PIP) install --quiet --no-deps --target $(OLDER_TRITON) --upgrade triton==3.6.0
+	touch $@
+
+$(LM_EVAL)/.ready: $(VLLM_VENV)/.ready
+	$(BIN)/python $(PIP) install --quiet --no-deps --target $(LM_EVAL) --upgrade lm-eval==0.4.13
 	touch $@
 
 kernels-table: env
@@ -102,7 +109,7 @@ lint-sglang: env env-sglang
 test:
 	$(MAKE) --no-print-directory --jobs 2 test-sglang test-vllm test-core
 
-test-core: lint $(OLDER_TRITON)/.ready
+test-core: lint $(OLDER_TRITON)/.ready $(LM_EVAL)/.ready
 	$(BIN)/pytest $(TESTS)
 
 test-vllm: env
