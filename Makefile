@@ -3,7 +3,8 @@
 #   make demo              serve the demo checkpoint on a real vLLM on this CPU, ask, check the answers
 #   make demo HOST=sglang  the same on a real SGLang
 #   make test              linters and all tests, those through real engines and servers included
-#   make test-core         kernels, plugin and command line; TESTS=tests/kernels for a part
+#   make test-kernels      kernels against their references, on the CPU and through compilers for GPUs
+#   make test-plugin       plugin, command line and documentation
 #   make test-vllm         through real vLLM engines and servers
 #   make test-sglang       through real SGLang engines and servers
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
@@ -15,7 +16,6 @@
 
 PYTHON ?= python3
 HOST   ?= vllm
-TESTS  ?= tests --ignore=tests/integrations
 
 # vLLM and SGLang pin different libraries: one environment each.
 VLLM          ?= 0.32
@@ -40,7 +40,7 @@ LM_EVAL := .venv/lm-eval
 
 SCREENS := docs/screens
 
-.PHONY: screens quick-start kernels-table demo test test-core test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
+.PHONY: screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -107,10 +107,13 @@ lint-sglang: env env-sglang
 
 # Two at a time, the longest first: an engine spends much of its start on one core.
 test:
-	$(MAKE) --no-print-directory --jobs 2 test-sglang test-vllm test-core
+	$(MAKE) --no-print-directory --jobs 2 test-sglang test-vllm test-kernels test-plugin
 
-test-core: lint $(OLDER_TRITON)/.ready $(LM_EVAL)/.ready
-	$(BIN)/pytest $(TESTS)
+test-kernels: lint $(OLDER_TRITON)/.ready
+	$(BIN)/pytest tests/kernels
+
+test-plugin: env $(LM_EVAL)/.ready
+	$(BIN)/pytest tests/plugin tests/test_architecture.py
 
 test-vllm: env
 	$(BIN)/pytest tests/integrations/vllm
