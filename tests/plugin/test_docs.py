@@ -157,6 +157,7 @@ def told(modes: tuple[Mode, ...]) -> str:
         ("whole",): "not streamed",
         ("piece", "random"): "streamed, many tokens at once",
         ("characters", "random"): "streamed, marker in pieces",
+        ("random",): "streamed, at rare cuts",
     }
     return words[modes]
 

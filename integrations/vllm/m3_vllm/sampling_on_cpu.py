@@ -4,9 +4,12 @@ Before it verifies drafts, vLLM spreads each request's temperature, top-k and to
 its drafts, with a Triton kernel. On a CPU a function of `vllm.utils.cpu_triton_utils` takes that
 kernel's place. It writes into an int64 copy of its output and leaves it there, so that for any
 other dtype the rows keep uninitialised memory, and tokens are drawn from another distribution than
-without drafts. `spread` computes the same and takes its place in turn, through vLLM's registry of
-such functions (`vllm.triton_utils.dispatcher`), in workers which serve M3 with drafts on a CPU and
-whose own function was found wrong.
+without drafts. `spread` computes the same and takes its place in turn, in workers which serve M3
+with drafts on a CPU and whose own function was found wrong.
+
+It takes its place inside the object which vLLM launches (`KernelOverride`), and not through vLLM's
+registry of such functions: `vllm.triton_utils.dispatcher.register_kernels` looks at every attribute
+of every module loaded by then, and fails on those of llvmlite, which n-gram drafts bring.
 
 To be deleted when every release of the tested window has a right one.
 """
@@ -28,9 +31,10 @@ def put_right() -> None:
     """Replace vLLM's function if it is wrong, and say so; call after vLLM has put its own there."""
     if spreads_right():
         return
-    from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.v1.sample import rejection_sampler
 
-    register_kernels({KERNEL: spread})
+    launch: Any = rejection_sampler.expand_kernel
+    launch._impl = spread
     if spreads_right():
         logger.info(
             "m3-plugin: vLLM's CPU stand-in for %s, which loses the temperature, top-k and top-p "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from vllm.platforms import current_platform
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import (
@@ -21,11 +23,18 @@ from m3_vllm.sampling_on_cpu import put_right, spread, spreads_right
 from tests.integrations.draws import NUM_DRAWS, chi_square_p
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged, in a process whose kernels vLLM has replaced as in a worker on a CPU."""
+@pytest.fixture(scope="module")
+def kernels_of_a_worker() -> Any:
+    """vLLM replaces its kernels, once, as in a worker on a CPU; what it launches in one's place."""
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()
+    return rejection_sampler.expand_kernel
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, kernels_of_a_worker: Any) -> list[str]:
+    """What is logged, where vLLM's own function is in place."""
+    monkeypatch.setattr(kernels_of_a_worker, "_impl", kernels_of_a_worker.func)
     lines: list[str] = []
     for level in ("info", "warning"):
         monkeypatch.setattr(
@@ -51,6 +60,14 @@ def test_vllms_own_is_wrong_and_ours_takes_its_place(said: list[str]) -> None:
     assert said == ["info"]
     put_right()
     assert said == ["info"], "a right one is to be left alone"
+
+
+def test_modules_that_no_search_can_look_at_do_not_matter(said: list[str]) -> None:
+    """numba, which n-gram drafts import, brings objects that vLLM's `register_kernels` fails on."""
+    importlib.import_module("numba")
+    assert not spreads_right()
+    put_right()
+    assert said == ["info"]
 
 
 def test_what_cannot_be_put_right_is_warned_of(
