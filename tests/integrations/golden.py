@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,15 @@ def greedy(path: Path, token_ids: list[int], *, num_tokens: int, **inputs: Tenso
         **inputs,
     )
     return output[0, len(token_ids) :].tolist()
+
+
+def with_sparse_config(checkpoint: Path, folder: Path, **changes: object) -> Path:
+    """The same weights under another `sparse_attention_config`."""
+    copy = shutil.copytree(checkpoint, folder)
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["sparse_attention_config"] |= changes
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
 
 
 @torch.inference_mode()

@@ -49,6 +49,13 @@ def create_backend(runner: Any) -> AttentionBackend:
     dense = dense_backend(runner)
     if runner.is_draft_worker and not is_ours(runner.model_config.hf_config):
         return dense
+    return around(dense, runner)
+
+
+def around(dense: AttentionBackend, runner: Any) -> AttentionBackend:
+    """Our backend around a dense one; for a model whose layers are all dense, that one alone."""
+    if not runner.is_draft_worker and read_config(runner.model_config.hf_config).msa is None:
+        return dense
     return attested(M3AttentionBackend(runner, dense=dense), runner)
 
 
@@ -111,8 +118,7 @@ class M3AttentionBackend(AttentionBackend):
         session = worker_session(config, runner)
         if session is None:
             raise PluginRefusal(
-                "no layer of this checkpoint is sparse; SGLang alone serves it: "
-                "set M3_PLUGIN_DISABLE=1"
+                "no layer of this checkpoint is sparse: it needs the dense backend alone"
             )
         self.config = config
         self.dense = dense

@@ -112,12 +112,11 @@ def wrap_attention_backend(original: Any, runner: Any, full_attn_backend: Any) -
     """AROUND hook: M3 gets our backend around the chosen one, all other models what they had."""
     if not is_ours(runner.model_config.hf_config):
         return original(runner, full_attn_backend)
-    from m3_sglang.backend import M3AttentionBackend, attested, speculating
+    from m3_sglang.backend import M3AttentionBackend, around, speculating
 
     if isinstance(full_attn_backend, M3AttentionBackend):
         return full_attn_backend
-    dense = speculating(runner, full_attn_backend)
-    return attested(M3AttentionBackend(runner, dense=dense), runner)
+    return around(speculating(runner, full_attn_backend), runner)
 
 
 def configure_draft(result: None, model_config: Any) -> None:

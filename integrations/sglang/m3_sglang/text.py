@@ -105,6 +105,7 @@ class M3Model(nn.Module):
         plan: WeightPlan | None = None,
     ) -> None:
         super().__init__()
+        self.is_sparse = config.msa is not None
         # SGLang builds models under the device they will live on
         self.device_type = torch.get_default_device().type
         self.embed_tokens = VocabParallelEmbedding(
@@ -142,7 +143,8 @@ class M3Model(nn.Module):
         input_embeds: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Hidden states after the final norm, and the streams an EAGLE3 head has asked for."""
-        require_our_backend()
+        if self.is_sparse:
+            require_our_backend()
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
         residual = None
         captured = []
@@ -179,6 +181,8 @@ class M3CausalLM(nn.Module):
         self.config = config
         self.quant_config = quant_config
         self.m3_config = read_config(config)
+        if self.m3_config.msa is None:
+            logger.warning("m3-plugin: no layer of this checkpoint is sparse; MSA is not used")
         # SGLang makes a draft model after this one
         if get_spec().speculative_algorithm is not None:
             prepare_speculation(device_type=torch.get_default_device().type)

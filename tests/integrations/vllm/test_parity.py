@@ -113,3 +113,16 @@ def test_bf16_follows_fp32_teacher_forced(
         ours = prompt_logprobs(engine, prompt)
     difference = (ours - golden.token_logprobs(checkpoint, prompt)).abs()
     assert difference.mean() <= 0.05
+
+
+@pytest.mark.extended
+def test_layers_declared_dense_are_dense(checkpoint: Path, tmp_path: Path) -> None:
+    """The reference chooses all 11 blocks instead; index weights of the checkpoint are not read."""
+    prompt = random_prompt(1300, seed=11)
+    dense = golden.with_sparse_config(checkpoint, tmp_path / "dense", use_sparse_attention=False)
+    chosen = golden.with_sparse_config(checkpoint, tmp_path / "all", sparse_topk_blocks=16)
+    with EngineProcess(dense) as engine:
+        (ours,) = engine.generate([prompt], max_tokens=12, ignore_eos=True)
+    expected = golden.greedy(chosen, prompt, num_tokens=12)
+    assert ours.token_ids == expected
+    assert expected != golden.greedy(checkpoint, prompt, num_tokens=12)
