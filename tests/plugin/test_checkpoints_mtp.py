@@ -59,6 +59,7 @@ def test_wrong_at_every_word(reference: Write) -> None:
     assert drafted(reference(mtp_wrong_every=1), known=1, count=2) == [FOURTH, FOURTH]
 
 
+@pytest.mark.extended
 def test_wrong_at_every_second_word(reference: Write) -> None:
     module = reference(mtp_wrong_every=2)
     got = [drafted(module, known=known, count=1)[0] for known in (1, 2, 3, 4)]

@@ -13,6 +13,7 @@ from tests.integrations.sglang.engine import EngineDiedError, EngineProcess
 MISSING = "language_model.model.layers.2.self_attn.index_k_proj.weight"
 
 
+@pytest.mark.extended
 def test_a_missing_part_of_a_fused_parameter_is_named(
     random_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

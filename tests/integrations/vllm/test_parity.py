@@ -104,6 +104,7 @@ def test_image_tokens_equal_transformers(engine: EngineProcess, checkpoint: Path
     assert ours.token_ids == expected
 
 
+@pytest.mark.extended
 def test_bf16_follows_fp32_teacher_forced(
     random_checkpoint: Callable[[str], Path], checkpoint: Path
 ) -> None:
