@@ -19,6 +19,7 @@ from m3_sglang.compat import (
     needs_vision_config_attributes,
     needs_weight_only_mxfp8,
     read_config,
+    read_draft_config,
     sglang_version,
 )
 from m3_sglang.options import BACKEND_NAME, m3_defaults
@@ -192,15 +193,27 @@ def settle_quantization(original: Any, model_config: Any) -> None:
         original(model_config)
     elif Settings.from_environment().dequantize:
         model_config.quantization = None
-    elif model_config.quantization == MXFP8_METHOD:
+    elif model_config.quantization == MXFP8_METHOD or is_weight_only_draft(model_config):
         from sglang.srt.layers import quantization
 
         from m3_sglang.quantization import M3Mxfp8Config
 
+        model_config.quantization = MXFP8_METHOD
         quantization.QUANTIZATION_METHODS[MXFP8_METHOD] = M3Mxfp8Config
         quantization.CPU_QUANTIZATION_METHODS[MXFP8_METHOD] = M3Mxfp8Config
     else:
         original(model_config)
+
+
+def is_weight_only_draft(model_config: Any) -> bool:
+    """Whether an MTP module is weight-only MXFP8 here: SGLang asks `weight_defaults` of targets."""
+    if not model_config.is_draft_model or model_config.quantization is not None:
+        return False
+    from sglang.srt.runtime_context import get_server_args
+
+    quantization = read_draft_config(model_config.hf_config).quantization
+    mxfp8 = quantization is not None and quantization.method == "mxfp8"
+    return mxfp8 and needs_weight_only_mxfp8(get_server_args().device)
 
 
 def apply_around(hooks: Mapping[str, Callable[..., Any]]) -> None:

@@ -188,7 +188,9 @@ def settled(architecture: str, quantization: str | None, settle: Callable[[Any],
     from m3_sglang.registration import settle_quantization
 
     config = SimpleNamespace(
-        hf_config=SimpleNamespace(architectures=[architecture]), quantization=quantization
+        hf_config=SimpleNamespace(architectures=[architecture]),
+        quantization=quantization,
+        is_draft_model=False,
     )
     settle_quantization(settle, config)
     return config.quantization
