@@ -211,9 +211,10 @@ def is_weight_only_draft(model_config: Any) -> bool:
         return False
     from sglang.srt.runtime_context import get_server_args
 
+    server_args: Any = get_server_args()
     quantization = read_draft_config(model_config.hf_config).quantization
     mxfp8 = quantization is not None and quantization.method == "mxfp8"
-    return mxfp8 and needs_weight_only_mxfp8(get_server_args().device)
+    return mxfp8 and needs_weight_only_mxfp8(server_args.device)
 
 
 def apply_around(hooks: Mapping[str, Callable[..., Any]]) -> None:
