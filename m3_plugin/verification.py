@@ -16,7 +16,7 @@ from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
 from m3_kernels.testing.cases import Case, Inputs, build, whole_storage
 from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
-from m3_kernels.validation import FP8_DTYPES
+from m3_kernels.validation import FP8_DTYPES, LOW_PRECISION_DTYPES
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.backends import KernelChoice
 from m3_plugin.batch import MSABatch, StepCapacity
@@ -84,8 +84,8 @@ def self_test(
     ----------
     num_q_heads, num_kv_heads : of one rank
     dtype : of activations
-    kv_dtype, index_dtype : of the pages of K and V, of index keys; fp8 pages are tried as such,
-        all others in `dtype`
+    kv_dtype, index_dtype : of the pages of K and V, of index keys; pages of 8 bits are tried as
+        such, all others in `dtype`
     """
     budget = msa.topk_blocks * msa.block_size
     geometry = Case(
@@ -101,7 +101,7 @@ def self_test(
         num_init_blocks=msa.num_init_blocks,
         dtype=dtype,
         kv_dtype=kv_dtype if kv_dtype in FP8_DTYPES else None,
-        index_dtype=index_dtype if index_dtype in FP8_DTYPES else None,
+        index_dtype=index_dtype if index_dtype in LOW_PRECISION_DTYPES else None,
     )
     # Each phase beyond the budget, where selection decides, and across the end of a block.
     steps = {
@@ -200,13 +200,15 @@ class _CaseRun:
             slot_mapping=expected.slot_mapping,
             k_scale=expected.k_scale,
             v_scale=expected.v_scale,
+            index_k_scales=expected.index_k_scales,
             backend="reference",
         )
         self.session.store(self.plan, actual.k, actual.v, actual.index_k, caches=_caches(actual))
         faults = tuple(
             f"{name} holds other bytes"
-            for name in ("k_pages", "v_pages", "index_k_pages")
-            if not _same_bits(
+            for name in ("k_pages", "v_pages", "index_k_pages", "index_k_scales")
+            if getattr(actual, name) is not None
+            and not _same_bits(
                 whole_storage(getattr(actual, name)).cpu(), whole_storage(getattr(expected, name))
             )
         )
@@ -218,6 +220,7 @@ class _CaseRun:
         expected = index_topk(
             inputs.index_q,
             inputs.index_k_pages,
+            index_k_scales=inputs.index_k_scales,
             **inputs.batch,
             **inputs.selection,
             backend="reference",
@@ -321,7 +324,11 @@ class _Step:
         for page, offset in zip(pages.tolist(), offsets.tolist(), strict=True):
             fresh.k_pages[page, :, offset] = torch.nan
             fresh.v_pages[page, :, offset] = torch.nan
-            fresh.index_k_pages[page, offset] = torch.nan
+            if fresh.index_k_scales is None:
+                fresh.index_k_pages[page, offset] = torch.nan
+            else:
+                fresh.index_k_pages[page, offset] = 99
+                fresh.index_k_scales[page, offset] = torch.nan
         self.inputs = fresh.to(device)
         self.tensors = (
             self.inputs.q,
@@ -381,6 +388,7 @@ def _caches(inputs: Inputs) -> MSACaches:
         inputs.index_k_pages,
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
+        index_k_scales=inputs.index_k_scales,
     )
 
 

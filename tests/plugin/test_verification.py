@@ -65,6 +65,23 @@ def test_right_kernels_pass(family: Any, dtype: torch.dtype) -> None:
     require_right(findings, kernels=choose_kernels("cpu", family), device="cpu")
 
 
+@pytest.mark.parametrize("family", ["native", "torch"])
+def test_int8_index_keys_are_tried_as_such(family: Any) -> None:
+    findings = found(choose_kernels("cpu", family), index_dtype=torch.int8)
+    assert [f for f in findings if not f.ok] == []
+
+
+def test_a_neighbours_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(
+        right: Callable[..., Tensor], *args: Any, index_k_scales: Tensor, **kw: Any
+    ) -> Tensor:
+        return right(*args, index_k_scales=index_k_scales.roll(1, dims=1), **kw)
+
+    break_op(monkeypatch, "index_topk", wrong)
+    findings = found(index_dtype=torch.int8)
+    assert "selection" in {f.quantity for f in findings if not f.ok}
+
+
 def test_it_does_not_notice_the_host_building_a_model_around_it() -> None:
     """vLLM builds models under a device context and with bfloat16 as the default dtype."""
     torch.set_default_dtype(torch.bfloat16)
