@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from m3_plugin.testing.prompts import needle_prompt
+from tests.integrations.speculation import drafting_checkpoint, ids
 from tests.integrations.vllm.engine import EngineProcess
 
 PAGE = 128
@@ -31,3 +34,18 @@ def test_answers_are_right_and_pages_are_reused(constructed_checkpoint: Path) ->
         (again,) = engine.generate([list(chain.token_ids)], max_tokens=chain.max_tokens)
         assert tuple(again.token_ids) == chain.expected_ids
         assert again.num_cached_tokens == (4096 - 1) // PAGE * PAGE
+
+
+@pytest.mark.extended
+def test_drafts_are_verified_on_them(tmp_path: Path) -> None:
+    """The module's own index keys are in int8 as well."""
+    with EngineProcess(
+        drafting_checkpoint(tmp_path / "checkpoint", wrong_every=3),
+        environment={"M3_PLUGIN_INDEX_KEYS": "int8"},
+        speculative_config={"method": "mtp", "num_speculative_tokens": 3},
+    ) as engine:
+        prompts = [needle_prompt(seed, num_tokens=1500 + 501 * seed) for seed in range(1, 5)]
+        outputs = engine.generate(ids(prompts), max_tokens=[p.max_tokens for p in prompts])
+        assert [tuple(o.token_ids) for o in outputs] == [p.expected_ids for p in prompts]
+        drafts = engine.speculation()
+        assert 0 < drafts.accepted < drafts.drafted
