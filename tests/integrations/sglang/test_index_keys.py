@@ -45,7 +45,7 @@ def test_answers_are_right_and_pages_are_reused(
 @pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
 def test_drafts_are_verified_on_them(tmp_path: Path) -> None:
     """The module's own index keys are in int8 as well."""
-    checkpoint = drafting_checkpoint(tmp_path / "checkpoint", wrong_every=3)
+    checkpoint = drafting_checkpoint(tmp_path / "checkpoint", wrong_every=2)
     with EngineProcess(
         checkpoint,
         log=tmp_path / "engine.log",
@@ -57,4 +57,5 @@ def test_drafts_are_verified_on_them(tmp_path: Path) -> None:
         assert [tuple(o.token_ids) for o in outputs] == [p.expected_ids for p in prompts]
         accepted = sum(output.num_accepted for output in outputs)
         assert 0 < accepted < 3 * sum(output.num_verify_steps for output in outputs)
-        assert engine.log_text().count("index keys are kept in int8") == 2
+        # of the target, and of the module
+        assert engine.log_text().count("index keys are kept in int8") >= 2

@@ -40,7 +40,7 @@ def test_answers_are_right_and_pages_are_reused(constructed_checkpoint: Path) ->
 def test_drafts_are_verified_on_them(tmp_path: Path) -> None:
     """The module's own index keys are in int8 as well."""
     with EngineProcess(
-        drafting_checkpoint(tmp_path / "checkpoint", wrong_every=3),
+        drafting_checkpoint(tmp_path / "checkpoint", wrong_every=2),
         environment={"M3_PLUGIN_INDEX_KEYS": "int8"},
         speculative_config={"method": "mtp", "num_speculative_tokens": 3},
     ) as engine:
