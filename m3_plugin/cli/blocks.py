@@ -93,8 +93,9 @@ def _tiles_table(summary: Summary) -> Table:
     from m3_kernels.work_plan import TILE_ROWS
 
     table = Table(
-        title=f"tiles of {TILE_ROWS} neighbouring rows of prefill and one group: U blocks of their "
-        f"union, S = (U of the first {TILE_ROWS // 2} + U of the last {TILE_ROWS // 2}) / U"
+        title=f"tiles of {TILE_ROWS} neighbouring rows of prefill and one group",
+        caption=f"U: blocks of a tile's union; S: (U of its first {TILE_ROWS // 2} rows + U of its "
+        f"last {TILE_ROWS // 2}) / U",
     )
     for heading in ("sparse layer", "tiles", "U", "quartiles", "S", "quartiles", "sum / sum"):
         table.add_column(heading, justify="right")
