@@ -187,6 +187,15 @@ def test_a_key_that_arrives_later_does_not_raise_the_block(rows: int) -> None:
     assert run(inputs)[0, :2, 0].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("rows", [1, 8, 12])
+def test_slots_past_the_edge_of_a_page_score_nothing(rows: int) -> None:
+    """A tile of keys is a power of two, a page need not be; zeros would beat what is negative."""
+    inputs = build(Case("edge", ((115, rows),), page_size=20, topk=2, num_local_blocks=0))
+    inputs.index_q.abs_()
+    inputs.index_k_pages.abs_().neg_()
+    assert torch.equal(run(inputs), reference(inputs))
+
+
 def test_prefill_in_passes() -> None:
     """A workspace that holds few rows' scores changes nothing; one that holds none is refused."""
     inputs = build(Case("passes", ((100, 14), (3, 12)), topk=3))
