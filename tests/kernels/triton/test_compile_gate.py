@@ -37,7 +37,8 @@ def gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProce
     """The command in a process that compiles: without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        given = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), *([given] if given else [])])
     return subprocess.run(
         [sys.executable, "-m", "m3_kernels.testing.compile_gate", *arguments],
         env=environment,
