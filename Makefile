@@ -9,7 +9,7 @@
 #   make test-sglang       through real SGLang engines and servers
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
 #   make quick-start       the README's commands in a fresh clone with an empty home (downloads all)
-#   make kernels-table     docs/kernels-compiled.md: the Triton kernels compiled for every GPU family
+#   make kernels-table     docs/kernels-compiled*.md: the Triton kernels compiled for every GPU family
 #   make lint              ruff, pyright, import-linter
 #   make screens           the generated examples under docs/screens, on this machine's CPU
 #   make clean             remove environments and caches
@@ -75,8 +75,10 @@ $(LM_EVAL)/.ready: $(VLLM_VENV)/.ready
 	$(BIN)/python $(PIP) install --quiet --no-deps --target $(LM_EVAL) --upgrade lm-eval==0.4.13
 	touch $@
 
-kernels-table: env
+kernels-table: env $(OLDER_TRITON)/.ready
 	$(BIN)/python -W ignore -m m3_kernels.testing.compile_gate --markdown > docs/kernels-compiled.md
+	PYTHONPATH=$(OLDER_TRITON) $(BIN)/python -W ignore -m m3_kernels.testing.compile_gate \
+	  --markdown > docs/kernels-compiled-triton-3.6.md
 
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
 	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
@@ -131,7 +133,8 @@ test-sglang-previous:
 quick-start: env
 	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py
 
-test-matrix: quick-start
+test-matrix: quick-start $(OLDER_TRITON)/.ready
+	$(BIN)/pytest -m extended tests/kernels
 	@set -e; for release in $(VLLM_MATRIX); do \
 	  echo "== vLLM $$release"; \
 	  $(MAKE) --no-print-directory env VLLM=$$release VLLM_VENV=.venv/vllm-$$release; \

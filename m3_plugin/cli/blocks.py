@@ -35,7 +35,7 @@ def blocks(
     json_file: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """Heat map of layers against context, share of local and early blocks, and overlaps."""
+    """Heat map of layers against context, share of local and early blocks, overlaps, unions."""
     from m3_plugin.selection.summary import NoRecords, summarise
 
     try:
@@ -84,6 +84,36 @@ def _print(summary: Summary, console: Console) -> None:
             ", ".join(f"{block} ({heat[block]:.0%})" for block in top),
         )
     console.print(table)
+    if summary.prefill_tiles is not None:
+        console.print(_tiles_table(summary))
+
+
+def _tiles_table(summary: Summary) -> Table:
+    """What decides how many rows a tile of prefill should hold."""
+    from m3_kernels.work_plan import TILE_ROWS
+
+    table = Table(
+        title=f"tiles of {TILE_ROWS} neighbouring rows of prefill and one group",
+        caption=f"U: blocks of a tile's union; S: (U of its first {TILE_ROWS // 2} rows + U of its "
+        f"last {TILE_ROWS // 2}) / U",
+    )
+    for heading in ("sparse layer", "tiles", "U", "quartiles", "S", "quartiles", "sum / sum"):
+        table.add_column(heading, justify="right")
+    named = [(str(layer.layer), layer.prefill_tiles) for layer in summary.layers]
+    for name, tiles in [*named, ("all", summary.prefill_tiles)]:
+        if tiles is None:
+            continue
+        union, split = tiles.union, tiles.split
+        table.add_row(
+            name,
+            f"{tiles.tiles:,}",
+            f"{union.mean:.1f}",
+            f"{union.lower:.1f}, {union.median:.1f}, {union.upper:.1f}",
+            f"{split.mean:.2f}",
+            f"{split.lower:.2f}, {split.median:.2f}, {split.upper:.2f}",
+            f"{tiles.split_of_sums:.2f}",
+        )
+    return table
 
 
 def _share(value: float | None) -> str:

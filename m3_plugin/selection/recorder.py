@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from m3_kernels.work_plan import TILE_ROWS
 from m3_plugin import __version__
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from m3_plugin.config import MSAConfig
 
 FILE_PATTERN = "selection-*.jsonl"
-# Rows of one step that are kept; neighbours are kept together.
+# Rows of one step that are kept; the rows of a tile of prefill are kept together.
 ROWS_PER_STEP = 64
 
 _numbers = itertools.count()
@@ -34,18 +35,27 @@ class SelectionRecorder:
     """Appends samples of one session's selections to a file of its own in `folder`.
 
     The first line holds the model's rules. Each further line holds one layer of one step: `ids`
-    [group][row] the chosen blocks, and in a step's first layer `rows` [position, page, decode],
-    where the page of a row's own block tells requests apart.
+    [group][row] the chosen blocks, and in a step's first layer `rows` [position, page, query rows],
+    where the page of a row's own block tells requests apart and the third number counts the rows of
+    its request in this step, 1 in decode.
 
     Parameters
     ----------
     folder : created if it is not there; workers share it
-    rows_per_step : at most so many rows of a step are kept, evenly spaced and in pairs
+    rows_per_step : at most so many rows of a step are kept, whole tiles of `TILE_ROWS` positions of
+        a request, as a kernel for prefill takes them, evenly spaced
+
+    Raises
+    ------
+    ValueError : rows_per_step leaves no room for one tile
     """
 
     def __init__(self, folder: Path, msa: MSAConfig, *, rows_per_step: int = ROWS_PER_STEP) -> None:
-        if rows_per_step < 2:
-            raise ValueError(f"rows_per_step must be at least 2; got {rows_per_step}")
+        if rows_per_step < TILE_ROWS:
+            raise ValueError(
+                f"rows_per_step must be at least {TILE_ROWS}, the rows of a tile; "
+                f"got {rows_per_step}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.msa = msa
@@ -101,19 +111,25 @@ class SelectionRecorder:
 
 
 def _sample_rows(batch: MSABatch, *, limit: int, block_size: int) -> tuple[Tensor, list[list[int]]]:
-    """Rows of a step to keep, and [position, page of its own block, whether decode] of each."""
+    """Rows of a step to keep, and [position, page of its block, rows of its request] of each."""
     starts = batch.cu_seqlens_q.cpu().long()
-    q_lens = starts.diff()
     total = int(starts[-1])
     if total == 0:
         return torch.empty(0, dtype=torch.long), []
-    if total <= limit:
-        rows = torch.arange(total)
-    else:
-        first = torch.linspace(0, total - 2, limit // 2).long()
-        rows = torch.cat([first, first + 1]).unique()
+    rows = torch.arange(total)
     request = torch.searchsorted(starts[1:], rows, right=True)
     position = batch.seq_lens.cpu().long()[request] - starts[1:][request] + rows
-    page = batch.page_table.cpu()[request, position // block_size]
-    decode = (q_lens[request] == 1).long()
-    return rows, torch.stack([position, page.long(), decode], dim=1).tolist()
+    # a tile ends where the request does, or before a position that is a multiple of its rows
+    begins = (position % TILE_ROWS == 0) | (rows == starts[request])
+    tile = begins.cumsum(0) - 1
+    kept = torch.isin(tile, _tiles_to_keep(tile.bincount(), limit=limit))
+    rows, request, position = rows[kept], request[kept], position[kept]
+    page = batch.page_table.cpu()[request, position // block_size].long()
+    return rows, torch.stack([position, page, starts.diff()[request]], dim=1).tolist()
+
+
+def _tiles_to_keep(sizes: Tensor, *, limit: int) -> Tensor:
+    """Numbers of as many evenly spaced tiles as hold no more than `limit` rows."""
+    last = len(sizes) - 1
+    spaced = (torch.linspace(0, last, n).long() for n in range(min(limit, last + 1), 0, -1))
+    return next(tiles for tiles in spaced if sizes[tiles].sum() <= limit)

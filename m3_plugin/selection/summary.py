@@ -1,14 +1,19 @@
-"""What recorded selections say: where layers look, and how alike neighbours and groups choose."""
+"""What recorded selections say: where layers look, and how alike neighbours and groups choose.
+
+Of tiles of prefill it measures what decides how many rows one should hold (docs/gpu-kernels.md).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import mean, quantiles
 from typing import Any, Literal
 
+from m3_kernels.work_plan import DECODE_ROWS, TILE_ROWS
 from m3_plugin.selection.recorder import FILE_PATTERN
 
 Phase = Literal["all", "prefill", "decode"]
@@ -21,13 +26,50 @@ class NoRecords(LookupError):
 
 @dataclass(frozen=True)
 class Selection:
-    """One row of one layer: its position and what each group chose."""
+    """One row of one layer: its position and what each group chose.
+
+    Attributes
+    ----------
+    request : equal for rows of one request as long as they are in one block
+    query_len : rows of its request in this step
+    """
 
     layer: int
+    step: int
     position: int
     request: tuple[int, int]
-    decode: bool
+    query_len: int
     groups: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and quartiles of a quantity."""
+
+    mean: float
+    lower: float
+    median: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class TileSummary:
+    """Tiles of prefill: `TILE_ROWS` neighbouring rows of a request and one group.
+
+    Attributes
+    ----------
+    tiles : how many, all rows beyond the budget and in one step
+    union : blocks that any row of a tile chose: what a program that takes the tile reads
+    split : blocks that two programs of half the tile read, over `union`: 1 if the halves share
+        nothing, 2 if they agree
+    split_of_sums : the same of all tiles together, in which large unions weigh more: the sum of the
+        halves' unions over the sum of the unions
+    """
+
+    tiles: int
+    union: Spread
+    split: Spread
+    split_of_sums: float
 
 
 @dataclass(frozen=True)
@@ -40,6 +82,7 @@ class LayerSummary:
     local, early : share of the chosen blocks that are the newest `num_local_blocks`, or block 0
     neighbour_overlap : share of a row's blocks that the next row of its request chose too
     head_overlap : share of a group's blocks that another group of the row chose too
+    prefill_tiles : None if no whole tile of prefill rows was recorded
     """
 
     layer: int
@@ -49,6 +92,7 @@ class LayerSummary:
     early: float
     neighbour_overlap: float | None
     head_overlap: float | None
+    prefill_tiles: TileSummary | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +104,7 @@ class Summary:
     rows : sampled (row, layer) pairs; `rows_beyond_budget` of them had blocks to leave out, and
         only those count below
     workers : processes that recorded; their groups stand side by side, in the order of their files
+    prefill_tiles : those of all layers
     """
 
     block_size: int
@@ -69,6 +114,59 @@ class Summary:
     rows: int
     rows_beyond_budget: int
     layers: list[LayerSummary]
+    prefill_tiles: TileSummary | None
+
+
+@dataclass
+class _Tiles:
+    """Unions of the whole tiles of prefill of one layer, while its rows come in their order."""
+
+    # of a tile, and of its first and its second half together
+    whole: list[int] = field(default_factory=list)
+    halves: list[int] = field(default_factory=list)
+    rows: list[Selection] = field(default_factory=list)
+
+    def add(self, selection: Selection) -> None:
+        if self.rows and not _in_one_tile(self.rows[-1], selection):
+            self.rows.clear()
+        if selection.query_len > DECODE_ROWS:
+            self.rows.append(selection)
+        if len(self.rows) < TILE_ROWS:
+            return
+        for chosen in zip(*(row.groups for row in self.rows), strict=True):
+            first = frozenset().union(*chosen[: TILE_ROWS // 2])
+            second = frozenset().union(*chosen[TILE_ROWS // 2 :])
+            self.whole.append(len(first | second))
+            self.halves.append(len(first) + len(second))
+        self.rows.clear()
+
+
+def _in_one_tile(first: Selection, second: Selection) -> bool:
+    """Whether a row is the next one of a tile, which begins at a multiple of its rows."""
+    return (
+        (first.step, first.request) == (second.step, second.request)
+        and first.position + 1 == second.position
+        and second.position % TILE_ROWS != 0
+    )
+
+
+def _tile_summary(layers: list[_Tiles]) -> TileSummary | None:
+    whole = [union for tiles in layers for union in tiles.whole]
+    halves = [unions for tiles in layers for unions in tiles.halves]
+    if not whole:
+        return None
+    return TileSummary(
+        tiles=len(whole),
+        union=_spread(whole),
+        split=_spread([parts / union for parts, union in zip(halves, whole, strict=True)]),
+        split_of_sums=sum(halves) / sum(whole),
+    )
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    # one value has no quartiles but itself
+    lower, median, upper = quantiles([*values, *values][: max(2, len(values))], method="inclusive")
+    return Spread(mean(values), lower, median, upper)
 
 
 @dataclass
@@ -85,6 +183,7 @@ class _Layer:
     heads: list[float] = field(default_factory=list)
     # last selection of each request, for its neighbour
     last: dict[tuple[int, int], Selection] = field(default_factory=dict)
+    tiles: _Tiles = field(default_factory=_Tiles)
 
     def add(self, selection: Selection, *, block_size: int, num_local: int) -> None:
         own = selection.position // block_size
@@ -108,6 +207,7 @@ class _Layer:
             pairs = zip(before.groups, selection.groups, strict=True)
             self.neighbours += [len(old & new) / len(old) for old, new in pairs]
         self.last[selection.request] = selection
+        self.tiles.add(selection)
 
     def summary(self, layer: int, *, num_blocks: int) -> LayerSummary:
         seen = self.seen + [0] * (num_blocks - len(self.seen))
@@ -128,6 +228,7 @@ class _Layer:
             early=self.early / self.blocks,
             neighbour_overlap=_mean(self.neighbours),
             head_overlap=_mean(self.heads),
+            prefill_tiles=_tile_summary([self.tiles]),
         )
 
 
@@ -176,6 +277,7 @@ def summarise(folder: Path, *, phase: Phase = "all") -> Summary:
         rows=rows,
         rows_beyond_budget=beyond,
         layers=[layers[i].summary(i, num_blocks=num_blocks) for i in sorted(layers)],
+        prefill_tiles=_tile_summary([layer.tiles for layer in layers.values()]),
     )
 
 
@@ -221,14 +323,15 @@ class _Worker:
                     return
                 line = json.loads(text)
                 rows = line.get("rows", rows)
-                for number, (position, page, decode) in enumerate(rows):
-                    if self.phase != "all" and bool(decode) != (self.phase == "decode"):
+                for number, (position, page, query_len) in enumerate(rows):
+                    if self.phase != "all" and (query_len == 1) != (self.phase == "decode"):
                         continue
                     yield Selection(
                         layer=line["layer"],
+                        step=line["step"],
                         position=position,
                         request=(line["layer"], page),
-                        decode=bool(decode),
+                        query_len=query_len,
                         groups=tuple(frozenset(group[number]) for group in line["ids"]),
                     )
 
@@ -247,8 +350,8 @@ def _side_by_side(workers: list[_Worker]) -> Iterator[Selection]:
                 "tensor parallel server; keep one recording per folder"
             )
         groups = tuple(group for part in parts for group in part.groups)
-        yield Selection(first.layer, first.position, first.request, first.decode, groups)
+        yield replace(first, groups=groups)
 
 
 def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    return mean(values) if values else None

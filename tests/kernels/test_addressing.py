@@ -33,6 +33,16 @@ def far_pool(pages: Tensor) -> Tensor:
     return pool
 
 
+def far_heads(pages: Tensor) -> Tensor:
+    """A pool whose heads lie 2**30 elements apart, one after another; four of them are enough."""
+    num_pages, heads, *rest = pages.shape
+    assert heads > 2
+    reserved = torch.empty((heads, 2**30 // pages[0, 0].numel(), *rest), dtype=pages.dtype)
+    pool = reserved.transpose(0, 1)[:num_pages]
+    pool.copy_(pages)
+    return pool
+
+
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_addresses_beyond_32_bits(backend: Backend) -> None:
     case = Case("far", ((60, 3),), num_q_heads=4, head_dim=128, index_dim=136, dtype=torch.float16)

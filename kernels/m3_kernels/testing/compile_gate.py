@@ -6,7 +6,7 @@ instructions they must contain. Spilled registers are a fault everywhere.
 
     python -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
     python -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
-    python -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled.md holds
+    python -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled*.md hold
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="figures as JSON")
     output.add_argument(
-        "--markdown", action="store_true", help="figures as docs/kernels-compiled.md"
+        "--markdown", action="store_true", help="figures as docs/kernels-compiled*.md"
     )
     options = parser.parse_args(arguments)
 

@@ -2,8 +2,9 @@
 
 `default.json` holds rows for every kernel; `sm<family>.json` holds what differs on one family of
 GPUs. A file maps a kernel's name to a list of rows, each `{"when": {...}, "config": {...}}`. The
-first row whose `when` fits is used, and its family's row is laid over the default one. Nothing is
-measured at run time: a server never tunes.
+first row whose `when` fits is used, and its family's row is laid over the default one. Any `when`
+may ask for the release of Triton, which decides what a kernel compiles to. Nothing is measured at
+run time: a server never tunes.
 """
 
 from __future__ import annotations
@@ -56,18 +57,31 @@ def kernel_config(kernel: str, *, arch: int, **shape: Shape) -> dict[str, Any]:
     ----------
     kernel : a name in default.json
     arch : compute capability as major * 10 + minor
-    shape : what the rows' `when` may ask about, e.g. page_size=128, key_dtype="bf16"
+    shape : what the rows' `when` may ask about, e.g. page_size=128, key_dtype="bf16"; `triton` is
+        the installed release unless it is given
 
     Raises
     ------
     KeyError : no such kernel, or a `when` asks about something not in `shape`
     ValueError : arch is below 80, or no default row fits the shape
     """
+    shape = {"triton": triton_release(), **shape}
     default = _first_fitting(_rows("default")[kernel], shape)
     if default is None:
         raise ValueError(f"tuning/default.json has no row of {kernel!r} for {shape}")
     family = _first_fitting(_rows(f"sm{family_of(arch)}").get(kernel, []), shape)
     return {**default, **(family or {})}
+
+
+@cache
+def triton_release() -> int:
+    """The installed release as major * 100 + minor, e.g. 306 for 3.6.0; 0 without Triton."""
+    try:
+        import triton
+    except ImportError:
+        return 0
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major) * 100 + int(minor)
 
 
 @cache

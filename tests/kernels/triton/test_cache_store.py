@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.testing.cases import Case, Inputs, all_cases, build, empty_pages
+from tests.kernels.test_addressing import FAR_PAGE, far_heads, far_pool
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # A program per token: the long prefills say nothing more.
@@ -40,6 +43,21 @@ def test_writes_its_tokens_and_nothing_else(case: Case) -> None:
     store(inputs, want, "reference")
     assert_same(got, want)
     assert any(page.isfinite().any() for page in got) == bool((inputs.slot_mapping >= 0).any())
+
+
+def test_addresses_beyond_32_bits() -> None:
+    case = Case("far", ((60, 3),), num_kv_heads=4, head_dim=64, index_dim=136, dtype=torch.float16)
+    inputs = build(case)
+    wanted = empty_pages(case, inputs.k_pages.shape[0])
+    store(inputs, wanted, "reference")
+    far = tuple(far_pool(pages) for pages in empty_pages(case, inputs.k_pages.shape[0]))
+    slots = inputs.slot_mapping + FAR_PAGE * case.page_size
+    store(dataclasses.replace(inputs, slot_mapping=slots), far, "triton")
+    assert_same(tuple(pages[FAR_PAGE:] for pages in far), wanted)
+    k_pages, v_pages, index_pages = empty_pages(case, inputs.k_pages.shape[0])
+    apart = (far_heads(k_pages), far_heads(v_pages), index_pages)
+    store(inputs, apart, "triton")
+    assert_same(apart, wanted)
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16], ids=str)

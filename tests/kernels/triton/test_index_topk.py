@@ -176,6 +176,26 @@ def test_a_row_equals_its_own_step(case: Case) -> None:
             assert torch.equal(run(alone)[:, 0], ids[:, row]), (request, row)
 
 
+@pytest.mark.parametrize("rows", [2, 8, 9, 20])
+def test_a_key_that_arrives_later_does_not_raise_the_block(rows: int) -> None:
+    """The first row stands just before the last key of its own block, which is not forced."""
+    inputs = build(Case("future", ((30, rows),), num_local_blocks=0, topk=1, num_kv_heads=1))
+    first, own = inputs.page_table[0, :2].tolist()
+    inputs.index_q[1, 0] = inputs.index_q[0, 0]
+    inputs.index_k_pages[first, 0] = 10 * inputs.index_q[0, 0]
+    inputs.index_k_pages[own, 15] = 1e4 * inputs.index_q[0, 0]
+    assert run(inputs)[0, :2, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 12])
+def test_slots_past_the_edge_of_a_page_score_nothing(rows: int) -> None:
+    """A tile of keys is a power of two, a page need not be; zeros would beat what is negative."""
+    inputs = build(Case("edge", ((115, rows),), page_size=20, topk=2, num_local_blocks=0))
+    inputs.index_q.abs_()
+    inputs.index_k_pages.abs_().neg_()
+    assert torch.equal(run(inputs), reference(inputs))
+
+
 def test_prefill_in_passes() -> None:
     """A workspace that holds few rows' scores changes nothing; one that holds none is refused."""
     inputs = build(Case("passes", ((100, 14), (3, 12)), topk=3))

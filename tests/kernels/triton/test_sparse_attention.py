@@ -30,6 +30,7 @@ from m3_kernels.testing.cases import (
 from m3_kernels.testing.compare import assert_accurate, plain_attention
 from m3_kernels.tiles import power_of_two
 from m3_kernels.work_plan import make_work_plan
+from tests.kernels.test_addressing import FAR_PAGE, far_heads, far_pool
 
 INT32_MIN = -(2**31)
 QUERY_LENS = (1, 2, 3, 4, 5, 8, 100)
@@ -150,6 +151,38 @@ def test_descriptors_and_pointers_read_the_same() -> None:
     pointers = attend(inputs, ids, arch=90, use_descriptors=False)
     assert_exact(inputs, ids, pointers)
     assert_same_bits(attend(inputs, ids, arch=90, use_descriptors=True), pointers)
+
+
+def test_pages_beyond_32_bits() -> None:
+    near = build(
+        Case(
+            "far",
+            ((100, 2), (90, 9)),
+            num_q_heads=2,
+            num_kv_heads=1,
+            head_dim=128,
+            page_size=32,
+            topk=2,
+            dtype=torch.float16,
+        )
+    )
+    far = dataclasses.replace(
+        near,
+        k_pages=far_pool(near.k_pages),
+        v_pages=far_pool(near.v_pages),
+        page_table=near.page_table.where(near.page_table < 0, near.page_table + FAR_PAGE),
+    )
+    ids = choose(near)
+    assert_same_bits(attend(far, ids, arch=90), attend(near, ids, arch=90))
+
+
+def test_heads_beyond_32_bits() -> None:
+    near = build(Case("far", ((60, 1),), num_q_heads=4, num_kv_heads=4, topk=2))
+    far = dataclasses.replace(
+        near, k_pages=far_heads(near.k_pages), v_pages=far_heads(near.v_pages)
+    )
+    ids = choose(near)
+    assert_same_bits(attend(far, ids), attend(near, ids))
 
 
 @pytest.mark.usefixtures("products_in_order")

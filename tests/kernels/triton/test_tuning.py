@@ -48,6 +48,47 @@ def test_the_first_fitting_row_counts_and_the_family_overrides(
         kernel_config("kernel", arch=90, size=65, kind="q")
 
 
+def test_the_release_of_triton_is_part_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "default": {"kernel": [{"config": {"A": 1}}]},
+        "sm90": {"kernel": [{"when": {"triton": {"max": 306}}, "config": {"A": 2}}]},
+    }
+    monkeypatch.setattr(tuning, "_rows", files.__getitem__)
+    asked = {release: kernel_config("kernel", arch=90, triton=release) for release in (306, 307)}
+    assert asked == {306: {"A": 2}, 307: {"A": 1}}
+    monkeypatch.setattr(tuning, "triton_release", lambda: 306)
+    assert kernel_config("kernel", arch=90) == {"A": 2}
+    monkeypatch.setattr(tuning, "triton_release", lambda: 309)
+    assert kernel_config("kernel", arch=90) == {"A": 1}
+
+
+@pytest.mark.parametrize(
+    ("version", "release"), [("3.6.0", 306), ("3.10.1", 310), ("3.7.0+git1a2b3c4d", 307)]
+)
+def test_numbers_of_releases(monkeypatch: pytest.MonkeyPatch, version: str, release: int) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    assert tuning.triton_release.__wrapped__() == release
+
+
+def test_older_triton_loads_by_pointers_where_its_descriptors_cost_registers() -> None:
+    shapes = {
+        "index_topk_decode_scores": {"dot": "bfloat16", "keys": "bfloat16"},
+        "sparse_attention_decode": {"dot": "bfloat16", "kv": "bfloat16", "rows": 1},
+        "sparse_attention_prefill": {"dot": "bfloat16", "kv": "bfloat16", "rows": 8},
+    }
+    for kernel, shape in shapes.items():
+        for arch, release, wanted in (
+            (120, 306, False),
+            (120, 307, True),
+            (90, 306, True),
+            (90, 309, True),
+        ):
+            config = kernel_config(kernel, arch=arch, triton=release, **shape)
+            assert config["USE_DESCRIPTORS"] is wanted, (kernel, arch, release)
+
+
 def test_a_call_cannot_change_the_data() -> None:
     first = kernel_config("work_plan", arch=90)
     first.clear()

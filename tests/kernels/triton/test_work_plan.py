@@ -51,6 +51,16 @@ def test_equals_the_reference(case: Case) -> None:
     assert triton.max_blocks == reference.max_blocks
 
 
+def test_edges_of_the_kinds_and_of_what_a_program_sees_at_once() -> None:
+    """0, 1, 7, 8 and 9 rows, in more requests than one load of the kernel takes."""
+    batch = step(*[(120 + rows, rows) for rows in (0, 1, 7, DECODE_ROWS, DECODE_ROWS + 1)] * 52)
+    triton, reference = (
+        make_work_plan(**batch, num_rows=52 * 25 + 3, page_size=16, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert_same(triton, reference)
+
+
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
