@@ -103,9 +103,9 @@ def assert_exact(inputs: Inputs, ids: Tensor, results: tuple[Tensor, Tensor]) ->
 @pytest.mark.parametrize("arch", [120, 121])
 @pytest.mark.parametrize("heads", [(64, 4), (16, 1), (8, 1), (4, 1)])
 def test_it_may_serve_every_rank_of_m3(arch: int, heads: tuple[int, int]) -> None:
-    layer = LAYER | {"arch": arch, "num_q_heads": heads[0], "num_kv_heads": heads[1]}
+    layer: dict[str, Any] = LAYER | {"arch": arch, "num_q_heads": heads[0], "num_kv_heads": heads[1]}
     assert flashinfer_refusal(**layer) is None
-    fp16 = {"dtype": torch.float16, "kv_dtype": torch.float16}
+    fp16: dict[str, Any] = {"dtype": torch.float16, "kv_dtype": torch.float16}
     assert flashinfer_refusal(**layer | fp16) is None
 
 
