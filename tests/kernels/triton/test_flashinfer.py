@@ -103,7 +103,11 @@ def assert_exact(inputs: Inputs, ids: Tensor, results: tuple[Tensor, Tensor]) ->
 @pytest.mark.parametrize("arch", [120, 121])
 @pytest.mark.parametrize("heads", [(64, 4), (16, 1), (8, 1), (4, 1)])
 def test_it_may_serve_every_rank_of_m3(arch: int, heads: tuple[int, int]) -> None:
-    layer: dict[str, Any] = LAYER | {"arch": arch, "num_q_heads": heads[0], "num_kv_heads": heads[1]}
+    layer: dict[str, Any] = LAYER | {
+        "arch": arch,
+        "num_q_heads": heads[0],
+        "num_kv_heads": heads[1],
+    }
     assert flashinfer_refusal(**layer) is None
     fp16: dict[str, Any] = {"dtype": torch.float16, "kv_dtype": torch.float16}
     assert flashinfer_refusal(**layer | fp16) is None
@@ -191,6 +195,32 @@ def test_the_call_is_one_of_the_known_releases(monkeypatch: pytest.MonkeyPatch) 
     assert {"causal", "softmax_scale", "page_table", "seqused_k"} <= set(parameters)
     # what is assumed of releases and stated in the refusals
     assert [group for group in range(1, 129) if _tiles(real, group)] == list(flashinfer.GROUPS)
+
+
+def test_nothing_before_its_kernels_reads_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values, which raise where a value is asked for."""
+    real = flashinfer_wheel.load(monkeypatch)
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(real, "_get_compiled_union", lambda *_: lambda *args: launched.append(args))
+
+    def prepared(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, bounds: Tensor, *_: Any, **kw: Any):
+        real._build_union_metadata_device(ids, bounds, 128 // kw["group_size"], kw["topk"])
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(real, "_msa_sparse_prefill", prepared)
+    inputs = build(dataclasses.replace(MIXED, pages="separate"))
+    with pytest.raises(NotImplementedError, match="meta"):
+        inputs.seq_lens.to("meta").tolist()
+    flashinfer_prefill(
+        *(t.to("meta") for t in (inputs.q, inputs.k_pages, inputs.v_pages, choose(inputs))),
+        page_table=inputs.page_table.to("meta"),
+        cu_seqlens_q=inputs.cu_seqlens_q.to("meta"),
+        seq_lens=inputs.seq_lens.to("meta"),
+        scale=1.0,
+        out=torch.empty_like(inputs.q, device="meta"),
+        lse=None,
+    )
+    assert len(launched) == 1
 
 
 def _tiles(real: Any, group: int) -> bool:
