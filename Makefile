@@ -119,7 +119,7 @@ test:
 test-kernels: lint $(OLDER_TRITON)/.ready $(FLASHINFER)/.ready
 	$(BIN)/pytest tests/kernels
 
-test-plugin: env $(LM_EVAL)/.ready
+test-plugin: env $(LM_EVAL)/.ready $(FLASHINFER)/.ready
 	$(BIN)/pytest tests/plugin tests/test_architecture.py
 
 test-vllm: env
