@@ -121,11 +121,7 @@ def try_kernels(
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     require_right(findings, kernels=kernels, device=name)
-    logger.info(
-        "m3-plugin: MSA kernels%s gave right results on %s",
-        "" if kernels.prefill is None else f" with {kernels.prefill}",
-        name,
-    )
+    logger.info("m3-plugin: MSA kernels (%s) gave right results on %s", kernels.name, name)
 
 
 def with_flashinfer(

@@ -40,6 +40,11 @@ class KernelChoice:
     forced: bool = False
     prefill: Literal["flashinfer"] | None = None
 
+    @property
+    def name(self) -> str:
+        """The family, and what does its prefill in its place."""
+        return self.family if self.prefill is None else f"{self.family} with {self.prefill}"
+
     def describe(self) -> str:
         """One line for a log: the family, why, and what was refused."""
         told = [self.reason]

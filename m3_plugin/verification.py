@@ -145,9 +145,8 @@ def require_right(findings: Iterable[Finding], *, kernels: KernelChoice, device:
     wrong = [finding for finding in findings if not finding.ok]
     if wrong:
         told = "; ".join(f"{f.case} {f.quantity}: {f.faults[0]}" for f in wrong)
-        family = repr(kernels.family) + (f" with {kernels.prefill}" if kernels.prefill else "")
         raise KernelsAreWrongError(
-            f"kernel family {family} gives wrong results on {device} and will not be "
+            f"kernel family {kernels.name!r} gives wrong results on {device} and will not be "
             f"used ({told}). Please report this with the output of `m3-plugin check --json`"
         )
 

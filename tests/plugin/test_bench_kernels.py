@@ -453,6 +453,8 @@ def test_flashinfer_is_called_as_it_is_written() -> None:
         assert scores["k"].shape == (data.index_k_pages.shape[0], 1, 128, 128)
         assert scores["k"].is_contiguous()
         assert scores["output"].shape == (2, 6, 2 * rows)
+        assert calls["msa_topk_select"]["force_end_blocks"] == 1
+        assert calls[attention].get("seqlen_q", 64) == rows
         # 700 keys: the last row of each request stands in the sixth block
         assert calls["msa_topk_select"]["num_valid_pages"][rows - 1 :: rows].tolist() == [6, 6]
         assert calls["msa_topk_select"]["num_valid_pages"][0] == (700 - rows) // 128 + 1

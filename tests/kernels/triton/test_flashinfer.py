@@ -187,6 +187,19 @@ def test_its_call_means_what_the_op_means(pages: Any, monkeypatch: pytest.Monkey
     assert_exact(inputs, ids, attend(inputs, ids, flashinfer_prefill))
 
 
+def test_scale_and_strided_rows_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    flashinfer_wheel.load(monkeypatch)
+    inputs = build(dataclasses.replace(MIXED, requests=((600, 9),), padding_rows=0))
+    assert not inputs.q.is_contiguous()  # of a projection's output, which its checks refuse
+    ids = choose(inputs)
+    step = {**inputs.batch, "scale": 0.5}
+    arguments = (inputs.q, inputs.k_pages, inputs.v_pages, ids)
+    expected = sparse_attention(*arguments, **step, backend="reference")
+    out = torch.empty_like(inputs.q)
+    flashinfer_prefill(*arguments, **step, out=out, lse=None)
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+
+
 def test_the_call_is_one_of_the_known_releases(monkeypatch: pytest.MonkeyPatch) -> None:
     real = flashinfer_wheel.load(monkeypatch)
     assert flashinfer_wheel.WHEEL is not None

@@ -153,7 +153,7 @@ def test_faults_are_found(wrong: Prefill, quantities: set[str], standing_in: Any
     [
         (
             drops_the_last_block,
-            r"KernelsAreWrongError: kernel family 'triton' with flashinfer .*error",
+            r"KernelsAreWrongError: kernel family 'triton with flashinfer' .*error",
         ),
         (is_not_compiled, "ImportError: no module named cutlass"),
     ],
@@ -181,6 +181,17 @@ def test_who_names_it_gets_it_or_nothing(standing_in: Any) -> None:
     forced = dataclasses.replace(WITH, forced=True)
     with pytest.raises(NoKernelError, match=r"cannot run here: .* no module named cutlass"):
         assembly.with_flashinfer(RULES, SHAPE, kernels=forced, device=CPU)
+
+
+def test_a_test_that_did_not_try_it_proves_nothing(
+    standing_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = standing_in(oracle)
+    monkeypatch.setattr(verification, "PREFILL_PAGES", ("planes",))
+    choice = assembly.with_flashinfer(RULES, SHAPE, kernels=TRITON, device=CPU)
+    assert calls == []
+    assert choice.prefill is None
+    assert "side by side in one tensor" in choice.describe()
 
 
 def test_who_names_triton_gets_triton(standing_in: Any) -> None:
