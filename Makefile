@@ -38,6 +38,9 @@ OLDER_TRITON := .venv/triton-3.6
 # Its command line alone is read, to see that the recipe in docs/operations.md is understood.
 LM_EVAL := .venv/lm-eval
 
+# Its own checks of a call are run, out of the wheel as it is; its kernels need a GPU.
+FLASHINFER := .venv/flashinfer
+
 SCREENS := docs/screens
 
 .PHONY: screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
@@ -69,6 +72,10 @@ $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 
 $(OLDER_TRITON)/.ready: $(VLLM_VENV)/.ready
 	$(BIN)/python $(PIP) install --quiet --no-deps --target $(OLDER_TRITON) --upgrade triton==3.6.0
+	touch $@
+
+$(FLASHINFER)/.ready: $(VLLM_VENV)/.ready
+	$(BIN)/python $(PIP) download --quiet --no-deps --dest $(FLASHINFER) flashinfer-python==0.7.2.post1
 	touch $@
 
 $(LM_EVAL)/.ready: $(VLLM_VENV)/.ready
@@ -111,10 +118,10 @@ lint-sglang: env env-sglang
 test:
 	$(MAKE) --no-print-directory --jobs 2 test-sglang test-vllm test-kernels test-plugin
 
-test-kernels: lint $(OLDER_TRITON)/.ready
+test-kernels: lint $(OLDER_TRITON)/.ready $(FLASHINFER)/.ready
 	$(BIN)/pytest tests/kernels
 
-test-plugin: env $(LM_EVAL)/.ready
+test-plugin: env $(LM_EVAL)/.ready $(FLASHINFER)/.ready
 	$(BIN)/pytest tests/plugin tests/test_architecture.py
 
 test-vllm: env

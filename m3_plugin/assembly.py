@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 
+from m3_kernels.sparse_attention import flashinfer_refusal
 from m3_kernels.tuning import arch_of
 from m3_plugin.backends import KernelChoice, choose_kernels, require_served
 from m3_plugin.batch import StepCapacity
@@ -83,7 +85,9 @@ def make_session(
                 "M3_PLUGIN_TIMINGS=1 reads the wall clock around each kernel, which on a GPU says "
                 "how long its launch takes; unset it, or serve on a CPU"
             )
-        try_kernels(config.msa, shape, kernels=kernels, device=device)
+        try_kernels(config.msa, shape, kernels=replace(kernels, prefill=None), device=device)
+        if device.type == "cuda":
+            kernels = with_flashinfer(config.msa, shape, kernels=kernels, device=device)
         workspace = allocate_workspace(config.msa, shape, capacity, device=device)
         logger.info("m3-plugin: %s", workspace.describe())
     session = (TimedSession if settings.timings else MSASession)(
@@ -122,4 +126,42 @@ def try_kernels(
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     require_right(findings, kernels=kernels, device=name)
-    logger.info("m3-plugin: MSA kernels gave right results on %s", name)
+    logger.info("m3-plugin: MSA kernels (%s) gave right results on %s", kernels.name, name)
+
+
+def with_flashinfer(
+    msa: MSAConfig, shape: LayerShape, *, kernels: KernelChoice, device: torch.device
+) -> KernelChoice:
+    """The choice with FlashInfer for prefill attention, or with the reason why not.
+
+    FlashInfer is used where its limits fit and it passed the self-test here, unless the user named
+    Triton. It is optional, so nothing that it does wrong may end a server that did not ask for it.
+
+    Raises
+    ------
+    NoKernelError : it was asked for by name and cannot serve.
+    """
+    if kernels.forced and kernels.prefill is None:
+        return kernels
+    refusal = flashinfer_refusal(
+        arch=arch_of(device),
+        dtype=shape.dtype,
+        kv_dtype=shape.cache_dtype,
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        page_size=msa.block_size,
+        topk=msa.topk_blocks,
+    )
+    wanted = replace(kernels, prefill="flashinfer")
+    if refusal is not None:
+        return wanted.without_flashinfer(refusal)
+    try:
+        # by name, so that pages which it refuses are a fault of the test and not left to ours
+        try_kernels(msa, shape, kernels=replace(wanted, forced=True), device=device)
+    except Exception as error:
+        # It compiles at its first call, and can fail in any way.
+        reason = f"its test failed: {type(error).__name__}: {error}"
+        logger.warning("m3-plugin: flashinfer is not used: %s", reason)
+        return wanted.without_flashinfer(reason)
+    return wanted

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -27,32 +28,65 @@ class KernelChoice:
     ----------
     family : name understood by the ops' `backend` argument
     reason : why this one
-    refused : (family, reason) of each preferred family that cannot run here
+    refused : (name, reason) of what would be preferred and cannot run here, FlashInfer among it
+    forced : named by the user, so never replaced
+    prefill : what attends for requests of many rows in the place of the family's own kernel; None
+        for that kernel
     """
 
     family: Implementation
     reason: str
     refused: tuple[tuple[str, str], ...] = ()
+    forced: bool = False
+    prefill: Literal["flashinfer"] | None = None
+
+    @property
+    def name(self) -> str:
+        """The family, and what does its prefill in its place."""
+        return self.family if self.prefill is None else f"{self.family} with {self.prefill}"
 
     def describe(self) -> str:
         """One line for a log: the family, why, and what was refused."""
-        refused = "; ".join(f"{name} refused: {why}" for name, why in self.refused)
-        return f"{self.family} ({self.reason}{'; ' + refused if refused else ''})"
+        told = [self.reason]
+        if self.prefill is not None:
+            told.append(f"prefill attention by {self.prefill}")
+        told += [f"{name} refused: {why}" for name, why in self.refused]
+        return f"{self.family} ({'; '.join(told)})"
+
+    def without_flashinfer(self, reason: str) -> KernelChoice:
+        """The same kernels with the family's own prefill.
+
+        Raises
+        ------
+        NoKernelError : FlashInfer was asked for by name.
+        """
+        if self.forced:
+            raise NoKernelError(f"M3_PLUGIN_KERNELS=flashinfer cannot run here: {reason}")
+        refused = (*self.refused, ("flashinfer", reason))
+        return replace(self, prefill=None, refused=refused)
 
 
 def choose_kernels(device_type: str, requested: KernelFamily = "auto") -> KernelChoice:
     """Pick the kernel family for a device; never falls back without a reason to show.
 
+    FlashInfer is no family: it does one step of "triton". By name it is taken here, by "auto" where
+    a session is made, because that takes the chip, the layer and a test (`assembly`).
+
     Parameters
     ----------
     device_type : `torch.device.type`, e.g. "cpu" or "cuda"
-    requested : a family by name, or "auto" for the best available one
+    requested : a family or "flashinfer" by name, or "auto" for the best available ones
 
     Raises
     ------
     NoKernelError : the requested family, or every family, is refused; all reasons are named.
     """
     candidates = m3_kernels.kernel_families(device_type)
+    if requested == "flashinfer" and device_type != "cuda":
+        raise NoKernelError(
+            f"M3_PLUGIN_KERNELS=flashinfer cannot run on {device_type!r}: it needs a GPU"
+        )
+    family = "triton" if requested == "flashinfer" else requested
     refused = tuple((c.name, c.refusal) for c in candidates if c.refusal is not None)
     if requested == "auto":
         for candidate in candidates:
@@ -66,13 +100,18 @@ def choose_kernels(device_type: str, requested: KernelFamily = "auto") -> Kernel
         reasons = "; ".join(f"{name}: {why}" for name, why in refused)
         raise NoKernelError(f"no MSA kernels for device {device_type!r} ({reasons})")
     for candidate in candidates:
-        if candidate.name == requested:
+        if candidate.name == family:
             if candidate.refusal is not None:
                 raise NoKernelError(
                     f"M3_PLUGIN_KERNELS={requested} cannot run on {device_type!r}: "
                     f"{candidate.refusal}"
                 )
-            return KernelChoice(family=candidate.name, reason="requested by M3_PLUGIN_KERNELS")
+            return KernelChoice(
+                family=candidate.name,
+                reason="requested by M3_PLUGIN_KERNELS",
+                forced=True,
+                prefill="flashinfer" if requested == "flashinfer" else None,
+            )
     raise NoKernelError(
         f"M3_PLUGIN_KERNELS={requested} does not exist on {device_type!r}; "
         f"known: {', '.join(c.name for c in candidates)}"

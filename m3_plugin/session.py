@@ -9,6 +9,7 @@ run(plan, q, k, v, ...)          once per sparse layer, device work only; may be
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,12 @@ from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
-from m3_kernels.sparse_attention import sparse_attention
+from m3_kernels.sparse_attention import (
+    PrefillAttention,
+    flashinfer_prefill,
+    pages_refusal,
+    sparse_attention,
+)
 from m3_kernels.work_plan import WorkPlan
 from m3_plugin.backends import KernelChoice
 from m3_plugin.batch import MSABatch
@@ -26,6 +32,8 @@ from m3_plugin.workspace import Workspace
 
 if TYPE_CHECKING:
     from m3_plugin.selection.recorder import SelectionRecorder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -247,5 +255,26 @@ class MSASession:
             out=out,
             plan=plan.work,
             workspace=self.workspace.attention if self.workspace else None,
+            prefill=self._prefill(caches),
             backend=self.kernels.family,
         )
+
+    def _prefill(self, caches: MSACaches) -> PrefillAttention | None:
+        """What attends for requests of many rows: None for the family's own kernel.
+
+        Never FlashInfer within a capture, in which it was not tried. Pages that it cannot read end
+        its use, for all layers of a session lie alike.
+        """
+        if self.kernels.prefill is None or _is_captured(caches.k_pages.device):
+            return None
+        reason = pages_refusal(caches.k_pages, caches.v_pages)
+        if reason is not None:
+            self.kernels = self.kernels.without_flashinfer(reason)
+            logger.warning("m3-plugin: MSA kernels: %s", self.kernels.describe())
+            return None
+        return flashinfer_prefill
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether launches go into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from m3_plugin.config import MSAConfig
 from m3_plugin.session import MSACaches, MSASession
 from m3_plugin.workspace import LayerShape, allocate_workspace
 
+# The layouts of K and V which another library's prefill may meet (`pages_refusal`).
+PREFILL_PAGES = ("packed-heads", "packed-slots", "separate")
+
 
 class KernelsAreWrongError(RuntimeError):
     """The chosen kernels give wrong results on this device, so nothing may be served with them."""
@@ -36,7 +40,7 @@ class Finding:
     Attributes
     ----------
     case, phase : name of the case; "decode", "verify", "prefill" or "mixed"
-    quantity : "cache", "selection", "attention", "run", "repeats" or "graph"
+    quantity : "cache", "selection", "attention", "run", "repeats", "chunks" or "graph"
     error, allowed : largest absolute error and its limit, where the quantity has one
     faults : what is wrong, for a person to read; empty if nothing is
     """
@@ -78,6 +82,9 @@ def self_test(
 ) -> tuple[Finding, ...]:
     """Decode, verify and prefill of the served geometry against the oracle; about a second.
 
+    With a prefill of another library only the steps it takes part in, on pages as hosts lay them
+    out, and chunk by chunk as well.
+
     The oracle runs on the CPU. Works inside a host's `torch.device` and default-dtype contexts.
 
     Parameters
@@ -110,6 +117,13 @@ def self_test(
         "prefill": ((budget + msa.block_size - 5, DECODE_ROWS + 4), (0, DECODE_ROWS + 1)),
     }
     cases = [replace(geometry, name=name, requests=requests) for name, requests in steps.items()]
+    if kernels.prefill is not None:
+        mixed = ((budget + 5, 1), *steps["prefill"], (budget + msa.block_size - 1, 2), (0, 1))
+        cases = [
+            replace(geometry, name=f"{name} on {pages} pages", requests=requests, pages=pages)
+            for pages in PREFILL_PAGES
+            for name, requests in (("prefill", steps["prefill"]), ("mixed", mixed))
+        ]
     return tuple(
         finding
         for case in cases
@@ -132,7 +146,7 @@ def require_right(findings: Iterable[Finding], *, kernels: KernelChoice, device:
     if wrong:
         told = "; ".join(f"{f.case} {f.quantity}: {f.faults[0]}" for f in wrong)
         raise KernelsAreWrongError(
-            f"kernel family {kernels.family!r} gives wrong results on {device} and will not be "
+            f"kernel family {kernels.name!r} gives wrong results on {device} and will not be "
             f"used ({told}). Please report this with the output of `m3-plugin check --json`"
         )
 
@@ -161,6 +175,8 @@ def verify_case(
             findings = [run.cache(), run.selection(), run.attention(), run.whole()]
             if repeats:
                 findings.append(run.repeats(repeats))
+            if kernels.prefill is not None:
+                findings.append(run.chunks())
             if graph:
                 findings.append(run.graph())
     finally:
@@ -262,6 +278,37 @@ class _CaseRun:
             different += not _same_bits(out, self.out)
         faults = (f"{different} of {count} runs gave other bits",) if different else ()
         return self._finding("repeats", faults=faults)
+
+    def chunks(self) -> Finding:
+        """Requests of many rows alone and without their first rows: the same bits.
+
+        Plans other steps, so what needs this one's plan must have run.
+        """
+        moved, left_out, different = self.moved, 3, 0
+        for request, (first, last) in enumerate(pairwise(moved.cu_seqlens_q.tolist())):
+            rows = slice(first + left_out, last)
+            count = last - rows.start
+            if count <= DECODE_ROWS:
+                continue
+            batch = replace(
+                self.batch,
+                cu_seqlens_q=torch.tensor([0, count], dtype=torch.int32, device=self.device),
+                seq_lens=moved.seq_lens[request : request + 1],
+                page_table=moved.page_table[request : request + 1],
+                slot_mapping=moved.slot_mapping[rows],
+                max_query_len=count,
+            )
+            out = _poisoned_like(moved.q[rows])
+            self.session.attend(
+                self.session.plan(batch),
+                moved.q[rows],
+                self.block_ids[:, rows].contiguous(),
+                caches=_caches(moved),
+                out=out,
+            )
+            different += not _same_bits(out, self.out[rows])
+        faults = (f"{different} requests gave other bits in another chunk",) if different else ()
+        return self._finding("chunks", faults=faults)
 
     def graph(self) -> Finding:
         """A graph captured on empty requests and replayed on this case, as hosts do."""

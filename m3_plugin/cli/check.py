@@ -99,27 +99,41 @@ def check(
     console = Console(stderr=json_file == "-")
     device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = _families(device_type, family)
+        chosen = [] if family == "flashinfer" else _families(device_type, family)
     except (LookupError, RuntimeError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
     on_gpu = device_type == "cuda"
+    arch = arch_of(torch.device(device_type)) if on_gpu else None
+    flashinfer, refusal = flashinfer_choice(arch)
+    if flashinfer is not None and family in (None, "flashinfer"):
+        chosen.append(flashinfer)
+    elif family == "flashinfer":
+        console.print(f"flashinfer refused: {refusal}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2)
     report = CheckReport(
         machine=machine_facts() | (gpu_facts() if on_gpu else {}),
         device=device_type,
         repeats=(200 if on_gpu else 3) if repeats is None else repeats,
         graph=on_gpu,
-        families={choice.family: choice.reason for choice in chosen},
+        families={choice.name: choice.reason for choice in chosen},
     )
-    arch = arch_of(torch.device(device_type)) if on_gpu else None
-    work = [(choice, case) for choice in chosen for case in _cases(choice.family, only, arch=arch)]
+    work = [
+        (choice, case)
+        for choice in chosen
+        for case in (
+            _cases(choice.family, only, arch=arch)
+            if choice.prefill is None
+            else (case for case in prefill_cases() if only in case.name)
+        )
+    ]
     if not work:
         console.print(f"no case has {only!r} in its name", style="red", markup=False)
         raise typer.Exit(2)
     with progress_bar() as progress:
         task = progress.add_task("", total=len(work))
         for choice, case in work:
-            progress.update(task, description=f"{choice.family} {case.name}")
+            progress.update(task, description=f"{choice.name} {case.name}")
             report.results.append(
                 _run(case, choice, torch.device(device_type), report.repeats, report.graph)
             )
@@ -158,6 +172,56 @@ def _families(device_type: str, requested: str | None) -> list[KernelChoice]:
         reasons = "; ".join(f"{entry.name}: {entry.refusal or 'the oracle'}" for entry in families)
         raise NoKernelError(f"nothing to check on {device_type!r} ({reasons})")
     return [KernelChoice(entry.name, f"available on {device_type}") for entry in able]
+
+
+def flashinfer_choice(arch: int | None) -> tuple[KernelChoice | None, str | None]:
+    """Triton with FlashInfer for prefill attention of MiniMax-M3, or why that cannot be tried.
+
+    Parameters
+    ----------
+    arch : compute capability as major * 10 + minor; None on a CPU
+    """
+    from m3_kernels.sparse_attention import flashinfer_refusal
+    from m3_plugin.backends import KernelChoice
+
+    if arch is None:
+        return None, "it needs a GPU"
+    served = prefill_cases()[0]
+    refusal = flashinfer_refusal(
+        arch=arch,
+        dtype=served.dtype,
+        kv_dtype=served.dtype,
+        num_q_heads=served.num_q_heads,
+        num_kv_heads=served.num_kv_heads,
+        head_dim=served.head_dim,
+        page_size=served.page_size,
+        topk=served.topk,
+    )
+    if refusal is not None:
+        return None, refusal
+    return KernelChoice("triton", "its limits fit", forced=True, prefill="flashinfer"), None
+
+
+def prefill_cases() -> list[Case]:
+    """Prefill and mixed steps of whole models and ranks, on every layout of pages it may meet."""
+    import torch
+
+    from m3_kernels.testing.cases import production_cases
+    from m3_plugin.verification import PREFILL_PAGES
+
+    steps = {
+        "long-prefill": LONG_STEPS["long-prefill"],
+        "mixed": ((5_000, 300), (3_000, 1), (0, 129), (2_047, 9), (700, 4)),
+    }
+    return [
+        replace(
+            case, name=f"{case.name}-{step}-{pages}", requests=requests, pages=pages
+        ).with_dtype(dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+        for case in production_cases()
+        for step, requests in steps.items()
+        for pages in PREFILL_PAGES
+    ]
 
 
 def _cases(family: str, only: str, *, arch: int | None) -> Iterator[Case]:
@@ -238,7 +302,7 @@ def _run(
     from m3_plugin.verification import Finding, phase_of, verify_case
 
     result = CaseResult(
-        family=kernels.family,
+        family=kernels.name,
         case=case.name,
         phase=phase_of(case),
         dtype=str(case.dtype).removeprefix("torch."),
@@ -248,7 +312,12 @@ def _run(
     try:
         with interpreted() if on_interpreter else nullcontext():
             findings = verify_case(
-                case, kernels=kernels, device=device, repeats=repeats, graph=graph
+                case,
+                kernels=kernels,
+                device=device,
+                repeats=repeats,
+                # captured steps are Triton's alone, to rounding only the same
+                graph=graph and kernels.prefill is None,
             )
     except (NotImplementedError, TypeError, ValueError) as refusal:
         return replace(result, refused=f"{type(refusal).__name__}: {refusal}")

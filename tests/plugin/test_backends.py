@@ -56,6 +56,29 @@ def test_cuda_takes_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_kernels("cuda")
 
 
+def test_flashinfer_is_a_part_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert choose_kernels("cuda").prefill is None  # a session decides
+    assert choose_kernels("cuda", "triton").prefill is None
+    choice = choose_kernels("cuda", "flashinfer")
+    assert (choice.family, choice.prefill, choice.forced) == ("triton", "flashinfer", True)
+    assert choice.describe() == (
+        "triton (requested by M3_PLUGIN_KERNELS; prefill attention by flashinfer)"
+    )
+    with pytest.raises(NoKernelError, match="flashinfer cannot run on 'cpu': it needs a GPU"):
+        choose_kernels("cpu", "flashinfer")
+
+
+def test_without_flashinfer_says_why_and_obeys() -> None:
+    choice = KernelChoice("triton", "best available on cuda", prefill="flashinfer")
+    ours = choice.without_flashinfer("it is absent")
+    assert ours.prefill is None
+    assert ours.describe() == "triton (best available on cuda; flashinfer refused: it is absent)"
+    with pytest.raises(NoKernelError, match=r"M3_PLUGIN_KERNELS=flashinfer .* it is absent"):
+        KernelChoice("triton", "test", forced=True).without_flashinfer("it is absent")
+
+
 def test_this_machine_has_kernels() -> None:
     assert choose_kernels("cpu").family in ("native", "torch")
 

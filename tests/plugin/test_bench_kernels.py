@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import io
 import json
 import subprocess
 import sys
+import types
+import typing
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +21,11 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
+from m3_kernels.sparse_attention import pages_refusal
 from m3_plugin.backends import choose_kernels
 from m3_plugin.cli import app
 from m3_plugin.cli.bench import kernels as bench
+from m3_plugin.cli.bench import peers as peers_module
 from m3_plugin.cli.bench.clocks import WallClock, copy_bandwidth, matmul_throughput, time_in_turn
 from m3_plugin.cli.bench.layer import (
     DenseMethod,
@@ -29,6 +36,7 @@ from m3_plugin.cli.bench.layer import (
     check_selection,
     selection,
 )
+from m3_plugin.cli.bench.peers import FLASHINFER_FUNCTIONS, FlashinferLayer
 from m3_plugin.cli.bench.report import GateError
 from m3_plugin.cli.bench.roofline import (
     Geometry,
@@ -39,6 +47,7 @@ from m3_plugin.cli.bench.roofline import (
     floor_seconds,
     sparse_work,
 )
+from tests.kernels.flashinfer_wheel import WHEEL
 
 runner = CliRunner()
 CPU = torch.device("cpu")
@@ -408,6 +417,83 @@ def test_an_absent_peer_says_where_it_was_looked_for(name: str, tmp_path: Path) 
     assert f"{tmp_path} holds no folder {name!r}" in status[name]
 
 
+def written(file: str, name: str) -> inspect.Signature:
+    """The signature of a function in FlashInfer's wheel, which cannot be imported without a GPU."""
+    if WHEEL is None:
+        pytest.skip("no wheel in .venv/flashinfer: run make test")
+    source = zipfile.ZipFile(WHEEL).read(f"flashinfer/msa_ops/{file}.py").decode()
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    node = next(node for node in functions if node.name == name)
+    namespace: dict[str, Any] = {}
+    exec(f"def function({ast.unparse(node.args)}): ...", vars(typing) | {"torch": torch}, namespace)
+    return inspect.signature(namespace["function"])
+
+
+def test_flashinfer_is_called_as_it_is_written() -> None:
+    files = dict.fromkeys(FLASHINFER_FUNCTIONS, "proxy_score") | {
+        "msa_topk_select": "sparse_topk_select",
+        "msa_sparse_attention": "sparse_prefill",
+        "msa_sparse_decode_attention": "sparse_decode",
+    }
+    calls: dict[str, dict[str, Any]] = {}
+
+    def recorded(name: str) -> Any:
+        signature = written(files[name], name)
+
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            calls[name] = signature.bind(*args, **kwargs).arguments
+            return torch.empty(0)
+
+        return call
+
+    class Peer(FlashinferLayer):
+        functions = types.SimpleNamespace(**{name: recorded(name) for name in files})
+
+    small = Geometry(num_q_heads=32, num_kv_heads=2)
+    for rows in (1, 4, 64):
+        calls.clear()
+        data = Layer(Workload("", 2, 700, rows), small, device=CPU, dtype=torch.bfloat16, seed=0)
+        inputs = data.peer_inputs()
+        peer = Peer(inputs)
+        assert peer.select().shape == inputs.block_ids.shape
+        peer.attend()
+        attention = "msa_sparse_attention" if rows > 8 else "msa_sparse_decode_attention"
+        assert set(calls) == {"msa_proxy_score", "msa_topk_select", attention}
+        assert pages_refusal(calls[attention]["k"], calls[attention]["v"]) is None
+        scores = calls["msa_proxy_score"]
+        assert scores["k"].shape == (data.index_k_pages.shape[0], 1, 128, 128)
+        assert scores["k"].is_contiguous()
+        assert scores["output"].shape == (2, 6, 2 * rows)
+        assert calls["msa_topk_select"]["force_end_blocks"] == 1
+        assert calls[attention].get("seqlen_q", 64) == rows
+        # 700 keys: the last row of each request stands in the sixth block
+        assert calls["msa_topk_select"]["num_valid_pages"][rows - 1 :: rows].tolist() == [6, 6]
+        assert calls["msa_topk_select"]["num_valid_pages"][0] == (700 - rows) // 128 + 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "release", "reason"),
+    [
+        ((9, 0), "0.7.2", "its kernels for compute capability 9.0 do not exist"),
+        ((10, 0), "0.7.2", "for compute capability 10.0 can be captured once per workspace"),
+        ((12, 0), None, "flashinfer-python is not installed"),
+        ((12, 1), "0.7.2", "not what this version knows on SM121: ModuleNotFoundError"),
+    ],
+)
+def test_flashinfer_says_why_it_takes_no_part(
+    capability: tuple[int, int],
+    release: str | None,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(peers_module, "_capability", lambda: capability)
+    monkeypatch.setattr(peers_module, "installed_release", lambda: release)
+    loaded, status = bench.load_peers(["flashinfer"], tmp_path)
+    assert not loaded
+    assert reason in status["flashinfer"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so() -> None:
     result = runner.invoke(app, ["bench", "kernels"])
@@ -421,7 +507,7 @@ def test_without_a_gpu_it_says_so() -> None:
     [
         (["--decode", "8192"], "not batch x context"),
         (["--decode", "1x8k"], "not numbers"),
-        (["--peers", "flashinfer"], "unknown: flashinfer"),
+        (["--peers", "aiter"], "unknown: aiter"),
         (["--prefill", "512"], "shorter than its rows"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,10 +16,14 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from m3_kernels.testing.cases import Case
+from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin import session as session_module
+from m3_plugin import verification
+from m3_plugin.backends import KernelChoice
 from m3_plugin.cli import app
-from m3_plugin.cli.check import CaseResult, _cases
-from m3_plugin.verification import Finding
+from m3_plugin.cli.check import CaseResult, _cases, _run, flashinfer_choice, prefill_cases
+from m3_plugin.verification import Finding, phase_of
 
 runner = CliRunner()
 
@@ -176,3 +182,47 @@ def test_the_triton_kernels_run_in_the_interpreter(tmp_path: Path) -> None:
 def test_this_gpu() -> None:
     result = runner.invoke(app, ["check", "--device", "cuda", "--repeats", "20"])
     assert result.exit_code == 0, result.output
+
+
+def test_flashinfer_is_asked_for_where_there_is_none() -> None:
+    result = run("--family", "flashinfer")
+    assert result.exit_code == 2
+    assert "flashinfer refused: it needs a GPU" in result.output
+
+
+def test_flashinfer_is_checked_where_its_limits_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flashinfer_choice(90) == (
+        None,
+        "its msa_ops need compute capability 12.0 or 12.1, this device has 9.0",
+    )
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.7.2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    choice, refusal = flashinfer_choice(120)
+    assert refusal is None
+    assert choice is not None
+    assert (choice.name, choice.forced) == ("triton with flashinfer", True)
+
+
+def test_what_is_checked_of_flashinfer_are_its_limits() -> None:
+    cases = prefill_cases()
+    assert len({case.name for case in cases}) == len(cases) == 36
+    for case in cases:
+        assert max(rows for _, rows in case.requests) > DECODE_ROWS
+        assert (case.head_dim, case.page_size) == (128, 128)
+        assert phase_of(case) in ("prefill", "mixed")
+
+
+def test_flashinfer_is_never_compared_with_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step is Triton's, and equal to FlashInfer's to rounding only."""
+    asked: list[bool] = []
+
+    def noted(case: Case, *, graph: bool, **_: Any) -> tuple[Finding, ...]:
+        asked.append(graph)
+        return ()
+
+    monkeypatch.setattr(verification, "verify_case", noted)
+    for prefill in (None, "flashinfer"):
+        kernels = KernelChoice("triton", "test", prefill=prefill)
+        result = _run(prefill_cases()[0], kernels, torch.device("meta"), 0, True)
+        assert result.family == kernels.name
+    assert asked == [True, False]

@@ -1,5 +1,11 @@
 """The op `sparse_attention`; its contract is in `interface.py`, its maths in README.md."""
 
+from m3_kernels.sparse_attention.flashinfer import (
+    PrefillAttention,
+    flashinfer_prefill,
+    flashinfer_refusal,
+    pages_refusal,
+)
 from m3_kernels.sparse_attention.interface import sparse_attention
 from m3_kernels.sparse_attention.workspace import (
     SparseAttentionWorkspace,
@@ -7,7 +13,11 @@ from m3_kernels.sparse_attention.workspace import (
 )
 
 __all__ = [
+    "PrefillAttention",
     "SparseAttentionWorkspace",
     "allocate_sparse_attention_workspace",
+    "flashinfer_prefill",
+    "flashinfer_refusal",
+    "pages_refusal",
     "sparse_attention",
 ]

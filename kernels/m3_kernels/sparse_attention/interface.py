@@ -7,6 +7,7 @@ from torch import Tensor
 
 from m3_kernels import validation
 from m3_kernels.capability import Backend, implementation_for
+from m3_kernels.sparse_attention.flashinfer import PrefillAttention
 from m3_kernels.sparse_attention.workspace import SparseAttentionWorkspace
 from m3_kernels.work_plan import WorkPlan
 
@@ -27,6 +28,7 @@ def sparse_attention(
     lse: Tensor | None = None,
     plan: WorkPlan | None = None,
     workspace: SparseAttentionWorkspace | None = None,
+    prefill: PrefillAttention | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Exact softmax attention of every query row over the blocks chosen for its KV head.
@@ -54,6 +56,8 @@ def sparse_attention(
     plan : the step's, read by "triton" only; without one it makes its own, which waits for the
         device and allocates
     workspace : of `allocate_sparse_attention_workspace`, used by "triton" only; None allocates
+    prefill : computes the requests of more than 8 rows in the place of the prefill kernel; used by
+        "triton" only; `block_ids` must be as `index_topk` leaves them then
     backend : an implementation by name, or "auto" for the best one here
 
     Returns
@@ -138,6 +142,7 @@ def sparse_attention(
             v_scale=v_scale,
             plan=plan,
             workspace=workspace,
+            prefill=prefill,
         )
         return out
     if implementation == "native":

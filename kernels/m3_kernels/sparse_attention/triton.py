@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from m3_kernels.sparse_attention.flashinfer import PrefillAttention
 from m3_kernels.sparse_attention.triton_decode import sparse_attention_decode_kernel
 from m3_kernels.sparse_attention.triton_prefill import sparse_attention_prefill_kernel
 from m3_kernels.sparse_attention.workspace import (
@@ -43,6 +44,7 @@ def sparse_attention_triton(
     v_scale: Tensor | None = None,
     plan: WorkPlan | None = None,
     workspace: SparseAttentionWorkspace | None = None,
+    prefill: PrefillAttention | None = None,
     arch: int | None = None,
     use_descriptors: bool | None = None,
 ) -> None:
@@ -140,6 +142,21 @@ def sparse_attention_triton(
         **dependent_launch(q.device, arch),
     }
 
+    if prefill is not None and plan.max_query_len > DECODE_ROWS:
+        # First, because it may write rows of every request; the launch after it puts those of few
+        # rows and those of none right.
+        prefill(
+            q,
+            k_pages,
+            v_pages,
+            block_ids,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens,
+            scale=scale,
+            out=out,
+            lse=lse,
+        )
     config = attention_config("sparse_attention_decode", **served)
     attending = units * tiles.segments
     clearing = -(-rows // config["CLEAR_ROWS"])
@@ -163,7 +180,7 @@ def sparse_attention_triton(
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
-    if plan.max_query_len <= DECODE_ROWS:
+    if prefill is not None or plan.max_query_len <= DECODE_ROWS:
         return
     config = attention_config("sparse_attention_prefill", **served)
     keys = keys_per_step(page_size, config["MAX_KEYS"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class Case:
     shared_blocks : leading blocks which all requests have in common, on the same pages
     padding_rows : rows of the query tensors that belong to no request
     missing_keys : taken off every sequence length, so that the first rows stand before position 0
+    pages : how K and V lie: in planes of one page; side by side per slot, head by head or slot by
+        slot; or in two tensors
     kv_dtype : fp8 pages of K and V; None has them in `dtype`
     index_dtype : fp8 or int8 pages of index keys; None has them in `dtype`
     """
@@ -50,6 +52,7 @@ class Case:
     missing_keys: int = 0
     kv_dtype: torch.dtype | None = None
     index_dtype: torch.dtype | None = None
+    pages: Literal["planes", "packed-heads", "packed-slots", "separate"] = "planes"
     seed: int = 0
 
     @property
@@ -108,12 +111,13 @@ class Inputs:
     index_k_scales: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
-        """A copy on a device; strides and the poison around every view stay as they are.
+        """A copy on a device; strides, the poison around every view and shared memory stay.
 
         The sequences stay where they are: they are what results are compared with.
         """
+        copies: dict[int, Tensor] = {}
         moved = {
-            field.name: _copy_of_storage(getattr(self, field.name), device)
+            field.name: _view_of_copy(getattr(self, field.name), device, copies)
             for field in dataclasses.fields(self)
             if isinstance(getattr(self, field.name), Tensor)
         }
@@ -292,9 +296,18 @@ def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
     def nans(*shape: int, dtype: torch.dtype | None) -> Tensor:
         return torch.full(shape, torch.nan).to(dtype or case.dtype)
 
-    fused = nans(num_pages, 2, size, heads, dim, dtype=case.kv_dtype)
     index = nans(num_pages, size, case.index_dim + 8, dtype=case.index_dtype)
-    k_pages, v_pages = fused.transpose(2, 3).unbind(1)
+    if case.pages == "planes":
+        fused = nans(num_pages, 2, size, heads, dim, dtype=case.kv_dtype)
+        k_pages, v_pages = fused.transpose(2, 3).unbind(1)
+    elif case.pages == "separate":
+        k_pages = nans(num_pages, heads, size, dim, dtype=case.kv_dtype)
+        v_pages = k_pages.clone()
+    else:
+        order = (heads, size) if case.pages == "packed-heads" else (size, heads)
+        fused = nans(num_pages, *order, 2 * dim, dtype=case.kv_dtype)
+        fused = fused if case.pages == "packed-heads" else fused.transpose(1, 2)
+        k_pages, v_pages = fused.split(dim, dim=-1)
     return k_pages, v_pages, index[:, :, : case.index_dim]
 
 
@@ -309,8 +322,13 @@ def whole_storage(view: Tensor) -> Tensor:
     return view.new_empty(0).set_(view.untyped_storage())
 
 
-def _copy_of_storage(view: Tensor, device: torch.device) -> Tensor:
-    memory = whole_storage(view).to(device, copy=True)
+def _view_of_copy(view: Tensor, device: torch.device, copies: dict[int, Tensor]) -> Tensor:
+    """The same view of a copy of the memory behind it, which `copies` holds by address."""
+    address = view.untyped_storage().data_ptr()
+    if address not in copies:
+        copies[address] = whole_storage(view).to(device, copy=True)
+    # Views of one memory may differ in dtype: int8 index keys and their scales.
+    memory = view.new_empty(0, device=device).set_(copies[address].untyped_storage())
     return memory.as_strided(view.shape, view.stride(), view.storage_offset())
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from m3_plugin.cli.bench.layer import Layer, Method
 
 OURS, OURS_INT8, DENSE = "m3-plugin", "m3-plugin int8 index", "dense sdpa"
-PEERS = ("vllm", "sglang")
+PEERS = ("vllm", "sglang", "flashinfer")
 PATTERNS = ("shared", "independent")
 # A graph of about this long makes the events around it negligible.
 GRAPH_SECONDS = 2e-3
@@ -140,8 +140,8 @@ def bench_kernels(
     prefill_rows: Annotated[int, typer.Option(help="Query rows of the prefill chunk.")] = 8192,
     rounds: Annotated[int, typer.Option(help="Timed replays of each method.")] = 20,
     peers: Annotated[
-        str, typer.Option(help="Peers beside dense attention, of vllm and sglang.")
-    ] = "vllm,sglang",
+        str, typer.Option(help="Peers beside dense attention, of vllm, sglang and flashinfer.")
+    ] = "vllm,sglang,flashinfer",
     peer_folder: Annotated[
         Path | None, typer.Option(help="Folder with the peers' packages, if not installed.")
     ] = None,

@@ -3,6 +3,7 @@
 The Triton kernels of vLLM and SGLang need a handful of their host's helpers. Importing the hosts
 for those would take a minute and half of their dependencies, and a benchmark box has neither; the
 helpers are given here as stand-ins with the same meaning. Nothing of a peer is stored or changed.
+FlashInfer is a library and is imported as one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from m3_kernels.sparse_attention.flashinfer import ARCHES, installed_release
+
 PAGE_SIZE = 128
+FLASHINFER_FUNCTIONS = (
+    "msa_proxy_score",
+    "msa_topk_select",
+    "msa_sparse_attention",
+    "msa_sparse_decode_attention",
+)
 
 
 class PeerUnavailable(RuntimeError):
@@ -80,17 +89,20 @@ class PeerLayer(Protocol):
 
 
 def load_peer(name: str, folder: Path | None = None) -> Any:
-    """The layer class of a peer, "vllm" or "sglang".
+    """The layer class of a peer, "vllm", "sglang" or "flashinfer".
 
     Parameters
     ----------
     folder : a folder that holds the package (`site-packages`, or an unpacked wheel); by default
-        where Python finds it
+        where Python finds it, as FlashInfer always is
 
     Raises
     ------
-    PeerUnavailable : not installed, other files than expected, or the host is already imported.
+    PeerUnavailable : not installed, other files than expected, the host is already imported, or
+        not for this GPU.
     """
+    if name == "flashinfer":
+        return _load_flashinfer()
     loaders = {"vllm": _load_vllm, "sglang": _load_sglang}
     package = _package_folder(name, folder)
     if name in sys.modules and not getattr(sys.modules[name], "m3_stand_in", False):
@@ -196,6 +208,33 @@ def _load_sglang(package: Path) -> Any:
             attend_prefill=modules["prefill.topk_sparse"].flash_prefill_with_gqa_share_sparse,
         )
 
+    return Layer
+
+
+def _load_flashinfer() -> Any:
+    major, minor = _capability()
+    if (arch := major * 10 + minor) not in ARCHES:
+        why = (
+            "can be captured once per workspace, and a graph here holds many calls"
+            if major == 10
+            else "do not exist"
+        )
+        raise PeerUnavailable(f"its kernels for compute capability {major}.{minor} {why}")
+    if (release := installed_release()) is None:
+        raise PeerUnavailable("flashinfer-python is not installed, which a wheel cannot replace")
+    try:
+        ops = importlib.import_module("flashinfer.msa_ops")
+        functions = SimpleNamespace(**{name: getattr(ops, name) for name in FLASHINFER_FUNCTIONS})
+    except Exception as error:
+        raise PeerUnavailable(
+            f"flashinfer-python {release} is not what this version knows on SM{arch}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+    class Layer(FlashinferLayer):
+        pass
+
+    Layer.functions = functions
     return Layer
 
 
@@ -372,3 +411,59 @@ class SglangLayer:
             "max_seqblock_q": self.inputs.rows,
             "all_seqblock_q": self.inputs.q.shape[0],
         }
+
+
+class FlashinferLayer:
+    """FlashInfer's `msa_ops` for SM120, on K and V side by side, as our inputs have them."""
+
+    functions: Any
+
+    def __init__(self, inputs: PeerInputs) -> None:
+        i = self.inputs = inputs
+        self.k, self.v = i.pages.split(i.head_dim, dim=-1)
+        requests, device = i.seq_lens.shape[0], i.q.device
+        rows = torch.arange(i.rows, device=device).repeat(requests)
+        position = (i.seq_lens - i.rows).repeat_interleave(i.rows) + rows
+        self.visible_blocks = (position // PAGE_SIZE + 1).int()
+        blocks = -(-i.max_seq_len // PAGE_SIZE)
+        shape = (i.num_kv_heads, blocks, i.q.shape[0])
+        self.scores = torch.empty(shape, dtype=torch.float32, device=device)
+        self.ids = torch.empty(
+            (i.q.shape[0], i.num_kv_heads, i.topk), dtype=torch.int32, device=device
+        )
+
+    def select(self) -> Tensor:
+        i = self.inputs
+        self.functions.msa_proxy_score(
+            i.index_q,
+            i.index_k_pages[:, None],
+            i.cu_seqlens_q,
+            page_table=i.page_table,
+            seqused_k=i.seq_lens,
+            causal=True,
+            max_seqlen_q=i.rows,
+            max_k_tiles=self.scores.shape[1],
+            output=self.scores,
+        )
+        self.functions.msa_topk_select(
+            self.scores,
+            i.topk,
+            num_valid_pages=self.visible_blocks,
+            output=self.ids,
+            force_end_blocks=1,
+        )
+        # its attention takes heads first, and no view of them
+        return self.ids.transpose(0, 1).contiguous()
+
+    def attend(self) -> Tensor:
+        i = self.inputs
+        step = {
+            "page_table": i.page_table,
+            "seqused_k": i.seq_lens,
+            "causal": True,
+            "softmax_scale": i.head_dim**-0.5,
+        }
+        layer = (i.q, self.k, self.v, i.block_ids)
+        if i.rows <= 8:
+            return self.functions.msa_sparse_decode_attention(*layer, **step, seqlen_q=i.rows)
+        return self.functions.msa_sparse_attention(*layer, i.cu_seqlens_q, **step)
