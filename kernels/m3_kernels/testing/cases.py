@@ -29,6 +29,7 @@ class Case:
     padding_rows : rows of the query tensors that belong to no request
     missing_keys : taken off every sequence length, so that the first rows stand before position 0
     kv_dtype, index_dtype : fp8 pages of K and V, of index keys; None has them in `dtype`
+    rotary_dim : channels of every head that RoPE turns
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     missing_keys: int = 0
     kv_dtype: torch.dtype | None = None
     index_dtype: torch.dtype | None = None
+    rotary_dim: int = 16
     seed: int = 0
 
     @property
@@ -109,7 +111,7 @@ class Inputs:
         The sequences stay where they are: they are what results are compared with.
         """
         moved = {
-            field.name: _copy_of_storage(getattr(self, field.name), device)
+            field.name: copy_of_storage(getattr(self, field.name), device)
             for field in dataclasses.fields(self)
             if isinstance(getattr(self, field.name), Tensor)
         }
@@ -266,7 +268,8 @@ def whole_storage(view: Tensor) -> Tensor:
     return view.new_empty(0).set_(view.untyped_storage())
 
 
-def _copy_of_storage(view: Tensor, device: torch.device) -> Tensor:
+def copy_of_storage(view: Tensor, device: torch.device) -> Tensor:
+    """A copy of a view and of all memory behind it; strides stay as they are."""
     memory = whole_storage(view).to(device, copy=True)
     return memory.as_strided(view.shape, view.stride(), view.storage_offset())
 
@@ -327,6 +330,7 @@ def production_cases() -> tuple[Case, ...]:
         index_dim=128,
         page_size=128,
         topk=16,
+        rotary_dim=64,
     )
     rank = dataclasses.replace(m3, name="m3-one-rank-of-four", num_q_heads=16, num_kv_heads=1)
     return (m3, rank, dataclasses.replace(m3, name="m3.1", num_init_blocks=1))

@@ -12,55 +12,44 @@ from m3_kernels.testing.cases import Case, empty_pages
 from tests.kernels.norm_rope import (
     GIVEN,
     STEP,
-    Projections,
     assert_close,
-    projections,
     results,
+    rows_of,
     run,
+    step_of,
     stored_rows,
 )
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=lambda given: given[0].name)
-def test_equals_exact_arithmetic(given: tuple[Case, int, torch.dtype]) -> None:
-    case, rotary_dim, table_dtype = given
-    step = projections(case, rotary_dim=rotary_dim, table_dtype=table_dtype)
+def test_equals_exact_arithmetic(given: tuple[Case, torch.dtype]) -> None:
+    case, table_dtype = given
+    step = step_of(case, table_dtype=table_dtype)
     assert_close(results(step, "triton"), step)
 
 
 def test_more_heads_than_a_program_takes() -> None:
     case = dataclasses.replace(STEP, num_q_heads=36, num_kv_heads=18, requests=((3, 2),))
-    step = projections(case, rotary_dim=16, table_dtype=torch.float32)
+    step = step_of(case)
     assert_close(results(step, "triton"), step)
 
 
-def rows_of(step: Projections, first: int, last: int) -> Projections:
-    inputs = step.inputs
-    names = ("q", "k", "v", "index_q", "index_k", "slot_mapping")
-    cut = {name: getattr(inputs, name)[first:last] for name in names}
-    return dataclasses.replace(
-        step,
-        inputs=dataclasses.replace(inputs, **cut),
-        positions=step.positions[first:last],
-    )
-
-
 def test_a_row_s_bits_do_not_depend_on_the_others() -> None:
-    step = projections(STEP, rotary_dim=16, table_dtype=torch.float32)
+    step = step_of(STEP)
     together = results(step, "triton")
     alone = rows_of(step, 4, 5)
     found = results(alone, "triton")
     assert torch.equal(found["q"][0], together["q"][4])
     assert torch.equal(found["index_q"][0], together["index_q"][4])
     for name in ("k", "index_k"):
-        own = stored_rows(found[name], alone.inputs)
-        assert torch.equal(own, stored_rows(together[name], alone.inputs))
+        own = stored_rows(found[name], alone)
+        assert torch.equal(own, stored_rows(together[name], alone))
 
 
 def test_int8_index_keys_as_cache_store_writes_them() -> None:
     """Both ops write through the same functions, and round to the activations' dtype before."""
     half = STEP.with_dtype(torch.float16)
-    step = projections(half, rotary_dim=16, table_dtype=torch.float32)
+    step = step_of(half)
     inputs = step.inputs
     wide = results(step, "triton")
     kept = inputs.slot_mapping >= 0
@@ -73,9 +62,9 @@ def test_int8_index_keys_as_cache_store_writes_them() -> None:
             run(step, (k_pages, v_pages, pages), "triton", index_k_scales=scales)
         else:
             cache_store(
-                stored_rows(wide["k"], inputs),
-                inputs.v[kept],
-                stored_rows(wide["index_k"], inputs),
+                stored_rows(wide["k"], step),
+                step.given.v[kept],
+                stored_rows(wide["index_k"], step),
                 k_pages,
                 v_pages,
                 pages,
