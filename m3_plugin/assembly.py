@@ -78,7 +78,7 @@ def make_session(
                 "M3_PLUGIN_TIMINGS=1 reads the wall clock around each kernel, which on a GPU says "
                 "how long its launch takes; unset it, or serve on a CPU"
             )
-        try_kernels(config.msa, shape, kernels=kernels, device=device)
+        try_kernels(config.msa, shape, rotary_dim=config.rotary_dim, kernels=kernels, device=device)
         workspace = allocate_workspace(config.msa, shape, capacity, device=device)
         logger.info("m3-plugin: %s", workspace.describe())
     session = (TimedSession if settings.timings else MSASession)(
@@ -93,7 +93,12 @@ def make_session(
 
 
 def try_kernels(
-    msa: MSAConfig, shape: LayerShape, *, kernels: KernelChoice, device: torch.device
+    msa: MSAConfig,
+    shape: LayerShape,
+    *,
+    rotary_dim: int,
+    kernels: KernelChoice,
+    device: torch.device,
 ) -> None:
     """Run the self-test of `verification` on the layers that will be served.
 
@@ -110,6 +115,7 @@ def try_kernels(
         num_q_heads=shape.num_q_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        rotary_dim=rotary_dim,
         dtype=shape.dtype,
         kv_dtype=shape.cache_dtype,
         index_dtype=shape.index_dtype,

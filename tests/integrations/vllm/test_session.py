@@ -28,7 +28,7 @@ class Layer(torch.nn.Module):
 
     def forward(self, q: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(q)
-        torch.ops.vllm.m3_msa_attention(q * 2, q, q, q, q, out, "layer")
+        torch.ops.vllm.m3_msa_attention(q * 2, q, q, q, q, q, q, q, q, 1e-6, q, out, "layer")
         return out + 1
 
 

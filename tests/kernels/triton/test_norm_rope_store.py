@@ -46,33 +46,36 @@ def test_a_row_s_bits_do_not_depend_on_the_others() -> None:
         assert torch.equal(own, stored_rows(together[name], alone))
 
 
-def test_int8_index_keys_as_cache_store_writes_them() -> None:
+def test_eight_bits_as_cache_store_writes_them() -> None:
     """Both ops write through the same functions, and round to the activations' dtype before."""
     half = STEP.with_dtype(torch.float16)
     step = step_of(half)
-    inputs = step.inputs
     wide = results(step, "triton")
-    kept = inputs.slot_mapping >= 0
+    kept = step.slot_mapping >= 0
+    scale = {"k_scale": torch.tensor([0.5, 3.0]), "v_scale": torch.tensor([2.0])}
     stores = []
     for fused in (True, False):
-        k_pages, v_pages, wide_pages = empty_pages(inputs.case, inputs.k_pages.shape[0])
-        pages = torch.full(wide_pages.shape, 99, dtype=torch.int8)
-        scales = torch.full(wide_pages.shape[:2], torch.nan)
+        shapes = [page.shape for page in empty_pages(half, step.inputs.k_pages.shape[0])]
+        k_pages, v_pages = (torch.zeros(shape).to(torch.float8_e5m2) for shape in shapes[:2])
+        index_pages = torch.full(shapes[2], 99, dtype=torch.int8)
+        scales = torch.full(shapes[2][:2], torch.nan)
+        pages = (k_pages, v_pages, index_pages)
         if fused:
-            run(step, (k_pages, v_pages, pages), "triton", index_k_scales=scales)
+            run(step, pages, "triton", index_k_scales=scales, **scale)
         else:
             cache_store(
                 stored_rows(wide["k"], step),
                 step.given.v[kept],
                 stored_rows(wide["index_k"], step),
-                k_pages,
-                v_pages,
-                pages,
-                slot_mapping=inputs.slot_mapping[kept],
+                *pages,
+                slot_mapping=step.slot_mapping[kept],
                 index_k_scales=scales,
                 backend="triton",
+                **scale,
             )
-        stores.append((k_pages, v_pages, pages, scales))
+        stores.append((k_pages.float(), v_pages.float(), index_pages, scales))
     for a, b in zip(*stores, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert stores[0][0].any()
+    assert stores[0][1].any()
     assert (stores[0][2] != 99).any()
