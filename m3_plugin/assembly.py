@@ -58,6 +58,11 @@ def make_session(
         cache_dtype=cache_dtype,
         index_dtype=index_dtype,
     )
+    if index_dtype == torch.int8:
+        logger.info(
+            "m3-plugin: index keys are kept in int8 with a scale each; blocks of nearly equal "
+            "scores may be chosen otherwise than from unquantised keys"
+        )
     shape = LayerShape(
         num_q_heads=local_heads(config.num_attention_heads, tensor_parallel_size),
         num_kv_heads=local_heads(config.num_key_value_heads, tensor_parallel_size),

@@ -103,33 +103,44 @@ def require_served(
             f"MSA kernels need compute capability 8.0 (Ampere) or newer; this device has "
             f"{_capability(arch)}"
         )
-    for name, dtype, reads_e5m2 in (
-        ("K and V", cache_dtype, True),
-        ("index keys", index_dtype, False),
-    ):
-        refusal = _dtype_refusal(kernels.family, arch, dtype, reads_e5m2=reads_e5m2)
+    refusals = (
+        ("K and V", cache_dtype, _kv_refusal(kernels.family, arch, cache_dtype)),
+        ("index keys", index_dtype, _index_refusal(kernels.family, arch, index_dtype)),
+    )
+    for name, dtype, refusal in refusals:
         if refusal is not None:
             raise NoKernelError(f"{name} cannot be cached as {dtype}: {refusal}")
 
 
-def _dtype_refusal(
-    family: Implementation, arch: int | None, dtype: torch.dtype, *, reads_e5m2: bool
-) -> str | None:
-    """Why a family cannot read a cache of this dtype, and what it can; None if it can."""
+def _kv_refusal(family: Implementation, arch: int | None, dtype: torch.dtype) -> str | None:
+    """Why a family cannot read K and V of this dtype, and what it can; None if it can."""
     if dtype in FULL_DTYPES:
         return None
     if family != "triton" or arch is None:
         return f"kernel family {family!r} reads float32, bfloat16 and float16; use one of these"
-    others = "float8_e5m2 or bfloat16" if reads_e5m2 else "bfloat16"
-    if dtype == torch.float8_e4m3fn:
-        if arch >= E4M3_ARCH:
-            return None
-        return (
-            f"that needs compute capability 8.9, this device has {_capability(arch)}; use {others}"
-        )
-    if dtype == torch.float8_e5m2 and reads_e5m2:
+    if dtype == torch.float8_e5m2:
         return None
-    return f"no kernel reads it; use {others}"
+    return _e4m3_refusal(arch, dtype, others="float8_e5m2 or bfloat16")
+
+
+def _index_refusal(family: Implementation, arch: int | None, dtype: torch.dtype) -> str | None:
+    """Why a family cannot read index keys of this dtype, and what it can; None if it can."""
+    if dtype in (*FULL_DTYPES, torch.int8):
+        return None
+    if family != "triton" or arch is None:
+        return (
+            f"kernel family {family!r} reads float32, bfloat16, float16 and int8; use one of these"
+        )
+    return _e4m3_refusal(arch, dtype, others="int8 or bfloat16")
+
+
+def _e4m3_refusal(arch: int, dtype: torch.dtype, *, others: str) -> str | None:
+    """Why a GPU cannot read this dtype, which may be e4m3; None if it can."""
+    if dtype != torch.float8_e4m3fn:
+        return f"no kernel reads it; use {others}"
+    if arch >= E4M3_ARCH:
+        return None
+    return f"that needs compute capability 8.9, this device has {_capability(arch)}; use {others}"
 
 
 def _capability(arch: int) -> str:

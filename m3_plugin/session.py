@@ -38,6 +38,7 @@ class MSACaches:
     index_k_pages : [num_pages, page_size, index_dim], any strides
     k_scale, v_scale : fp32 [1] or [num_kv_heads], what stored numbers of an fp8 cache are
         multiplied with; None is 1
+    index_k_scales : floating [num_pages, page_size], scales of int8 index keys; None for others
     """
 
     k_pages: Tensor
@@ -45,6 +46,7 @@ class MSACaches:
     index_k_pages: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    index_k_scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,7 @@ class MSASession:
             index_q_out=self.workspace.index_q[:rows] if self.workspace else None,
             k_scale=caches.k_scale,
             v_scale=caches.v_scale,
+            index_k_scales=caches.index_k_scales,
             backend=self.kernels.family,
         )
 
@@ -278,6 +281,7 @@ class MSASession:
             topk=self.msa.topk_blocks,
             num_local_blocks=self.msa.num_local_blocks,
             num_init_blocks=self.msa.num_init_blocks,
+            index_k_scales=caches.index_k_scales,
             out=self.workspace.ids(index_q.shape[0]) if self.workspace else None,
             plan=plan.work,
             workspace=self.workspace.scores if self.workspace else None,

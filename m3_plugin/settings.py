@@ -9,6 +9,7 @@
 | `M3_PLUGIN_TIMINGS` | 0, 1 | 1: time the MSA layers, in the host's /metrics; CPU only |
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
+| `M3_PLUGIN_INDEX_KEYS` | auto, int8 | int8: index keys in half the bytes, blocks may differ |
 | `M3_PLUGIN_KERNELS` | auto, triton, native, torch, reference | force a kernel family |
 """
 
@@ -23,6 +24,7 @@ from typing import Literal, cast, get_args
 PREFIX = "M3_PLUGIN_"
 
 KernelFamily = Literal["auto", "triton", "native", "torch", "reference"]
+IndexKeys = Literal["auto", "int8"]
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 
@@ -38,6 +40,7 @@ class Settings:
     timings: bool = False
     record_blocks: Path | None = None
     dequantize: bool = False
+    index_keys: IndexKeys = "auto"
     kernels: KernelFamily = "auto"
 
     @classmethod
@@ -55,12 +58,6 @@ class Settings:
                 f"unknown environment variable {PREFIX}{name}; "
                 f"known: {', '.join(PREFIX + k for k in sorted(known))}"
             )
-        kernels = given.get("KERNELS") or "auto"
-        if kernels not in get_args(KernelFamily):
-            raise ValueError(
-                f"{PREFIX}KERNELS must be one of {', '.join(get_args(KernelFamily))}; "
-                f"got {kernels!r}"
-            )
         return cls(
             disable=_flag(given, "DISABLE"),
             required=_flag(given, "REQUIRED"),
@@ -69,8 +66,17 @@ class Settings:
             timings=_flag(given, "TIMINGS"),
             record_blocks=Path(folder) if (folder := given.get("RECORD_BLOCKS")) else None,
             dequantize=_flag(given, "DEQUANTIZE"),
-            kernels=cast(KernelFamily, kernels),
+            index_keys=cast(IndexKeys, _choice(given, "INDEX_KEYS", get_args(IndexKeys))),
+            kernels=cast(KernelFamily, _choice(given, "KERNELS", get_args(KernelFamily))),
         )
+
+
+def _choice(given: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+    """One of a variable's values; the first of them if it is not set."""
+    value = given.get(name) or choices[0]
+    if value not in choices:
+        raise ValueError(f"{PREFIX}{name} must be one of {', '.join(choices)}; got {value!r}")
+    return value
 
 
 def _flag(given: Mapping[str, str], name: str) -> bool:

@@ -23,7 +23,7 @@ from m3_kernels.testing.projections import (
     normed_and_turned,
     project,
 )
-from m3_kernels.validation import FP8_DTYPES
+from m3_kernels.validation import FP8_DTYPES, LOW_PRECISION_DTYPES
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.backends import KernelChoice
 from m3_plugin.batch import MSABatch, StepCapacity
@@ -95,8 +95,8 @@ def self_test(
     num_q_heads, num_kv_heads : of one rank
     rotary_dim : channels that RoPE turns
     dtype : of activations
-    kv_dtype, index_dtype : of the pages of K and V, of index keys; fp8 pages are tried as such,
-        all others in `dtype`
+    kv_dtype, index_dtype : of the pages of K and V, of index keys; pages of 8 bits are tried as
+        such, all others in `dtype`
     """
     budget = msa.topk_blocks * msa.block_size
     geometry = Case(
@@ -113,7 +113,7 @@ def self_test(
         num_init_blocks=msa.num_init_blocks,
         dtype=dtype,
         kv_dtype=kv_dtype if kv_dtype in FP8_DTYPES else None,
-        index_dtype=index_dtype if index_dtype in FP8_DTYPES else None,
+        index_dtype=index_dtype if index_dtype in LOW_PRECISION_DTYPES else None,
     )
     # Each phase beyond the budget, where selection decides, and across the end of a block.
     steps = {
@@ -229,19 +229,26 @@ class _CaseRun:
             slot_mapping=expected.slot_mapping,
             k_scale=expected.k_scale,
             v_scale=expected.v_scale,
+            index_k_scales=expected.index_k_scales,
             backend="reference",
         )
         step.store(self.session, self.plan)
         actual = step.inputs.to(CPU)
+        # what a computed number is rounded to before it is stored
+        computed = {"k_pages": (given.k.dtype,), "index_k_pages": (given.index_k.dtype,)}
+        if expected.index_k_scales is not None:
+            # a scale is made of the largest channel, and each channel is divided by its scale
+            computed["index_k_scales"] = computed["index_k_pages"]
+            computed["index_k_pages"] += (expected.index_k_scales.dtype, given.index_k.dtype)
         faults = []
-        for name in ("k_pages", "index_k_pages"):
+        for name, through in computed.items():
             written, wanted = getattr(actual, name), getattr(expected, name)
             where = _written(wanted, expected)
-            faults.append(_rounding_fault(name, written[where], wanted[where], self.case.dtype))
+            faults.append(_rounding_fault(name, written[where], wanted[where], *through))
             written[where] = wanted[where]
         faults += [
             f"{name} holds other bytes"
-            for name in ("k_pages", "v_pages", "index_k_pages")
+            for name in ("v_pages", *computed)
             if not _same_bits(
                 whole_storage(getattr(actual, name)), whole_storage(getattr(expected, name))
             )
@@ -254,6 +261,7 @@ class _CaseRun:
         expected = index_topk(
             inputs.index_q,
             inputs.index_k_pages,
+            index_k_scales=inputs.index_k_scales,
             **inputs.batch,
             **inputs.selection,
             backend="reference",
@@ -347,8 +355,12 @@ class _Step:
             first, last = bounds[request : request + 2]
             first = max(first, last - len(held))
             values[first:last] = held[len(held) - (last - first) :]
-        for pages in (fresh.k_pages, fresh.v_pages, fresh.index_k_pages):
-            pages[_written(pages, inputs)] = torch.nan
+        stale = [fresh.k_pages, fresh.v_pages, fresh.index_k_pages]
+        if fresh.index_k_scales is not None:
+            stale.append(fresh.index_k_scales)
+        for pages in stale:
+            nothing = torch.nan if pages.is_floating_point() else 99
+            pages[_written(pages, inputs)] = nothing
         self.inputs = fresh.to(device)
         self.given = project(replace(inputs, v=values)).to(device)
 
@@ -434,6 +446,7 @@ def _caches(inputs: Inputs) -> MSACaches:
         inputs.index_k_pages,
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
+        index_k_scales=inputs.index_k_scales,
     )
 
 

@@ -54,6 +54,7 @@ DTYPE_CODES = {
     torch.float16: 2,
     torch.int32: 3,
     torch.int64: 4,
+    torch.int8: 5,
 }
 
 # Multiply-adds that are worth one more thread, about 25 microseconds of one core's time.

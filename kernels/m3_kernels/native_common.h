@@ -43,7 +43,14 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
-enum Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt32 = 3, kInt64 = 4 };
+enum Dtype : int64_t {
+  kFloat32 = 0,
+  kBfloat16 = 1,
+  kFloat16 = 2,
+  kInt32 = 3,
+  kInt64 = 4,
+  kInt8 = 5,
+};
 
 // A tensor as the caller describes it; strides count elements. Mirrored in native_build.py.
 struct Array {
@@ -94,7 +101,9 @@ struct Team {
 constexpr int64_t kConversionWork = 4;
 
 inline int64_t element_size(int64_t dtype) {
-  return dtype == kInt64 ? 8 : (dtype == kFloat32 || dtype == kInt32) ? 4 : 2;
+  if (dtype == kInt64) return 8;
+  if (dtype == kInt8) return 1;
+  return (dtype == kFloat32 || dtype == kInt32) ? 4 : 2;
 }
 
 inline const char* element(const Array& array, int64_t offset) {
@@ -236,6 +245,7 @@ inline Floats load_as_float(const char* from, int64_t dtype) {
 
 inline float load_one_as_float(const char* from, int64_t dtype) {
   if (dtype == kFloat32) return load<float>(from);
+  if (dtype == kInt8) return load<int8_t>(from);
   return widen(Words{} + static_cast<uint32_t>(load<uint16_t>(from)), dtype)[0];
 }
 
@@ -356,6 +366,13 @@ inline void pack_keys(float* panel, const char* keys, int64_t key_stride, int64_
       transpose(x);
       if (dtype == kFloat32) {
         for (int64_t i = 0; i < kLanes; ++i) store(column + (d + i) * kPanel, x[i]);
+      } else if (dtype == kInt8) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+          for (int byte = 0; byte < 4; ++byte) {
+            const Ints value = bits<Ints>(x[i] << (24 - 8 * byte)) >> 24;
+            store(column + (d + 4 * i + byte) * kPanel, __builtin_convertvector(value, Floats));
+          }
+        }
       } else {
         for (int64_t i = 0; i < kLanes; ++i) {
           float* pair = column + (d + 2 * i) * kPanel;

@@ -180,7 +180,7 @@ def _cases(family: str, only: str, *, arch: int | None) -> Iterator[Case]:
     interpreted = family == "triton" and arch is None
     # bfloat16 arithmetic is wrong in Triton's interpreter
     dtypes = [dtype for dtype in DTYPES if not (interpreted and dtype == torch.bfloat16)]
-    cases = [*regular_cases(), *corner_cases(), *production_cases()]
+    cases = [*regular_cases(), *corner_cases(), *production_cases(), *int8_cases()]
     if arch is not None:
         served = production_cases()[0]
         cases += [replace(served, name=name, requests=steps) for name, steps in LONG_STEPS.items()]
@@ -192,22 +192,40 @@ def _cases(family: str, only: str, *, arch: int | None) -> Iterator[Case]:
                 yield case.with_dtype(dtype)
 
 
-def fp8_cases(arch: int) -> list[Case]:
-    """Caches of 8 bits that a chip reads: K and V alone, and with e4m3 index keys."""
+def _eight_bit_steps() -> list[Case]:
+    """The steps on which caches of 8 bits are checked."""
+    from m3_kernels.testing.cases import production_cases, regular_cases
+
+    return [*production_cases(), *(case for case in regular_cases() if case.name == "mixed")]
+
+
+def int8_cases() -> list[Case]:
+    """Index keys in int8, which every family reads."""
     import torch
 
-    from m3_kernels.testing.cases import production_cases, regular_cases
+    return [
+        replace(case, name=f"{case.name}-int8-index", index_dtype=torch.int8)
+        for case in _eight_bit_steps()
+    ]
+
+
+def fp8_cases(arch: int) -> list[Case]:
+    """fp8 caches that a chip reads: K and V alone, and with index keys of 8 bits."""
+    import torch
+
     from m3_plugin.backends import E4M3_ARCH
 
-    steps = [*production_cases(), *(case for case in regular_cases() if case.name == "mixed")]
     e4m3 = torch.float8_e4m3fn
-    caches = {"fp8-e5m2": (torch.float8_e5m2, None)}
+    caches = {
+        "fp8-e5m2": (torch.float8_e5m2, None),
+        "fp8-e5m2-int8-index": (torch.float8_e5m2, torch.int8),
+    }
     if arch >= E4M3_ARCH:
         caches |= {"fp8-e4m3": (e4m3, None), "fp8-e4m3-index": (e4m3, e4m3)}
     return [
         replace(case, name=f"{case.name}-{name}", kv_dtype=kv, index_dtype=index)
         for name, (kv, index) in caches.items()
-        for case in steps
+        for case in _eight_bit_steps()
     ]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CPU = "CPU"
 # What fp8 and fp4 caches would give, beside the requested pair.
-_ALTERNATIVES = (("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("nvfp4", "fp8"))
+_ALTERNATIVES = (("bf16", "bf16"), ("bf16", "int8"), ("fp8", "bf16"), ("fp8", "int8"))
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,9 @@ def launch_commands(sizing: Sizing) -> dict[str, str]:
     """How to start each host with these numbers; none for caches the plugin cannot be told of."""
     machine, context = sizing.machine, sizing.fit.context
     on_cpu = machine.name == CPU
-    if (sizing.kv_dtype, sizing.index_dtype) not in (_STORED[:1] if on_cpu else _STORED):
+    if (sizing.kv_dtype, sizing.index_dtype) not in (_STORED_ON_CPU if on_cpu else _STORED):
         return {}
+    variable = "M3_PLUGIN_INDEX_KEYS=int8 \\\n" if sizing.index_dtype == "int8" else ""
     cache = ""
     if sizing.kv_dtype == "fp8":
         # the kernels read e4m3 from this capability on
@@ -192,10 +193,10 @@ def launch_commands(sizing: Sizing) -> dict[str, str]:
     if on_cpu:
         space = math.floor(sizing.fit.budget / 2**30)
         return {
-            "vLLM": f"VLLM_CPU_KVCACHE_SPACE={space} VLLM_CPU_OMP_THREADS_BIND=nobind \\\n"
-            "python -m vllm.entrypoints.openai.api_server \\\n"
+            "vLLM": f"{variable}VLLM_CPU_KVCACHE_SPACE={space} "
+            "VLLM_CPU_OMP_THREADS_BIND=nobind \\\npython -m vllm.entrypoints.openai.api_server \\\n"
             f"    --model {sizing.model} --max-model-len {context} {_VLLM_PARSERS}",
-            "SGLang": "python -m sglang.launch_server --device cpu \\\n"
+            "SGLang": f"{variable}python -m sglang.launch_server --device cpu \\\n"
             f"    --model-path {sizing.model} --context-length {context} \\\n"
             f"    --max-total-tokens {sizing.fit.tokens} {_SGLANG_PARSERS}",
         }
@@ -203,10 +204,10 @@ def launch_commands(sizing: Sizing) -> dict[str, str]:
     # SGLang's share is weights and cache alone
     static = math.floor(100 * (used - machine.reserve) / machine.memory) / 100
     return {
-        "vLLM": f"vllm serve {sizing.model} --tensor-parallel-size {machine.tp_size} \\\n"
+        "vLLM": f"{variable}vllm serve {sizing.model} --tensor-parallel-size {machine.tp_size} \\\n"
         f"    --max-model-len {context} --gpu-memory-utilization {machine.utilization:g}"
         f" \\\n    {cache}{_VLLM_PARSERS}",
-        "SGLang": f"python -m sglang.launch_server --model-path {sizing.model} \\\n"
+        "SGLang": f"{variable}python -m sglang.launch_server --model-path {sizing.model} \\\n"
         f"    --tp {machine.tp_size} --context-length {context} "
         f"--mem-fraction-static {static:g} \\\n"
         f"    {cache}--attention-backend msa {_SGLANG_PARSERS}",
@@ -218,8 +219,9 @@ _VLLM_PARSERS = (
 )
 _SGLANG_PARSERS = "--tool-call-parser minimax-m3 --reasoning-parser minimax-m3"
 # K and V, and index keys, as a server's options can ask for them; the numbers of others say what
-# they would give. The first is all that a CPU has.
-_STORED = (("bf16", "bf16"), ("fp8", "bf16"))
+# they would give.
+_STORED = (("bf16", "bf16"), ("bf16", "int8"), ("fp8", "bf16"), ("fp8", "int8"))
+_STORED_ON_CPU = _STORED[:2]
 _FIRST_WITH_E4M3 = 89
 
 
@@ -334,7 +336,8 @@ def _print(sizing: Sizing) -> None:
     commands = launch_commands(sizing)
     if not commands:
         console.print(
-            "no command: servers store K and V in bf16, on a GPU in fp8 too, and index keys in bf16"
+            "no command: servers store K and V in bf16, on a GPU in fp8 too, and index keys in "
+            "bf16 or int8"
         )
     for host, command in commands.items():
         console.print(f"\n[bold]{host}[/]")

@@ -1,10 +1,11 @@
 """How many of the blocks a plain checkpoint's index branch chooses a quantised one's chooses too.
 
 Both see the same tokens through the same embedding, so that nothing but the stored index
-projections can make a difference. On random weights scores have no structure and near ties are
-many: a lower bound for a trained model.
+projections, or how the second one's index keys are cached, can make a difference. On random weights
+scores have no structure and near ties are many: a lower bound for a trained model.
 
     python -m m3_plugin.testing.recall PLAIN QUANTISED
+    python -m m3_plugin.testing.recall PLAIN PLAIN int8
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEXT_TOKENS = 8192
+CACHED_AS = ("fp32", "bf16", "fp8", "int8")
 
 
 def text_like_tokens(vocab_size: int, *, num_tokens: int, seed: int = 0) -> Tensor:
@@ -34,7 +36,7 @@ def text_like_tokens(vocab_size: int, *, num_tokens: int, seed: int = 0) -> Tens
 
 
 def index_recall(
-    plain: Path, quantised: Path, *, num_tokens: int = TEXT_TOKENS
+    plain: Path, quantised: Path, *, num_tokens: int = TEXT_TOKENS, cached_as: str = "fp32"
 ) -> dict[int, float]:
     """Mean share of chosen blocks in common, per sparse layer, over rows beyond the dense context.
 
@@ -42,21 +44,25 @@ def index_recall(
     ----------
     plain, quantised : two checkpoints of the same model
     num_tokens : length of the text
+    cached_as : one of `CACHED_AS`, how the index keys of the second are kept
 
     Raises
     ------
-    ValueError : no layer is sparse, or the text stays within the dense context.
+    ValueError : no such cache, no layer is sparse, or the text stays within the dense context.
     """
     config = M3Config.from_hf(json.loads((plain / "config.json").read_text()))
     if config.msa is None or num_tokens <= config.msa.dense_context:
         raise ValueError(f"{num_tokens} tokens of this model are attended densely; give more")
+    if cached_as not in CACHED_AS:
+        raise ValueError(f"index keys must be cached as {', '.join(CACHED_AS)}; got {cached_as!r}")
     tokens = text_like_tokens(config.vocab_size, num_tokens=num_tokens)
     layers = [layer for layer, sparse in enumerate(config.sparse_layers) if sparse]
     branches = [_index_tensors(folder, layers) for folder in (plain, quantised)]
     hidden = branches[0]["model.embed_tokens.weight"][tokens]
     recall = {}
     for layer in layers:
-        ours, theirs = (_choose(branch, hidden, layer, config) for branch in branches)
+        ours = _choose(branches[0], hidden, layer, config, cached_as="fp32")
+        theirs = _choose(branches[1], hidden, layer, config, cached_as=cached_as)
         ours, theirs = (ids[:, config.msa.dense_context :] for ids in (ours, theirs))
         common = (ours[..., :, None] == theirs[..., None, :]).any(-1)
         recall[layer] = float(common.float().mean())
@@ -88,7 +94,9 @@ def _index_tensors(folder: Path, layers: list[int]) -> dict[str, Tensor]:
     return tensors
 
 
-def _choose(tensors: dict[str, Tensor], hidden: Tensor, layer: int, config: M3Config) -> Tensor:
+def _choose(
+    tensors: dict[str, Tensor], hidden: Tensor, layer: int, config: M3Config, *, cached_as: str
+) -> Tensor:
     """Chosen blocks of every token as one sequence: [index heads, tokens, topk]."""
     import torch
 
@@ -106,7 +114,7 @@ def _choose(tensors: dict[str, Tensor], hidden: Tensor, layer: int, config: M3Co
         norm = tensors[f"{prefix}.self_attn.index_{part}_norm.weight"]
         branch[part] = _rope(_gemma_norm(heads, norm, config), config)
     index_k = torch.zeros(pages * msa.block_size, msa.index_dim)
-    index_k[:keys] = branch["k"].squeeze(1)
+    index_k[:keys] = _as_read(branch["k"].squeeze(1), cached_as)
     return index_topk(
         branch["q"],
         index_k.unflatten(0, (pages, msa.block_size)),
@@ -117,6 +125,20 @@ def _choose(tensors: dict[str, Tensor], hidden: Tensor, layer: int, config: M3Co
         num_local_blocks=msa.num_local_blocks,
         num_init_blocks=msa.num_init_blocks,
     )
+
+
+def _as_read(keys: Tensor, cached_as: str) -> Tensor:
+    """Index keys [tokens, dim] after a store in a cache and a read from it, in fp32."""
+    import torch
+
+    from m3_kernels.cache_store.torch_cpu import in_int8
+    from m3_kernels.index_pages import SCALE_DTYPE
+
+    if cached_as == "int8":
+        codes, scales = in_int8(keys, SCALE_DTYPE)
+        return codes * scales.float()[:, None]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+    return keys.to(dtypes[cached_as]).float()
 
 
 def _gemma_norm(values: Tensor, weight: Tensor, config: M3Config) -> Tensor:
@@ -136,8 +158,8 @@ def _rope(heads: Tensor, config: M3Config) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-def main(plain: str, quantised: str) -> None:
-    for layer, share in index_recall(Path(plain), Path(quantised)).items():
+def main(plain: str, quantised: str, cached_as: str = "fp32") -> None:
+    for layer, share in index_recall(Path(plain), Path(quantised), cached_as=cached_as).items():
         sys.stdout.write(f"layer {layer}: {share:.4f}\n")
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.capability import Backend
-from m3_kernels.testing.cases import DTYPES, Case, all_cases, build, empty_pages
+from m3_kernels.testing.cases import (
+    DTYPES,
+    Case,
+    all_cases,
+    build,
+    empty_caches,
+    empty_pages,
+    whole_storage,
+)
 
 EVERY_BACKEND: tuple[Backend, ...] = ("native", "torch", "reference")
 
@@ -71,3 +81,31 @@ def test_a_slot_outside_the_pool_is_refused_before_anything_is_written(backend: 
             backend=backend,
         )
     assert all(page.isnan().all() for page in pages)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+def test_int8_index_keys_and_scales_are_the_references_bytes(case: Case, backend: Backend) -> None:
+    case = dataclasses.replace(case, index_dtype=torch.int8)
+    inputs = build(case)
+    if len(inputs.index_k) > 2:
+        inputs.index_k[0] = 0
+        inputs.index_k[1] = torch.arange(case.index_dim) - 16.5  # halves of a step: ties
+        inputs.index_k[1, 0] = 127
+    stored = []
+    for name in (backend, "reference"):
+        *pages, scales = empty_caches(case, inputs.k_pages.shape[0])
+        assert scales is not None
+        cache_store(
+            inputs.k,
+            inputs.v,
+            inputs.index_k,
+            *pages,
+            slot_mapping=inputs.slot_mapping,
+            index_k_scales=scales,
+            backend=name,
+        )
+        # keys and scales live in one memory, as a host holds them
+        stored.append(whole_storage(pages[2]).clone())
+    assert stored[0].dtype == torch.int8
+    assert torch.equal(*stored)

@@ -29,6 +29,7 @@ def select(inputs: Inputs, backend: Backend) -> Tensor:
         inputs.index_k_pages,
         **inputs.batch,
         **inputs.selection,
+        index_k_scales=inputs.index_k_scales,
         out=out,
         backend=backend,
     )
@@ -42,6 +43,29 @@ def test_equals_the_reference(case: Case, backend: Backend) -> None:
     inputs = build(case)
     ids = select(inputs, backend)
     assert selection_faults(ids, select(inputs, "reference"), inputs) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+def test_int8_keys_with_a_scale_each(case: Case, backend: Backend) -> None:
+    inputs = build(dataclasses.replace(case, index_dtype=torch.int8))
+    ids = select(inputs, backend)
+    assert selection_faults(ids, select(inputs, "reference"), inputs) == []
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_the_scale_of_a_key_decides(backend: Backend) -> None:
+    inputs = build(dataclasses.replace(one_head([5, 1, 9, 2, 0]).case, index_dtype=torch.int8))
+    assert inputs.index_k_scales is not None
+    inputs.index_q.zero_()
+    inputs.index_q[..., 0] = 1
+    for block, (code, scale) in enumerate([(9, 1.0), (2, 64.0), (127, 0.0), (-9, 8.0), (1, 1.0)]):
+        page = int(inputs.page_table[0, block])
+        inputs.index_k_pages[page] = 0
+        inputs.index_k_pages[page, 0, 0] = code
+        inputs.index_k_scales[page, 0] = scale
+    # scores 9, 128, 0, -72, 1 and the local block
+    assert select(inputs, backend)[0, 0].tolist() == [0, 1, 4]
 
 
 def one_head(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -66,6 +68,7 @@ TRITON = KernelChoice("triton", "test")
 def test_what_every_chip_serves(arch: int) -> None:
     for cache in (BF16, torch.float16, E5M2):
         require_served(TRITON, arch=arch, cache_dtype=cache, index_dtype=BF16)
+        require_served(TRITON, arch=arch, cache_dtype=cache, index_dtype=torch.int8)
     if arch >= 89:
         require_served(TRITON, arch=arch, cache_dtype=E4M3, index_dtype=E4M3)
 
@@ -75,8 +78,13 @@ def test_what_every_chip_serves(arch: int) -> None:
     [
         (75, BF16, BF16, "8.0 .Ampere. or newer; this device has 7.5"),
         (80, E4M3, BF16, r"K and V .* needs compute capability 8.9, .* 8.0; use float8_e5m2"),
-        (86, BF16, E4M3, r"index keys .* needs compute capability 8.9, .* 8.6; use bfloat16"),
-        (90, BF16, E5M2, "index keys cannot be cached as torch.float8_e5m2"),
+        (
+            86,
+            BF16,
+            E4M3,
+            r"index keys .* needs compute capability 8.9, .* 8.6; use int8 or bfloat16",
+        ),
+        (90, BF16, E5M2, "index keys cannot be cached as torch.float8_e5m2: no kernel reads it"),
         (90, torch.int8, BF16, "no kernel reads it; use float8_e5m2 or bfloat16"),
     ],
 )
@@ -85,6 +93,16 @@ def test_what_a_chip_cannot_do_is_refused_with_the_alternative(
 ) -> None:
     with pytest.raises(NoKernelError, match=message):
         require_served(TRITON, arch=arch, cache_dtype=cache, index_dtype=index)
+
+
+@pytest.mark.parametrize("family", ["native", "torch", "reference"])
+def test_the_cpu_reads_int8_index_keys(family: Any) -> None:
+    kernels = KernelChoice(family, "test")
+    require_served(kernels, arch=None, cache_dtype=BF16, index_dtype=torch.int8)
+    with pytest.raises(NoKernelError, match=r"K and V cannot be cached as torch\.int8"):
+        require_served(kernels, arch=None, cache_dtype=torch.int8, index_dtype=BF16)
+    with pytest.raises(NoKernelError, match="float16 and int8; use one of these"):
+        require_served(kernels, arch=None, cache_dtype=BF16, index_dtype=E4M3)
 
 
 def test_the_cpu_reads_no_fp8() -> None:

@@ -23,6 +23,7 @@ from m3_plugin.cli.bench.clocks import WallClock, copy_bandwidth, matmul_through
 from m3_plugin.cli.bench.layer import (
     DenseMethod,
     Layer,
+    OurInt8Method,
     OurMethod,
     check_output,
     check_selection,
@@ -130,6 +131,7 @@ def test_a_selection_of_few_blocks_has_a_tail() -> None:
 def test_the_gate_lets_right_methods_through(workload: Workload) -> None:
     data = layer(workload)
     OurMethod(data, choose_kernels("cpu")).check()
+    OurInt8Method(data, choose_kernels("cpu")).check()
     DenseMethod(data).check()
 
 
@@ -141,9 +143,14 @@ def test_the_gate_stops_wrong_methods() -> None:
     free = next(b for b in range(16) if b not in other[0, 0].tolist())
     other[0, 0, 0] = free
     with pytest.raises(GateError, match=r"row 0 head 0: chose .* their scores differ by"):
-        check_selection(data, other)
+        check_selection(data, other, index_keys=data.index_keys)
     with pytest.raises(GateError, match="of 16 blocks"):
-        check_selection(data, good_ids[..., :3])
+        check_selection(data, good_ids[..., :3], index_keys=data.index_keys)
+    int8 = OurInt8Method(data, choose_kernels("cpu"))
+    assert int8.caches.index_k_scales is not None
+    int8.caches.index_k_scales.copy_(int8.caches.index_k_scales.roll(1, 1))
+    with pytest.raises(GateError, match="their scores differ by"):
+        check_selection(data, int8.select(), index_keys=data.index_keys)
     for wrong in (good_out * 1.02, good_out.roll(1, 0), torch.full_like(good_out, torch.nan)):
         with pytest.raises(GateError, match=r"error .*, allowed"):
             check_output(data, wrong, sparse=True)
@@ -204,11 +211,15 @@ def test_report(report: bench.Report) -> None:
     restored = json.loads(json.dumps(asdict(report)))
     assert {row["method"] for row in restored["rows"]} == {
         "m3-plugin",
+        "m3-plugin int8 index",
         "vllm",
         "sglang",
         "dense sdpa",
     }
     for workload in STEPS:
+        int8 = report.row(workload, "m3-plugin int8 index")
+        assert int8 is not None
+        assert int8.median_us
         whole = report.row(workload, "m3-plugin")
         parts = [
             report.row(workload, "m3-plugin", part) for part in ("index_topk", "sparse_attention")

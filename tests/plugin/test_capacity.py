@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from m3_plugin.capacity import CacheDType, cache_bytes_per_token, local_heads
+from m3_kernels.index_pages import bytes_per_token
+from m3_plugin.capacity import CacheDType, cache_bytes_per_token, local_heads, vector_bytes
 from m3_plugin.config import M3Config
 from tests.plugin.test_config import HUB
 
@@ -33,6 +34,10 @@ def test_published_table(
     cache = cache_bytes_per_token(config, tp_size=tp_size, kv_dtype=kv, index_dtype=index)
     assert cache.total == per_token
     assert round(cache.context(1_048_576) / 1e9, 2) == gigabytes
+
+
+def test_int8_index_keys_take_what_their_pages_hold() -> None:
+    assert vector_bytes(128, "int8") == bytes_per_token(128)
 
 
 def test_index_keys_are_replicated_on_every_rank() -> None:

@@ -42,6 +42,16 @@ def test_recall(
         assert max(recall.values()) < 1.0
 
 
+def test_keys_cached_in_int8_choose_better_than_e4m3(plain: Path) -> None:
+    bf16, int8, fp8 = (
+        sum(index_recall(plain, plain, num_tokens=2048, cached_as=cache).values()) / 3
+        for cache in ("bf16", "int8", "fp8")
+    )
+    assert 1 > bf16 > int8 > fp8 > 0.9
+    with pytest.raises(ValueError, match="cached as fp32, bf16, fp8, int8; got 'int4'"):
+        index_recall(plain, plain, cached_as="int4")
+
+
 def test_a_quantised_branch_that_should_have_been_kept_shows(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,8 +146,22 @@ def test_no_command_promises_a_cache_that_is_not_stored() -> None:
     assert cpu["commands"] == {}
     result = invoke(*options)
     assert result.exit_code == 0
-    assert "index keys in bf16" in result.output
+    assert "index keys in bf16 or int8" in " ".join(result.output.split())
     assert "vllm serve" not in result.output
+
+
+def test_int8_index_keys_are_asked_for_by_their_variable() -> None:
+    model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--index-cache-dtype", "int8")
+    machines = (("--gpu", "H200"), ("--gpu", "CPU", "--gpu-memory", "2000", "--tp", "1"))
+    for machine in machines:
+        found = as_json(*model, *machine)
+        assert found["commands"].keys() == {"vLLM", "SGLang"}
+        for command in found["commands"].values():
+            words = shlex.split(command.replace("\\\n", " "))
+            assert words[0] == "M3_PLUGIN_INDEX_KEYS=int8"
+            assert "--index-cache-dtype" not in words
+        # 57 layers of 128 numbers and a scale
+        assert found["fit"]["cache"]["index"] == 57 * 130
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("H200", "fp8_e4m3"), ("A100-80GB", "fp8_e5m2")])

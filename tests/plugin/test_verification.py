@@ -40,8 +40,8 @@ def found(kernels: KernelChoice | None = None, **changes: Any) -> tuple[Finding,
         "num_kv_heads": 2,
         "head_dim": 32,
         "rotary_dim": 16,
+        "dtype": torch.float16,
     }
-    arguments |= {"dtype": torch.float16}
     return self_test(
         RULES, kernels=kernels or choose_kernels("cpu"), device=CPU, **(arguments | changes)
     )
@@ -69,6 +69,23 @@ def test_right_kernels_pass(family: Any, dtype: torch.dtype) -> None:
     quantities = {"queries", "cache", "selection", "attention", "run", "repeats"}
     assert {f.quantity for f in findings} == quantities
     require_right(findings, kernels=choose_kernels("cpu", family), device="cpu")
+
+
+@pytest.mark.parametrize("family", ["native", "torch"])
+def test_int8_index_keys_are_tried_as_such(family: Any) -> None:
+    findings = found(choose_kernels("cpu", family), index_dtype=torch.int8)
+    assert [f for f in findings if not f.ok] == []
+
+
+def test_a_neighbours_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(
+        right: Callable[..., Tensor], *args: Any, index_k_scales: Tensor, **kw: Any
+    ) -> Tensor:
+        return right(*args, index_k_scales=index_k_scales.roll(1, dims=1), **kw)
+
+    break_op(monkeypatch, "index_topk", wrong)
+    findings = found(index_dtype=torch.int8)
+    assert "selection" in {f.quantity for f in findings if not f.ok}
 
 
 def test_it_does_not_notice_the_host_building_a_model_around_it() -> None:

@@ -14,9 +14,11 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
+from m3_kernels.index_pages import split_pages
 from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.presence import PluginRefusal, attestation
 from m3_plugin.session import MSACaches, MSAPlan
+from m3_plugin.settings import Settings
 from m3_sglang.attention import M3SparseAttention
 from m3_sglang.batch import UniformStep, msa_batch, uniform_step
 from m3_sglang.compat import read_config, read_draft_config, sglang_version
@@ -29,7 +31,7 @@ from m3_sglang.registration import (
     is_ours,
     wrapper_hook_is_applied,
 )
-from m3_sglang.session import worker_session
+from m3_sglang.session import index_dtype, worker_session
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -292,12 +294,17 @@ class M3AttentionBackend(AttentionBackend):
         if layer_id not in self.caches:
             k_pages = paged(self.pool.get_key_buffer(layer_id))
             scales = self.layers[layer_id].cache_scales.for_pages(k_pages.dtype)
+            index_k_pages = paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1)
+            index_k_scales = None
+            if index_k_pages.dtype == torch.int8:
+                index_k_pages, index_k_scales = split_pages(index_k_pages)
             self.caches[layer_id] = MSACaches(
                 k_pages=k_pages,
                 v_pages=paged(self.pool.get_value_buffer(layer_id)),
-                index_k_pages=paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1),
+                index_k_pages=index_k_pages,
                 k_scale=scales.k,
                 v_scale=scales.v,
+                index_k_scales=index_k_scales,
             )
         return self.caches[layer_id]
 
@@ -336,8 +343,24 @@ def require_complete_presence(runner: Any) -> None:
             f"SGLang's cache pool {type(runner.token_to_kv_pool).__name__} keeps no index keys "
             f"(no {', '.join(missing)})"
         )
+    require_index_dtype(runner)
     if runner.page_size != PAGED_BLOCK_SIZE:
         raise PluginRefusal(
             f"page size must be {PAGED_BLOCK_SIZE} (one sparse block per page); "
             f"got {runner.page_size}"
+        )
+
+
+def require_index_dtype(runner: Any) -> None:
+    """Refuse a pool whose index keys are not as asked: SGLang only logs a vanished hook target.
+
+    Raises
+    ------
+    PluginRefusal : int8 was asked for, and this SGLang made the pool otherwise.
+    """
+    dtype = index_dtype(runner)
+    if Settings.from_environment().index_keys == "int8" and dtype != torch.int8:
+        raise PluginRefusal(
+            "M3_PLUGIN_INDEX_KEYS=int8 needs SGLang 0.5.21 or later, whose cache pool asks for the "
+            f"dtype of index keys; this one, {sglang_version()}, keeps them as {dtype}"
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from m3_kernels.index_pages import bytes_per_token
 from m3_plugin.backends import choose_kernels
 from m3_plugin.presence import PluginRefusal, absence, attestation, require_tested
 from m3_plugin.released import misnamed_model
@@ -35,6 +36,8 @@ WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
 QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
 DRAFT_CONFIG = "sglang.srt.configs.model_config.ModelConfig._config_draft_model"
 INDEX_POOL = "sglang.srt.configs.model_config.is_minimax_sparse"
+INDEX_DTYPE = "sglang.srt.mem_cache.memory_pool.get_minimax_sparse_index_dtype"
+INDEX_WIDTH = "sglang.srt.configs.model_config.get_minimax_sparse_attention_config"
 MXFP8_METHOD = "m3_mxfp8"
 CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 
@@ -59,6 +62,8 @@ def register_with_sglang() -> None:
     _register_models()
     _register_draft_config()
     _register_quantization()
+    if settings.index_keys == "int8":
+        _register_int8_index_keys()
     _say(
         attestation(
             host="SGLang",
@@ -144,6 +149,27 @@ def configure_draft(result: None, model_config: Any) -> None:
 def has_index_keys(result: bool, hf_config: Any) -> bool:
     """AFTER hook: the MTP module needs the pool that keeps index keys, as M3 does."""
     return result or (hf_config.architectures or [None])[0] == DRAFT_ARCHITECTURE
+
+
+def _register_int8_index_keys() -> None:
+    """Room for int8 index keys and their scales in SGLang's pool for M3 and in its sizing."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(INDEX_DTYPE, index_keys_in_int8, HookType.AFTER)
+    HookRegistry.register(INDEX_WIDTH, with_room_for_scales, HookType.AFTER)
+
+
+def index_keys_in_int8(result: Any, **kwargs: Any) -> Any:
+    """AFTER hook: the dtype of index keys in SGLang's pool for M3."""
+    import torch
+
+    return torch.int8
+
+
+def with_room_for_scales(result: dict[str, Any], hf_config: Any) -> dict[str, Any]:
+    """AFTER hook: what SGLang makes the pool from; the scales count as channels of the keys."""
+    width = bytes_per_token(result["sparse_index_dim"])
+    return dict(result) | {"sparse_index_dim": width}
 
 
 def give_vision_config_attributes(model_config: Any, *args: Any, **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ def worker_session(config: M3Config, runner: Any) -> MSASession | None:
 
 
 def index_dtype(runner: Any) -> torch.dtype:
-    """How SGLang's pool keeps index keys: as fp8 beside an e4m3 cache on SM90, else unquantised."""
+    """How SGLang's pool keeps index keys: e4m3 beside an e4m3 cache on SM90, int8 if asked to."""
     pool = runner.token_to_kv_pool
     return pool.get_index_k_buffer(next(iter(pool.sparse_layer_id_mapping))).dtype
 

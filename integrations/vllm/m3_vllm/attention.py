@@ -24,8 +24,10 @@ from vllm.v1.kv_cache_interface import (
     get_kv_quant_mode,
 )
 
+from m3_kernels.index_pages import bytes_per_token, split_pages
 from m3_plugin.quantization.cache_scales import CacheScales
 from m3_plugin.session import HeadNorms, MSACaches, MSASession
+from m3_plugin.settings import Settings
 from m3_vllm.backend import M3IndexBackend, M3IndexMetadata, M3Metadata, M3SparseBackend
 
 if TYPE_CHECKING:
@@ -40,8 +42,34 @@ _FP8_DTYPES = {
 }
 
 
+_INDEX_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
 def index_dtype(vllm_config: VllmConfig) -> torch.dtype:
-    """Storage dtype of index keys: as K and V, but never fp8, which would choose other blocks."""
+    """Storage dtype of index keys: in 8 bits, which may choose other blocks, only on request.
+
+    Otherwise as K and V, in the model's dtype beside fp8 ones.
+
+    Raises
+    ------
+    ValueError : vLLM's indexer_kv_dtype is none the kernels read, or is given beside ours.
+    """
+    requested = vllm_config.attention_config.indexer_kv_dtype
+    if Settings.from_environment().index_keys == "int8":
+        if requested != "auto":
+            raise ValueError(
+                "index keys must be asked for once: leave indexer_kv_dtype out of "
+                f"--attention-config or unset M3_PLUGIN_INDEX_KEYS; got {requested!r} and 'int8'"
+            )
+        return torch.int8
+    if requested != "auto":
+        if requested not in _INDEX_DTYPES:
+            raise ValueError(
+                f"indexer_kv_dtype in --attention-config must be auto, {', '.join(_INDEX_DTYPES)} "
+                f"for MSA layers; got {requested!r}; for 8 bits on any chip set "
+                "M3_PLUGIN_INDEX_KEYS=int8"
+            )
+        return _INDEX_DTYPES[requested]
     if vllm_config.cache_config.cache_dtype in _FP8_DTYPES:
         return vllm_config.model_config.dtype
     return cache_dtype(vllm_config)
@@ -67,16 +95,20 @@ def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
 
 
 class M3IndexCache(nn.Module, AttentionLayerBase):
-    """Index-key pages of one MSA layer: [pages, 128, index_dim], one vector per token."""
+    """Index-key pages of one MSA layer: [pages, 128, index_dim], one vector per token.
+
+    int8 keys bring a scale each, which vLLM takes for two further channels.
+    """
 
     supports_dcp = False
 
     def __init__(self, *, prefix: str, index_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.prefix = prefix
-        self.index_dim = index_dim
         self.dtype = dtype
+        self.width = bytes_per_token(index_dim) if dtype == torch.int8 else index_dim
         self.kv_cache = torch.tensor([])
+        self.scales: Tensor | None = None
         _register_layer(prefix, self)
 
     def get_attn_backend(self) -> type[M3IndexBackend]:
@@ -87,14 +119,16 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
         return MLAAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
-            head_size=self.index_dim,
+            head_size=self.width,
             dtype=self.dtype,
             cache_role=SparseCacheRole.INDEXER,
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        # vLLM hands out [pages, 1, page_size, index_dim]
+        # vLLM hands out [pages, 1, page_size, width]
         self.kv_cache = kv_cache.squeeze(1)
+        if self.dtype == torch.int8 and kv_cache.numel():
+            self.kv_cache, self.scales = split_pages(self.kv_cache)
 
 
 class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
@@ -169,6 +203,7 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
                 index_k_pages=self.index_cache.kv_cache,
                 k_scale=scales.k,
                 v_scale=scales.v,
+                index_k_scales=self.index_cache.scales,
             )
         return self.caches
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from m3_plugin.session import MSASession, MSAStatistics
+from m3_vllm.attention import M3IndexCache
 
 
 class M3WorkerExtension:
@@ -17,6 +18,12 @@ class M3WorkerExtension:
         """Qualified name of the class that serves the model."""
         model = type(self.model_runner.get_model())
         return f"{model.__module__}.{model.__qualname__}"
+
+    def m3_index_dtype(self) -> str:
+        """How the pages of this worker hold index keys, e.g. "torch.int8"."""
+        layers = self.model_runner.get_model().modules()
+        cache = next(layer for layer in layers if isinstance(layer, M3IndexCache))
+        return str(cache.kv_cache.dtype)
 
     def m3_record_statistics(self, enabled: bool) -> None:
         """Count blocks read by the MSA layers from zero on, or stop counting."""

@@ -34,8 +34,8 @@ def cache_store(
     index_k : [T, index_dim], any strides with a contiguous last dimension
     k_pages, v_pages : [P, num_kv_heads, page_size, head_dim], written in place; float8_e4m3fn and
         float8_e5m2 with "triton" and "reference" only
-    index_k_pages : [P, page_size, index_dim], written in place; fp8 and int8 with "triton" and
-        "reference" only
+    index_k_pages : [P, page_size, index_dim], written in place; fp8 with "triton" and "reference"
+        only
     slot_mapping : int64 [T], `page * page_size + offset`; a negative slot stores nothing
     k_scale, v_scale : fp32 [1] or [num_kv_heads], what a stored key or value will be multiplied
         with; "triton" and "reference" only; None is 1
@@ -67,17 +67,27 @@ def cache_store(
     scaled = k_scale is not None or v_scale is not None
     dtypes = (k_pages.dtype, v_pages.dtype, index_k_pages.dtype)
     if implementation in ("native", "torch"):
-        if scaled or any(dtype not in validation.FLOAT_DTYPES for dtype in dtypes):
+        if scaled or any(dtype in validation.FP8_DTYPES for dtype in dtypes):
             raise NotImplementedError(
                 f"cache_store: backend {implementation!r} writes float32, bfloat16 and float16 "
-                f"pages without scales; got {dtypes}{' and scales' if scaled else ''}. Keep the "
-                f"caches in one of these on a CPU, or ask for backend='reference'"
+                f"pages without scales, and int8 index keys; got {dtypes}"
+                f"{' and scales' if scaled else ''}. Keep the caches in one of these on a CPU, or "
+                f"ask for backend='reference'"
             )
         if implementation == "native":
             from m3_kernels.cache_store.native import cache_store_native as run
         else:
             from m3_kernels.cache_store.torch_cpu import cache_store_torch as run
-        run(k, v, index_k, k_pages, v_pages, index_k_pages, slot_mapping=slot_mapping)
+        run(
+            k,
+            v,
+            index_k,
+            k_pages,
+            v_pages,
+            index_k_pages,
+            slot_mapping=slot_mapping,
+            index_k_scales=index_k_scales,
+        )
         return
     if implementation == "triton":
         from m3_kernels.cache_store.triton import cache_store_triton as run_scaled

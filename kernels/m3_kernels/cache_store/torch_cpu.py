@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,7 @@ def cache_store_torch(
     index_k_pages: Tensor,
     *,
     slot_mapping: Tensor,
+    index_k_scales: Tensor | None,
 ) -> None:
     """Write the pages; arguments as in the public function, already checked."""
     tokens = (slot_mapping >= 0).nonzero().squeeze(1)
@@ -25,4 +27,15 @@ def cache_store_torch(
     offset = slots % index_k_pages.shape[1]
     k_pages[page, :, offset] = k[tokens].to(k_pages.dtype)
     v_pages[page, :, offset] = v[tokens].to(v_pages.dtype)
-    index_k_pages[page, offset] = index_k[tokens].to(index_k_pages.dtype)
+    index_keys = index_k[tokens]
+    if index_k_scales is not None:
+        index_keys, index_k_scales[page, offset] = in_int8(index_keys, index_k_scales.dtype)
+    index_k_pages[page, offset] = index_keys.to(index_k_pages.dtype)
+
+
+def in_int8(index_k: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys [T, index_dim] as int8 and the scale of each, [T], as `cache_store` defines them."""
+    keys = index_k.float()
+    scales = (keys.abs().amax(dim=1) / 127).to(scale_dtype)
+    divisors = torch.where(scales > 0, scales.float(), 1)
+    return (keys / divisors[:, None]).round().clamp(-127, 127).to(torch.int8), scales

@@ -37,7 +37,7 @@ def index_topk(
     Parameters
     ----------
     index_q : [T, num_index_heads, index_dim], any strides with a contiguous last dimension
-    index_k_pages : [P, page_size, index_dim], any strides with a contiguous last dimension; int8,
+    index_k_pages : [P, page_size, index_dim], any strides with a contiguous last dimension;
         float8_e4m3fn and float8_e5m2 are read by "triton" and "reference" only
     page_table : int32 [R, max_pages], must cover every sequence
     cu_seqlens_q : int32 [R + 1], never decreasing, from 0 to at most T
@@ -99,11 +99,10 @@ def index_topk(
         validation.require_device("out", out, device)
 
     implementation = implementation_for("index_topk", backend=backend, device_type=device.type)
-    low_precision = index_k_pages.dtype in validation.LOW_PRECISION_DTYPES
-    if low_precision and implementation in ("native", "torch"):
+    if index_k_pages.dtype in validation.FP8_DTYPES and implementation in ("native", "torch"):
         raise NotImplementedError(
-            f"index_topk: backend {implementation!r} reads float32, bfloat16 and float16 index "
-            f"keys; got {index_k_pages.dtype}. Keep them in one of these on a CPU"
+            f"index_topk: backend {implementation!r} reads float32, bfloat16, float16 and int8 "
+            f"index keys; got {index_k_pages.dtype}. Keep them in one of these on a CPU"
         )
     if implementation == "triton":
         if workspace is not None:
@@ -127,8 +126,6 @@ def index_topk(
             workspace=workspace,
         )
         return out
-    if low_precision:
-        index_k_pages = dequantised(index_k_pages, index_k_scales)
     if implementation == "native":
         from m3_kernels.index_topk.native import index_topk_native as run
     elif implementation == "torch":
@@ -143,14 +140,10 @@ def index_topk(
         seq_lens=seq_lens,
         num_local_blocks=num_local_blocks,
         num_init_blocks=num_init_blocks,
+        index_k_scales=index_k_scales,
         out=out,
     )
     return out
-
-
-def dequantised(pages: Tensor, scales: Tensor | None) -> Tensor:
-    """The fp32 keys that stored ones of 8 bits stand for."""
-    return pages.float() if scales is None else pages.float() * scales.float()[:, :, None]
 
 
 def _require_scales(pages: Tensor, scales: Tensor | None) -> None:

@@ -63,9 +63,9 @@ void select(const float* scores, int64_t first, int64_t last, int64_t count, Can
 
 class IndexTopk {
  public:
-  IndexTopk(const Array& q, const Array& pages, const Batch& batch, const Array& out,
-            int64_t num_local, int64_t num_init, const Team& team)
-      : q_(q), pages_(pages), batch_(batch), out_(out), num_local_(num_local),
+  IndexTopk(const Array& q, const Array& pages, const Array* scales, const Batch& batch,
+            const Array& out, int64_t num_local, int64_t num_init, const Team& team)
+      : q_(q), pages_(pages), scales_(scales), batch_(batch), out_(out), num_local_(num_local),
         num_init_(num_init), team_(team), threads_(team.threads), heads_(q.size[1]),
         dim_(q.size[2]),
         page_size_(pages.size[1]), topk_(out.size[2]),
@@ -215,6 +215,9 @@ class IndexTopk {
         stream_rows(rows, pages_.stride[1], pages_.dtype, present, dim_);
         pack_keys(panel, rows, pages_.stride[1], pages_.dtype, present, dim_);
         multiply_panel(query_rows, lanes, panel, dim_, product_rows);
+        if (scales_ != nullptr) {
+          scale_products(products, lanes, page * scales_->stride[0] + key, present);
+        }
         for (int64_t lane = 0; lane < lanes; ++lane) {
           const int64_t position = tile.position + lane / heads_;
           const int64_t seen = std::min(present, position - block * page_size_ - key + 1);
@@ -230,6 +233,18 @@ class IndexTopk {
       }
       for (int64_t lane = 0; lane < lanes; ++lane) {
         tile.scores[lane * tile.blocks + block] = reduce_max(load<Floats>(maxima + lane * kLanes));
+      }
+    }
+  }
+
+  // Products with stored keys become products with the keys they stand for.
+  void scale_products(float* products, int64_t lanes, int64_t offset, int64_t present) const {
+    float scale[kPanel] = {};
+    load_floats(scale, element(*scales_, offset), scales_->dtype, present);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        float* part = products + lane * kPanel + v * kLanes;
+        store(part, load<Floats>(part) * load<Floats>(scale + v * kLanes));
       }
     }
   }
@@ -256,6 +271,7 @@ class IndexTopk {
   }
 
   const Array &q_, &pages_;
+  const Array* const scales_;  // of stored keys; null where keys are stored as they are
   const Batch& batch_;
   const Array& out_;
   const int64_t num_local_, num_init_;
@@ -269,14 +285,14 @@ class IndexTopk {
 }  // namespace m3
 
 extern "C" int64_t m3_index_topk(const m3::Array* q, const m3::Array* pages,
-                                 const m3::Array* page_table, const m3::Array* cu_seqlens_q,
+                                 const m3::Array* scales, const m3::Array* page_table, const m3::Array* cu_seqlens_q,
                                  const m3::Array* seq_lens, const m3::Array* out,
                                  int64_t num_local, int64_t num_init, int64_t threads,
                                  int64_t work_per_thread, int64_t* bad) {
   try {
     const m3::Batch batch{*page_table, *cu_seqlens_q, *seq_lens};
     const m3::Team team{threads, work_per_thread};
-    return m3::IndexTopk(*q, *pages, batch, *out, num_local, num_init, team).run(bad);
+    return m3::IndexTopk(*q, *pages, scales, batch, *out, num_local, num_init, team).run(bad);
   } catch (const std::bad_alloc&) {
     return m3::kOutOfMemory;
   }

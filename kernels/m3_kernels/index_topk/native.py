@@ -16,6 +16,7 @@ def index_topk_native(
     seq_lens: Tensor,
     num_local_blocks: int,
     num_init_blocks: int,
+    index_k_scales: Tensor | None,
     out: Tensor,
 ) -> None:
     """Fill `out`; arguments as in the public function, already checked."""
@@ -23,6 +24,7 @@ def index_topk_native(
         "m3_index_topk",
         array(index_q),
         array(index_k_pages),
+        None if index_k_scales is None else array(index_k_scales),
         array(page_table),
         array(cu_seqlens_q),
         array(seq_lens),

@@ -17,11 +17,14 @@ def index_topk_reference(
     seq_lens: Tensor,
     num_local_blocks: int,
     num_init_blocks: int,
+    index_k_scales: Tensor | None,
     out: Tensor,
 ) -> None:
     """Fill `out`; arguments as in the public function, already checked."""
     heads, _, topk = out.shape
     out.fill_(-1)
+    if index_k_scales is not None:
+        index_k_pages = dequantised(index_k_pages, index_k_scales)
     for request in range(seq_lens.shape[0]):
         first, last = cu_seqlens_q[request : request + 2].tolist()
         seq_len = int(seq_lens[request])
@@ -43,6 +46,11 @@ def sequence_keys(pages: Tensor, page_ids: Tensor, seq_len: int) -> Tensor:
     page_size = pages.shape[1]
     used = page_ids[: -(-seq_len // page_size)].long()
     return pages[used].float().flatten(0, 1)[:seq_len]
+
+
+def dequantised(pages: Tensor, scales: Tensor) -> Tensor:
+    """The fp32 keys that stored ones of 8 bits stand for."""
+    return pages.float() * scales.float()[:, :, None]
 
 
 def block_scores(query: Tensor, keys: Tensor, block_size: int) -> list[float]:

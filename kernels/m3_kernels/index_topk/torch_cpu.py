@@ -26,6 +26,7 @@ def index_topk_torch(
     seq_lens: Tensor,
     num_local_blocks: int,
     num_init_blocks: int,
+    index_k_scales: Tensor | None,
     out: Tensor,
 ) -> None:
     """Fill `out`; arguments as in the public function, already checked."""
@@ -53,6 +54,7 @@ def index_topk_torch(
                 scores = _block_scores(
                     index_q[row : row + rows],
                     index_k_pages,
+                    index_k_scales,
                     page_table[request, :visible],
                     positions,
                     key_blocks,
@@ -63,7 +65,12 @@ def index_topk_torch(
 
 
 def _block_scores(
-    queries: Tensor, pages: Tensor, page_ids: Tensor, positions: Tensor, chunk: int
+    queries: Tensor,
+    pages: Tensor,
+    scales: Tensor | None,
+    page_ids: Tensor,
+    positions: Tensor,
+    chunk: int,
 ) -> Tensor:
     """Block maxima [rows, heads, blocks], -inf where a block has no visible key."""
     rows, heads, dim = queries.shape
@@ -75,6 +82,8 @@ def _block_scores(
         # Keys past the last row's position are not visible to any row; they may hold anything.
         keys = pages[ids].float().reshape(-1, dim)
         dots = (flat @ keys.T).view(rows, heads, -1)
+        if scales is not None:
+            dots *= scales[ids].float().flatten()
         dots.masked_fill_(dots.isnan(), -math.inf)
         if (start + len(ids)) * page_size - 1 > int(positions[0]):
             key_positions = torch.arange(dots.shape[2]) + start * page_size

@@ -13,6 +13,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from m3_kernels.index_pages import bytes_per_token, split_pages
+
 INT32_MAX = 2**31 - 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +30,8 @@ class Case:
     shared_blocks : leading blocks which all requests have in common, on the same pages
     padding_rows : rows of the query tensors that belong to no request
     missing_keys : taken off every sequence length, so that the first rows stand before position 0
-    kv_dtype, index_dtype : fp8 pages of K and V, of index keys; None has them in `dtype`
+    kv_dtype : fp8 pages of K and V; None has them in `dtype`
+    index_dtype : fp8 or int8 pages of index keys; None has them in `dtype`
     rotary_dim : channels of every head that RoPE turns
     """
 
@@ -104,6 +107,7 @@ class Inputs:
     sequences: tuple[tuple[Tensor, Tensor, Tensor], ...]
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    index_k_scales: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
         """A copy on a device; strides and the poison around every view stay as they are.
@@ -169,7 +173,7 @@ def build(case: Case) -> Inputs:
         held = (
             as_held(own[0], k_scale, case.kv_dtype),
             as_held(own[1], v_scale, case.kv_dtype),
-            as_held(own[2], None, case.index_dtype),
+            index_keys_as_held(own[2], case.index_dtype),
         )
         sequences.append(held)
 
@@ -181,7 +185,7 @@ def build(case: Case) -> Inputs:
     max_pages = max([*blocks, 0]) + 2
     page_table = torch.full((len(lengths), max_pages), INT32_MAX, dtype=torch.int32)
     page_table[:, 1::2] = -7
-    k_pages, v_pages, index_k_pages = empty_pages(case, num_pages)
+    k_pages, v_pages, index_k_pages, index_k_scales = empty_caches(case, num_pages)
     slots = []
     for request, (length, own) in enumerate(zip(lengths, sequences, strict=True)):
         pages = (shared_pages + [free.pop() for _ in range(blocks[request])])[: blocks[request]]
@@ -192,7 +196,13 @@ def build(case: Case) -> Inputs:
             keys, values = stored(own[0][part], k_scale), stored(own[1][part], v_scale)
             k_pages[page, :, :count] = keys.transpose(0, 1).to(k_pages.dtype)
             v_pages[page, :, :count] = values.transpose(0, 1).to(v_pages.dtype)
-            index_k_pages[page, :count] = own[2][part].to(index_k_pages.dtype)
+            if index_k_scales is None:
+                index_k_pages[page, :count] = own[2][part].to(index_k_pages.dtype)
+            else:
+                steps = int8_steps(count, first=part.start)
+                index_k_scales[page, :count] = steps
+                codes = own[2][part].float() / steps[:, None]
+                index_k_pages[page, :count] = codes.to(torch.int8)
         positions = range(length - case.requests[request][1], length)
         slots += [pages[p // size] * size + p % size if p >= 0 else -1 for p in positions]
 
@@ -217,6 +227,7 @@ def build(case: Case) -> Inputs:
         sequences=tuple(sequences),
         k_scale=k_scale,
         v_scale=v_scale,
+        index_k_scales=index_k_scales,
     )
 
 
@@ -242,6 +253,38 @@ def as_held(values: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> 
         return values
     held = stored(values, scale).to(dtype).float()
     return (held if scale is None else held * scale[:, None]).to(values.dtype)
+
+
+def index_keys_as_held(keys: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What is read of index keys [tokens, dim] once they are in a cache of `dtype`.
+
+    In int8 as multiples of `int8_steps`, the largest of a key the 127th: a store finds the same
+    steps and codes again, and any dtype of activations holds the products exactly.
+    """
+    if dtype != torch.int8:
+        return as_held(keys, None, dtype)
+    steps = int8_steps(len(keys), first=0)[:, None]
+    codes = (keys.float() / steps).round().clamp(-126, 126)
+    largest = codes.abs().argmax(dim=1, keepdim=True)
+    codes.scatter_(1, largest, 127)
+    return (codes * steps).to(keys.dtype)
+
+
+def int8_steps(count: int, *, first: int) -> Tensor:
+    """Scales of int8 index keys of tokens `first`, `first + 1`, ...: powers of two."""
+    return 2.0 ** -(4 + torch.arange(first, first + count) % 3)
+
+
+def empty_caches(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """K, V and index pages and the scales of int8 ones, if any; what can be NaN is."""
+    if case.index_dtype != torch.int8:
+        return *empty_pages(case, num_pages), None
+    k_pages, v_pages, _ = empty_pages(dataclasses.replace(case, index_dtype=None), num_pages)
+    width = bytes_per_token(case.index_dim)
+    memory = torch.full((num_pages, case.page_size, width), 99, dtype=torch.int8)
+    keys, scales = split_pages(memory)
+    scales.fill_(torch.nan)
+    return k_pages, v_pages, keys, scales
 
 
 def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:

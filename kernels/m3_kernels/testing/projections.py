@@ -115,8 +115,11 @@ def largest_rounding(exact: Tensor, *dtypes: torch.dtype) -> Tensor:
     """
     allowed = 4e-6 * exact.abs().amax(-1, keepdim=True)
     for dtype in dtypes:
-        kind = torch.finfo(dtype)
-        allowed = allowed + kind.eps * (exact.abs() + kind.smallest_normal)
+        if dtype.is_floating_point:
+            kind = torch.finfo(dtype)
+            allowed = allowed + kind.eps * (exact.abs() + kind.smallest_normal)
+        else:
+            allowed = allowed + 1
     return allowed
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from m3_plugin.cli.bench.clocks import Clock
     from m3_plugin.cli.bench.layer import Layer, Method
 
-OURS, DENSE = "m3-plugin", "dense sdpa"
+OURS, OURS_INT8, DENSE = "m3-plugin", "m3-plugin int8 index", "dense sdpa"
 PEERS = ("vllm", "sglang")
 PATTERNS = ("shared", "independent")
 # A graph of about this long makes the events around it negligible.
@@ -222,7 +222,7 @@ def bench_kernels(
             torch.cuda.empty_cache()
     print_report(report, console)
     deliver(report, console, json_file=json_file, plot=plot, draw=plot_report)
-    if any(row.fault for row in report.rows if row.method == OURS):
+    if any(row.fault for row in report.rows if row.method in (OURS, OURS_INT8)):
         raise typer.Exit(1)
 
 
@@ -242,10 +242,12 @@ def load_peers(wanted: Sequence[str], folder: Path | None) -> tuple[dict[str, An
 
 def memory_needed(workload: Workload, geometry: Geometry) -> int:
     """Bytes of one copy for all methods: pages, the layout of SGLang, dense keys, index keys."""
+    from m3_kernels.index_pages import bytes_per_token
+
     w, g = workload, geometry
     tokens = w.batch * w.blocks * 128
     keys_and_values = tokens * 2 * g.num_kv_heads * g.head_dim * 2
-    return 3 * keys_and_values + tokens * g.index_dim * 2
+    return 3 * keys_and_values + tokens * (g.index_dim * 2 + bytes_per_token(g.index_dim))
 
 
 def measure(
@@ -271,16 +273,30 @@ def measure(
     """
     import torch
 
+    from m3_kernels.index_pages import bytes_per_token
     from m3_plugin.cli.bench.clocks import time_in_turn
-    from m3_plugin.cli.bench.layer import DenseMethod, Layer, OurMethod, PeerMethod
+    from m3_plugin.cli.bench.layer import (
+        DenseMethod,
+        Layer,
+        OurInt8Method,
+        OurMethod,
+        PeerMethod,
+    )
 
     makers: dict[str, Callable[[Layer], Method]] = {
         OURS: lambda layer: OurMethod(layer, kernels),
+        OURS_INT8: lambda layer: OurInt8Method(layer, kernels),
         **{name: lambda layer, peer=peer: PeerMethod(layer, peer) for name, peer in peers.items()},
         DENSE: DenseMethod,
     }
     value = dtype.itemsize
     work = {name: sparse_work(workload, geometry, bytes_per_value=value) for name in makers}
+    work[OURS_INT8] = sparse_work(
+        workload,
+        geometry,
+        bytes_per_value=value,
+        index_token_bytes=bytes_per_token(geometry.index_dim),
+    )
     work[DENSE] = dense_work(workload, geometry, bytes_per_value=value)
     floors = {
         name: floor_seconds(
@@ -429,7 +445,7 @@ def _cells(report: Report, workload: Workload, row: Row) -> list[str]:
 
 def plot_report(report: Report, path: Path) -> None:
     """Time against context, one panel per phase, batch and pattern, the floor drawn in."""
-    colours = {OURS: "C3", "vllm": "C0", "sglang": "C2", DENSE: "C7"}
+    colours = {OURS: "C3", OURS_INT8: "C1", "vllm": "C0", "sglang": "C2", DENSE: "C7"}
     panels = []
     for phase, batch, rows, pattern in dict.fromkeys(
         (w.phase, w.batch, w.rows, w.pattern) for w in _workloads(report)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from m3_kernels.cache_store.torch_cpu import in_int8
+from m3_kernels.index_pages import bytes_per_token, split_pages
 from m3_kernels.testing.compare import SCORE_ROUNDING, accuracy
 from m3_plugin.backends import KernelChoice
 from m3_plugin.batch import MSABatch
@@ -161,7 +164,7 @@ class _Sparse:
         return {"index_topk": self.select, "sparse_attention": self.attend}
 
     def check(self) -> None:
-        check_selection(self.layer, self.select())
+        check_selection(self.layer, self.select(), index_keys=self.layer.index_keys)
         check_output(self.layer, self.attend(), sparse=True)
 
 
@@ -201,6 +204,34 @@ class OurMethod(_Sparse):
         layer = self.layer
         self.session.attend(self.plan, layer.q, layer.block_ids, caches=self.caches, out=self.out)
         return self.out
+
+
+class OurInt8Method(OurMethod):
+    """The same with index keys in int8; compared with the choice among these."""
+
+    def __init__(self, layer: Layer, kernels: KernelChoice) -> None:
+        super().__init__(layer, kernels)
+        keys = layer.index_k_pages
+        width = bytes_per_token(layer.geometry.index_dim)
+        memory = torch.empty(*keys.shape[:2], width, dtype=torch.int8, device=keys.device)
+        codes, scales = split_pages(memory)
+        # In pieces: the fp32 copies of a long context would not fit beside the rest.
+        for part in torch.arange(keys.shape[0], device=keys.device).split(2**10):
+            stored, steps = in_int8(keys[part].flatten(0, 1), scales.dtype)
+            codes[part], scales[part] = stored.view(keys[part].shape), steps.view(-1, PAGE_SIZE)
+        self.caches = replace(self.caches, index_k_pages=codes, index_k_scales=scales)
+
+    def check(self) -> None:
+        check_selection(self.layer, self.select(), index_keys=self.stored_keys)
+        check_output(self.layer, self.attend(), sparse=True)
+
+    def stored_keys(self, row: int) -> Tensor:
+        """What the int8 index keys of the row's request stand for: fp32 [context, index_dim]."""
+        codes, scales = self.caches.index_k_pages, self.caches.index_k_scales
+        assert scales is not None
+        pages = self.layer.page_table[row // self.layer.workload.rows].long()
+        keys = codes[pages].float() * scales[pages].float()[..., None]
+        return keys.flatten(0, 1)[: self.layer.workload.context]
 
 
 class PeerMethod(_Sparse):
@@ -253,8 +284,12 @@ class DenseMethod:
         check_output(self.layer, self.attend(), sparse=False)
 
 
-def check_selection(layer: Layer, ids: Tensor) -> None:
+def check_selection(layer: Layer, ids: Tensor, *, index_keys: Callable[[int], Tensor]) -> None:
     """The ids of sampled rows as sets, equal wherever rounding of the scores cannot decide.
+
+    Parameters
+    ----------
+    index_keys : those that a row's request sees, in order, [context, index_dim]
 
     Raises
     ------
@@ -264,7 +299,7 @@ def check_selection(layer: Layer, ids: Tensor) -> None:
     for row in layer.sampled_rows:
         position = layer.position(row)
         own = position // PAGE_SIZE
-        keys = layer.index_keys(row)[: position + 1].float()
+        keys = index_keys(row)[: position + 1].float()
         query = layer.index_q[row].float()
         dots = torch.nn.functional.pad(
             query @ keys.T, (0, (own + 1) * PAGE_SIZE - position - 1), value=-torch.inf

@@ -64,16 +64,26 @@ class Work:
     operations: int
 
 
-def sparse_work(workload: Workload, geometry: Geometry, *, bytes_per_value: int) -> Work:
+def sparse_work(
+    workload: Workload,
+    geometry: Geometry,
+    *,
+    bytes_per_value: int,
+    index_token_bytes: int | None = None,
+) -> Work:
     """MSA: every index key once, then the chosen blocks.
 
     Blocks chosen by several rows of a request count once under "shared". Under "independent" they
     count per row, up to the whole context: that much has to be read when nothing is chosen twice.
+
+    Parameters
+    ----------
+    index_token_bytes : of one index key with its scale; None if it is stored as K and V are
     """
     g, w = geometry, workload
     chosen = min(w.context, g.topk * PAGE_SIZE)
     per_request = chosen if w.pattern == "shared" else min(w.context, chosen * w.rows)
-    index_bytes = w.batch * w.context * g.index_dim * bytes_per_value
+    index_bytes = w.batch * w.context * (index_token_bytes or g.index_dim * bytes_per_value)
     kv_bytes = w.batch * per_request * 2 * g.num_kv_heads * g.head_dim * bytes_per_value
     index_operations = 2 * _visible_keys(w) * g.num_kv_heads * g.index_dim
     attended = w.batch * w.rows * chosen

@@ -7,7 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.compilation.backends import split_graph
-from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.config import (
+    AttentionConfig,
+    CompilationConfig,
+    CompilationMode,
+    VllmConfig,
+    set_current_vllm_config,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from m3_plugin.backends import choose_kernels
@@ -75,6 +81,62 @@ def test_two_micro_batches_are_refused() -> None:
         worker_session(M3Config.from_hf(released_config()), config)
 
 
+def index_layer(config: VllmConfig, **attention: str) -> M3SparseCacheLayer:
+    """An MSA layer of the released model under these options."""
+    config.model_config = SimpleNamespace(dtype=torch.bfloat16)  # type: ignore[assignment]
+    config.cache_config.block_size = 128
+    config.attention_config = AttentionConfig(**attention)  # type: ignore[arg-type]
+    msa = M3Config.from_hf(released_config()).msa
+    assert msa is not None
+    session = MSASession(msa, kernels=choose_kernels("cpu"), scale=1.0)
+    with set_current_vllm_config(config):
+        return M3SparseCacheLayer(session=session, num_kv_heads=4, head_dim=128, prefix="layer")
+
+
+def test_int8_index_keys_and_their_scales_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M3_PLUGIN_INDEX_KEYS", "int8")
+    config = VllmConfig()
+    layer = index_layer(config)
+    spec = layer.index_cache.get_kv_cache_spec(config)
+    assert isinstance(spec, MLAAttentionSpec)
+    assert spec.page_size_bytes == 128 * 130
+    layer.bind_kv_cache(torch.zeros(3, 4, 128, 256).bfloat16())
+    memory = torch.zeros(3, 1, 128, spec.head_size, dtype=spec.dtype)
+    layer.index_cache.bind_kv_cache(memory)
+    caches = layer.paged_caches()
+    assert caches.index_k_pages.shape == (3, 128, 128)
+    assert caches.index_k_pages.dtype == torch.int8
+    assert caches.index_k_scales is not None
+    assert caches.index_k_scales.shape == (3, 128)
+    caches.index_k_pages.fill_(1)
+    caches.index_k_scales.fill_(1 / 3)
+    assert (memory != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("option", "dtype"),
+    [("auto", torch.bfloat16), ("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)],
+)
+def test_vllms_own_option_for_index_keys_is_heeded(option: str, dtype: torch.dtype) -> None:
+    config = VllmConfig()
+    layer = index_layer(config, indexer_kv_dtype=option)
+    spec = layer.index_cache.get_kv_cache_spec(config)
+    assert isinstance(spec, MLAAttentionSpec)
+    assert (spec.dtype, spec.head_size) == (dtype, 128)
+
+
+@pytest.mark.parametrize("option", ["mxfp4", "nvfp4"])
+def test_index_keys_no_kernel_reads_are_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"got '{option}'; for 8 bits .* M3_PLUGIN_INDEX_KEYS"):
+        index_layer(VllmConfig(), indexer_kv_dtype=option)
+
+
+def test_index_keys_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M3_PLUGIN_INDEX_KEYS", "int8")
+    with pytest.raises(ValueError, match=r"asked for once: .*; got 'fp8' and 'int8'"):
+        index_layer(VllmConfig(), indexer_kv_dtype="fp8")
+
+
 @pytest.mark.parametrize(
     ("option", "dtype"),
     [
@@ -88,14 +150,8 @@ def test_fp8_pages_reach_the_kernels_as_fp8_with_their_scales(
 ) -> None:
     """vLLM allocates bytes; index keys stay in the model's dtype, in the same group of pages."""
     config = VllmConfig()
-    config.model_config = SimpleNamespace(dtype=torch.bfloat16)  # type: ignore[assignment]
     config.cache_config.cache_dtype = option  # type: ignore[assignment]
-    config.cache_config.block_size = 128
-    msa = M3Config.from_hf(released_config()).msa
-    assert msa is not None
-    session = MSASession(msa, kernels=choose_kernels("cpu"), scale=1.0)
-    with set_current_vllm_config(config):
-        layer = M3SparseCacheLayer(session=session, num_kv_heads=4, head_dim=128, prefix="layer")
+    layer = index_layer(config)
     main, index = layer.get_kv_cache_spec(config), layer.index_cache.get_kv_cache_spec(config)
     assert isinstance(main, FullAttentionSpec)
     assert isinstance(index, MLAAttentionSpec)

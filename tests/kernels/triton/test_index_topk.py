@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m3_kernels.index_topk import index_topk
-from m3_kernels.index_topk.interface import dequantised
+from m3_kernels.index_topk.reference import dequantised
 from m3_kernels.index_topk.traffic import index_topk_traffic
 from m3_kernels.testing.cases import Case, Inputs, all_cases, build
 from m3_kernels.testing.compare import selection_faults
