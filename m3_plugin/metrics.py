@@ -22,7 +22,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from m3_plugin import __version__
-from m3_plugin.session import MSACaches, MSAPlan, MSASession, MSAStatistics
+from m3_plugin.session import HeadNorms, MSACaches, MSAPlan, MSASession, MSAStatistics
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge
@@ -89,7 +89,7 @@ def _timers() -> tuple[Counter, Counter]:
     return (
         Counter(
             "m3_plugin:msa_seconds",
-            "Time spent in MSA layers: storing keys, selecting blocks, attending",
+            "Time spent in MSA layers: norm, RoPE and store; selecting blocks; attending",
             labelnames=["phase", "part"],
         ),
         Counter("m3_plugin:msa_steps", "Steps over which that time was spent", ["phase"]),
@@ -159,6 +159,8 @@ class TimedSession(MSASession):
         index_q: Tensor,
         index_k: Tensor,
         *,
+        norms: HeadNorms,
+        cos_sin: Tensor,
         caches: MSACaches,
         out: Tensor,
     ) -> None:
@@ -166,14 +168,37 @@ class TimedSession(MSASession):
         if plan is not self._last_plan:
             self._last_plan = plan
             self._steps.labels(phase=plan.batch.phase).inc()
-        super().run(plan, q, k, v, index_q, index_k, caches=caches, out=out)
+        super().run(
+            plan,
+            q,
+            k,
+            v,
+            index_q,
+            index_k,
+            norms=norms,
+            cos_sin=cos_sin,
+            caches=caches,
+            out=out,
+        )
 
     def store(
-        self, plan: MSAPlan, k: Tensor, v: Tensor, index_k: Tensor, *, caches: MSACaches
-    ) -> None:
+        self,
+        plan: MSAPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor,
+        index_k: Tensor,
+        *,
+        norms: HeadNorms,
+        cos_sin: Tensor,
+        caches: MSACaches,
+    ) -> tuple[Tensor, Tensor]:
         """As `MSASession.store`."""
         with self._timed("store", plan):
-            super().store(plan, k, v, index_k, caches=caches)
+            return super().store(
+                plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
+            )
 
     def select(self, plan: MSAPlan, index_q: Tensor, *, caches: MSACaches) -> Tensor:
         """As `MSASession.select`."""

@@ -2,7 +2,7 @@
 
 plan(batch)                      once per engine step, outside any graph capture
 run(plan, q, k, v, ...)          once per sparse layer, device work only; may be captured
-    cache_store                  K, V and index key of the step's tokens into their pages
+    norm_rope_store              heads normalised and turned; K, V and index keys into their pages
     index_topk                   the best blocks per query row and GQA group
     sparse_attention             exact attention over those blocks
 """
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
+from m3_kernels.norm_rope_store import norm_rope_store
 from m3_kernels.sparse_attention import (
     PrefillAttention,
     flashinfer_prefill,
@@ -55,6 +55,24 @@ class MSACaches:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     index_k_scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of the heads of one sparse layer: Gemma RMSNorm, one weight for all heads of a kind.
+
+    Attributes
+    ----------
+    q, k : [head_dim], w of a factor 1 + w
+    index_q, index_k : [index_dim]
+    eps : added to the mean of squares
+    """
+
+    q: Tensor
+    k: Tensor
+    index_q: Tensor
+    index_k: Tensor
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -177,21 +195,21 @@ class MSASession:
         index_q: Tensor,
         index_k: Tensor,
         *,
+        norms: HeadNorms,
+        cos_sin: Tensor,
         caches: MSACaches,
         out: Tensor,
     ) -> None:
-        """Store the step's keys and attend, for one sparse layer.
+        """Normalise and turn heads, store the step's keys and attend, for one sparse layer.
 
         Parameters
         ----------
-        q : [rows, num_q_heads, head_dim], after norm and RoPE
-        k, v : [rows, num_kv_heads, head_dim]; k after norm and RoPE
-        index_q : [rows, num_index_heads, index_dim], after norm and RoPE
-        index_k : [rows, index_dim], after norm and RoPE
-        caches : the layer's pages; written at the batch's slots before anything is read
+        q, k, v, index_q, index_k, norms, cos_sin, caches : as in `store`
         out : [rows, num_q_heads, head_dim], filled in place; padding rows become zero
         """
-        self.store(plan, k, v, index_k, caches=caches)
+        q, index_q = self.store(
+            plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
+        )
         block_ids = self.select(plan, index_q, caches=caches)
         self.attend(plan, q, block_ids, caches=caches, out=out)
         if self.statistics is not None:
@@ -200,17 +218,54 @@ class MSASession:
             self.recorder.add(block_ids, batch=plan.batch)
 
     def store(
-        self, plan: MSAPlan, k: Tensor, v: Tensor, index_k: Tensor, *, caches: MSACaches
-    ) -> None:
-        """First part of `run`: write the step's keys, values and index keys into their pages."""
-        cache_store(
+        self,
+        plan: MSAPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor,
+        index_k: Tensor,
+        *,
+        norms: HeadNorms,
+        cos_sin: Tensor,
+        caches: MSACaches,
+    ) -> tuple[Tensor, Tensor]:
+        """First part of `run`: norm and RoPE; keys, values and index keys into their pages.
+
+        Parameters
+        ----------
+        q : [rows, num_q_heads, head_dim], as projected; rows may be parts of a wider tensor
+        k, v : [rows, num_kv_heads, head_dim]
+        index_q : [rows, num_index_heads, index_dim]
+        index_k : [rows, index_dim]
+        norms : the layer's
+        cos_sin : floating [rows, rotary_dim], cosines and then sines of the rows' angles
+            (`m3_plugin.rope.RowAngles`)
+        caches : the layer's pages; written at the batch's slots
+
+        Returns
+        -------
+        q and index_q, normalised and turned; with a workspace they lie in it until the next layer
+        """
+        rows = q.shape[0]
+        return norm_rope_store(
+            q,
             k,
             v,
+            index_q,
             index_k,
             caches.k_pages,
             caches.v_pages,
             caches.index_k_pages,
+            q_weight=norms.q,
+            k_weight=norms.k,
+            index_q_weight=norms.index_q,
+            index_k_weight=norms.index_k,
+            eps=norms.eps,
+            cos_sin=cos_sin,
             slot_mapping=plan.batch.slot_mapping,
+            q_out=self.workspace.q[:rows] if self.workspace else None,
+            index_q_out=self.workspace.index_q[:rows] if self.workspace else None,
             k_scale=caches.k_scale,
             v_scale=caches.v_scale,
             index_k_scales=caches.index_k_scales,
@@ -218,7 +273,12 @@ class MSASession:
         )
 
     def select(self, plan: MSAPlan, index_q: Tensor, *, caches: MSACaches) -> Tensor:
-        """Second part of `run`: the blocks to read, int32 [num_kv_heads, rows, topk]."""
+        """Second part of `run`: the blocks to read, int32 [num_kv_heads, rows, topk].
+
+        Parameters
+        ----------
+        index_q : as `store` returns it
+        """
         batch = plan.batch
         return index_topk(
             index_q,
@@ -239,7 +299,12 @@ class MSASession:
     def attend(
         self, plan: MSAPlan, q: Tensor, block_ids: Tensor, *, caches: MSACaches, out: Tensor
     ) -> None:
-        """Third part of `run`: attention over the chosen blocks, into `out`."""
+        """Third part of `run`: attention over the chosen blocks, into `out`.
+
+        Parameters
+        ----------
+        q : as `store` returns it
+        """
         batch = plan.batch
         sparse_attention(
             q,

@@ -17,14 +17,22 @@ from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
 from m3_kernels.testing.cases import Case, Inputs, build, whole_storage
 from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
+from m3_kernels.testing.projections import (
+    EPS,
+    Projections,
+    largest_rounding,
+    normed_and_turned,
+    project,
+)
 from m3_kernels.validation import FP8_DTYPES, LOW_PRECISION_DTYPES
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.backends import KernelChoice
 from m3_plugin.batch import MSABatch, StepCapacity
 from m3_plugin.config import MSAConfig
-from m3_plugin.session import MSACaches, MSASession
+from m3_plugin.session import HeadNorms, MSACaches, MSAPlan, MSASession
 from m3_plugin.workspace import LayerShape, allocate_workspace
 
+CPU = torch.device("cpu")
 # The layouts of K and V which another library's prefill may meet (`pages_refusal`).
 PREFILL_PAGES = ("packed-heads", "packed-slots", "separate")
 
@@ -40,7 +48,7 @@ class Finding:
     Attributes
     ----------
     case, phase : name of the case; "decode", "verify", "prefill" or "mixed"
-    quantity : "cache", "selection", "attention", "run", "repeats", "chunks" or "graph"
+    quantity : "queries", "cache", "selection", "attention", "run", "repeats", "chunks" or "graph"
     error, allowed : largest absolute error and its limit, where the quantity has one
     faults : what is wrong, for a person to read; empty if nothing is
     """
@@ -75,6 +83,7 @@ def self_test(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    rotary_dim: int,
     dtype: torch.dtype,
     device: torch.device,
     kv_dtype: torch.dtype | None = None,
@@ -90,6 +99,7 @@ def self_test(
     Parameters
     ----------
     num_q_heads, num_kv_heads : of one rank
+    rotary_dim : channels that RoPE turns
     dtype : of activations
     kv_dtype, index_dtype : of the pages of K and V, of index keys; pages of 8 bits are tried as
         such, all others in `dtype`
@@ -102,6 +112,7 @@ def self_test(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         index_dim=msa.index_dim,
+        rotary_dim=rotary_dim,
         page_size=msa.block_size,
         topk=msa.topk_blocks,
         num_local_blocks=msa.num_local_blocks,
@@ -172,7 +183,7 @@ def verify_case(
     try:
         with torch.device("cpu"), torch.inference_mode():
             run = _CaseRun(case, kernels=kernels, device=device)
-            findings = [run.cache(), run.selection(), run.attention(), run.whole()]
+            findings = [run.queries(), run.cache(), run.selection(), run.attention(), run.whole()]
             if repeats:
                 findings.append(run.repeats(repeats))
             if kernels.prefill is not None:
@@ -195,21 +206,38 @@ class _CaseRun:
         self.session = session_for(case, kernels=kernels, device=device)
         self.batch = _batch(self.moved)
         self.plan = self.session.plan(self.batch)
-        self.block_ids = self.session.select(
-            self.plan, self.moved.index_q, caches=_caches(self.moved)
-        )
+        chosen = self.session.select(self.plan, self.moved.index_q, caches=_caches(self.moved))
+        # a workspace keeps one layer's choice
+        self.block_ids = chosen.clone()
         self.out = _poisoned_like(self.moved.q)
         self.session.attend(
             self.plan, self.moved.q, self.block_ids, caches=_caches(self.moved), out=self.out
         )
+        self.parts_out = _Step(self.inputs, device).run_parts(self.session, self.plan)
+
+    def queries(self) -> Finding:
+        """q and index_q after norm and RoPE."""
+        step = _Step(self.inputs, self.device)
+        exact = normed_and_turned(step.given.to(CPU))
+        q, index_q = step.store(self.session, self.plan)
+        faults = (
+            _rounding_fault("q", q.cpu(), exact["q"]),
+            _rounding_fault("index_q", index_q.cpu(), exact["index_q"]),
+        )
+        return self._finding("queries", faults=tuple(fault for fault in faults if fault))
 
     def cache(self) -> Finding:
-        """Every byte of the pools after a store, neighbours of the views included."""
-        expected, actual = self.inputs.to(torch.device("cpu")), self.inputs.to(self.device)
+        """Every byte of the pools after a store, neighbours of the views included.
+
+        Keys that were computed may be off by rounding; all other bytes may not.
+        """
+        step, expected = _Step(self.inputs, self.device), _Step(self.inputs, CPU).inputs
+        given = step.given.to(CPU)
+        keys = normed_and_turned(given)
         cache_store(
-            expected.k,
-            expected.v,
-            expected.index_k,
+            keys["k"].to(given.k.dtype),
+            given.v,
+            keys["index_k"].to(given.index_k.dtype),
             expected.k_pages,
             expected.v_pages,
             expected.index_k_pages,
@@ -219,16 +247,28 @@ class _CaseRun:
             index_k_scales=expected.index_k_scales,
             backend="reference",
         )
-        self.session.store(self.plan, actual.k, actual.v, actual.index_k, caches=_caches(actual))
-        faults = tuple(
+        step.store(self.session, self.plan)
+        actual = step.inputs.to(CPU)
+        # what a computed number is rounded to before it is stored
+        computed = {"k_pages": (given.k.dtype,), "index_k_pages": (given.index_k.dtype,)}
+        if expected.index_k_scales is not None:
+            # a scale is made of the largest channel, and each channel is divided by its scale
+            computed["index_k_scales"] = computed["index_k_pages"]
+            computed["index_k_pages"] += (expected.index_k_scales.dtype, given.index_k.dtype)
+        faults = []
+        for name, through in computed.items():
+            written, wanted = getattr(actual, name), getattr(expected, name)
+            where = _written(wanted, expected)
+            faults.append(_rounding_fault(name, written[where], wanted[where], *through))
+            written[where] = wanted[where]
+        faults += [
             f"{name} holds other bytes"
-            for name in ("k_pages", "v_pages", "index_k_pages", "index_k_scales")
-            if getattr(actual, name) is not None
-            and not _same_bits(
-                whole_storage(getattr(actual, name)).cpu(), whole_storage(getattr(expected, name))
+            for name in ("v_pages", *computed)
+            if not _same_bits(
+                whole_storage(getattr(actual, name)), whole_storage(getattr(expected, name))
             )
-        )
-        return self._finding("cache", faults=faults)
+        ]
+        return self._finding("cache", faults=tuple(fault for fault in faults if fault))
 
     def selection(self) -> Finding:
         """The chosen blocks, equal wherever rounding of the scores cannot decide."""
@@ -260,10 +300,8 @@ class _CaseRun:
 
     def whole(self) -> Finding:
         """`run` on pages without the step's keys, which it has to store before it reads them."""
-        step = _Step(self.inputs, self.device)
-        out = _poisoned_like(step.inputs.q)
-        self.session.run(self.plan, *step.tensors, caches=_caches(step.inputs), out=out)
-        same = _same_bits(out, self.out)
+        out = _Step(self.inputs, self.device).run(self.session, self.plan)
+        same = _same_bits(out, self.parts_out)
         return self._finding(
             "run", faults=() if same else ("store, select and attend in one differ from apart",)
         )
@@ -273,9 +311,7 @@ class _CaseRun:
         step = _Step(self.inputs, self.device)
         different = 0
         for _ in range(count):
-            out = _poisoned_like(step.inputs.q)
-            self.session.run(self.plan, *step.tensors, caches=_caches(step.inputs), out=out)
-            different += not _same_bits(out, self.out)
+            different += not _same_bits(step.run(self.session, self.plan), self.parts_out)
         faults = (f"{different} of {count} runs gave other bits",) if different else ()
         return self._finding("repeats", faults=faults)
 
@@ -314,13 +350,13 @@ class _CaseRun:
         """A graph captured on empty requests and replayed on this case, as hosts do."""
         step = _Step(self.inputs, self.device)
         static = step.inputs
-        out = _poisoned_like(static.q)
+        out = _poisoned_like(step.given.q)
         true_lens, true_slots = static.seq_lens.clone(), static.slot_mapping.clone()
         static.seq_lens.copy_(static.cu_seqlens_q.diff())
         static.slot_mapping.fill_(-1)
 
         def run() -> None:
-            self.session.run(plan, *step.tensors, caches=_caches(static), out=out)
+            step.run(self.session, plan, out=out)
 
         plan = self.session.plan(_batch(static))
         stream = torch.cuda.Stream(self.device)
@@ -337,7 +373,7 @@ class _CaseRun:
         out.fill_(torch.nan)
         captured.replay()
         torch.cuda.synchronize(self.device)
-        same = _same_bits(out, self.out)
+        same = _same_bits(out, self.parts_out)
         return self._finding("graph", faults=() if same else ("the replay differs from eager",))
 
     def _finding(
@@ -352,38 +388,59 @@ class _CaseRun:
 
 
 class _Step:
-    """A case whose pages do not hold the step's own tokens yet, and those tokens."""
+    """A case whose pages do not hold the step's own tokens yet, and those as they are projected.
+
+    Values are what the pages of the case hold, so that storing them loses nothing.
+    """
 
     def __init__(self, inputs: Inputs, device: torch.device) -> None:
-        case = inputs.case
-        fresh = inputs.to(torch.device("cpu"))
-        k, v = torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
-        index_k = torch.zeros_like(inputs.index_k)
+        fresh = inputs.to(CPU)
+        values = torch.zeros_like(inputs.v)
         bounds = inputs.cu_seqlens_q.tolist()
-        for request, sequence in enumerate(inputs.sequences):
-            length = sequence[0].shape[0]
+        for request, (_, held, _) in enumerate(inputs.sequences):
             first, last = bounds[request : request + 2]
-            first = max(first, last - length)
-            for rows, source in zip((k, v, index_k), sequence, strict=True):
-                rows[first:last] = source[length - (last - first) :]
-        slots = inputs.slot_mapping[inputs.slot_mapping >= 0]
-        pages, offsets = slots // case.page_size, slots % case.page_size
-        for page, offset in zip(pages.tolist(), offsets.tolist(), strict=True):
-            fresh.k_pages[page, :, offset] = torch.nan
-            fresh.v_pages[page, :, offset] = torch.nan
-            if fresh.index_k_scales is None:
-                fresh.index_k_pages[page, offset] = torch.nan
-            else:
-                fresh.index_k_pages[page, offset] = 99
-                fresh.index_k_scales[page, offset] = torch.nan
+            first = max(first, last - len(held))
+            values[first:last] = held[len(held) - (last - first) :]
+        stale = [fresh.k_pages, fresh.v_pages, fresh.index_k_pages]
+        if fresh.index_k_scales is not None:
+            stale.append(fresh.index_k_scales)
+        for pages in stale:
+            nothing = torch.nan if pages.is_floating_point() else 99
+            pages[_written(pages, inputs)] = nothing
         self.inputs = fresh.to(device)
-        self.tensors = (
-            self.inputs.q,
-            k.to(device),
-            v.to(device),
-            self.inputs.index_q,
-            index_k.to(device),
+        self.given = project(replace(inputs, v=values)).to(device)
+
+    def store(self, session: MSASession, plan: MSAPlan) -> tuple[Tensor, Tensor]:
+        """q and index_q, as `MSASession.store` returns them."""
+        return session.store(
+            plan,
+            *self.given.rows,
+            norms=_norms(self.given),
+            cos_sin=self.given.cos_sin,
+            caches=_caches(self.inputs),
         )
+
+    def run_parts(self, session: MSASession, plan: MSAPlan) -> Tensor:
+        """Outputs of store, select and attend."""
+        caches = _caches(self.inputs)
+        q, index_q = self.store(session, plan)
+        block_ids = session.select(plan, index_q, caches=caches)
+        out = _poisoned_like(self.given.q)
+        session.attend(plan, q, block_ids, caches=caches, out=out)
+        return out
+
+    def run(self, session: MSASession, plan: MSAPlan, *, out: Tensor | None = None) -> Tensor:
+        """Outputs of all in one, in `out` if given."""
+        out = _poisoned_like(self.given.q) if out is None else out
+        session.run(
+            plan,
+            *self.given.rows,
+            norms=_norms(self.given),
+            cos_sin=self.given.cos_sin,
+            caches=_caches(self.inputs),
+            out=out,
+        )
+        return out
 
 
 def session_for(case: Case, *, kernels: KernelChoice, device: torch.device) -> MSASession:
@@ -404,6 +461,7 @@ def session_for(case: Case, *, kernels: KernelChoice, device: torch.device) -> M
                 num_q_heads=case.num_q_heads,
                 num_kv_heads=case.num_kv_heads,
                 head_dim=case.head_dim,
+                rotary_dim=case.rotary_dim,
                 dtype=case.dtype,
                 cache_dtype=case.kv_dtype or case.dtype,
                 index_dtype=case.index_dtype or case.dtype,
@@ -436,6 +494,40 @@ def _caches(inputs: Inputs) -> MSACaches:
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
         index_k_scales=inputs.index_k_scales,
+    )
+
+
+def _norms(given: Projections) -> HeadNorms:
+    return HeadNorms(
+        q=given.q_weight,
+        k=given.k_weight,
+        index_q=given.index_q_weight,
+        index_k=given.index_k_weight,
+        eps=EPS,
+    )
+
+
+def _written(pages: Tensor, inputs: Inputs) -> tuple[Tensor | slice, ...]:
+    """Where the step's tokens lie in a pool: [tokens, heads, dim] or [tokens, dim]."""
+    slots = inputs.slot_mapping[inputs.slot_mapping >= 0]
+    page, offset = slots // inputs.case.page_size, slots % inputs.case.page_size
+    return (page, slice(None), offset) if pages.dim() == 4 else (page, offset)
+
+
+def _rounding_fault(name: str, found: Tensor, exact: Tensor, *through: torch.dtype) -> str | None:
+    """How [..., dim] differs from exact numbers by more than rounding to its dtype excuses.
+
+    Parameters
+    ----------
+    through : dtypes it was rounded to before
+    """
+    allowed = largest_rounding(exact.double(), found.dtype, *through)
+    error = (found.double() - exact.double()).abs()
+    if not (wrong := ~(error <= allowed)).any():
+        return None
+    return (
+        f"{name}: {int(wrong.sum())} numbers are wrong, by up to {float(error[wrong].max()):.3g} "
+        f"where {float(allowed[wrong].max()):.3g} is allowed"
     )
 
 

@@ -23,6 +23,7 @@ class LayerShape:
 
     Attributes
     ----------
+    rotary_dim : channels of every head that RoPE turns
     dtype : of activations
     cache_dtype : of K and V pages
     index_dtype : of index-key pages
@@ -31,6 +32,7 @@ class LayerShape:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    rotary_dim: int
     dtype: torch.dtype
     cache_dtype: torch.dtype
     index_dtype: torch.dtype
@@ -46,6 +48,7 @@ class Workspace:
     ----------
     scores : fp32, block scores of `index_topk`
     block_ids : int32 [num_kv_heads * max_rows * topk]
+    q, index_q : [max_rows, heads, dim], of the layer that is running after norm and RoPE
     """
 
     capacity: StepCapacity
@@ -55,6 +58,8 @@ class Workspace:
     scores: Tensor
     attention: SparseAttentionWorkspace
     block_ids: Tensor
+    q: Tensor
+    index_q: Tensor
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +69,8 @@ class Workspace:
             *vars(self.attention).values(),
             self.scores,
             self.block_ids,
+            self.q,
+            self.index_q,
         ]
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -135,6 +142,16 @@ def allocate_workspace(
         block_ids=torch.empty(
             shape.num_kv_heads * capacity.max_rows * msa.topk_blocks,
             dtype=torch.int32,
+            device=device,
+        ),
+        q=torch.empty(
+            (capacity.max_rows, shape.num_q_heads, shape.head_dim),
+            dtype=shape.dtype,
+            device=device,
+        ),
+        index_q=torch.empty(
+            (capacity.max_rows, shape.num_kv_heads, msa.index_dim),
+            dtype=shape.dtype,
             device=device,
         ),
     )

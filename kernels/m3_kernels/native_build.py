@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent
 HEADER = PACKAGE / "native_common.h"
 SOURCES = tuple(
-    PACKAGE / op / "native.cpp" for op in ("index_topk", "sparse_attention", "cache_store")
+    PACKAGE / op / "native.cpp"
+    for op in ("index_topk", "sparse_attention", "cache_store", "norm_rope_store")
 )
+FUNCTIONS = ("m3_index_topk", "m3_sparse_attention", "m3_cache_store", "m3_norm_and_rope")
 # No fast-math: the kernels rely on NaN and infinity. Contraction is on because one chain of fused
 # multiply-adds per result is what makes results independent of tiling.
 COMPILE_FLAGS = (
@@ -162,7 +164,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailableError(f"the C++ kernels do not load: {error}") from error
-    for function in ("m3_index_topk", "m3_sparse_attention", "m3_cache_store"):
+    for function in FUNCTIONS:
         getattr(loaded, function).restype = ctypes.c_int64
     return loaded
 

@@ -217,6 +217,7 @@ def self_test(device_type: str) -> str:
         num_q_heads=config.num_attention_heads // config.num_key_value_heads,
         num_kv_heads=1,
         head_dim=config.head_dim,
+        rotary_dim=config.rotary_dim,
         dtype=torch.bfloat16,
         device=torch.device(device_type),
     )

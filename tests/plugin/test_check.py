@@ -47,7 +47,7 @@ def test_report(tmp_path: Path) -> None:
     assert not any(family == "reference" for family, _ in ran)
     for entry in report["results"]:
         quantities = {finding["quantity"]: finding for finding in entry["findings"]}
-        assert set(quantities) == {"cache", "selection", "attention", "run", "repeats"}
+        assert set(quantities) == {"queries", "cache", "selection", "attention", "run", "repeats"}
         assert 0 < quantities["attention"]["error"] < quantities["attention"]["allowed"]
 
 
@@ -174,7 +174,7 @@ def test_the_triton_kernels_run_in_the_interpreter(tmp_path: Path) -> None:
     assert {entry["dtype"] for entry in report["results"]} == {"float32", "float16"}
     for entry in report["results"]:
         found = {finding["quantity"] for finding in entry["findings"]}
-        assert found == {"cache", "selection", "attention", "run", "repeats"}
+        assert found == {"queries", "cache", "selection", "attention", "run", "repeats"}
 
 
 @pytest.mark.gpu

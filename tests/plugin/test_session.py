@@ -9,7 +9,8 @@ from torch import Tensor
 from m3_plugin.backends import KernelChoice, choose_kernels
 from m3_plugin.batch import MSABatch, StepCapacity
 from m3_plugin.config import MSAConfig
-from m3_plugin.session import MSACaches, MSASession, MSAStatistics
+from m3_plugin.rope import RowAngles
+from m3_plugin.session import HeadNorms, MSACaches, MSASession, MSAStatistics
 from m3_plugin.workspace import LayerShape, Workspace, allocate_workspace
 
 PAGE = 128
@@ -52,7 +53,13 @@ def step(seq_len: int, num_rows: int, pages: Tensor) -> MSABatch:
     )
 
 
+NORMS = HeadNorms(
+    *torch.randn(4, DIM, generator=torch.Generator().manual_seed(0)).unbind(), eps=1e-6
+)
+
+
 def inputs(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Projections of a sequence from its first token on."""
     generator = torch.Generator().manual_seed(length)
 
     def draw(*shape: int) -> Tensor:
@@ -65,6 +72,26 @@ def inputs(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         draw(length, KV_HEADS, DIM),
         draw(length, DIM),
     )
+
+
+def angles(first: int, last: int) -> Tensor:
+    """Cosines and sines of positions; half of the channels turn."""
+    return RowAngles(rotary_dim=DIM // 2, theta=1e4)(torch.arange(first, last))
+
+
+def ready(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k of a sequence as attention takes them, and v: norm and RoPE by hand."""
+    q, k, v, _, _ = inputs(length)
+    turned = []
+    for x, w in ((q, NORMS.q), (k, NORMS.k)):
+        x = torch.nn.functional.rms_norm(x, (DIM,), 1 + w, NORMS.eps)
+        half = DIM // 4
+        a, b, rest = x.split([half, half, DIM // 2], dim=-1)
+        frequency = 1e4 ** -(torch.arange(half) / half)
+        turn = torch.outer(torch.arange(length), frequency)[:, None]
+        first, second = a * turn.cos() - b * turn.sin(), b * turn.cos() + a * turn.sin()
+        turned.append(torch.cat((first, second, rest), dim=-1))
+    return *turned, v
 
 
 def run(
@@ -88,14 +115,21 @@ def run(
         rows = slice(start, start + size)
         plan = target.plan(step(start + size, size, pages))
         for _ in range(layers):
-            target.run(plan, *(t[rows] for t in tensors), caches=cache, out=out[rows])
+            target.run(
+                plan,
+                *(t[rows] for t in tensors),
+                norms=NORMS,
+                cos_sin=angles(start, start + size),
+                caches=cache,
+                out=out[rows],
+            )
         start += size
     assert start == length
     return out
 
 
 def dense(length: int) -> Tensor:
-    q, k, v, _, _ = inputs(length)
+    q, k, v = ready(length)
     group = HEADS // KV_HEADS
     attended = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1),
@@ -126,7 +160,7 @@ def test_init_blocks_reach_the_selection() -> None:
     """With init + local = topk the choice is known, so the result is known too."""
     config = msa(topk=2, num_init_blocks=1)
     length = 4 * PAGE
-    q, k, v, _, _ = inputs(length)
+    q, k, v = ready(length)
     keep = torch.cat([torch.arange(PAGE), torch.arange(3 * PAGE, length)])
     scores = torch.einsum("hd,nhd->hn", q[-1], k[keep].repeat_interleave(2, 1)) * DIM**-0.5
     expected = torch.einsum("hn,nhd->hd", scores.softmax(-1), v[keep].repeat_interleave(2, 1))
@@ -144,11 +178,18 @@ def test_statistics_count_what_was_read() -> None:
     target.run(
         target.plan(step(length - 1, length - 1, pages)),
         *(t[:-1] for t in tensors),
+        norms=NORMS,
+        cos_sin=angles(0, length - 1),
         caches=cache,
         out=out[:-1],
     )
     target.run(
-        target.plan(step(length, 1, pages)), *(t[-1:] for t in tensors), caches=cache, out=out[-1:]
+        target.plan(step(length, 1, pages)),
+        *(t[-1:] for t in tensors),
+        norms=NORMS,
+        cos_sin=angles(length - 1, length),
+        caches=cache,
+        out=out[-1:],
     )
     counted = target.statistics
     assert counted is not None
@@ -172,7 +213,7 @@ def test_batch_shapes_are_checked() -> None:
 
 def workspace(**limits: int) -> Workspace:
     fp32 = torch.float32
-    shape = LayerShape(HEADS, KV_HEADS, DIM, fp32, fp32, fp32)
+    shape = LayerShape(HEADS, KV_HEADS, DIM, DIM // 2, fp32, fp32, fp32)
     capacity = StepCapacity(**{"max_requests": 2, "max_rows": 4, "max_seq_len": 512} | limits)
     return allocate_workspace(msa(), shape, capacity, device=torch.device("cpu"))
 
@@ -193,6 +234,8 @@ def test_a_workspace_holds_the_largest_step_and_no_more() -> None:
     assert ids.shape == (KV_HEADS, 3, 4)
     assert ids.data_ptr() == small.ids(4).data_ptr()
     assert small.ids(4).numel() == small.block_ids.numel()
+    assert small.q.shape == (4, HEADS, DIM)
+    assert small.index_q.shape == (4, KV_HEADS, DIM)
     assert "2 requests, 4 rows, 512 tokens" in small.describe()
 
 

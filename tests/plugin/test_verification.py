@@ -35,7 +35,13 @@ RULES = MSAConfig(
 
 
 def found(kernels: KernelChoice | None = None, **changes: Any) -> tuple[Finding, ...]:
-    arguments = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 32, "dtype": torch.float16}
+    arguments: dict[str, Any] = {
+        "num_q_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "dtype": torch.float16,
+    }
     return self_test(
         RULES, kernels=kernels or choose_kernels("cpu"), device=CPU, **(arguments | changes)
     )
@@ -60,7 +66,7 @@ def test_right_kernels_pass(family: Any, dtype: torch.dtype) -> None:
     findings = found(choose_kernels("cpu", family), dtype=dtype)
     assert [f for f in findings if not f.ok] == []
     assert {f.phase for f in findings} == {"decode", "verify", "prefill"}
-    quantities = {"cache", "selection", "attention", "run", "repeats"}
+    quantities = {"queries", "cache", "selection", "attention", "run", "repeats"}
     assert {f.quantity for f in findings} == quantities
     require_right(findings, kernels=choose_kernels("cpu", family), device="cpu")
 
@@ -127,13 +133,41 @@ def descending_ids(right: Callable[..., Tensor], *args: Any, **kw: Any) -> Tenso
 
 
 def off_by_one_slot(
-    right: Callable[..., None], *args: Any, slot_mapping: Tensor, **kw: Any
-) -> None:
-    right(*args, slot_mapping=(slot_mapping - 1).clamp_min(-1), **kw)
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, slot_mapping: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    return right(*args, slot_mapping=(slot_mapping - 1).clamp_min(-1), **kw)
 
 
-def stores_nothing(right: Callable[..., None], *args: Any, **kw: Any) -> None:
-    return None
+def stores_nothing(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, slot_mapping: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    return right(*args, slot_mapping=torch.full_like(slot_mapping, -1), **kw)
+
+
+def swaps_two(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    kw["k_weight"], kw["index_k_weight"] = kw["index_k_weight"], kw["k_weight"]
+    return right(*args, **kw)
+
+
+def turns_the_other_way(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, cos_sin: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    cos, sin = cos_sin.chunk(2, dim=-1)
+    return right(*args, cos_sin=torch.cat((cos, -sin), dim=-1), **kw)
+
+
+def turns_by_the_neighbours_angle(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, cos_sin: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    return right(*args, cos_sin=cos_sin.roll(1, 0), **kw)
+
+
+def multiplies_by_w_alone(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, index_q_weight: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    return right(*args, index_q_weight=index_q_weight - 1, **kw)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +179,12 @@ def stores_nothing(right: Callable[..., None], *args: Any, **kw: Any) -> None:
         ("index_topk", worst_blocks, "selection"),
         ("index_topk", forgets_the_local_block, "selection"),
         ("index_topk", descending_ids, "selection"),
-        ("cache_store", off_by_one_slot, "cache"),
-        ("cache_store", stores_nothing, "run"),
+        ("norm_rope_store", off_by_one_slot, "cache"),
+        ("norm_rope_store", stores_nothing, "cache"),
+        ("norm_rope_store", swaps_two, "cache"),
+        ("norm_rope_store", turns_the_other_way, "queries"),
+        ("norm_rope_store", turns_by_the_neighbours_angle, "cache"),
+        ("norm_rope_store", multiplies_by_w_alone, "queries"),
     ],
 )
 def test_wrong_kernels_are_refused_with_the_numbers(
@@ -184,12 +222,15 @@ def test_unsteady_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_writing_beside_the_pages_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spills(right: Callable[..., None], *args: Any, **kw: Any) -> None:
-        right(*args, **kw)
-        index_pages = args[5]
+    def spills(
+        right: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor]:
+        queries = right(*args, **kw)
+        index_pages = args[7]
         index_pages.as_strided((1,), (1,), index_pages.shape[-1]).fill_(0)
+        return queries
 
-    break_op(monkeypatch, "cache_store", spills)
+    break_op(monkeypatch, "norm_rope_store", spills)
     findings = verify_case(case_named("mixed"), kernels=choose_kernels("cpu"), device=CPU)
     assert ("cache", ("index_k_pages holds other bytes",)) in {
         (f.quantity, f.faults) for f in findings

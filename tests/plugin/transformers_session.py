@@ -18,7 +18,8 @@ from m3_kernels.testing.interpreter import interpreted
 from m3_plugin.backends import KernelChoice, choose_kernels
 from m3_plugin.batch import MSABatch, StepCapacity
 from m3_plugin.config import M3Config
-from m3_plugin.session import MSACaches, MSASession
+from m3_plugin.rope import RowAngles
+from m3_plugin.session import HeadNorms, MSACaches, MSASession
 from m3_plugin.settings import Settings
 from m3_plugin.workspace import LayerShape, allocate_workspace
 
@@ -37,7 +38,9 @@ class SessionAttention:
         self.block = config.msa.block_size
         self.pages = -(-capacity // self.block)
         self.caches: dict[int, MSACaches] = {}
-        self.index_inputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.projected: dict[int, tuple[Tensor, ...]] = {}
+        self.angles = RowAngles.of(config).to(model.device)
+        self.eps = config.rms_norm_eps
         self.calls = 0
         weight = next(model.parameters())
         for layer in model.model.language_model.layers:
@@ -48,19 +51,23 @@ class SessionAttention:
             k_pages, v_pages = (weight.new_full(shape, torch.nan) for _ in range(2))
             index = weight.new_full((self.pages, self.block, config.msa.index_dim), torch.nan)
             self.caches[attention.layer_idx] = MSACaches(k_pages, v_pages, index)
-            attention.indexer.register_forward_pre_hook(self.remember_index, with_kwargs=True)
+            attention.register_forward_pre_hook(self.remember, with_kwargs=True)
 
-    def remember_index(self, indexer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The index branch's projections of the step, which transformers keeps to itself."""
-        from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
-
-        hidden, (cos, sin), *_ = args
-        dim = indexer.head_dim
-        heads = (*hidden.shape[:2], -1, dim)
-        q = indexer.q_norm(indexer.q_proj(hidden).view(heads)).transpose(1, 2)
-        k = indexer.k_norm(indexer.k_proj(hidden).view(heads)).transpose(1, 2)
-        q, k = modeling.apply_rotary_pos_emb(q, k, cos[..., :dim], sin[..., :dim])
-        self.index_inputs[indexer.layer_idx] = q[0].transpose(0, 1), k[0, 0]
+    def remember(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The projections of the step before norm and RoPE, which transformers keeps to itself."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        indexer, rows = attention.indexer, hidden[0]
+        *heads, index_k = (
+            projection(rows).view(len(rows), -1, dim)
+            for projection, dim in (
+                (attention.q_proj, attention.head_dim),
+                (attention.k_proj, attention.head_dim),
+                (attention.v_proj, attention.head_dim),
+                (indexer.q_proj, indexer.head_dim),
+                (indexer.k_proj, indexer.head_dim),
+            )
+        )
+        self.projected[attention.layer_idx] = (*heads, index_k.squeeze(1))
 
     def __call__(
         self,
@@ -92,16 +99,20 @@ class SessionAttention:
                 max_seq_len=length,
             )
         )
-        index_q, index_k = self.index_inputs[module.layer_idx]
-        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        projected = self.projected[module.layer_idx]
+        out = torch.empty_like(projected[0])
+        norms = HeadNorms(
+            q=module.q_norm.weight,
+            k=module.k_norm.weight,
+            index_q=module.indexer.q_norm.weight,
+            index_k=module.indexer.k_norm.weight,
+            eps=self.eps,
+        )
         self.session.run(
             plan,
-            q,
-            k[-rows:],
-            v[-rows:],
-            index_q,
-            index_k,
+            *projected,
+            norms=norms,
+            cos_sin=self.angles(positions),
             caches=self.caches[module.layer_idx],
             out=out,
         )
@@ -117,7 +128,7 @@ def session_for(
     if kernels.family == "triton":
         fp32 = torch.float32
         heads = config.num_attention_heads, config.num_key_value_heads
-        shape = LayerShape(*heads, config.head_dim, fp32, fp32, fp32)
+        shape = LayerShape(*heads, config.head_dim, config.rotary_dim, fp32, fp32, fp32)
         limits = StepCapacity(max_requests=1, max_rows=capacity, max_seq_len=capacity)
         workspace = allocate_workspace(config.msa, shape, limits, device=device)
     scale = config.head_dim**-0.5

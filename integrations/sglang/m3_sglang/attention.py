@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from m3_plugin.capacity import local_heads
 from m3_plugin.config import M3Config
 from m3_plugin.quantization.cache_scales import CacheScales
+from m3_plugin.session import HeadNorms
 from m3_sglang.compat import (
     partition_shared_by,
     tensor_parallel_rank,
@@ -23,18 +24,14 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class M3DenseAttention(nn.Module):
-    """Causal GQA over the whole context (the first layers), on SGLang's own attention backend.
-
-    Projections, per-head Gemma QK norm and partial RoPE are the same in both kinds of layer.
-    """
+class _M3AttentionBase(nn.Module):
+    """Main projections and per-head Gemma QK norms, common to both kinds of layer."""
 
     def __init__(
         self,
         config: M3Config,
         *,
         layer: int,
-        rope: nn.Module,
         quant_config: QuantizationConfig | None,
         prefix: str,
     ) -> None:
@@ -48,8 +45,6 @@ class M3DenseAttention(nn.Module):
             self.num_kv_heads * self.head_dim,
             self.num_kv_heads * self.head_dim,
         ]
-        # one RoPE for all layers, in a tuple so that it is no parameter of each of them
-        self.rope = (rope,)
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             config.head_dim,
@@ -66,8 +61,9 @@ class M3DenseAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.q_norm = GemmaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = GemmaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.eps = config.rms_norm_eps
+        self.q_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
+        self.k_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
         self.attn = RadixAttention(
             self.num_heads,
             self.head_dim,
@@ -78,37 +74,15 @@ class M3DenseAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-    def norm_and_rope(
-        self, positions: Tensor, q: Tensor, k: Tensor, q_norm: nn.Module, k_norm: nn.Module
-    ) -> tuple[Tensor, Tensor]:
-        """Normalise each head, then turn its first `rotary_dim` channels.
-
-        Parameters
-        ----------
-        q, k : [tokens, heads * head_dim], returned in the same shape
-        """
-        tokens = q.shape[0]
-        q = q_norm(q.reshape(-1, self.head_dim)).view(tokens, -1)
-        k = k_norm(k.reshape(-1, self.head_dim)).view(tokens, -1)
-        return self.rope[0](positions, q, k)
-
-    def project(self, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Main q, k, v of the step: [tokens, heads * head_dim] each, q and k ready to attend."""
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Main q, k, v of the step before norm and RoPE: [tokens, heads * head_dim] each."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(self.split_sizes, dim=-1)
-        q, k = self.norm_and_rope(positions, q, k, self.q_norm, self.k_norm)
         return q, k, v
 
-    def forward(
-        self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
-    ) -> Tensor:
-        q, k, v = self.project(positions, hidden_states)
-        output, _ = self.o_proj(self.attn(q, k, v, forward_batch))
-        return output
 
-
-class M3SparseAttention(M3DenseAttention):
-    """MSA: beside the main branch an index branch, which chooses the blocks to attend to."""
+class M3DenseAttention(_M3AttentionBase):
+    """Causal GQA over the whole context (the first layers), on SGLang's own attention backend."""
 
     def __init__(
         self,
@@ -119,7 +93,51 @@ class M3SparseAttention(M3DenseAttention):
         quant_config: QuantizationConfig | None,
         prefix: str,
     ) -> None:
-        super().__init__(config, layer=layer, rope=rope, quant_config=quant_config, prefix=prefix)
+        super().__init__(config, layer=layer, quant_config=quant_config, prefix=prefix)
+        # one RoPE for all layers, in a tuple so that it is no part of each of them
+        self.rope = (rope,)
+
+    def norm_and_rope(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise each head, then turn its first `rotary_dim` channels.
+
+        Parameters
+        ----------
+        q, k : [tokens, heads * head_dim], returned in the same shape
+        """
+        tokens = q.shape[0]
+        q = self.q_norm(q.reshape(-1, self.head_dim)).view(tokens, -1)
+        k = self.k_norm(k.reshape(-1, self.head_dim)).view(tokens, -1)
+        return self.rope[0](positions, q, k)
+
+    def forward(
+        self,
+        positions: Tensor,
+        cos_sin: Tensor,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
+    ) -> Tensor:
+        q, k, v = self.project(hidden_states)
+        q, k = self.norm_and_rope(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v, forward_batch))
+        return output
+
+
+class M3SparseAttention(_M3AttentionBase):
+    """MSA: beside the main branch an index branch, which chooses the blocks to attend to.
+
+    Norm modules own the weights of their norms; the session applies them, with RoPE, where it
+    stores keys.
+    """
+
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        layer: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__(config, layer=layer, quant_config=quant_config, prefix=prefix)
         msa = config.msa
         assert msa is not None
         if msa.index_dim != config.head_dim:
@@ -141,8 +159,8 @@ class M3SparseAttention(M3DenseAttention):
             prefix=f"{prefix}.index_qkv_proj",
             **partition_shared_by(max(1, tp_size // msa.num_index_heads)),
         )
-        self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
-        self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
+        self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
+        self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
         self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
         self.total_kv_heads = config.num_key_value_heads
         self.cache_scales = CacheScales()
@@ -156,16 +174,29 @@ class M3SparseAttention(M3DenseAttention):
             device=self.q_norm.get_parameter("weight").device,
         )
 
+    def head_norms(self) -> HeadNorms:
+        """The norms of q, k, index q and index k."""
+        return HeadNorms(
+            q=self.q_norm.weight,
+            k=self.k_norm.weight,
+            index_q=self.index_q_norm.weight,
+            index_k=self.index_k_norm.weight,
+            eps=self.eps,
+        )
+
     def forward(
-        self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
+        self,
+        positions: Tensor,
+        cos_sin: Tensor,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
     ) -> Tensor:
-        q, k, v = self.project(positions, hidden_states)
+        q, k, v = self.project(hidden_states)
         index, _ = self.index_qkv_proj(hidden_states)
         index_q, index_k = index.split(self.index_split_sizes, dim=-1)
-        index_q, index_k = self.norm_and_rope(
-            positions, index_q, index_k, self.index_q_norm, self.index_k_norm
-        )
         index_q = index_q.unflatten(-1, (self.num_kv_heads, -1))
-        _, attended = self.attn(q, k, v, forward_batch, idx_q=index_q, idx_k=index_k)
+        _, attended = self.attn(
+            q, k, v, forward_batch, idx_q=index_q, idx_k=index_k, cos_sin=cos_sin
+        )
         output, _ = self.o_proj(attended)
         return output

@@ -245,15 +245,18 @@ class M3AttentionBackend(AttentionBackend):
         *,
         idx_q: Tensor | None = None,
         idx_k: Tensor | None = None,
+        cos_sin: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Attend for one layer; a layer that brings `idx_q` and `idx_k` is an MSA layer.
 
         Parameters
         ----------
-        q, k, v : [rows, heads * head_dim] or [rows, heads, head_dim], after norm and RoPE
+        q, k, v : [rows, heads * head_dim] or [rows, heads, head_dim]; of a dense layer after norm
+            and RoPE, of an MSA layer before
         idx_q : [rows, index heads, index_dim]; the name is SGLang's, which looks for it
         idx_k : [rows, index_dim]
+        cos_sin : [rows, rotary_dim] at least, of an MSA layer
 
         Returns
         -------
@@ -262,6 +265,7 @@ class M3AttentionBackend(AttentionBackend):
         if idx_q is None:
             return self.dense.forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         assert idx_k is not None
+        assert cos_sin is not None
         if not save_kv_cache:
             raise NotImplementedError("an MSA layer always stores its keys before reading them")
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
@@ -275,6 +279,8 @@ class M3AttentionBackend(AttentionBackend):
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
             idx_q,
             idx_k,
+            norms=self.layers[layer.layer_id].head_norms(),
+            cos_sin=cos_sin[: q.shape[0]],
             caches=self._caches(layer.layer_id),
             out=out,
         )

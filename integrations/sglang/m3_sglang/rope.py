@@ -8,26 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from m3_plugin.config import M3Config
+from m3_plugin.rope import RowAngles
 
 
 class PlainRotaryEmbedding(nn.Module):
     """NeoX RoPE on the first `rotary_dim` channels, in fp32.
 
-    SGLang's class imports a kernel of another engine on a plain CPU. Angles are formed as
-    fp32(position) * fp32(frequency), as in training.
+    SGLang's class imports a kernel of another engine on a plain CPU.
     """
 
     def __init__(self, *, head_dim: int, rotary_dim: int, theta: float) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.rotary_dim = rotary_dim
-        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
-        self.frequencies = 1.0 / theta**exponents
+        self.angles = RowAngles(rotary_dim=rotary_dim, theta=theta)
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Turn query and key: [tokens, heads * head_dim] each, returned in the same shape."""
-        angles = positions.float()[:, None] * self.frequencies
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        cos, sin = self.angles(positions)[:, None].chunk(2, dim=-1)
         return self._turn(query, cos, sin), self._turn(key, cos, sin)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,7 +37,7 @@ class PlainRotaryEmbedding(nn.Module):
 
 
 def make_rope(config: M3Config, *, device_type: str) -> nn.Module:
-    """RoPE of the text model, called as `rope(positions, query, key)`."""
+    """RoPE of dense layers, called as `rope(positions, query, key)`."""
     if device_type == "cpu":
         return PlainRotaryEmbedding(
             head_dim=config.head_dim, rotary_dim=config.rotary_dim, theta=config.rope_theta

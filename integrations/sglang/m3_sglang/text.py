@@ -20,6 +20,7 @@ from m3_plugin.config import M3Config
 from m3_plugin.loading import WeightLoader, plan_before_loading, require_expert_bytes
 from m3_plugin.presence import PluginRefusal
 from m3_plugin.quantization.plan import WeightPlan
+from m3_plugin.rope import RowAngles
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
 from m3_sglang.compat import read_config, tensor_parallel_size
@@ -35,23 +36,37 @@ logger = logging.getLogger(__name__)
 
 
 class M3DecoderLayer(nn.Module):
-    """Pre-norm layer: attention (dense or MSA), then MLP (dense or routed)."""
+    """Pre-norm layer: attention (dense or MSA), then MLP (dense or routed).
+
+    Parameters
+    ----------
+    rope : of dense layers (`make_rope`); None if the model has none
+    """
 
     def __init__(
         self,
         config: M3Config,
         *,
         layer: int,
-        rope: nn.Module,
+        rope: nn.Module | None,
         device_type: str,
         quant_config: QuantizationConfig | None,
         prefix: str,
     ) -> None:
         super().__init__()
-        attention = M3SparseAttention if config.sparse_layers[layer] else M3DenseAttention
-        self.self_attn = attention(
-            config, layer=layer, rope=rope, quant_config=quant_config, prefix=f"{prefix}.self_attn"
-        )
+        if config.sparse_layers[layer]:
+            self.self_attn: nn.Module = M3SparseAttention(
+                config, layer=layer, quant_config=quant_config, prefix=f"{prefix}.self_attn"
+            )
+        else:
+            assert rope is not None
+            self.self_attn = M3DenseAttention(
+                config,
+                layer=layer,
+                rope=rope,
+                quant_config=quant_config,
+                prefix=f"{prefix}.self_attn",
+            )
         # the attribute carries the checkpoint's name, which quantisation ignore-lists refer to
         self.feed_forward_name = "block_sparse_moe" if config.moe_layers[layer] else "mlp"
         feed_forward_prefix = f"{prefix}.{self.feed_forward_name}"
@@ -77,17 +92,23 @@ class M3DecoderLayer(nn.Module):
     def forward(
         self,
         positions: Tensor,
+        cos_sin: Tensor,
         hidden_states: Tensor,
         residual: Tensor | None,
         forward_batch: ForwardBatch,
     ) -> tuple[Tensor, Tensor]:
-        """[tokens, hidden] -> what the layer adds to the stream, and the stream before that."""
+        """[tokens, hidden] -> what the layer adds to the stream, and the stream before that.
+
+        Parameters
+        ----------
+        cos_sin : of the positions (`RowAngles`), for an MSA layer
+        """
         if residual is None:
             stream = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states, stream = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+        hidden_states = self.self_attn(positions, cos_sin, hidden_states, forward_batch)
         hidden_states, stream = self.post_attention_layernorm(hidden_states, stream)
         feed_forward = getattr(self, self.feed_forward_name)
         return feed_forward(hidden_states), stream
@@ -111,6 +132,7 @@ class M3Model(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
         )
+        self.angles = RowAngles.of(config)
         rope = make_rope(config, device_type=self.device_type)
         self.layers = nn.ModuleList()
         for index in range(config.num_hidden_layers):
@@ -146,11 +168,14 @@ class M3Model(nn.Module):
         if self.is_sparse:
             require_our_backend()
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        cos_sin = self.angles(positions)
         residual = None
         captured = []
         with activations_as_is(self.device_type):
             for layer, module in enumerate(self.layers):
-                hidden_states, residual = module(positions, hidden_states, residual, forward_batch)
+                hidden_states, residual = module(
+                    positions, cos_sin, hidden_states, residual, forward_batch
+                )
                 if layer in self.captured_layers:
                     captured.append(hidden_states + residual)
         hidden_states, _ = self.norm(hidden_states, residual)

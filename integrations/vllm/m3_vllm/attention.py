@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import (
 
 from m3_kernels.index_pages import bytes_per_token, split_pages
 from m3_plugin.quantization.cache_scales import CacheScales
-from m3_plugin.session import MSACaches, MSASession
+from m3_plugin.session import HeadNorms, MSACaches, MSASession
 from m3_plugin.settings import Settings
 from m3_vllm.backend import M3IndexBackend, M3IndexMetadata, M3Metadata, M3SparseBackend
 
@@ -207,10 +207,34 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
             )
         return self.caches
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor, index_k: Tensor) -> Tensor:
-        """Attend; shapes as in `MSASession.run`. Returns [rows, num_q_heads, head_dim]."""
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor,
+        index_k: Tensor,
+        *,
+        norms: HeadNorms,
+        cos_sin: Tensor,
+    ) -> Tensor:
+        """Attend; arguments as in `MSASession.store`. Returns [rows, num_q_heads, head_dim]."""
         out = torch.empty_like(q)
-        torch.ops.vllm.m3_msa_attention(q, k, v, index_q, index_k, out, self.layer_name)
+        torch.ops.vllm.m3_msa_attention(
+            q,
+            k,
+            v,
+            index_q,
+            index_k,
+            norms.q,
+            norms.k,
+            norms.index_q,
+            norms.index_k,
+            norms.eps,
+            cos_sin,
+            out,
+            self.layer_name,
+        )
         return out
 
 
@@ -228,13 +252,20 @@ def m3_msa_attention(
     v: torch.Tensor,
     index_q: torch.Tensor,
     index_k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    index_q_weight: torch.Tensor,
+    index_k_weight: torch.Tensor,
+    eps: float,
+    cos_sin: torch.Tensor,
     out: torch.Tensor,
     layer_name: str,
 ) -> None:
     """Run one MSA layer on the step of the current forward context, in place into `out`.
 
     An op of its own so that torch.compile keeps it whole: it reads per-step metadata and paged
-    caches which a traced graph must not see as constants.
+    caches which a traced graph must not see as constants. Weights of norms are arguments, so that a
+    host which moves or replaces parameters is followed.
     """
     context = get_forward_context()
     if not isinstance(context.attn_metadata, dict):
@@ -260,6 +291,8 @@ def m3_msa_attention(
         v[:rows],
         index_q[:rows],
         index_k[:rows],
+        norms=HeadNorms(q_weight, k_weight, index_q_weight, index_k_weight, eps),
+        cos_sin=cos_sin[:rows],
         caches=layer.paged_caches(),
         out=out[:rows],
     )
@@ -272,6 +305,12 @@ def _m3_msa_attention_fake(
     v: torch.Tensor,
     index_q: torch.Tensor,
     index_k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    index_q_weight: torch.Tensor,
+    index_k_weight: torch.Tensor,
+    eps: float,
+    cos_sin: torch.Tensor,
     out: torch.Tensor,
     layer_name: str,
 ) -> None:

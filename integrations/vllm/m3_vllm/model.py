@@ -54,7 +54,8 @@ from m3_plugin.loading import WeightLoader, plan_before_loading, require_expert_
 from m3_plugin.presence import attestation
 from m3_plugin.quantization.cache_scales import CacheScales
 from m3_plugin.quantization.plan import WeightPlan
-from m3_plugin.session import MSASession
+from m3_plugin.rope import RowAngles
+from m3_plugin.session import HeadNorms, MSASession
 from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
 from m3_vllm.attention import M3SparseCacheLayer
 from m3_vllm.compat import vllm_version
@@ -106,7 +107,7 @@ def read_plan(
 
 
 class _M3AttentionBase(nn.Module):
-    """Projections, per-head Gemma QK norm and partial RoPE common to both kinds of layer."""
+    """Output projection and per-head Gemma QK norms, common to both kinds of layer."""
 
     def __init__(self, config: M3Config, *, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -124,31 +125,9 @@ class _M3AttentionBase(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.q_norm = GemmaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = GemmaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.rotary_emb = get_rope(
-            self.head_dim,
-            max_position=config.max_position_embeddings,
-            rope_parameters={
-                "rope_theta": config.rope_theta,
-                "partial_rotary_factor": config.partial_rotary_factor,
-            },
-        )
-
-    def norm_and_rope(
-        self, positions: Tensor, q: Tensor, k: Tensor, q_norm: nn.Module, k_norm: nn.Module
-    ) -> tuple[Tensor, Tensor]:
-        """Normalise each head, then turn its first `rotary_dim` channels.
-
-        Parameters
-        ----------
-        q, k : [tokens, heads * head_dim]; returned as [tokens, heads, head_dim]
-        """
-        tokens = q.shape[0]
-        q = q_norm(q.reshape(tokens, -1, self.head_dim)).view(tokens, -1)
-        k = k_norm(k.reshape(tokens, -1, self.head_dim)).view(tokens, -1)
-        q, k = self.rotary_emb(positions, q, k)
-        return q.view(tokens, -1, self.head_dim), k.view(tokens, -1, self.head_dim)
+        self.eps = config.rms_norm_eps
+        self.q_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
+        self.k_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
 
 
 class M3DenseAttention(_M3AttentionBase):
@@ -174,18 +153,42 @@ class M3DenseAttention(_M3AttentionBase):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
         )
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters={
+                "rope_theta": config.rope_theta,
+                "partial_rotary_factor": config.partial_rotary_factor,
+            },
+        )
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.norm_and_rope(positions, q, k, self.q_norm, self.k_norm)
+        q, k = self.norm_and_rope(positions, q, k)
         attended = self.attn(q.flatten(1), k.flatten(1), v)
         output, _ = self.o_proj(attended)
         return output
 
+    def norm_and_rope(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise each head, then turn its first `rotary_dim` channels.
+
+        Parameters
+        ----------
+        q, k : [tokens, heads * head_dim]; returned as [tokens, heads, head_dim]
+        """
+        tokens = q.shape[0]
+        q = self.q_norm(q.reshape(tokens, -1, self.head_dim)).view(tokens, -1)
+        k = self.k_norm(k.reshape(tokens, -1, self.head_dim)).view(tokens, -1)
+        q, k = self.rotary_emb(positions, q, k)
+        return q.view(tokens, -1, self.head_dim), k.view(tokens, -1, self.head_dim)
+
 
 class M3SparseAttention(_M3AttentionBase):
     """MSA: index branch and main branch from one projection, attention over chosen blocks only.
+
+    Norm modules own the weights of their norms; the session applies them, with RoPE, where it
+    stores keys.
 
     A checkpoint that stores the index branch otherwise than q, k and v (usually unquantised beside
     quantised) gets two projections: one fused layer has one quantisation method.
@@ -237,8 +240,8 @@ class M3SparseAttention(_M3AttentionBase):
                 disable_tp=True,
                 prefix=f"{prefix}.index_proj",
             )
-        self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
-        self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=config.rms_norm_eps)
+        self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
+        self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
         tp_size = get_tensor_model_parallel_world_size()
         first_head = get_tensor_model_parallel_rank() * msa.num_index_heads // tp_size
         self.first_index_channel = first_head * msa.index_dim
@@ -262,7 +265,17 @@ class M3SparseAttention(_M3AttentionBase):
             )
         )
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+    def head_norms(self) -> HeadNorms:
+        """The norms of q, k, index q and index k."""
+        return HeadNorms(
+            q=self.q_norm.weight,
+            k=self.k_norm.weight,
+            index_q=self.index_q_norm.weight,
+            index_k=self.index_k_norm.weight,
+            eps=self.eps,
+        )
+
+    def forward(self, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
         if self.index_proj is None:
             sizes = self.main_split_sizes + self.index_split_sizes
@@ -273,12 +286,15 @@ class M3SparseAttention(_M3AttentionBase):
             width, key_width = self.index_split_sizes
             index_q = index.narrow(-1, self.first_index_channel, width)
             index_k = index[..., -key_width:]
-        q, k = self.norm_and_rope(positions, q, k, self.q_norm, self.k_norm)
-        index_q, index_k = self.norm_and_rope(
-            positions, index_q, index_k, self.index_q_norm, self.index_k_norm
+        attended = self.attn(
+            q.unflatten(-1, (-1, self.head_dim)),
+            k.unflatten(-1, (-1, self.head_dim)),
+            v.unflatten(-1, (-1, self.head_dim)),
+            index_q.unflatten(-1, (self.num_kv_heads, -1)),
+            index_k,
+            norms=self.head_norms(),
+            cos_sin=cos_sin,
         )
-        v = v.view(-1, self.num_kv_heads, self.head_dim)
-        attended = self.attn(q, k, v, index_q, index_k.squeeze(1))
         output, _ = self.o_proj(attended.flatten(1))
         return output
 
@@ -331,14 +347,24 @@ class M3DecoderLayer(nn.Module):
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+        self,
+        positions: Tensor,
+        cos_sin: Tensor,
+        hidden_states: Tensor,
+        residual: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] -> what the layer adds to the stream, and the stream before that.
+
+        Parameters
+        ----------
+        cos_sin : of the positions (`RowAngles`), for an MSA layer
+        """
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states = self.self_attn(positions, cos_sin, hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         feed_forward = getattr(self, self.feed_forward_name)
         assert residual is not None
@@ -401,6 +427,7 @@ class M3Model(nn.Module, EagleModelMixin):
             lambda prefix: self._build_layer(vllm_config, prefix=prefix, plan=plan),
             prefix=f"{prefix}.layers",
         )
+        self.angles = RowAngles.of(config)
         if get_pp_group().is_last_rank:
             self.norm: nn.Module = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         else:
@@ -450,8 +477,11 @@ class M3Model(nn.Module, EagleModelMixin):
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors.tensors["hidden_states"]
             residual = intermediate_tensors.tensors["residual"]
+        cos_sin = self.angles(positions)
         for index in range(self.start_layer, self.end_layer):
-            hidden_states, residual = self.layers[index](positions, hidden_states, residual)
+            hidden_states, residual = self.layers[index](
+                positions, cos_sin, hidden_states, residual
+            )
             self._maybe_add_hidden_state(local, index + 1, hidden_states, residual)
         assert residual is not None
         if not get_pp_group().is_last_rank:

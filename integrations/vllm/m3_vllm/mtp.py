@@ -25,6 +25,7 @@ from m3_plugin.checkpoint import TEXT_PREFIX, layer_prefixes
 from m3_plugin.config import M3Config
 from m3_plugin.mtp import mtp_config, mtp_input, require_mtp_modules
 from m3_plugin.quantization.plan import WeightPlan
+from m3_plugin.rope import RowAngles
 from m3_plugin.session import MSASession
 from m3_vllm.model import M3DecoderLayer, M3ForCausalLM, read_plan, require_planned
 from m3_vllm.session import worker_session
@@ -65,11 +66,13 @@ class M3MTPModule(nn.Module):
         )
         self.final_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, embeddings: Tensor, positions: Tensor, hidden_states: Tensor) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor
+    ) -> Tensor:
         """[rows, hidden] before `final_layernorm`: what the next application takes as its state."""
         rows = mtp_input(embeddings, hidden_states, positions, enorm=self.enorm, hnorm=self.hnorm)
         hidden_states, _ = self.eh_proj(rows)
-        hidden_states, residual = self.transformer_layer(positions, hidden_states, None)
+        hidden_states, residual = self.transformer_layer(positions, cos_sin, hidden_states, None)
         return hidden_states + residual
 
 
@@ -92,6 +95,7 @@ class M3MTPModel(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
             )
+        self.angles = RowAngles.of(config)
         self.modules_in_order: list[M3MTPModule] = []
         for index, name in enumerate(layer_prefixes(config, draft=True)):
             module = M3MTPModule(
@@ -171,7 +175,8 @@ class M3MTP(nn.Module):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.model.embed_tokens(input_ids)
-        return self._module(spec_step_idx)(inputs_embeds, positions, hidden_states)
+        module = self._module(spec_step_idx)
+        return module(inputs_embeds, positions, self.model.angles(positions), hidden_states)
 
     def compute_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor | None:
         """Logits of what `forward` returned, by the target's head."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from m3_kernels import validation
 from m3_kernels.cache_store.interface import cache_store, require_storable
 from m3_kernels.capability import Backend, implementation_for
+from m3_kernels.norm_rope_store.parts import Part
 
 
 def norm_rope_store(
@@ -26,7 +27,6 @@ def norm_rope_store(
     index_k_weight: Tensor,
     eps: float,
     cos_sin: Tensor,
-    positions: Tensor,
     slot_mapping: Tensor,
     q_out: Tensor | None = None,
     index_q_out: Tensor | None = None,
@@ -38,8 +38,8 @@ def norm_rope_store(
     """What a layer does between its projections and the choice of blocks, in one step.
 
     Every head of q, k, index_q and index_k is normalised (Gemma RMSNorm) and its first channels are
-    turned by the position; then K, V and index keys are written as `cache_store` does. Computed in
-    fp32 and rounded once, to the dtype of the argument, before anything is stored.
+    turned by the angles of their row; then K, V and index keys are written as `cache_store` does.
+    Computed in fp32 and rounded once, to the dtype of the argument, before anything is stored.
 
     Parameters
     ----------
@@ -52,11 +52,10 @@ def norm_rope_store(
     q_weight, k_weight : [head_dim]; one weight w for all heads, which multiplies as 1 + w
     index_q_weight, index_k_weight : [index_dim]
     eps : added to the mean of squares
-    cos_sin : [N, rotary_dim], for each position the cosines of its rotary_dim / 2 angles and then
-        their sines; channel c turns with channel c + rotary_dim / 2 (NeoX)
-    positions : int64 [T], rows of cos_sin; of padding rows too
+    cos_sin : [T, rotary_dim], the cosines of each row's rotary_dim / 2 angles and then their sines;
+        channel c turns with channel c + rotary_dim / 2 (NeoX). One for all layers of a step
     q_out, index_q_out : where results go; None allocates. Not q and index_q themselves
-    backend : an implementation by name, or "auto" for the best one here; "native" stores natively
+    backend : an implementation by name, or "auto" for the best one here
 
     Returns
     -------
@@ -66,7 +65,7 @@ def norm_rope_store(
     ------
     TypeError : a dtype is not in the contract
     ValueError : a shape, device or layout is not in the contract
-    IndexError : a slot or position lies outside its table (CPU implementations only)
+    IndexError : a slot lies outside the pool (CPU implementations only); nothing is written then
     NotImplementedError : nothing can run on this device, or not with these dtypes
     """
     require_storable(
@@ -102,21 +101,18 @@ def norm_rope_store(
     for name, (weight, size) in weights.items():
         words = "[index_dim]" if name.startswith("index") else "[head_dim]"
         validation.require_shape(name, weight, (size,), words)
-    validation.require_shape("cos_sin", cos_sin, (None, None), "[N, rotary_dim]")
+    validation.require_shape("cos_sin", cos_sin, (rows, None), "[T, rotary_dim]")
     rotary_dim = cos_sin.shape[1]
     if rotary_dim % 2 or rotary_dim > min(head_dim, index_dim):
         raise ValueError(
             f"cos_sin must have an even number of columns, at most head_dim {head_dim} and "
             f"index_dim {index_dim}; got {rotary_dim}"
         )
-    validation.require_dtype("positions", positions, torch.int64)
-    validation.require_shape("positions", positions, (rows,), "[T]")
     named = {name: weight for name, (weight, _) in weights.items()}
     named |= {"q": q, "index_q": index_q, "q_out": q_out, "index_q_out": index_q_out}
-    named |= {"cos_sin": cos_sin, "positions": positions}
+    named["cos_sin"] = cos_sin
     for name, tensor in named.items():
-        if name != "positions":
-            validation.require_float(name, tensor)
+        validation.require_float(name, tensor)
         validation.require_dense_rows(name, tensor)
         validation.require_device(name, tensor, k.device)
 
@@ -141,7 +137,6 @@ def norm_rope_store(
             index_k_weight=index_k_weight,
             eps=eps,
             cos_sin=cos_sin,
-            positions=positions,
             slot_mapping=slot_mapping,
             q_out=q_out,
             index_q_out=index_q_out,
@@ -150,15 +145,20 @@ def norm_rope_store(
             index_k_scales=index_k_scales,
         )
         return q_out, index_q_out
-    if implementation == "reference":
-        from m3_kernels.norm_rope_store.reference import norm_and_rope_reference as norm_and_rope
-    else:
+    if implementation == "native":
+        from m3_kernels.norm_rope_store.native import norm_and_rope_native as norm_and_rope
+    elif implementation == "torch":
         from m3_kernels.norm_rope_store.torch_cpu import norm_and_rope_torch as norm_and_rope
-    turn = {"cos_sin": cos_sin, "positions": positions, "eps": eps}
-    keys = norm_and_rope(k, k_weight, **turn)
-    index_keys = norm_and_rope(index_k[:, None], index_k_weight, **turn)[:, 0]
-    q_out.copy_(norm_and_rope(q, q_weight, **turn))
-    index_q_out.copy_(norm_and_rope(index_q, index_q_weight, **turn))
+    else:
+        from m3_kernels.norm_rope_store.reference import norm_and_rope_reference as norm_and_rope
+    keys, index_keys = torch.empty_like(k), torch.empty_like(index_k)
+    parts = (
+        Part(q, q_weight, q_out),
+        Part(k, k_weight, keys),
+        Part(index_q, index_q_weight, index_q_out),
+        Part(index_k[:, None], index_k_weight, index_keys[:, None]),
+    )
+    norm_and_rope(parts, cos_sin=cos_sin, eps=eps)
     cache_store(
         keys,
         v,

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from m3_kernels.norm_rope_store.parts import Part
 
-def norm_and_rope_torch(
-    x: Tensor, weight: Tensor, *, cos_sin: Tensor, positions: Tensor, eps: float
-) -> Tensor:
-    """Heads [T, heads, dim] normalised and turned, in x's dtype."""
-    count, rotary_dim = cos_sin.shape
-    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < count:
-        raise IndexError(
-            f"positions must be in 0..{count - 1}; got {int(positions.min())} to "
-            f"{int(positions.max())}"
-        )
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + weight.float())
-    cos, sin = cos_sin[positions].float()[:, None].chunk(2, dim=-1)
-    first, second, rest = wide.split(
-        [rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1
-    )
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+
+def norm_and_rope_torch(parts: Sequence[Part], *, cos_sin: Tensor, eps: float) -> None:
+    """Fill every part's `out` with its heads normalised and turned."""
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin.float()[:, None].chunk(2, dim=-1)
+    for heads, weight, out in parts:
+        wide = heads.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        wide = wide * (1 + weight.float())
+        first, second, rest = wide.split([half, half, wide.shape[-1] - 2 * half], dim=-1)
+        out[..., :half] = first * cos - second * sin
+        out[..., half : 2 * half] = second * cos + first * sin
+        out[..., 2 * half :] = rest

@@ -35,7 +35,7 @@ def norm_and_rope(
 ):
     """Heads of one token, [heads, DIM_PAD], normalised and turned, rounded to the source's dtype.
 
-    `angles` points to the cosines and then the sines of the token's position.
+    `angles` points to the token's cosines and then its sines.
     """
     HALF: tl.constexpr = ROTARY // 2
     dim = tl.arange(0, DIM_PAD)
@@ -82,7 +82,6 @@ def norm_rope_store_kernel(
     index_q_weight,
     index_k_weight,
     cos_sin,
-    positions,
     slot_mapping,
     k_scale,
     v_scale,
@@ -139,7 +138,7 @@ def norm_rope_store_kernel(
     program = tl.program_id(0)
     part = program % PARTS
     row = (program // PARTS).to(tl.int64)
-    angles = cos_sin + tl.load(positions + row) * cos_sin_stride
+    angles = cos_sin + row * cos_sin_stride
     if part > INDEX_PARTS:
         head = (part - INDEX_PARTS - 1) * HEADS + tl.arange(0, HEADS)
         queries = norm_and_rope(
@@ -252,7 +251,6 @@ def norm_rope_store_triton(
     index_k_weight: Tensor,
     eps: float,
     cos_sin: Tensor,
-    positions: Tensor,
     slot_mapping: Tensor,
     q_out: Tensor,
     index_q_out: Tensor,
@@ -283,7 +281,6 @@ def norm_rope_store_triton(
         index_q_weight=index_q_weight,
         index_k_weight=index_k_weight,
         cos_sin=cos_sin,
-        positions=positions,
         eps=eps,
         q_stride_row=q.stride(0),
         q_stride_head=q.stride(1),

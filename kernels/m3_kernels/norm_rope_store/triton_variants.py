@@ -25,7 +25,7 @@ def variants(arch: int) -> tuple[Variant, ...]:
 
 
 def norm_and_store(arch: int, pages: torch.dtype, index_pages: torch.dtype) -> Variant:
-    """The kernel for bf16 activations and weights and an fp32 table of angles."""
+    """The kernel for bf16 activations and weights and fp32 angles' cosines and sines."""
     config = kernel_config("norm_rope_store", arch=arch)
     heads = config["HEADS"]
     constants = {
@@ -40,7 +40,6 @@ def norm_and_store(arch: int, pages: torch.dtype, index_pages: torch.dtype) -> V
         **dict.fromkeys((*ACTIVATIONS, *WEIGHTS), "*bf16"),
         **page_types(pages, index_pages),
         "cos_sin": "*fp32",
-        "positions": "*i64",
         "eps": "fp32",
     }
     kernel = norm_rope_store_kernel

@@ -34,6 +34,7 @@ class Case:
         slot; or in two tensors
     kv_dtype : fp8 pages of K and V; None has them in `dtype`
     index_dtype : fp8 or int8 pages of index keys; None has them in `dtype`
+    rotary_dim : channels of every head that RoPE turns
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     kv_dtype: torch.dtype | None = None
     index_dtype: torch.dtype | None = None
     pages: Literal["planes", "packed-heads", "packed-slots", "separate"] = "planes"
+    rotary_dim: int = 16
     seed: int = 0
 
     @property
@@ -117,7 +119,7 @@ class Inputs:
         """
         copies: dict[int, Tensor] = {}
         moved = {
-            field.name: _view_of_copy(getattr(self, field.name), device, copies)
+            field.name: view_of_copy(getattr(self, field.name), device, copies)
             for field in dataclasses.fields(self)
             if isinstance(getattr(self, field.name), Tensor)
         }
@@ -322,7 +324,7 @@ def whole_storage(view: Tensor) -> Tensor:
     return view.new_empty(0).set_(view.untyped_storage())
 
 
-def _view_of_copy(view: Tensor, device: torch.device, copies: dict[int, Tensor]) -> Tensor:
+def view_of_copy(view: Tensor, device: torch.device, copies: dict[int, Tensor]) -> Tensor:
     """The same view of a copy of the memory behind it, which `copies` holds by address."""
     address = view.untyped_storage().data_ptr()
     if address not in copies:
@@ -388,6 +390,7 @@ def production_cases() -> tuple[Case, ...]:
         index_dim=128,
         page_size=128,
         topk=16,
+        rotary_dim=64,
     )
     rank = dataclasses.replace(m3, name="m3-one-rank-of-four", num_q_heads=16, num_kv_heads=1)
     return (m3, rank, dataclasses.replace(m3, name="m3.1", num_init_blocks=1))

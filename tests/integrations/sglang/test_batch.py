@@ -204,6 +204,56 @@ def test_a_graph_smaller_than_the_buffers_and_a_padded_request() -> None:
     assert batch.slot_mapping.tolist() == [327, 0, 0]
 
 
+def test_a_layer_turns_by_the_angles_beside_its_index_queries() -> None:
+    """Norms are those of the layer at the time of the call; angles past the rows are left alone."""
+    from m3_plugin.rope import RowAngles
+    from m3_plugin.session import HeadNorms, MSACaches
+
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    def empty() -> MSACaches:
+        main = torch.full((10, 2, 128, 256), torch.nan)
+        return MSACaches(*main.split(128, dim=-1), torch.full((10, 128, 128), torch.nan))
+
+    backend = graph_backend(max_bs=2, max_rows=2)
+    rows = 2
+    step = forward_batch("DECODE", seq_lens=[1, 1], out_cache_loc=torch.tensor([640, 896]))
+    backend.init_forward_metadata_out_graph(step, in_capture=True)
+    backend.init_forward_metadata_in_graph(step)
+    norms = HeadNorms(*(normal(128) for _ in range(4)), eps=1e-6)
+    layer = SimpleNamespace(
+        layer_id=3, tp_q_head_num=4, tp_k_head_num=2, tp_v_head_num=2, head_dim=128, v_head_dim=128
+    )
+    backend.layers = {3: SimpleNamespace(head_norms=lambda: norms)}
+    backend.caches = {3: empty()}
+    q, k, v = normal(rows, 8 * 128).split([512, 256, 256], dim=1)
+    index_q, index_k = normal(rows, 2, 128), normal(rows, 128)
+    cos_sin = RowAngles(rotary_dim=64, theta=5e6)(torch.tensor([7, 300, 5]))
+    _, found = backend.forward(q, k, v, layer, step, idx_q=index_q, idx_k=index_k, cos_sin=cos_sin)
+    expected = torch.empty(rows, 4, 128)
+    caches = empty()
+    backend.session.run(
+        backend.plan,
+        q.view(rows, 4, 128),
+        k.view(rows, 2, 128),
+        v.view(rows, 2, 128),
+        index_q,
+        index_k,
+        norms=norms,
+        cos_sin=cos_sin[:rows],
+        caches=caches,
+        out=expected,
+    )
+    assert torch.equal(found, expected.flatten(1))
+    for name, count in (("k_pages", 2), ("v_pages", 2), ("index_k_pages", 1)):
+        written, wanted = getattr(backend.caches[3], name), getattr(caches, name)
+        assert written.isfinite().sum() == rows * count * 128
+        assert torch.equal(written.nan_to_num(), wanted.nan_to_num())
+
+
 def test_steps_of_prompts_are_not_captured() -> None:
     backend = graph_backend(max_bs=4, max_rows=16)
     step = forward_batch("EXTEND", seq_lens=[5], out_cache_loc=torch.arange(5))

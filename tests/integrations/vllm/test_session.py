@@ -14,14 +14,18 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
+from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from m3_plugin.backends import choose_kernels
+from m3_plugin.batch import MSABatch
 from m3_plugin.config import M3Config
 from m3_plugin.quantization.cache_scales import CacheScales
 from m3_plugin.released import released_config
-from m3_plugin.session import MSASession
+from m3_plugin.rope import RowAngles
+from m3_plugin.session import HeadNorms, MSASession
 from m3_vllm.attention import M3SparseCacheLayer  # its module registers the op
+from m3_vllm.backend import M3IndexMetadata, M3Metadata
 from m3_vllm.session import (
     ATTENTION_OP,
     keep_attention_out_of_piecewise_graphs,
@@ -34,7 +38,7 @@ class Layer(torch.nn.Module):
 
     def forward(self, q: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(q)
-        torch.ops.vllm.m3_msa_attention(q * 2, q, q, q, q, out, "layer")
+        torch.ops.vllm.m3_msa_attention(q * 2, q, q, q, q, q, q, q, q, 1e-6, q, out, "layer")
         return out + 1
 
 
@@ -169,3 +173,69 @@ def test_fp8_pages_reach_the_kernels_as_fp8_with_their_scales(
     # a checkpoint may ship scales for a cache that the server keeps in 16 bits: not for these
     expected = (scales.k, scales.v) if dtype.itemsize == 1 else (None, None)
     assert (caches.k_scale, caches.v_scale) == expected
+
+
+def prompt(rows: int) -> tuple[list[torch.Tensor], HeadNorms, torch.Tensor]:
+    """Projections of a prompt in bf16, the norms of its heads, and its rows' angles."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).bfloat16()
+
+    heads = [normal(rows, count, 128) for count in (8, 4, 4, 4)]
+    norms = HeadNorms(*(normal(128) for _ in range(4)), eps=1e-6)
+    angles = RowAngles(rotary_dim=64, theta=5e6)(torch.arange(rows))
+    return [*heads, normal(rows, 128)], norms, angles
+
+
+def test_the_op_runs_the_session_on_the_steps_rows_alone() -> None:
+    """Rows past the step, as graphs have them, change nothing and become zero.
+
+    Without metadata, as in a profiling run, all rows do.
+    """
+    rows, padding = 130, 6
+    config = VllmConfig()
+    layer = index_layer(config)
+    plan = layer.session.plan(
+        MSABatch(
+            cu_seqlens_q=torch.tensor([0, rows], dtype=torch.int32),
+            seq_lens=torch.tensor([rows], dtype=torch.int32),
+            page_table=torch.tensor([[2, 0]], dtype=torch.int32),
+            slot_mapping=(torch.arange(rows) + 2 * 128) % (3 * 128),
+            max_query_len=rows,
+            max_seq_len=rows,
+        )
+    )
+    metadata = {
+        "layer": M3Metadata(plan),
+        "layer.index_cache": M3IndexMetadata(plan.batch.slot_mapping),
+    }
+    projected, norms, angles = prompt(rows + padding)
+    projected[0][rows:] = torch.nan
+    layers = {"layer": layer}
+
+    def empty() -> tuple[torch.Tensor, torch.Tensor]:
+        nothing = torch.full((3, 4, 128, 256), torch.nan).bfloat16()
+        return nothing, torch.full((3, 1, 128, 128), torch.nan).bfloat16()
+
+    for cache, pages in zip((layer, layer.index_cache), empty(), strict=True):
+        cache.bind_kv_cache(pages)
+    with override_forward_context(ForwardContext(layers, metadata, {})):
+        found = layer(*projected, norms=norms, cos_sin=angles)
+    with override_forward_context(ForwardContext(layers, None, {})):  # type: ignore[arg-type]
+        assert not layer(*projected, norms=norms, cos_sin=angles).any()
+
+    for cache, pages in zip((layer, layer.index_cache), empty(), strict=True):
+        cache.bind_kv_cache(pages)
+    expected = torch.empty_like(projected[0][:rows])
+    layer.session.run(
+        plan,
+        *(part[:rows] for part in projected),
+        norms=norms,
+        cos_sin=angles[:rows],
+        caches=layer.paged_caches(),
+        out=expected,
+    )
+    assert torch.equal(found[:rows], expected)
+    assert expected.isfinite().all()
+    assert not found[rows:].any()

@@ -37,6 +37,7 @@ SHAPE = LayerShape(
     num_q_heads=2,
     num_kv_heads=1,
     head_dim=16,
+    rotary_dim=8,
     dtype=torch.float16,
     cache_dtype=torch.float16,
     index_dtype=torch.float16,

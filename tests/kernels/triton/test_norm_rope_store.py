@@ -12,78 +12,70 @@ from m3_kernels.testing.cases import Case, empty_pages
 from tests.kernels.norm_rope import (
     GIVEN,
     STEP,
-    Projections,
     assert_close,
-    projections,
     results,
+    rows_of,
     run,
+    step_of,
     stored_rows,
 )
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=lambda given: given[0].name)
-def test_equals_exact_arithmetic(given: tuple[Case, int, torch.dtype]) -> None:
-    case, rotary_dim, table_dtype = given
-    step = projections(case, rotary_dim=rotary_dim, table_dtype=table_dtype)
+def test_equals_exact_arithmetic(given: tuple[Case, torch.dtype]) -> None:
+    case, table_dtype = given
+    step = step_of(case, table_dtype=table_dtype)
     assert_close(results(step, "triton"), step)
 
 
 def test_more_heads_than_a_program_takes() -> None:
     case = dataclasses.replace(STEP, num_q_heads=36, num_kv_heads=18, requests=((3, 2),))
-    step = projections(case, rotary_dim=16, table_dtype=torch.float32)
+    step = step_of(case)
     assert_close(results(step, "triton"), step)
 
 
-def rows_of(step: Projections, first: int, last: int) -> Projections:
-    inputs = step.inputs
-    names = ("q", "k", "v", "index_q", "index_k", "slot_mapping")
-    cut = {name: getattr(inputs, name)[first:last] for name in names}
-    return dataclasses.replace(
-        step,
-        inputs=dataclasses.replace(inputs, **cut),
-        positions=step.positions[first:last],
-    )
-
-
 def test_a_row_s_bits_do_not_depend_on_the_others() -> None:
-    step = projections(STEP, rotary_dim=16, table_dtype=torch.float32)
+    step = step_of(STEP)
     together = results(step, "triton")
     alone = rows_of(step, 4, 5)
     found = results(alone, "triton")
     assert torch.equal(found["q"][0], together["q"][4])
     assert torch.equal(found["index_q"][0], together["index_q"][4])
     for name in ("k", "index_k"):
-        own = stored_rows(found[name], alone.inputs)
-        assert torch.equal(own, stored_rows(together[name], alone.inputs))
+        own = stored_rows(found[name], alone)
+        assert torch.equal(own, stored_rows(together[name], alone))
 
 
-def test_int8_index_keys_as_cache_store_writes_them() -> None:
+def test_eight_bits_as_cache_store_writes_them() -> None:
     """Both ops write through the same functions, and round to the activations' dtype before."""
     half = STEP.with_dtype(torch.float16)
-    step = projections(half, rotary_dim=16, table_dtype=torch.float32)
-    inputs = step.inputs
+    step = step_of(half)
     wide = results(step, "triton")
-    kept = inputs.slot_mapping >= 0
+    kept = step.slot_mapping >= 0
+    scale = {"k_scale": torch.tensor([0.5, 3.0]), "v_scale": torch.tensor([2.0])}
     stores = []
     for fused in (True, False):
-        k_pages, v_pages, wide_pages = empty_pages(inputs.case, inputs.k_pages.shape[0])
-        pages = torch.full(wide_pages.shape, 99, dtype=torch.int8)
-        scales = torch.full(wide_pages.shape[:2], torch.nan)
+        shapes = [page.shape for page in empty_pages(half, step.inputs.k_pages.shape[0])]
+        k_pages, v_pages = (torch.zeros(shape).to(torch.float8_e5m2) for shape in shapes[:2])
+        index_pages = torch.full(shapes[2], 99, dtype=torch.int8)
+        scales = torch.full(shapes[2][:2], torch.nan)
+        pages = (k_pages, v_pages, index_pages)
         if fused:
-            run(step, (k_pages, v_pages, pages), "triton", index_k_scales=scales)
+            run(step, pages, "triton", index_k_scales=scales, **scale)
         else:
             cache_store(
-                stored_rows(wide["k"], inputs),
-                inputs.v[kept],
-                stored_rows(wide["index_k"], inputs),
-                k_pages,
-                v_pages,
-                pages,
-                slot_mapping=inputs.slot_mapping[kept],
+                stored_rows(wide["k"], step),
+                step.given.v[kept],
+                stored_rows(wide["index_k"], step),
+                *pages,
+                slot_mapping=step.slot_mapping[kept],
                 index_k_scales=scales,
                 backend="triton",
+                **scale,
             )
-        stores.append((k_pages, v_pages, pages, scales))
+        stores.append((k_pages.float(), v_pages.float(), index_pages, scales))
     for a, b in zip(*stores, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert stores[0][0].any()
+    assert stores[0][1].any()
     assert (stores[0][2] != 99).any()

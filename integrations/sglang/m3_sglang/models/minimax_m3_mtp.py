@@ -17,9 +17,9 @@ from m3_plugin.checkpoint import TEXT_PREFIX, layer_prefixes
 from m3_plugin.config import M3Config
 from m3_plugin.loading import require_expert_bytes
 from m3_plugin.mtp import mtp_input, require_mtp_modules
+from m3_plugin.rope import RowAngles
 from m3_sglang.compat import read_draft_config, tensor_parallel_size
 from m3_sglang.moe import activations_as_is
-from m3_sglang.rope import make_rope
 from m3_sglang.text import M3CausalLM, M3DecoderLayer, read_plan, require_our_backend
 from m3_sglang.weights import mtp_weight_loader
 
@@ -49,10 +49,11 @@ class M3MTPModule(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.eh_proj",
         )
+        self.angles = RowAngles.of(config)
         self.transformer_layer = M3DecoderLayer(
             config,
             layer=0,
-            rope=make_rope(config, device_type=device_type),
+            rope=None,
             device_type=device_type,
             quant_config=quant_config,
             prefix=f"{prefix}.transformer_layer",
@@ -70,7 +71,9 @@ class M3MTPModule(nn.Module):
         rows = mtp_input(embeddings, hidden_states, positions, enorm=self.enorm, hnorm=self.hnorm)
         hidden_states, _ = self.eh_proj(rows)
         with activations_as_is(self.device_type):
-            added, stream = self.transformer_layer(positions, hidden_states, None, forward_batch)
+            added, stream = self.transformer_layer(
+                positions, self.angles(positions), hidden_states, None, forward_batch
+            )
         return self.final_layernorm(added, stream)
 
 
