@@ -250,7 +250,10 @@ class _CaseRun:
         step.store(self.session, self.plan)
         actual = step.inputs.to(CPU)
         # what a computed number is rounded to before it is stored
-        computed = {"k_pages": (given.k.dtype,), "index_k_pages": (given.index_k.dtype,)}
+        computed: dict[str, tuple[torch.dtype, ...]] = {
+            "k_pages": (given.k.dtype,),
+            "index_k_pages": (given.index_k.dtype,),
+        }
         if expected.index_k_scales is not None:
             # a scale is made of the largest channel, and each channel is divided by its scale
             computed["index_k_scales"] = computed["index_k_pages"]
