@@ -88,8 +88,12 @@ def as_its_kernels(
     assert not kv_fp8
     assert not kv_nvfp4
     assert ids.shape[2] == topk
-    if packed_kv is not None:
+    plain = [q, ids, page_table]
+    if packed_kv is None:
+        plain += [k, v]
+    else:
         k, v = packed_kv[0].unbind(3)
+    assert all(t.stride() == torch.empty(t.shape, device="meta").stride() for t in plain)
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -math.inf)
     starts = cu_seqlens_q.tolist()

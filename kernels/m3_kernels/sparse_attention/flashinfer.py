@@ -85,15 +85,17 @@ def flashinfer_prefill(
         msa_sparse_attention,
     )
 
+    if k_pages.is_contiguous() and v_pages.is_contiguous():
+        k_pages, v_pages = _plain(k_pages), _plain(v_pages)
     found = msa_sparse_attention(
-        q.contiguous(),
+        _plain(q),
         k_pages,
         v_pages,
-        block_ids.contiguous(),
+        _plain(block_ids),
         cu_seqlens_q,
         causal=True,
         softmax_scale=scale,
-        page_table=page_table,
+        page_table=_plain(page_table),
         seqused_k=seq_lens,
         return_softmax_lse=lse is not None,
     )
@@ -102,6 +104,11 @@ def flashinfer_prefill(
         return
     out.copy_(found[0])
     lse.copy_(found[1])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous, with the strides of its shape: a dimension of size 1 may have any other one."""
+    return tensor.contiguous().flatten().view(tensor.shape)
 
 
 def installed_release() -> str | None:

@@ -303,8 +303,10 @@ def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
         fused = nans(num_pages, 2, size, heads, dim, dtype=case.kv_dtype)
         k_pages, v_pages = fused.transpose(2, 3).unbind(1)
     elif case.pages == "separate":
-        k_pages = nans(num_pages, heads, size, dim, dtype=case.kv_dtype)
-        v_pages = k_pages.clone()
+        order = (heads, size) if heads > 1 else (size, heads)
+        k_pages, v_pages = (nans(num_pages, *order, dim, dtype=case.kv_dtype) for _ in range(2))
+        if heads == 1:  # slots of a pool, whose one head has a stride of its own
+            k_pages, v_pages = k_pages.transpose(1, 2), v_pages.transpose(1, 2)
     else:
         order = (heads, size) if case.pages == "packed-heads" else (size, heads)
         fused = nans(num_pages, *order, 2 * dim, dtype=case.kv_dtype)

@@ -179,6 +179,25 @@ def test_the_message_names_what_lies_how() -> None:
 
 
 @pytest.mark.parametrize("pages", ["packed-heads", "packed-slots", "separate"])
+def test_one_head_of_one_request(pages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dimensions of size 1, whose strides are whatever the larger tensor had."""
+    flashinfer_wheel.load(monkeypatch)
+    case = dataclasses.replace(MIXED, pages=pages, requests=((600, 9),), padding_rows=0)
+    inputs = build(dataclasses.replace(case, num_q_heads=4, num_kv_heads=1))
+    table = torch.cat([inputs.page_table, inputs.page_table], dim=1)[
+        :, : -inputs.page_table.numel()
+    ]
+    inputs = dataclasses.replace(inputs, page_table=table)
+    ids = choose(inputs)
+    out = torch.empty_like(inputs.q)
+    step = {**inputs.batch, "scale": inputs.scale, "lse": None}
+    flashinfer_prefill(inputs.q, inputs.k_pages, inputs.v_pages, ids, **step, out=out)
+    exact, _ = plain_attention(inputs, ids, torch.float64)
+    plain, _ = plain_attention(inputs, ids, torch.float16)
+    assert_accurate(out, exact, plain, what="out")
+
+
+@pytest.mark.parametrize("pages", ["packed-heads", "packed-slots", "separate"])
 def test_its_call_means_what_the_op_means(pages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     flashinfer_wheel.load(monkeypatch)
     inputs = build(dataclasses.replace(MIXED, pages=pages))
