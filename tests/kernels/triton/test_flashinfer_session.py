@@ -105,6 +105,7 @@ def the_self_test() -> tuple[Finding, ...]:
         num_q_heads=SHAPE.num_q_heads,
         num_kv_heads=SHAPE.num_kv_heads,
         head_dim=SHAPE.head_dim,
+        rotary_dim=SHAPE.rotary_dim,
         dtype=SHAPE.dtype,
         device=CPU,
     )
