@@ -150,37 +150,6 @@ class TimedSession(MSASession):
         self._seconds, self._steps = _timers()
         self._last_plan: MSAPlan | None = None
 
-    def run(
-        self,
-        plan: MSAPlan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index_q: Tensor,
-        index_k: Tensor,
-        *,
-        norms: HeadNorms,
-        cos_sin: Tensor,
-        caches: MSACaches,
-        out: Tensor,
-    ) -> None:
-        """As `MSASession.run`; the first layer that runs a plan counts a step."""
-        if plan is not self._last_plan:
-            self._last_plan = plan
-            self._steps.labels(phase=plan.batch.phase).inc()
-        super().run(
-            plan,
-            q,
-            k,
-            v,
-            index_q,
-            index_k,
-            norms=norms,
-            cos_sin=cos_sin,
-            caches=caches,
-            out=out,
-        )
-
     def store(
         self,
         plan: MSAPlan,
@@ -194,7 +163,10 @@ class TimedSession(MSASession):
         cos_sin: Tensor,
         caches: MSACaches,
     ) -> tuple[Tensor, Tensor]:
-        """As `MSASession.store`."""
+        """As `MSASession.store`; the first layer that stores under a plan counts a step."""
+        if plan is not self._last_plan:
+            self._last_plan = plan
+            self._steps.labels(phase=plan.batch.phase).inc()
         with self._timed("store", plan):
             return super().store(
                 plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
