@@ -130,10 +130,11 @@ def test_it_serves_after_its_test(standing_in: Any, monkeypatch: pytest.MonkeyPa
         "packed-slots pages",
         "separate pages",
     }
-    quantities = {"cache", "selection", "attention", "run", "repeats", "chunks"}
+    quantities = {"queries", "cache", "selection", "attention", "run", "repeats", "chunks"}
     assert {f.quantity for f in findings} == quantities
-    # three layouts, two steps: apart, in one, repeated, and the longest request in another chunk
-    assert len(calls) == 3 * 2 * 4
+    # three layouts, two steps: on given queries, part by part, in one, repeated, and the longest
+    # request in another chunk
+    assert len(calls) == 3 * 2 * 5
 
 
 @pytest.mark.usefixtures("one_layout")
