@@ -40,9 +40,14 @@ LONGEST = 17
 
 
 def shortened(case: Case) -> Case:
-    """The same step with fewer rows of each long request; sequences are as long as before."""
+    """The same step with fewer rows of each long request: the last ones, unless the first matter.
+
+    Sequences are as long as before where no row stands before position 0.
+    """
+    first = 0 if case.missing_keys else 1
     requests = tuple(
-        (cached + rows - min(rows, LONGEST), min(rows, LONGEST)) for cached, rows in case.requests
+        (cached + first * (rows - min(rows, LONGEST)), min(rows, LONGEST))
+        for cached, rows in case.requests
     )
     return dataclasses.replace(case, requests=requests)
 
@@ -243,15 +248,25 @@ def test_ids_are_a_set(rows: int) -> None:
     assert_same_bits(attend(inputs, wider), (out, lse))
 
 
-@pytest.mark.parametrize("rows", [6, 20])
-def test_keys_of_later_rows_are_invisible_even_if_nan(rows: int) -> None:
-    inputs = build(Case("later", ((42 - rows, rows + 2),), num_kv_heads=1, num_q_heads=2))
+@pytest.mark.parametrize(
+    ("cached", "poisoned"),
+    [
+        pytest.param(36, 42, id="between-programs"),
+        pytest.param(37, 42, id="between-rows-of-a-program"),
+        pytest.param(46, 47, id="last-key-of-a-block"),
+        pytest.param(22, 42, id="prefill"),
+    ],
+)
+def test_keys_of_later_rows_are_invisible_even_if_nan(cached: int, poisoned: int) -> None:
+    end = max(44, poisoned + 1)
+    inputs = build(Case("later", ((cached, end - cached),), num_kv_heads=1, num_q_heads=2))
     ids = choose(inputs)
     expected = attend(inputs, ids)
     page = int(inputs.page_table[0, 2])  # positions 32 to 47
-    inputs.k_pages[page, :, 10:] = torch.nan  # from the last but one row's own key on
-    inputs.v_pages[page, :, 10:] = torch.inf
+    inputs.k_pages[page, :, poisoned - 32 :] = torch.nan
+    inputs.v_pages[page, :, poisoned - 32 :] = torch.inf
     got = attend(inputs, ids)
+    rows = poisoned - cached
     assert_same_bits(tuple(r[:rows] for r in got), tuple(r[:rows] for r in expected))
     assert not got[0][rows:].isfinite().any()
 
