@@ -140,8 +140,8 @@ test-sglang-previous:
 quick-start: env
 	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py
 
-test-matrix: quick-start $(OLDER_TRITON)/.ready
-	$(BIN)/pytest -m extended tests/kernels
+test-matrix: env $(OLDER_TRITON)/.ready $(FLASHINFER)/.ready
+	$(BIN)/pytest -m extended tests/kernels tests/plugin
 	@set -e; for release in $(VLLM_MATRIX); do \
 	  echo "== vLLM $$release"; \
 	  $(MAKE) --no-print-directory env VLLM=$$release VLLM_VENV=.venv/vllm-$$release; \

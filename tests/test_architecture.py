@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["m3_plugin", "m3_kernels", "m3_vllm", "m3_sglang"]
+SOURCES = [
+    "m3_plugin",
+    "kernels/m3_kernels",
+    "integrations/vllm/m3_vllm",
+    "integrations/sglang/m3_sglang",
+]
+PACKAGES = [path.rpartition("/")[2] for path in SOURCES]
 
 IMPORT = """
 import os, sys
@@ -41,7 +47,9 @@ def test_source_roots_are_not_packages(folder: str) -> None:
 
 
 def test_no_module_is_called_utils() -> None:
-    assert not [p for name in PACKAGES for p in ROOT.rglob(f"{name}/**/utils.py")]
+    folders = [ROOT / path for path in SOURCES]
+    assert all(folder.is_dir() for folder in folders)
+    assert not [path for folder in folders for path in folder.rglob("utils.py")]
 
 
 @pytest.fixture(scope="module")

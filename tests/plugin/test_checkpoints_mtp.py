@@ -48,7 +48,9 @@ def drafted(reference: MTPReference, *, known: int, count: int) -> list[int]:
     return reference.draft([*PROMPT.token_ids, *answer], num_drafts=count).token_ids
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.extended)]
+)
 def test_it_looks_up_what_the_target_will(reference: Write, dtype: torch.dtype) -> None:
     """Decoys, lanterns and six hops in both layers' classes: the selection must be right too."""
     assert drafted(reference(dtype), known=1, count=3) == list(PROMPT.expected_ids[1:4])

@@ -111,7 +111,15 @@ def the_self_test() -> tuple[Finding, ...]:
     )
 
 
-def test_it_serves_after_its_test(standing_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "layouts",
+    [("packed-slots",), pytest.param(verification.PREFILL_PAGES, marks=pytest.mark.extended)],
+    ids=["one-layout", "all-layouts"],
+)
+def test_it_serves_after_its_test(
+    layouts: tuple[str, ...], standing_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "PREFILL_PAGES", layouts)
     calls = standing_in(oracle)
     findings: list[Finding] = []
     judge = verification.require_right
@@ -125,19 +133,14 @@ def test_it_serves_after_its_test(standing_in: Any, monkeypatch: pytest.MonkeyPa
     assert choice.describe() == ("triton (best available on cuda; prefill attention by flashinfer)")
     assert not choice.forced
     assert {f.phase for f in findings} == {"prefill", "mixed"}
-    assert {f.case.split(" on ")[1] for f in findings} == {
-        "packed-heads pages",
-        "packed-slots pages",
-        "separate pages",
-    }
+    assert {f.case.split(" on ")[1] for f in findings} == {f"{pages} pages" for pages in layouts}
     quantities = {"queries", "cache", "selection", "attention", "run", "repeats", "chunks"}
     assert {f.quantity for f in findings} == quantities
-    # three layouts, two steps: on given queries, part by part, in one, repeated, and the longest
-    # request in another chunk
-    assert len(calls) == 3 * 2 * 5
+    # two steps: on given queries, part by part, in one, repeated, and the longest request in
+    # another chunk
+    assert len(calls) == len(layouts) * 2 * 5
 
 
-@pytest.mark.usefixtures("one_layout")
 @pytest.mark.parametrize(
     ("wrong", "quantities"),
     [
