@@ -215,8 +215,8 @@ def test_a_layer_turns_by_the_angles_beside_its_index_queries() -> None:
         return torch.randn(*shape, generator=random)
 
     def empty() -> MSACaches:
-        main = torch.full((10, 2, 128, 256), torch.nan)
-        return MSACaches(*main.split(128, dim=-1), torch.full((10, 128, 128), torch.nan))
+        k_pages, v_pages = torch.full((10, 2, 128, 256), torch.nan).split(128, dim=-1)
+        return MSACaches(k_pages, v_pages, torch.full((10, 128, 128), torch.nan))
 
     backend = graph_backend(max_bs=2, max_rows=2)
     rows = 2
