@@ -72,6 +72,7 @@ def test_prompt_logprobs_equal_transformers(random_engine: EngineProcess, checkp
     )
 
 
+@pytest.mark.extended  # the demo serves in bf16 as well
 def test_bf16_follows_fp32_teacher_forced(checkpoint: Path, tmp_path: Path) -> None:
     """bf16 flips single router or block choices, so means are compared, not maxima."""
     prompt = random_prompt(1500, seed=9)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
@@ -39,6 +40,7 @@ def test_each_rank_holds_its_heads(
     )
 
 
+@pytest.mark.extended
 def test_ranks_share_a_head(tmp_path: Path) -> None:
     """One KV head and index head for two ranks: both hold it, and nothing counts twice."""
     shape = replace(PRESETS["engine"], num_key_value_heads=1)

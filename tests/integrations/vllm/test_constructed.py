@@ -155,7 +155,8 @@ def test_picture_beyond_the_block_budget(engine: EngineProcess) -> None:
 MIXED = [(600, 1400), (601, 1500), (602, 2300), (603, 4000)]
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(128, marks=pytest.mark.extended), 192])
+@pytest.mark.extended
+@pytest.mark.parametrize("chunk", [128, 192])
 def test_chunk_sizes(constructed_checkpoint: Path, chunk: int) -> None:
     """Chunks that end inside and at block boundaries, mixed with decoding requests."""
     prompts = [needle_prompt(seed, num_tokens=tokens) for seed, tokens in MIXED]
@@ -207,6 +208,7 @@ def test_torch_compile(constructed_checkpoint: Path, tmp_path: Path) -> None:
         check(prompts, answer(engine, prompts))
 
 
+@pytest.mark.extended  # the demo serves in bf16 as well
 def test_bf16(constructed_checkpoint: Path) -> None:
     prompts = [needle_prompt(seed, num_tokens=tokens) for seed, tokens in MIXED]
     with EngineProcess(

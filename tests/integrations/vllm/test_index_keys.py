@@ -7,33 +7,18 @@ from pathlib import Path
 import pytest
 
 from m3_plugin.testing.prompts import needle_prompt
+from tests.integrations.index_keys import INT8, require_right_answers_and_reused_pages
 from tests.integrations.speculation import drafting_checkpoint, ids
 from tests.integrations.vllm.engine import EngineProcess
 
-PAGE = 128
-
 
 def test_answers_are_right_and_pages_are_reused(constructed_checkpoint: Path) -> None:
-    """Far beyond the budget, in chunks, in company, and from the prefix cache."""
-    chain = needle_prompt(4096, num_tokens=4096)
-    company = [needle_prompt(seed, num_tokens=1400 + 333 * seed) for seed in range(1, 5)]
+    # chunks end within pages
     with EngineProcess(
-        constructed_checkpoint,
-        max_model_len=16384,
-        max_num_batched_tokens=2048,
-        environment={"M3_PLUGIN_INDEX_KEYS": "int8"},
+        constructed_checkpoint, max_num_batched_tokens=192, environment=INT8
     ) as engine:
         assert engine.rpc("m3_index_dtype") == ["torch.int8"]
-        prompts = [chain, *company]
-        outputs = engine.generate(
-            [list(prompt.token_ids) for prompt in prompts],
-            max_tokens=[prompt.max_tokens for prompt in prompts],
-        )
-        assert [tuple(o.token_ids) for o in outputs] == [p.expected_ids for p in prompts]
-        assert chain.dense_answer not in (None, outputs[0].text)
-        (again,) = engine.generate([list(chain.token_ids)], max_tokens=chain.max_tokens)
-        assert tuple(again.token_ids) == chain.expected_ids
-        assert again.num_cached_tokens == (4096 - 1) // PAGE * PAGE
+        require_right_answers_and_reused_pages(engine)
 
 
 @pytest.mark.extended
@@ -41,7 +26,7 @@ def test_drafts_are_verified_on_them(tmp_path: Path) -> None:
     """The module's own index keys are in int8 as well."""
     with EngineProcess(
         drafting_checkpoint(tmp_path / "checkpoint", wrong_every=2),
-        environment={"M3_PLUGIN_INDEX_KEYS": "int8"},
+        environment=INT8,
         speculative_config={"method": "mtp", "num_speculative_tokens": 3},
     ) as engine:
         prompts = [needle_prompt(seed, num_tokens=1500 + 501 * seed) for seed in range(1, 5)]

@@ -71,7 +71,9 @@ def test_mtp_tensors_are_passed_over_and_pages_may_be_larger(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"block_size": 64}, r"No common block size for 64"),
+        pytest.param(
+            {"block_size": 64}, r"No common block size for 64", marks=pytest.mark.extended
+        ),
         (
             {"kv_cache_dtype": "fp8"},
             r"K and V cannot be cached as torch\.float8_e4m3fn: .*use one of these",
@@ -86,6 +88,7 @@ def test_impossible_cache_options_are_refused(
         EngineProcess(constructed_checkpoint, **options)
 
 
+@pytest.mark.extended
 def test_a_config_m3_cannot_be_served_with_is_refused(
     random_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

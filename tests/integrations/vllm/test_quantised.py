@@ -96,7 +96,7 @@ def test_an_absent_scale_stops_the_start_before_the_model_is_built(
         EngineProcess(broken, environment=DEQUANTISE)
 
 
-@pytest.mark.parametrize("quant", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("quant", ["mxfp8", pytest.param("nvfp4", marks=pytest.mark.extended)])
 def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
     random_quantised: QuantisedCheckpoints, tmp_path: Path, quant: str
 ) -> None:
