@@ -58,6 +58,7 @@ class TestServer(SpokenCases, InsightCases, ServerCases):
     metrics = ("sglang:prompt_tokens_total", "sglang:cache_hit_rate")
     audio_part: ClassVar = {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,AAAA"}}
 
+    @pytest.mark.extended
     @pytest.mark.skipif(
         find_spec("datasets") is None,
         reason="SGLang's client imports datasets, which this environment leaves out",

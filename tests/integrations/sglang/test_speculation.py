@@ -154,6 +154,7 @@ class TestRandomModule:
         require_the_references_drafts(random_mtp, ask, scratch=tmp_path / "layer")
 
 
+@pytest.mark.extended
 def test_random_eagle3_gives_the_plain_tokens(
     random_mtp: Path, plain_tokens: list[list[int]], tmp_path: Path
 ) -> None:
