@@ -116,6 +116,7 @@ class M3DenseAttention(_M3AttentionBase):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
     ) -> Tensor:
+        # called as MSA layers are; dense layers turn by positions and leave cos_sin alone
         q, k, v = self.project(hidden_states)
         q, k = self.norm_and_rope(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v, forward_batch))

@@ -159,7 +159,7 @@ def _register_int8_index_keys() -> None:
     HookRegistry.register(INDEX_WIDTH, with_room_for_scales, HookType.AFTER)
 
 
-def index_keys_in_int8(result: Any, **kwargs: Any) -> Any:
+def index_keys_in_int8(result: Any, *args: Any, **kwargs: Any) -> Any:
     """AFTER hook: the dtype of index keys in SGLang's pool for M3."""
     import torch
 

@@ -163,6 +163,7 @@ class M3DenseAttention(_M3AttentionBase):
         )
 
     def forward(self, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor) -> Tensor:
+        # called as MSA layers are; the host's RoPE has its own table and leaves cos_sin alone
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.norm_and_rope(positions, q, k)

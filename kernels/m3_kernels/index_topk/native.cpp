@@ -285,10 +285,10 @@ class IndexTopk {
 }  // namespace m3
 
 extern "C" int64_t m3_index_topk(const m3::Array* q, const m3::Array* pages,
-                                 const m3::Array* scales, const m3::Array* page_table, const m3::Array* cu_seqlens_q,
-                                 const m3::Array* seq_lens, const m3::Array* out,
-                                 int64_t num_local, int64_t num_init, int64_t threads,
-                                 int64_t work_per_thread, int64_t* bad) {
+                                 const m3::Array* scales, const m3::Array* page_table,
+                                 const m3::Array* cu_seqlens_q, const m3::Array* seq_lens,
+                                 const m3::Array* out, int64_t num_local, int64_t num_init,
+                                 int64_t threads, int64_t work_per_thread, int64_t* bad) {
   try {
     const m3::Batch batch{*page_table, *cu_seqlens_q, *seq_lens};
     const m3::Team team{threads, work_per_thread};
