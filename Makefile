@@ -56,7 +56,7 @@ $(VLLM_VENV)/.ready: constraints/vllm-$(VLLM).txt pyproject.toml
 	$(BIN)/python $(PIP) install --quiet --constraint $< --no-build-isolation --group dev --editable .
 	# both are CUDA builds here, cannot be loaded beside CPU torch, and end transformers' import
 	$(BIN)/python $(PIP) uninstall --quiet --yes torchaudio torchcodec
-	$(BIN)/python -m m3_plugin.torchvision_ops --install
+	$(BIN)/python -m m3_plugin.host.torchvision_ops --install
 	touch $@
 
 # SGLang declares its CUDA libraries as requirements, which a CPU does not need: the file lists all
@@ -67,7 +67,7 @@ $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 	$(SGLANG_BIN)/python $(PIP) install --quiet --upgrade "pip>=25.1"
 	$(SGLANG_BIN)/python $(PIP) install --quiet --no-deps --requirement $<
 	$(SGLANG_BIN)/python $(PIP) install --quiet --no-deps --no-build-isolation --editable .
-	$(SGLANG_BIN)/python -m m3_plugin.torchvision_ops --install
+	$(SGLANG_BIN)/python -m m3_plugin.host.torchvision_ops --install
 	touch $@
 
 $(OLDER_TRITON)/.ready: $(VLLM_VENV)/.ready

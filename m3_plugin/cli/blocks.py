@@ -16,7 +16,7 @@ from rich.text import Text
 from m3_plugin.cli.outputs import JsonOption, PlotOption
 
 if TYPE_CHECKING:
-    from m3_plugin.selection.summary import LayerSummary, Summary
+    from m3_plugin.cli.blocks_summary import LayerSummary, Summary
 
 
 class Phase(StrEnum):
@@ -36,7 +36,7 @@ def blocks(
     plot: PlotOption = None,
 ) -> None:
     """Heat map of layers against context, share of local and early blocks, overlaps, unions."""
-    from m3_plugin.selection.summary import NoRecords, summarise
+    from m3_plugin.cli.blocks_summary import NoRecords, summarise
 
     try:
         with Console(stderr=True).status(Text(f"reading {folder}")):

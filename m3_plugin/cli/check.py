@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from m3_kernels.testing.cases import Case
-    from m3_plugin.backends import KernelChoice
-    from m3_plugin.verification import Finding
+    from m3_plugin.attention.backends import KernelChoice
+    from m3_plugin.attention.self_test import Finding
 
 # Contexts a CPU test has no time for: selection among hundreds of blocks, offsets beyond 2**31
 # bytes, a ragged batch, and a chunk of a long prompt.
@@ -155,7 +155,7 @@ def _families(device_type: str, requested: str | None) -> list[KernelChoice]:
     import torch
 
     from m3_kernels import kernel_families
-    from m3_plugin.backends import KernelChoice, NoKernelError
+    from m3_plugin.attention.backends import KernelChoice, NoKernelError
 
     if device_type == "cuda" and not torch.cuda.is_available():
         raise LookupError(
@@ -182,7 +182,7 @@ def flashinfer_choice(arch: int | None) -> tuple[KernelChoice | None, str | None
     arch : compute capability as major * 10 + minor; None on a CPU
     """
     from m3_kernels.sparse_attention import flashinfer_refusal
-    from m3_plugin.backends import KernelChoice
+    from m3_plugin.attention.backends import KernelChoice
 
     if arch is None:
         return None, "it needs a GPU"
@@ -207,7 +207,7 @@ def prefill_cases() -> list[Case]:
     import torch
 
     from m3_kernels.testing.cases import production_cases
-    from m3_plugin.verification import PREFILL_PAGES
+    from m3_plugin.attention.self_test import PREFILL_PAGES
 
     steps = {
         "long-prefill": LONG_STEPS["long-prefill"],
@@ -277,7 +277,7 @@ def fp8_cases(arch: int) -> list[Case]:
     """fp8 caches that a chip reads: K and V alone, and with index keys of 8 bits."""
     import torch
 
-    from m3_plugin.backends import E4M3_ARCH
+    from m3_plugin.attention.backends import E4M3_ARCH
 
     e4m3 = torch.float8_e4m3fn
     caches = {
@@ -299,7 +299,7 @@ def _run(
     import torch
 
     from m3_kernels.testing.interpreter import interpreted
-    from m3_plugin.verification import Finding, phase_of, verify_case
+    from m3_plugin.attention.self_test import Finding, phase_of, verify_case
 
     result = CaseResult(
         family=kernels.name,

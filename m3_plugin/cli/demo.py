@@ -26,7 +26,7 @@ from rich.table import Table
 
 from m3_plugin.cli.host_metrics import exposition, settled, total
 from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, host_to_start
-from m3_plugin.serving import ServerFailed, ServerProcess, free_port
+from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
 
 
 @dataclass(frozen=True)

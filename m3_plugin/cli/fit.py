@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from m3_plugin.capacity import CacheDType
-    from m3_plugin.sizing import Fit, Weights
+    from m3_plugin.sizing.cache_bytes import CacheDType
+    from m3_plugin.sizing.fit import Fit, Weights
 
 CPU = "CPU"
 # What fp8 and fp4 caches would give, beside the requested pair.
@@ -92,7 +92,7 @@ def fit_command(
 
     Computed, not measured: --reserve and --utilization are allowances.
     """
-    from m3_plugin.released import ModelNotFound
+    from m3_plugin.model.released import ModelNotFound
 
     try:
         machine = _machine(
@@ -130,10 +130,10 @@ def size(
     ------
     ModelNotFound, ValueError : no such model, or one that cannot be served or sized.
     """
-    from m3_plugin.config import M3Config
+    from m3_plugin.model.config import M3Config
+    from m3_plugin.model.released import find_model
     from m3_plugin.quantization.chips import how_weights_run
-    from m3_plugin.released import find_model
-    from m3_plugin.sizing import fit, weight_bytes
+    from m3_plugin.sizing.fit import fit, weight_bytes
 
     source = find_model(model)
     config = M3Config.from_hf(source.config)
@@ -255,7 +255,7 @@ def _fit_dict(fit: Fit) -> dict[str, Any]:
 def _machine(
     gpu: str, gpu_memory: float | None, *, tp_size: int, utilization: float, reserve: int
 ) -> Machine:
-    from m3_plugin.released import find_gpu
+    from m3_plugin.model.released import find_gpu
 
     arch = None
     if gpu_memory is not None:
@@ -281,7 +281,7 @@ def _machine(
 
 
 def _cache_dtype(value: str, option: str) -> CacheDType:
-    from m3_plugin.capacity import CacheDType
+    from m3_plugin.sizing.cache_bytes import CacheDType
 
     aliases = {"auto": "bf16", "bfloat16": "bf16", "fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}
     dtype = aliases.get(value, value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from m3_plugin.diagnosis import Report
 from m3_plugin.diagnosis.hosts import HOSTS as ENTRIES
 from m3_plugin.diagnosis.hosts import examine_allow_list, examine_settings, installed_version
-from m3_plugin.serving import sglang_command, vllm_command
+from m3_plugin.host.serving import sglang_command, vllm_command
 
 MODEL_NAME = "minimax-m3-constructed"
 MAX_MODEL_LEN = 32768

@@ -72,7 +72,7 @@ def _triton() -> dict[str, Any]:
 
 def _kernels(device_type: str, *, is_there: bool) -> dict[str, Any]:
     from m3_kernels import kernel_families
-    from m3_plugin.backends import NoKernelError, choose_kernels
+    from m3_plugin.attention.backends import NoKernelError, choose_kernels
     from m3_plugin.settings import Settings
 
     found: dict[str, Any] = {
@@ -202,16 +202,16 @@ def self_test(device_type: str) -> str:
     """
     import torch
 
-    from m3_plugin import verification
-    from m3_plugin.backends import choose_kernels
-    from m3_plugin.config import M3Config
-    from m3_plugin.released import released_config
+    from m3_plugin.attention import self_test
+    from m3_plugin.attention.backends import choose_kernels
+    from m3_plugin.model.config import M3Config
+    from m3_plugin.model.released import released_config
     from m3_plugin.settings import Settings
 
     config = M3Config.from_hf(released_config())
     assert config.msa is not None
     kernels = choose_kernels(device_type, Settings.from_environment().kernels)
-    findings = verification.self_test(
+    findings = self_test.self_test(
         config.msa,
         kernels=kernels,
         num_q_heads=config.num_attention_heads // config.num_key_value_heads,
@@ -221,7 +221,7 @@ def self_test(device_type: str) -> str:
         dtype=torch.bfloat16,
         device=torch.device(device_type),
     )
-    verification.require_right(findings, kernels=kernels, device=device_type)
+    self_test.require_right(findings, kernels=kernels, device=device_type)
     worst = max((f.error or 0.0) / f.allowed for f in findings if f.allowed)
     return f"{len(findings)} comparisons with the oracle, largest error {worst:.0%} of the allowed"
 

@@ -6,15 +6,15 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from m3_plugin.checkpoint import is_mtp_tensor
-from m3_plugin.config import M3Config
+from m3_plugin.checkpoint.headers import TensorHeader, read_checkpoint
+from m3_plugin.checkpoint.names import is_mtp_tensor
+from m3_plugin.checkpoint.plan import plan_weights
 from m3_plugin.diagnosis.findings import Report
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.released import ModelNotFound, ModelSource, find_model, released_config
 from m3_plugin.quantization.dialects import is_index_projection
 from m3_plugin.quantization.formats import FLOAT_DTYPES
-from m3_plugin.quantization.plan import plan_weights
-from m3_plugin.released import ModelNotFound, ModelSource, find_model, released_config
 from m3_plugin.settings import Settings
-from m3_plugin.shards import TensorHeader, read_checkpoint
 
 SECTION = "model"
 

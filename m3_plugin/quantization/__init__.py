@@ -1,5 +1,5 @@
-"""Quantised checkpoints: what their configs say, what their files hold, and back to numbers.
+"""Quantised checkpoints: what their configs say, how weights are stored, and back to numbers.
 
 `dialects` reads a config, `formats` describes stored weights, `codecs` turns them into numbers,
-`stream` does so while a host loads, `plan` compares config and files before memory is spent.
+`chips` says who runs what. What a host loads is `m3_plugin.checkpoint`.
 """

@@ -2,7 +2,7 @@
 
 transformers knows M3's decoder layer but no MTP module. So module i is written as a checkpoint of
 one layer whose final norm is the module's, which transformers loads as any M3; what goes in front
-of it is computed here, in a few lines that share no code with `m3_plugin.mtp`.
+of it is computed here, in a few lines that share no code with `m3_plugin.model.mtp`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from m3_plugin.checkpoint import MTP_PREFIX, TEXT_PREFIX, is_mtp_tensor
+from m3_plugin.checkpoint.names import MTP_PREFIX, TEXT_PREFIX, is_mtp_tensor
 from m3_plugin.quantization.formats import (
     MX_GROUP,
     NVFP4_GROUP,

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3_plugin.checkpoint import TEXT_PREFIX
-from m3_plugin.config import M3Config
-from m3_plugin.quantization.stream import Dequantiser
+from m3_plugin.checkpoint.names import TEXT_PREFIX
+from m3_plugin.checkpoint.stream import Dequantiser
+from m3_plugin.model.config import M3Config
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m3_plugin.torchvision_ops import declare_missing_ops
+from m3_plugin.host.torchvision_ops import declare_missing_ops
 from tests.integrations.quantised import QuantisedCheckpoints
 
 declare_missing_ops()

@@ -15,10 +15,10 @@ from openai import OpenAI
 from typer.testing import CliRunner, Result
 
 from m3_plugin import __version__
+from m3_plugin.attention.recorder import FILE_PATTERN
 from m3_plugin.cli import app
-from m3_plugin.selection.recorder import FILE_PATTERN
-from m3_plugin.selection.summary import summarise
-from m3_plugin.serving import ServerProcess
+from m3_plugin.cli.blocks_summary import summarise
+from m3_plugin.host.serving import ServerProcess
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations.server import MODEL
 

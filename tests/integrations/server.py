@@ -17,7 +17,7 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from m3_plugin.serving import ServerProcess
+from m3_plugin.host.serving import ServerProcess
 from m3_plugin.testing.prompts import colour_rgb, needle_prompt, picture_prompt
 
 MODEL = "m3"

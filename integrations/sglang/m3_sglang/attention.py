@@ -10,10 +10,9 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import Tensor, nn
 
-from m3_plugin.capacity import local_heads
-from m3_plugin.config import M3Config
-from m3_plugin.quantization.cache_scales import CacheScales
-from m3_plugin.session import HeadNorms
+from m3_plugin.attention.session import HeadNorms
+from m3_plugin.checkpoint.cache_scales import CacheScales
+from m3_plugin.model.config import M3Config, local_heads
 from m3_sglang.compat import (
     partition_shared_by,
     tensor_parallel_rank,

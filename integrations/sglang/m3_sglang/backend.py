@@ -15,9 +15,9 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from m3_kernels.index_pages import split_pages
-from m3_plugin.config import PAGED_BLOCK_SIZE
-from m3_plugin.presence import PluginRefusal, attestation
-from m3_plugin.session import MSACaches, MSAPlan
+from m3_plugin.attention.session import MSACaches, MSAPlan
+from m3_plugin.host.presence import PluginRefusal, attestation
+from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_plugin.settings import Settings
 from m3_sglang.attention import M3SparseAttention
 from m3_sglang.batch import UniformStep, msa_batch, uniform_step
@@ -69,7 +69,7 @@ def attested(backend: M3AttentionBackend, runner: Any) -> M3AttentionBackend:
         attestation(
             host="SGLang",
             host_version=sglang_version(),
-            kernels=backend.session.kernels,
+            kernels=backend.session.kernels.describe(),
             detail=f"{'drafting for' if runner.is_draft_worker else 'serving'} MiniMax-M3 with "
             f"{sparse} MSA and {backend.config.num_hidden_layers - sparse} dense attention layers "
             f"in this process, dense ones on {type(backend.dense).__name__}",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from m3_plugin.batch import MSABatch
-from m3_plugin.config import PAGED_BLOCK_SIZE
+from m3_plugin.attention.batch import MSABatch
+from m3_plugin.model.config import PAGED_BLOCK_SIZE
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

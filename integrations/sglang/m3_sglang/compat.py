@@ -7,9 +7,9 @@ from typing import Any
 
 from packaging.version import Version
 
-from m3_plugin.config import M3Config
-from m3_plugin.mtp import mtp_config
-from m3_plugin.presence import TestedWindow
+from m3_plugin.host.presence import TestedWindow
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.mtp import mtp_config
 
 _ORIGINAL_HEADS = {
     "num_attention_heads": "original_num_attention_heads",

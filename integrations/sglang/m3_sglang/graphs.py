@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3_plugin.batch import MSABatch
-from m3_plugin.config import PAGED_BLOCK_SIZE
+from m3_plugin.attention.batch import MSABatch
+from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_sglang.batch import UniformStep, uniform_starts
 
 

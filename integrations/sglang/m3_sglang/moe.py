@@ -19,15 +19,15 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch import Tensor, nn
 
-from m3_plugin.config import M3Config
-from m3_plugin.experts import (
+from m3_plugin.checkpoint.loading import interleave_gate_up
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.experts import (
     PROBE_MAGNITUDES,
     PROOF_TOLERANCE,
     probe_token,
     require_clamped,
     routed_output,
 )
-from m3_plugin.loading import interleave_gate_up
 from m3_sglang.compat import tensor_parallel_size
 from m3_sglang.quantization import Mxfp8ExpertsMethod
 

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from m3_plugin.config import PAGED_BLOCK_SIZE
-from m3_plugin.mtp import require_mtp_modules
-from m3_plugin.shards import read_checkpoint
+from m3_plugin.checkpoint.headers import read_checkpoint
+from m3_plugin.checkpoint.names import require_mtp_modules
+from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_sglang.compat import needs_triton_on_cpu, sglang_version, speculation_is_tested
 
 BACKEND_NAME = "msa"

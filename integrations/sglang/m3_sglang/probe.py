@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3_plugin.config import PAGED_BLOCK_SIZE
 from m3_plugin.diagnosis.child import answer
+from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_sglang.compat import SGLANG_WINDOW, device_type, sglang_version
 
 

@@ -28,7 +28,7 @@ from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
 from m3_kernels.mxfp8_linear import mxfp8_linear
-from m3_plugin.checkpoint import TEXT_PREFIX
+from m3_plugin.checkpoint.names import TEXT_PREFIX
 from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
 from m3_plugin.quantization.dialects import Quantization, read_quantization
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8

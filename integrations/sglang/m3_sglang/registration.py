@@ -10,9 +10,9 @@ from functools import cache
 from typing import Any
 
 from m3_kernels.index_pages import bytes_per_token
-from m3_plugin.backends import choose_kernels
-from m3_plugin.presence import PluginRefusal, absence, attestation, require_tested
-from m3_plugin.released import misnamed_model
+from m3_plugin.attention.backends import choose_kernels
+from m3_plugin.host.presence import PluginRefusal, absence, attestation, require_tested
+from m3_plugin.model.released import misnamed_model
 from m3_plugin.settings import Settings
 from m3_sglang.compat import (
     SGLANG_WINDOW,
@@ -68,7 +68,7 @@ def register_with_sglang() -> None:
         attestation(
             host="SGLang",
             host_version=sglang_version(),
-            kernels=kernels,
+            kernels=kernels.describe(),
             detail=f"registered {', '.join(ARCHITECTURES)}",
         )
     )

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3_plugin.config import M3Config
-from m3_plugin.rope import RowAngles
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.rope import RowAngles
 
 
 class PlainRotaryEmbedding(nn.Module):

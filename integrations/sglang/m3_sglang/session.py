@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from m3_plugin.assembly import make_session
-from m3_plugin.batch import StepCapacity
-from m3_plugin.config import M3Config
-from m3_plugin.session import MSASession
+from m3_plugin.attention.assembly import make_session
+from m3_plugin.attention.batch import StepCapacity
+from m3_plugin.attention.session import MSASession
+from m3_plugin.model.config import M3Config
 from m3_sglang.compat import tensor_parallel_size
 
 

@@ -1,4 +1,4 @@
-"""SGLang's names for what the checkpoint holds; the loading itself is `m3_plugin.loading`."""
+"""SGLang's names for what the checkpoint holds; `m3_plugin.checkpoint.loading` loads it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
-from m3_plugin.checkpoint import MTP_PREFIX, is_mtp_tensor, mtp_modules, text_modules
-from m3_plugin.config import M3Config
-from m3_plugin.loading import Shard, WeightLoader, chosen_dequantiser
+from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_dequantiser
+from m3_plugin.checkpoint.names import MTP_PREFIX, is_mtp_tensor, mtp_modules, text_modules
+from m3_plugin.model.config import M3Config
 
 FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
@@ -40,7 +40,7 @@ def mtp_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
     Parameters
     ----------
     model : our draft model
-    config : the module as a model of its own (`m3_plugin.mtp.mtp_config`)
+    config : the module as a model of its own (`m3_plugin.model.mtp.mtp_config`)
     """
     return _weight_loader(
         model,

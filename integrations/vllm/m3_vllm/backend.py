@@ -17,9 +17,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from m3_plugin.batch import MSABatch
-from m3_plugin.config import PAGED_BLOCK_SIZE
-from m3_plugin.session import MSAPlan
+from m3_plugin.attention.batch import MSABatch
+from m3_plugin.attention.session import MSAPlan
+from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_vllm.compat import device_type
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from m3_plugin.presence import TestedWindow
+from m3_plugin.host.presence import TestedWindow
 
 VLLM_WINDOW = TestedWindow(package="vllm", minimum="0.31", below="0.34")
 

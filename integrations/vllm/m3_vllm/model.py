@@ -47,25 +47,24 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from m3_plugin.capacity import local_heads
-from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES, is_mtp_tensor
-from m3_plugin.config import M3Config
-from m3_plugin.loading import WeightLoader, plan_before_loading, require_expert_bytes
-from m3_plugin.presence import attestation
-from m3_plugin.quantization.cache_scales import CacheScales
-from m3_plugin.quantization.plan import WeightPlan
-from m3_plugin.rope import RowAngles
-from m3_plugin.session import HeadNorms, MSASession
-from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
-from m3_vllm.attention import M3SparseCacheLayer
+from m3_plugin.attention.session import HeadNorms, MSASession
+from m3_plugin.checkpoint.cache_scales import CacheScales
+from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
+from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, is_mtp_tensor
+from m3_plugin.checkpoint.plan import WeightPlan
+from m3_plugin.host.presence import attestation
+from m3_plugin.model.config import M3Config, local_heads
+from m3_plugin.model.rope import RowAngles
+from m3_plugin.model.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
+from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.compat import vllm_version
-from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
-from m3_vllm.multimodal import (
+from m3_vllm.media import (
     M3DummyInputsBuilder,
     M3MultiModalMixin,
     M3MultiModalProcessor,
     M3ProcessingInfo,
 )
+from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import prepare_speculation, require_aux_layers
 from m3_vllm.weights import fused_projections, text_weight_loader
@@ -89,7 +88,7 @@ def read_plan(
     ----------
     vllm_config : says how to load
     model_config : of the target, or of the draft
-    config : what it says of the weights (`m3_plugin.mtp.mtp_config` of a draft)
+    config : what it says of the weights (`m3_plugin.model.mtp.mtp_config` of a draft)
     draft : whether MTP modules are to be loaded
     """
     if vllm_config.load_config.load_format == "dummy":
@@ -537,7 +536,7 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
             attestation(
                 host="vLLM",
                 host_version=vllm_version(),
-                kernels=session.kernels,
+                kernels=session.kernels.describe(),
                 detail=f"serving MiniMax-M3 with {sparse} MSA and {len(stage) - sparse} dense "
                 "attention layers in this process",
             ),

@@ -16,9 +16,9 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from m3_plugin.config import M3Config
-from m3_plugin.experts import PROBE_MAGNITUDES, probe_token, require_clamped
-from m3_plugin.loading import interleave_gate_up
+from m3_plugin.checkpoint.loading import interleave_gate_up
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.experts import PROBE_MAGNITUDES, probe_token, require_clamped
 from m3_vllm.compat import device_type
 
 logger = init_logger("vllm.m3_plugin.moe")
@@ -161,7 +161,7 @@ class ClampProbe(nn.Module):
 
     Kernels have lost the clamp before (garbled output on quantised checkpoints). One token at
     several magnitudes tells, whatever backend vLLM picked, however the weights are quantised or
-    sharded, and without a reference (`m3_plugin.experts.grows_unclamped`).
+    sharded, and without a reference (`m3_plugin.model.experts.grows_unclamped`).
 
     Attached as the last module of the model: vLLM calls each module's
     `quant_method.process_weights_after_loading` in order, so this one runs after every expert

@@ -21,12 +21,12 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.utils import _merge_multimodal_embeddings, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from m3_plugin.checkpoint import TEXT_PREFIX, layer_prefixes
-from m3_plugin.config import M3Config
-from m3_plugin.mtp import mtp_config, mtp_input, require_mtp_modules
-from m3_plugin.quantization.plan import WeightPlan
-from m3_plugin.rope import RowAngles
-from m3_plugin.session import MSASession
+from m3_plugin.attention.session import MSASession
+from m3_plugin.checkpoint.names import TEXT_PREFIX, layer_prefixes, require_mtp_modules
+from m3_plugin.checkpoint.plan import WeightPlan
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.mtp import mtp_config, mtp_input
+from m3_plugin.model.rope import RowAngles
 from m3_vllm.model import M3DecoderLayer, M3ForCausalLM, read_plan, require_planned
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import count_draft_modules

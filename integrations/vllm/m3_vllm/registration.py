@@ -9,9 +9,9 @@ from functools import cache
 from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 
-from m3_plugin.backends import choose_kernels
-from m3_plugin.presence import absence, attestation, require_tested
-from m3_plugin.released import misnamed_model
+from m3_plugin.attention.backends import choose_kernels
+from m3_plugin.host.presence import absence, attestation, require_tested
+from m3_plugin.model.released import misnamed_model
 from m3_plugin.settings import Settings
 from m3_vllm.compat import VLLM_WINDOW, device_type, vllm_version
 
@@ -61,7 +61,7 @@ def register_with_vllm() -> None:
         attestation(
             host="vLLM",
             host_version=vllm_version(),
-            kernels=kernels,
+            kernels=kernels.describe(),
             detail=f"registered {', '.join(ARCHITECTURES)}",
         )
     )

@@ -6,11 +6,11 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
-from m3_plugin.assembly import make_session
-from m3_plugin.batch import StepCapacity
-from m3_plugin.config import M3Config
-from m3_plugin.session import MSASession
-from m3_vllm.attention import cache_dtype, index_dtype
+from m3_plugin.attention.assembly import make_session
+from m3_plugin.attention.batch import StepCapacity
+from m3_plugin.attention.session import MSASession
+from m3_plugin.model.config import M3Config
+from m3_vllm.caches import cache_dtype, index_dtype
 from m3_vllm.compat import device_type
 
 ATTENTION_OP = "vllm::m3_msa_attention"

@@ -7,9 +7,9 @@ from typing import Any
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from m3_plugin.config import PAGED_BLOCK_SIZE
-from m3_plugin.mtp import require_mtp_modules
-from m3_vllm import sampling_on_cpu
+from m3_plugin.checkpoint.names import require_mtp_modules
+from m3_plugin.model.config import PAGED_BLOCK_SIZE
+from m3_vllm import cpu_repairs
 from m3_vllm.compat import device_type
 
 
@@ -42,7 +42,7 @@ def prepare_speculation(vllm_config: VllmConfig) -> None:
     """
     require_speculation(vllm_config)
     if vllm_config.speculative_config is not None and device_type() == "cpu":
-        sampling_on_cpu.put_right()
+        cpu_repairs.put_right()
 
 
 def require_speculation(vllm_config: VllmConfig) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's names for what the checkpoint holds; the loading itself is `m3_plugin.loading`."""
+"""vLLM's names for what the checkpoint holds; `m3_plugin.checkpoint.loading` loads it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from m3_plugin.checkpoint import EMBEDDING, is_mtp_tensor, layer_of, mtp_modules, text_modules
-from m3_plugin.config import M3Config
-from m3_plugin.loading import Shard, WeightLoader, chosen_dequantiser
-from m3_plugin.quantization.plan import index_is_alike
+from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_dequantiser
+from m3_plugin.checkpoint.names import EMBEDDING, is_mtp_tensor, layer_of, mtp_modules, text_modules
+from m3_plugin.checkpoint.plan import index_is_alike
+from m3_plugin.model.config import M3Config
 from m3_plugin.settings import Settings
 
 _FUSED: dict[str, tuple[str, Shard]] = {
@@ -37,7 +37,7 @@ def fused_projections(config: M3Config, *, draft: bool = False) -> dict[str, tup
 
     Parameters
     ----------
-    config : the target, or the draft as a model of its own (`m3_plugin.mtp.mtp_config`)
+    config : the target, or the draft as a model of its own (`m3_plugin.model.mtp.mtp_config`)
     draft : whether it is the draft, which may be stored otherwise
     """
     dequantise = Settings.from_environment().dequantize
@@ -85,7 +85,7 @@ def mtp_weight_loader(model: nn.Module, *, config: M3Config, embedding: bool) ->
     Parameters
     ----------
     model : our draft model
-    config : the draft as a model of its own (`m3_plugin.mtp.mtp_config`)
+    config : the draft as a model of its own (`m3_plugin.model.mtp.mtp_config`)
     embedding : whether the draft holds an embedding of its own, as on a later pipeline stage
     """
     expected = mtp_modules(config, num_modules=config.num_mtp_modules)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from m3_plugin.session import MSASession, MSAStatistics
-from m3_vllm.attention import M3IndexCache
+from m3_plugin.attention.session import MSASession, MSAStatistics
+from m3_vllm.caches import M3IndexCache
 
 
 class M3WorkerExtension:

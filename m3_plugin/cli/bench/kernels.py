@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from m3_kernels.testing.timing import Timing
-    from m3_plugin.backends import KernelChoice
+    from m3_plugin.attention.backends import KernelChoice
     from m3_plugin.cli.bench.clocks import Clock
     from m3_plugin.cli.bench.layer import Layer, Method
 
@@ -180,7 +180,7 @@ def bench_kernels(
         )
         raise typer.Exit(2)
 
-    from m3_plugin.backends import choose_kernels
+    from m3_plugin.attention.backends import choose_kernels
     from m3_plugin.cli.bench.clocks import GraphClock, copy_bandwidth, matmul_throughput
 
     device, dtype, clock = torch.device("cuda"), torch.bfloat16, GraphClock()

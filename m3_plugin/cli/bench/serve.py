@@ -41,8 +41,8 @@ from m3_plugin.cli.hosts import (
     installed_host,
 )
 from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
-from m3_plugin.released import misnamed_model
-from m3_plugin.serving import ServerFailed, ServerProcess, free_port, terminate_as_exit
+from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, terminate_as_exit
+from m3_plugin.model.released import misnamed_model
 
 # The `vllm` script looks up a distribution of that name, which the CPU build does not have.
 _VLLM_CLIENT = (

@@ -21,7 +21,7 @@ from m3_plugin.cli.bench.report import numbers, progress_bar
 from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, Haystack, TextHaystack
 from m3_plugin.cli.hosts import host_to_start, require_libraries
 from m3_plugin.cli.outputs import PlotOption, in_a_folder
-from m3_plugin.serving import ServerFailed, ServerProcess, free_port
+from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
 
 
 class Needles(StrEnum):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint import TEXT_PREFIX
+from m3_plugin.checkpoint.names import TEXT_PREFIX
 
 SUFFIXES = ("weight", "weight_scale_inv")
 

@@ -122,9 +122,9 @@ def graph_backend(*, max_bs: int, max_rows: int) -> Any:
     """Our backend around a dense one that needs nothing, with buffers for graphs."""
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-    from m3_plugin.backends import choose_kernels
-    from m3_plugin.config import MSAConfig
-    from m3_plugin.session import MSASession
+    from m3_plugin.attention.backends import choose_kernels
+    from m3_plugin.attention.session import MSASession
+    from m3_plugin.model.config import MSAConfig
     from m3_sglang.backend import M3AttentionBackend
 
     class Dense(AttentionBackend):
@@ -206,8 +206,8 @@ def test_a_graph_smaller_than_the_buffers_and_a_padded_request() -> None:
 
 def test_a_layer_turns_by_the_angles_beside_its_index_queries() -> None:
     """Norms are those of the layer at the time of the call; angles past the rows are left alone."""
-    from m3_plugin.rope import RowAngles
-    from m3_plugin.session import HeadNorms, MSACaches
+    from m3_plugin.attention.session import HeadNorms, MSACaches
+    from m3_plugin.model.rope import RowAngles
 
     random = torch.Generator().manual_seed(0)
 
@@ -365,7 +365,7 @@ def test_a_draft_is_configured_as_one_sparse_layer_with_index_keys() -> None:
 
 
 def test_drafting_rounds_in_a_graph_equal_eager_ones() -> None:
-    from m3_sglang.drafting import M3DraftBackends
+    from m3_sglang.speculation import M3DraftBackends
 
     backends = object.__new__(M3DraftBackends)
     backends.num_steps = 3
@@ -408,7 +408,7 @@ def test_torch_native_attention_is_given_lengths_it_knows() -> None:
 
 def test_fp8_pages_and_scales_of_sglang_s_pool() -> None:
     """As the pool gives them out: K and V as fp8, index keys in the model's dtype."""
-    from m3_plugin.quantization.cache_scales import CacheScales
+    from m3_plugin.checkpoint.cache_scales import CacheScales
     from m3_sglang.backend import M3AttentionBackend
     from m3_sglang.options import require_served
 

@@ -44,7 +44,7 @@ def test_a_wrong_expert_kernel_is_refused_at_start(
         "    return lambda **given: factory(**{**given, **options})\n"
         "class Break(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'm3_sglang.text':\n"
+        "        if name == 'm3_sglang.model':\n"
         "            import m3_sglang.moe as moe\n"
         f"            {sabotage}\n"
         "sys.meta_path.insert(0, Break())\n"

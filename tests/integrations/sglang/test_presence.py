@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m3_plugin.serving import ServerFailed, ServerProcess, free_port, sglang_command
+from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, sglang_command
 from tests.integrations.sglang.engine import ENVIRONMENT
 from tests.integrations.sglang.test_server import OPTIONS
 

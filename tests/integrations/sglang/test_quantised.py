@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m3_plugin.experts import expert_output
+from m3_plugin.model.experts import expert_output
 from m3_plugin.quantization.chips import LEAST_CAPABILITY, WEIGHT_ONLY_MXFP8
 from m3_plugin.testing.prompts import needle_prompt
 from m3_plugin.testing.quantised import RECIPES, QuantName

@@ -11,7 +11,7 @@ import pytest
 import sglang
 from openai import OpenAI
 
-from m3_plugin.serving import ServerProcess, free_port, sglang_command
+from m3_plugin.host.serving import ServerProcess, free_port, sglang_command
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations.insight import InsightCases, insight_environment
 from tests.integrations.parsers import SpokenCases

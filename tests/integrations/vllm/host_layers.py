@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
-from m3_plugin.config import M3Config
+from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.host.torchvision_ops import declare_missing_ops
+from m3_plugin.model.config import M3Config
 from m3_plugin.quantization.codecs import dequantise
 from m3_plugin.quantization.formats import Mxfp8, Nvfp4, Plain, WeightFormat
-from m3_plugin.torchvision_ops import declare_missing_ops
 
 
 def without_kernels() -> None:
@@ -105,7 +105,7 @@ def compare(model: nn.Module, config: M3Config, reference: dict[str, Tensor]) ->
 
 def cache_scales(model: nn.Module) -> dict[str, dict[str, list[float]]]:
     """Per attention layer with scales of an fp8 cache: what K and V are multiplied with."""
-    from m3_vllm.attention import M3SparseCacheLayer
+    from m3_vllm.caches import M3SparseCacheLayer
 
     report = {}
     for name, module in model.named_modules():

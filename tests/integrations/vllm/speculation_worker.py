@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from m3_vllm.attention import M3SparseCacheLayer
+from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.worker import M3WorkerExtension
 
 

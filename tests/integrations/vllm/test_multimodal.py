@@ -55,7 +55,7 @@ def tokenizer(model_config):
 def processor(model_config, tokenizer):
     from vllm.multimodal.processing.context import InputProcessingContext
 
-    from m3_vllm.multimodal import M3DummyInputsBuilder, M3MultiModalProcessor, M3ProcessingInfo
+    from m3_vllm.media import M3DummyInputsBuilder, M3MultiModalProcessor, M3ProcessingInfo
 
     info = M3ProcessingInfo(InputProcessingContext(model_config, tokenizer))
     return M3MultiModalProcessor(info, M3DummyInputsBuilder(info))
@@ -101,7 +101,7 @@ def _process(processor, text: str, data: Mapping[str, Any], *, cache=None, **kwa
 
 
 def _segments(grids: list[list[int]]) -> list[tuple[int, int, int]]:
-    from m3_plugin.vision import split_segments
+    from m3_plugin.model.vision import split_segments
 
     return split_segments(grids, segment_patches=4)
 
@@ -331,7 +331,7 @@ def test_sampling_in_the_processor_is_refused(processor) -> None:
 
 
 def test_audio_is_refused_with_the_reason(processor) -> None:
-    from m3_vllm.multimodal import M3MultiModalMixin
+    from m3_vllm.media import M3MultiModalMixin
 
     info = processor.info
     assert dict(info.get_supported_mm_limits()) == {"image": None, "video": None}
@@ -361,7 +361,7 @@ def test_no_image_has_more_tokens_than_announced(
         MiniMaxM3VLImageProcessor,
     )
 
-    from m3_vllm.multimodal import PatchGeometry
+    from m3_vllm.media import PatchGeometry
 
     processor = MiniMaxM3VLImageProcessor(
         size={"shortest_edge": bounds[0], "longest_edge": bounds[1]}
@@ -422,7 +422,7 @@ def test_a_long_video_is_thinned_out() -> None:
 
 
 def _sampled(total: int, source_fps: float, fps: float) -> list[int]:
-    from m3_vllm.multimodal import M3VideoLoader
+    from m3_vllm.media import M3VideoLoader
 
     source = SimpleNamespace(total_frames_num=total, original_fps=source_fps)
     target = SimpleNamespace(num_frames=32, fps=fps)
@@ -457,8 +457,8 @@ def test_a_video_file_reaches_the_prompt(
 
 
 def test_embeddings_come_per_item_in_the_order_of_the_keywords() -> None:
-    from m3_plugin.vision import M3Vision, VisionConfig
-    from m3_vllm.multimodal import M3MultiModalMixin
+    from m3_plugin.model.vision import M3Vision, VisionConfig
+    from m3_vllm.media import M3MultiModalMixin
 
     class Model(torch.nn.Module, M3MultiModalMixin):
         def __init__(self) -> None:

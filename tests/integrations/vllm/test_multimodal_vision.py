@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from m3_plugin.model.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig, split_segments
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig, split_segments
 
 pytestmark = pytest.mark.vllm
 
@@ -158,7 +158,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers(
 
 
 def test_rotation_is_applied_in_fp32(config: VisionConfig) -> None:
-    from m3_plugin.vision import _rotate
+    from m3_plugin.model.vision import _rotate
 
     generator = torch.Generator().manual_seed(0)
     angles = torch.rand(200, 1, config.head_dim // 6 * 3, generator=generator) * 200

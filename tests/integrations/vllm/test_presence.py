@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m3_plugin.serving import ServerFailed, ServerProcess, free_port, vllm_command
+from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, vllm_command
 from tests.integrations.vllm.engine import ENVIRONMENT
 
 LOAD = """

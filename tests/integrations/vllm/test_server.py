@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 from packaging.version import Version
 
-from m3_plugin.serving import ServerProcess, free_port, vllm_command
+from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from m3_vllm.compat import vllm_version
 from tests.integrations.insight import InsightCases, insight_environment
 from tests.integrations.parser_corpus import Case

@@ -17,15 +17,15 @@ from vllm.config import (
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
-from m3_plugin.backends import choose_kernels
-from m3_plugin.batch import MSABatch
-from m3_plugin.config import M3Config
-from m3_plugin.quantization.cache_scales import CacheScales
-from m3_plugin.released import released_config
-from m3_plugin.rope import RowAngles
-from m3_plugin.session import HeadNorms, MSASession
-from m3_vllm.attention import M3SparseCacheLayer  # its module registers the op
+from m3_plugin.attention.backends import choose_kernels
+from m3_plugin.attention.batch import MSABatch
+from m3_plugin.attention.session import HeadNorms, MSASession
+from m3_plugin.checkpoint.cache_scales import CacheScales
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.released import released_config
+from m3_plugin.model.rope import RowAngles
 from m3_vllm.backend import M3IndexMetadata, M3Metadata
+from m3_vllm.caches import M3SparseCacheLayer  # its module registers the op
 from m3_vllm.session import (
     ATTENTION_OP,
     keep_attention_out_of_piecewise_graphs,

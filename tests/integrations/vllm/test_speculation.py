@@ -302,7 +302,7 @@ class TestErringModule:
     def test_sampling_keeps_the_distribution(self, erring: EngineProcess) -> None:
         """5,000 draws of three words against the exact probabilities of the model without drafts.
 
-        vLLM's own CPU build fails this (`m3_vllm.sampling_on_cpu`).
+        vLLM's own CPU build fails this (`m3_vllm.cpu_repairs`).
         """
         before = erring.speculation()
         outputs = erring.generate(

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from m3_kernels.sparse_attention import sparse_attention
 from m3_kernels.testing.cases import Case
-from m3_plugin import assembly, verification
-from m3_plugin import session as session_module
-from m3_plugin.backends import KernelChoice, NoKernelError
-from m3_plugin.config import MSAConfig
-from m3_plugin.verification import Finding, self_test, verify_case
-from m3_plugin.workspace import LayerShape
+from m3_plugin.attention import assembly
+from m3_plugin.attention import self_test as self_test_module
+from m3_plugin.attention import session as session_module
+from m3_plugin.attention.backends import KernelChoice, NoKernelError
+from m3_plugin.attention.self_test import Finding, self_test, verify_case
+from m3_plugin.attention.workspace import LayerShape
+from m3_plugin.model.config import MSAConfig
 
 CPU = torch.device("cpu")
 RULES = MSAConfig(
@@ -95,7 +96,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Prefill], list[int
 @pytest.fixture
 def one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the self-test."""
-    monkeypatch.setattr(verification, "PREFILL_PAGES", ("packed-slots",))
+    monkeypatch.setattr(self_test_module, "PREFILL_PAGES", ("packed-slots",))
 
 
 def the_self_test() -> tuple[Finding, ...]:
@@ -113,22 +114,22 @@ def the_self_test() -> tuple[Finding, ...]:
 
 @pytest.mark.parametrize(
     "layouts",
-    [("packed-slots",), pytest.param(verification.PREFILL_PAGES, marks=pytest.mark.extended)],
+    [("packed-slots",), pytest.param(self_test_module.PREFILL_PAGES, marks=pytest.mark.extended)],
     ids=["one-layout", "all-layouts"],
 )
 def test_it_serves_after_its_test(
     layouts: tuple[str, ...], standing_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "PREFILL_PAGES", layouts)
+    monkeypatch.setattr(self_test_module, "PREFILL_PAGES", layouts)
     calls = standing_in(oracle)
     findings: list[Finding] = []
-    judge = verification.require_right
+    judge = self_test_module.require_right
 
     def noted(found: tuple[Finding, ...], **kw: Any) -> None:
         findings.extend(found)
         judge(found, **kw)
 
-    monkeypatch.setattr(verification, "require_right", noted)
+    monkeypatch.setattr(self_test_module, "require_right", noted)
     choice = assembly.with_flashinfer(RULES, SHAPE, kernels=TRITON, device=CPU)
     assert choice.describe() == ("triton (best available on cuda; prefill attention by flashinfer)")
     assert not choice.forced
@@ -193,7 +194,7 @@ def test_a_test_that_did_not_try_it_proves_nothing(
     standing_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = standing_in(oracle)
-    monkeypatch.setattr(verification, "PREFILL_PAGES", ("planes",))
+    monkeypatch.setattr(self_test_module, "PREFILL_PAGES", ("planes",))
     choice = assembly.with_flashinfer(RULES, SHAPE, kernels=TRITON, device=CPU)
     assert calls == []
     assert choice.prefill is None

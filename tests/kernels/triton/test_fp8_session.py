@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from m3_kernels.testing.cases import Case
-from m3_plugin import session as session_module
-from m3_plugin.backends import KernelChoice
-from m3_plugin.verification import Finding, verify_case
+from m3_plugin.attention import session as session_module
+from m3_plugin.attention.backends import KernelChoice
+from m3_plugin.attention.self_test import Finding, verify_case
 
 # One row per kind of kernel, beyond the two blocks a row may read. The interpreter stands for a
 # chip of capability 8.0, which reads e5m2 only.

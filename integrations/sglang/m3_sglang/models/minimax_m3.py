@@ -16,9 +16,9 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint import TEXT_PREFIX, VISION_PREFIXES
-from m3_plugin.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
-from m3_sglang.text import M3CausalLM
+from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.model.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
+from m3_sglang.model import M3CausalLM
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

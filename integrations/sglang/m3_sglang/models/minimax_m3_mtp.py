@@ -13,14 +13,14 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint import TEXT_PREFIX, layer_prefixes
-from m3_plugin.config import M3Config
-from m3_plugin.loading import require_expert_bytes
-from m3_plugin.mtp import mtp_input, require_mtp_modules
-from m3_plugin.rope import RowAngles
+from m3_plugin.checkpoint.loading import require_expert_bytes
+from m3_plugin.checkpoint.names import TEXT_PREFIX, layer_prefixes, require_mtp_modules
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.mtp import mtp_input
+from m3_plugin.model.rope import RowAngles
 from m3_sglang.compat import read_draft_config, tensor_parallel_size
+from m3_sglang.model import M3CausalLM, M3DecoderLayer, read_plan, require_our_backend
 from m3_sglang.moe import activations_as_is
-from m3_sglang.text import M3CausalLM, M3DecoderLayer, read_plan, require_our_backend
 from m3_sglang.weights import mtp_weight_loader
 
 if TYPE_CHECKING:

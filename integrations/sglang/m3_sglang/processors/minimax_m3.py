@@ -27,7 +27,7 @@ from sglang.srt.multimodal.processors.base_processor import (
 from torch import Tensor
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
 
-from m3_plugin.metrics import count_refused_request
+from m3_plugin.host.metrics import count_refused_request
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
 MAX_FRAMES = 768

@@ -1,0 +1,315 @@
+"""Text model of MiniMax-M3, built from SGLang's public layers around our MSA attention."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from sglang.srt.layers.layernorm import GemmaRMSNorm
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from sglang.srt.runtime_context import get_spec
+from torch import Tensor, nn
+
+from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
+from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.checkpoint.plan import WeightPlan
+from m3_plugin.host.presence import PluginRefusal
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.rope import RowAngles
+from m3_sglang.attention import M3DenseAttention, M3SparseAttention
+from m3_sglang.backend import M3AttentionBackend
+from m3_sglang.compat import read_config, tensor_parallel_size
+from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
+from m3_sglang.rope import make_rope
+from m3_sglang.speculation import prepare_speculation
+from m3_sglang.weights import FUSED, text_weight_loader
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+logger = logging.getLogger(__name__)
+
+
+class M3DecoderLayer(nn.Module):
+    """Pre-norm layer: attention (dense or MSA), then MLP (dense or routed).
+
+    Parameters
+    ----------
+    rope : of dense layers (`make_rope`); None if the model has none
+    """
+
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        layer: int,
+        rope: nn.Module | None,
+        device_type: str,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        if config.sparse_layers[layer]:
+            self.self_attn: nn.Module = M3SparseAttention(
+                config, layer=layer, quant_config=quant_config, prefix=f"{prefix}.self_attn"
+            )
+        else:
+            assert rope is not None
+            self.self_attn = M3DenseAttention(
+                config,
+                layer=layer,
+                rope=rope,
+                quant_config=quant_config,
+                prefix=f"{prefix}.self_attn",
+            )
+        # the attribute carries the checkpoint's name, which quantisation ignore-lists refer to
+        self.feed_forward_name = "block_sparse_moe" if config.moe_layers[layer] else "mlp"
+        feed_forward_prefix = f"{prefix}.{self.feed_forward_name}"
+        if config.moe_layers[layer]:
+            self.block_sparse_moe = M3MoE(
+                config,
+                layer=layer,
+                device_type=device_type,
+                quant_config=quant_config,
+                prefix=feed_forward_prefix,
+            )
+        else:
+            self.mlp = M3MLP(
+                config,
+                intermediate_size=config.dense_intermediate_size,
+                quant_config=quant_config,
+                reduce_results=True,
+                prefix=feed_forward_prefix,
+            )
+        self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        positions: Tensor,
+        cos_sin: Tensor,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        forward_batch: ForwardBatch,
+    ) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] -> what the layer adds to the stream, and the stream before that.
+
+        Parameters
+        ----------
+        cos_sin : of the positions (`RowAngles`), for an MSA layer
+        """
+        if residual is None:
+            stream = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, stream = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, cos_sin, hidden_states, forward_batch)
+        hidden_states, stream = self.post_attention_layernorm(hidden_states, stream)
+        feed_forward = getattr(self, self.feed_forward_name)
+        return feed_forward(hidden_states), stream
+
+
+class M3Model(nn.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        plan: WeightPlan | None = None,
+    ) -> None:
+        super().__init__()
+        self.is_sparse = config.msa is not None
+        # SGLang builds models under the device they will live on
+        self.device_type = torch.get_default_device().type
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
+        )
+        self.angles = RowAngles.of(config)
+        rope = make_rope(config, device_type=self.device_type)
+        self.layers = nn.ModuleList()
+        for index in range(config.num_hidden_layers):
+            layer = M3DecoderLayer(
+                config,
+                layer=index,
+                rope=rope,
+                device_type=self.device_type,
+                quant_config=quant_config,
+                prefix=f"{prefix}.layers.{index}",
+            )
+            if config.moe_layers[index]:
+                # before the next layer takes as much memory again
+                share = 1 / tensor_parallel_size()
+                experts = layer.block_sparse_moe.experts
+                require_expert_bytes(plan, experts, layer=f"model.layers.{index}", share=share)
+            self.layers.append(layer)
+        self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # layers behind which an EAGLE3 head reads the stream
+        self.captured_layers: tuple[int, ...] = ()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Hidden states after the final norm, and the streams an EAGLE3 head has asked for."""
+        if self.is_sparse:
+            require_our_backend()
+        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        cos_sin = self.angles(positions)
+        residual = None
+        captured = []
+        with activations_as_is(self.device_type):
+            for layer, module in enumerate(self.layers):
+                hidden_states, residual = module(
+                    positions, cos_sin, hidden_states, residual, forward_batch
+                )
+                if layer in self.captured_layers:
+                    captured.append(hidden_states + residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
+        return hidden_states, captured or None
+
+
+class M3CausalLM(nn.Module):
+    """Decoder stack and output head.
+
+    Parameters
+    ----------
+    config : SGLang's config of the whole checkpoint or of its text part
+    quant_config : SGLang's
+    prefix : of the text model's names in the checkpoint, which quantisation refers to
+    """
+
+    # SGLang's quantisation maps its fused names back to the checkpoint's through this
+    packed_modules_mapping: ClassVar = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "index_qkv_proj": ["index_q_proj", "index_k_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(
+        self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.quant_config = quant_config
+        self.m3_config = read_config(config)
+        if self.m3_config.msa is None:
+            logger.warning("m3-plugin: no layer of this checkpoint is sparse; MSA is not used")
+        # SGLang makes a draft model after this one
+        if get_spec().speculative_algorithm is not None:
+            prepare_speculation(device_type=torch.get_default_device().type)
+        dot = f"{prefix}." if prefix else ""
+        self.model = M3Model(
+            self.m3_config,
+            quant_config=quant_config,
+            prefix=f"{dot}model",
+            plan=read_plan(config.name_or_path, self.m3_config),
+        )
+        self.lm_head = ParallelLMHead(
+            self.m3_config.vocab_size,
+            self.m3_config.hidden_size,
+            quant_config=quant_config,
+            prefix=f"{dot}lm_head",
+        )
+        routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
+        if routed is not None:
+            self.expert_proof = ExpertProof(routed)
+        self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: Tensor | None = None,
+    ) -> Any:
+        hidden_states, captured = self.model(input_ids, positions, forward_batch, input_embeds)
+        return self.logits_processor(
+            input_ids, hidden_states, self.lm_head, forward_batch, captured
+        )
+
+    def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
+        """What a draft model shares with its target."""
+        embedding, head = self.model.embed_tokens, self.lm_head
+        return embedding.get_parameter("weight"), head.get_parameter("weight")
+
+    def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
+        """Choose the layers whose output streams an EAGLE3 head reads.
+
+        The default is that of SGLang's class for the released architecture; heads for M3 without
+        `eagle_aux_hidden_state_layer_ids` in their config were trained on it.
+
+        Raises
+        ------
+        ValueError : a layer the model does not have, or one given twice.
+        """
+        depth = self.m3_config.num_hidden_layers
+        wanted = [2, depth // 2, depth - 3] if layer_ids is None else list(layer_ids)
+        if len(set(wanted)) < len(wanted) or not all(0 <= layer < depth for layer in wanted):
+            raise ValueError(
+                "eagle_aux_hidden_state_layer_ids in the EAGLE3 head's config.json must be "
+                f"different layers within 0..{depth - 1}; got {wanted}"
+            )
+        self.model.captured_layers = tuple(wanted)
+
+    def weight_loader(self) -> WeightLoader:
+        """A loader for the text model; feed it every text tensor, then call `finish`."""
+        return text_weight_loader(self, config=self.m3_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loader = self.weight_loader()
+        for name, tensor in weights:
+            # the released checkpoint may be served as a text model; its vision part is then unused
+            if not name.startswith(VISION_PREFIXES):
+                loader.load(name.removeprefix(TEXT_PREFIX), tensor)
+        return loader.finish()
+
+
+def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan | None:
+    """What every weight of the checkpoint becomes, logged; None if its files are not here yet.
+
+    SGLang builds models under the dtype they will have.
+
+    Parameters
+    ----------
+    name : folder, or id of a repository
+    config : what it says of the weights (`m3_plugin.model.mtp.mtp_config` of a draft)
+    draft : whether the MTP module is to be loaded
+    """
+    item_bytes = torch.get_default_dtype().itemsize
+    plan = plan_before_loading(name, config, fused=FUSED, item_bytes=item_bytes, draft=draft)
+    if plan is not None:
+        logger.info("m3-plugin: %s", plan.describe())
+    return plan
+
+
+def require_our_backend() -> None:
+    """Refuse to run MSA layers on a backend that is not ours.
+
+    Raises
+    ------
+    PluginRefusal : SGLang put its own backend around our model.
+    """
+    backend = get_attn_backend()
+    if not isinstance(backend, M3AttentionBackend):
+        raise PluginRefusal(
+            f"SGLang runs m3-plugin's model on {type(backend).__name__}; start it with "
+            "--attention-backend msa and without another plugin that replaces attention backends"
+        )

@@ -1,0 +1,159 @@
+"""Attention of draft models: one backend per drafting step, MSA for MTP, the host's for others.
+
+SGLang keeps a closed list of backends which may draft; `DraftBackendFactory` is where it is
+consulted, and where two hooks of ours answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.speculative.eagle_utils import per_step_draft_out_cache_loc
+
+from m3_sglang import cpu_repairs
+from m3_sglang.backend import M3AttentionBackend, dense_backend, dense_backend_name
+from m3_sglang.batch import UniformStep, msa_batch
+from m3_sglang.options import BACKEND_NAME
+from m3_sglang.plain_dense import PlainDenseBackend
+from m3_sglang.registration import apply_around, is_ours
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from torch import Tensor
+
+
+class M3DraftBackends:
+    """Backends of the steps after the first: step i reads keys that steps before it have stored.
+
+    Parameters
+    ----------
+    runner : SGLang's model runner of the draft model
+    num_steps : tokens drafted per round; the first comes with the draft model's extend step
+    """
+
+    needs_cpu_seq_lens = True
+
+    def __init__(self, runner: Any, *, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.attn_backends = [
+            M3AttentionBackend(runner, dense=dense_backend(runner)) for _ in range(num_steps - 1)
+        ]
+
+    def slots(self, forward_batch: ForwardBatch) -> Tensor:
+        """Slots each step writes: int64 [num_steps, requests]."""
+        assert forward_batch.out_cache_loc is not None
+        # SGLang's is a transposed view as soon as there are two requests
+        return per_step_draft_out_cache_loc(
+            forward_batch.out_cache_loc, forward_batch.batch_size, 1, self.num_steps
+        ).contiguous()
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Plan all steps of an eager round."""
+        slots = self.slots(forward_batch)
+        for i, backend in enumerate(self.attn_backends):
+            batch = msa_batch(
+                forward_batch,
+                req_to_token=backend.req_to_token,
+                drafted=i + 1,
+                slot_mapping=slots[i],
+            )
+            backend.plan = backend.session.plan(batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        for backend in self.attn_backends:
+            backend.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Before a graph is captured: plans on buffers that stay. Before a replay: nothing."""
+        if not in_capture:
+            return
+        for i, backend in enumerate(self.attn_backends):
+            backend.plan_capture(drafting_step(i), num_reqs=forward_batch.batch_size)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Recorded as the graph's first operations: refill the buffers of all steps."""
+        slots = self.slots(forward_batch)
+        for i, backend in enumerate(self.attn_backends):
+            backend.refill_capture(forward_batch, drafting_step(i), slots=slots[i])
+
+
+def drafting_step(index: int) -> UniformStep:
+    """Step `index` sees what steps 0 to `index` have stored beyond SGLang's `seq_lens`."""
+    return UniformStep(query_len=1, unseen=index + 1)
+
+
+class PlainDraftBackends:
+    """The same for a dense draft model on a CPU, where SGLang has no backend that drafts."""
+
+    needs_cpu_seq_lens = True
+
+    def __init__(self, runner: Any, *, num_steps: int) -> None:
+        self.attn_backends = [
+            PlainDenseBackend(runner, drafted=i + 1) for i in range(num_steps - 1)
+        ]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(forward_batch)
+
+
+def create_decode_backend(original: Callable[[Any], Any], factory: Any) -> Any:
+    """AROUND hook on `DraftBackendFactory.create_decode_backend`."""
+    runner, num_steps = factory.draft_model_runner, factory.speculative_num_steps
+    if num_steps <= 1:
+        return original(factory)
+    if is_ours(runner.model_config.hf_config):
+        return _named(M3DraftBackends(runner, num_steps=num_steps))
+    if torch.device(runner.device).type == "cpu":
+        return _named(PlainDraftBackends(runner, num_steps=num_steps))
+    return original(_with_dense_name(factory))
+
+
+def create_draft_extend_backend(original: Callable[[Any], Any], factory: Any) -> Any:
+    """AROUND hook on `DraftBackendFactory.create_draft_extend_backend`."""
+    runner = factory.draft_model_runner
+    if is_ours(runner.model_config.hf_config):
+        return _named(M3AttentionBackend(runner, dense=dense_backend(runner)))
+    if torch.device(runner.device).type == "cpu":
+        return _named(PlainDenseBackend(runner))
+    return original(_with_dense_name(factory))
+
+
+def _with_dense_name(factory: Any) -> Any:
+    """A dense draft model beside a target on `msa` takes what it would take alone."""
+    if factory.draft_attn_backend is None:
+        factory.draft_attn_backend = dense_backend_name(factory.draft_model_runner)
+    return factory
+
+
+def _named(backend: Any) -> Any:
+    """What SGLang notes on every draft backend it creates."""
+    for each in (backend, *getattr(backend, "attn_backends", ())):
+        if isinstance(each, AttentionBackend):
+            each.prefill_attention_backend_str = BACKEND_NAME
+            each.decode_attention_backend_str = BACKEND_NAME
+    return backend
+
+
+_FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
+HOOKS = {
+    f"{_FACTORY}.create_decode_backend": create_decode_backend,
+    f"{_FACTORY}.create_draft_extend_backend": create_draft_extend_backend,
+}
+
+
+def prepare_speculation(*, device_type: str) -> None:
+    """Apply the hooks that only speculation needs, before SGLang makes its draft model.
+
+    Raises
+    ------
+    PluginRefusal : a hook's target is gone.
+    """
+    apply_around(HOOKS)
+    if device_type == "cpu":
+        cpu_repairs.put_in_place()

@@ -1,0 +1,86 @@
+"""Sampled requests with drafts on a CPU: the one function of vLLM that is wrong there is replaced.
+
+Before it verifies drafts, vLLM spreads each request's temperature, top-k and top-p over the rows of
+its drafts, with a Triton kernel. On a CPU a function of `vllm.utils.cpu_triton_utils` takes that
+kernel's place. It writes into an int64 copy of its output and leaves it there, so that for any
+other dtype the rows keep uninitialised memory, and tokens are drawn from another distribution than
+without drafts. `spread` computes the same and takes its place in turn, in workers which serve M3
+with drafts on a CPU and whose own function was found wrong.
+
+It takes its place inside the object which vLLM launches (`KernelOverride`), and not through vLLM's
+registry of such functions: `vllm.triton_utils.dispatcher.register_kernels` looks at every attribute
+of every module loaded by then, and fails on those of llvmlite, which n-gram drafts bring.
+
+To be deleted when every release of the tested window has a right one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.m3_plugin.cpu_repairs")
+
+KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
+
+
+def put_right() -> None:
+    """Replace vLLM's function if it is wrong, and say so; call after vLLM has put its own there."""
+    if spreads_right():
+        return
+    from vllm.v1.sample import rejection_sampler
+
+    launch: Any = rejection_sampler.expand_kernel
+    launch._impl = spread
+    if spreads_right():
+        logger.info(
+            "m3-plugin: vLLM's CPU stand-in for %s, which loses the temperature, top-k and top-p "
+            "of verified rows, is replaced: sampled requests are exact with drafts",
+            KERNEL,
+        )
+    else:
+        logger.warning(
+            "m3-plugin: vLLM's CPU stand-in for %s loses the temperature, top-k and top-p of "
+            "verified rows and could not be replaced: with --speculative-config only greedy "
+            "requests (temperature 0) are exact",
+            KERNEL,
+        )
+
+
+def spreads_right() -> bool:
+    """Whether the function in the kernel's place is right for temperatures and for top-k."""
+    from vllm.v1.sample import rejection_sampler
+
+    launch: Any = rejection_sampler.expand_kernel
+    ends = torch.tensor([2, 3], dtype=torch.int32)
+    for dtype in (torch.float32, torch.int32):
+        output = torch.full((3,), 9, dtype=dtype)
+        values = torch.tensor([0, 3], dtype=dtype)
+        launch[(2,)](output, values, ends, 0, 1, rejection_sampler.MAX_SPEC_LEN)
+        if output.tolist() != [1, 1, 3]:
+            return False
+    return True
+
+
+def spread(
+    output: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    replace_from: float,
+    replace_to: float,
+    _max_rows: int | None = None,
+) -> None:
+    """Each request's value on all of its rows, with the arguments of vLLM's kernel.
+
+    Parameters
+    ----------
+    output : [rows], filled
+    values : [requests], of the output's dtype
+    ends : integer [requests], rows up to and including each request's
+    replace_from, replace_to : a value that is to become another
+    """
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    output.copy_(values.where(values != replace_from, replace_to).repeat_interleave(counts))

@@ -1,0 +1,345 @@
+"""MSASession: the one order of operations of MiniMax sparse attention, for every host.
+
+plan(batch)                      once per engine step, outside any graph capture
+run(plan, q, k, v, ...)          once per sparse layer, device work only; may be captured
+    norm_rope_store              heads normalised and turned; K, V and index keys into their pages
+    index_topk                   the best blocks per query row and GQA group
+    sparse_attention             exact attention over those blocks
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from m3_kernels.index_topk import index_topk
+from m3_kernels.norm_rope_store import norm_rope_store
+from m3_kernels.sparse_attention import (
+    PrefillAttention,
+    flashinfer_prefill,
+    pages_refusal,
+    sparse_attention,
+)
+from m3_kernels.work_plan import WorkPlan
+from m3_plugin.attention.backends import KernelChoice
+from m3_plugin.attention.batch import MSABatch
+from m3_plugin.attention.workspace import Workspace
+from m3_plugin.model.config import MSAConfig
+
+if TYPE_CHECKING:
+    from m3_plugin.attention.recorder import SelectionRecorder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MSACaches:
+    """Paged caches of one sparse layer, as views of whatever layout the host allocated.
+
+    Attributes
+    ----------
+    k_pages, v_pages : [num_pages, num_kv_heads, page_size, head_dim], any strides
+    index_k_pages : [num_pages, page_size, index_dim], any strides
+    k_scale, v_scale : fp32 [1] or [num_kv_heads], what stored numbers of an fp8 cache are
+        multiplied with; None is 1
+    index_k_scales : floating [num_pages, page_size], scales of int8 index keys; None for others
+    """
+
+    k_pages: Tensor
+    v_pages: Tensor
+    index_k_pages: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    index_k_scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of the heads of one sparse layer: Gemma RMSNorm, one weight for all heads of a kind.
+
+    Attributes
+    ----------
+    q, k : [head_dim], w of a factor 1 + w
+    index_q, index_k : [index_dim]
+    eps : added to the mean of squares
+    """
+
+    q: Tensor
+    k: Tensor
+    index_q: Tensor
+    index_k: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class MSAPlan:
+    """What one step's layers share. Nothing derived from a top-k may live here.
+
+    Attributes
+    ----------
+    work : how the Triton kernels divide the step; None for the families that need no plan
+    """
+
+    batch: MSABatch
+    work: WorkPlan | None = None
+
+
+@dataclass
+class MSAStatistics:
+    """How much of the context the sparse layers really read, summed over layers.
+
+    `rows` counts (query row, layer) pairs; `blocks_read` the blocks chosen and `blocks_visible` the
+    blocks dense layers would have read, both summed over the groups of those rows. `decode_*` hold
+    the part of steps in which no request had more than one row.
+    """
+
+    rows: int = 0
+    blocks_read: int = 0
+    blocks_visible: int = 0
+    decode_rows: int = 0
+    decode_blocks_read: int = 0
+    decode_blocks_visible: int = 0
+
+    def add(self, block_ids: Tensor, *, batch: MSABatch, block_size: int) -> None:
+        """Count one layer's selection; reads its values, so it is for CPU tensors.
+
+        Parameters
+        ----------
+        block_ids : int32 [num_kv_heads, rows, topk], -1 where nothing was chosen
+        """
+        q_lens = batch.cu_seqlens_q.diff()
+        rows = int(batch.cu_seqlens_q[-1])
+        request = torch.repeat_interleave(torch.arange(batch.num_reqs), q_lens)
+        position = batch.seq_lens[request] - batch.cu_seqlens_q[1:][request] + torch.arange(rows)
+        visible = int((position // block_size + 1).sum()) * block_ids.shape[0]
+        read = int((block_ids[:, :rows] >= 0).sum())
+        self.rows += rows
+        self.blocks_read += read
+        self.blocks_visible += visible
+        if batch.phase == "decode":
+            self.decode_rows += rows
+            self.decode_blocks_read += read
+            self.decode_blocks_visible += visible
+
+    def phase(self, name: str) -> dict[str, int]:
+        """rows, blocks_read and blocks_visible of "decode", or of all other steps ("prefill")."""
+        decode = {
+            "rows": self.decode_rows,
+            "blocks_read": self.decode_blocks_read,
+            "blocks_visible": self.decode_blocks_visible,
+        }
+        if name == "decode":
+            return decode
+        return {key: getattr(self, key) - value for key, value in decode.items()}
+
+
+class MSASession:
+    """Runs MSA for the layers of one worker; owns whatever outlives a step, shares nothing.
+
+    Parameters
+    ----------
+    msa : block selection rules of the model
+    kernels : the kernel family and the reason for it (`backends.choose_kernels`)
+    scale : softmax scale of the main branch, head_dim ** -0.5 for M3
+    workspace : memory of the "triton" family, which needs one; None for all others
+
+    Raises
+    ------
+    ValueError : the family needs a workspace and has none, or the other way round.
+    """
+
+    def __init__(
+        self,
+        msa: MSAConfig,
+        *,
+        kernels: KernelChoice,
+        scale: float,
+        workspace: Workspace | None = None,
+    ) -> None:
+        if (kernels.family == "triton") != (workspace is not None):
+            raise ValueError(
+                f"a session needs a workspace exactly if its kernels are 'triton'; got "
+                f"{kernels.family!r} {'without' if workspace is None else 'with'} one"
+            )
+        self.msa = msa
+        self.kernels = kernels
+        self.scale = scale
+        self.workspace = workspace
+        # off by default because counting costs time
+        self.statistics: MSAStatistics | None = None
+        self.recorder: SelectionRecorder | None = None
+
+    def plan(self, batch: MSABatch) -> MSAPlan:
+        """Prepare one engine step. May look at host integers, never at device values.
+
+        With a workspace this writes the plan on the device, over the previous step's. A graph that
+        was captured with an earlier plan of as many requests and rows then replays this step.
+
+        Raises
+        ------
+        ValueError : the step is larger than the workspace.
+        """
+        work = None if self.workspace is None else self.workspace.plan(batch)
+        return MSAPlan(batch=batch, work=work)
+
+    def run(
+        self,
+        plan: MSAPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor,
+        index_k: Tensor,
+        *,
+        norms: HeadNorms,
+        cos_sin: Tensor,
+        caches: MSACaches,
+        out: Tensor,
+    ) -> None:
+        """Normalise and turn heads, store the step's keys and attend, for one sparse layer.
+
+        Parameters
+        ----------
+        q, k, v, index_q, index_k, norms, cos_sin, caches : as in `store`
+        out : [rows, num_q_heads, head_dim], filled in place; padding rows become zero
+        """
+        q, index_q = self.store(
+            plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
+        )
+        block_ids = self.select(plan, index_q, caches=caches)
+        self.attend(plan, q, block_ids, caches=caches, out=out)
+        if self.statistics is not None:
+            self.statistics.add(block_ids, batch=plan.batch, block_size=self.msa.block_size)
+        if self.recorder is not None:
+            self.recorder.add(block_ids, batch=plan.batch)
+
+    def store(
+        self,
+        plan: MSAPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index_q: Tensor,
+        index_k: Tensor,
+        *,
+        norms: HeadNorms,
+        cos_sin: Tensor,
+        caches: MSACaches,
+    ) -> tuple[Tensor, Tensor]:
+        """First part of `run`: norm and RoPE; keys, values and index keys into their pages.
+
+        Parameters
+        ----------
+        q : [rows, num_q_heads, head_dim], as projected; rows may be parts of a wider tensor
+        k, v : [rows, num_kv_heads, head_dim]
+        index_q : [rows, num_index_heads, index_dim]
+        index_k : [rows, index_dim]
+        norms : the layer's
+        cos_sin : floating [rows, rotary_dim], cosines and then sines of the rows' angles
+            (`m3_plugin.model.rope.RowAngles`)
+        caches : the layer's pages; written at the batch's slots
+
+        Returns
+        -------
+        q and index_q, normalised and turned; with a workspace they lie in it until the next layer
+        """
+        rows = q.shape[0]
+        return norm_rope_store(
+            q,
+            k,
+            v,
+            index_q,
+            index_k,
+            caches.k_pages,
+            caches.v_pages,
+            caches.index_k_pages,
+            q_weight=norms.q,
+            k_weight=norms.k,
+            index_q_weight=norms.index_q,
+            index_k_weight=norms.index_k,
+            eps=norms.eps,
+            cos_sin=cos_sin,
+            slot_mapping=plan.batch.slot_mapping,
+            q_out=self.workspace.q[:rows] if self.workspace else None,
+            index_q_out=self.workspace.index_q[:rows] if self.workspace else None,
+            k_scale=caches.k_scale,
+            v_scale=caches.v_scale,
+            index_k_scales=caches.index_k_scales,
+            backend=self.kernels.family,
+        )
+
+    def select(self, plan: MSAPlan, index_q: Tensor, *, caches: MSACaches) -> Tensor:
+        """Second part of `run`: the blocks to read, int32 [num_kv_heads, rows, topk].
+
+        Parameters
+        ----------
+        index_q : as `store` returns it
+        """
+        batch = plan.batch
+        return index_topk(
+            index_q,
+            caches.index_k_pages,
+            page_table=batch.page_table,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            seq_lens=batch.seq_lens,
+            topk=self.msa.topk_blocks,
+            num_local_blocks=self.msa.num_local_blocks,
+            num_init_blocks=self.msa.num_init_blocks,
+            index_k_scales=caches.index_k_scales,
+            out=self.workspace.ids(index_q.shape[0]) if self.workspace else None,
+            plan=plan.work,
+            workspace=self.workspace.scores if self.workspace else None,
+            backend=self.kernels.family,
+        )
+
+    def attend(
+        self, plan: MSAPlan, q: Tensor, block_ids: Tensor, *, caches: MSACaches, out: Tensor
+    ) -> None:
+        """Third part of `run`: attention over the chosen blocks, into `out`.
+
+        Parameters
+        ----------
+        q : as `store` returns it
+        """
+        batch = plan.batch
+        sparse_attention(
+            q,
+            caches.k_pages,
+            caches.v_pages,
+            block_ids,
+            page_table=batch.page_table,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            seq_lens=batch.seq_lens,
+            scale=self.scale,
+            k_scale=caches.k_scale,
+            v_scale=caches.v_scale,
+            out=out,
+            plan=plan.work,
+            workspace=self.workspace.attention if self.workspace else None,
+            prefill=self._prefill(caches),
+            backend=self.kernels.family,
+        )
+
+    def _prefill(self, caches: MSACaches) -> PrefillAttention | None:
+        """What attends for requests of many rows: None for the family's own kernel.
+
+        Never FlashInfer within a capture, in which it was not tried. Pages that it cannot read end
+        its use, for all layers of a session lie alike.
+        """
+        if self.kernels.prefill is None or _is_captured(caches.k_pages.device):
+            return None
+        reason = pages_refusal(caches.k_pages, caches.v_pages)
+        if reason is not None:
+            self.kernels = self.kernels.without_flashinfer(reason)
+            logger.warning("m3-plugin: MSA kernels: %s", self.kernels.describe())
+            return None
+        return flashinfer_prefill
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether launches go into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,157 @@
+"""Memory a session on a GPU owns: allocated once, for the largest step, at addresses that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3_kernels.index_topk.workspace import allocate_index_topk_workspace
+from m3_kernels.sparse_attention import (
+    SparseAttentionWorkspace,
+    allocate_sparse_attention_workspace,
+)
+from m3_kernels.work_plan import WorkPlan, WorkPlanBuffers, allocate_work_plan, fill_work_plan
+from m3_plugin.attention.batch import MSABatch, StepCapacity
+from m3_plugin.model.config import MSAConfig
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One sparse layer on one rank.
+
+    Attributes
+    ----------
+    rotary_dim : channels of every head that RoPE turns
+    dtype : of activations
+    cache_dtype : of K and V pages
+    index_dtype : of index-key pages
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    index_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Plan and scratch of the Triton kernels, shared by all layers of a session.
+
+    One step at a time: layers run one after another on one stream.
+
+    Attributes
+    ----------
+    scores : fp32, block scores of `index_topk`
+    block_ids : int32 [num_kv_heads * max_rows * topk]
+    q, index_q : [max_rows, heads, dim], of the layer that is running after norm and RoPE
+    """
+
+    capacity: StepCapacity
+    page_size: int
+    topk: int
+    plan_buffers: WorkPlanBuffers
+    scores: Tensor
+    attention: SparseAttentionWorkspace
+    block_ids: Tensor
+    q: Tensor
+    index_q: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, plan included."""
+        tensors = [
+            *vars(self.plan_buffers).values(),
+            *vars(self.attention).values(),
+            self.scores,
+            self.block_ids,
+            self.q,
+            self.index_q,
+        ]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def describe(self) -> str:
+        """One clause for a log: the size and what it is for."""
+        c = self.capacity
+        return (
+            f"workspace {self.num_bytes / 2**20:.0f} MiB for {c.max_requests} requests, "
+            f"{c.max_rows} rows, {c.max_seq_len} tokens"
+        )
+
+    def plan(self, batch: MSABatch) -> WorkPlan:
+        """Divide the step's work, on the device and without waiting for it.
+
+        Raises
+        ------
+        ValueError : the step is larger than the capacity.
+        """
+        self.capacity.require(batch)
+        return fill_work_plan(
+            self.plan_buffers,
+            cu_seqlens_q=batch.cu_seqlens_q,
+            seq_lens=batch.seq_lens,
+            num_rows=batch.slot_mapping.shape[0],
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+            page_size=self.page_size,
+            backend="triton",
+        )
+
+    def ids(self, rows: int) -> Tensor:
+        """Where a layer's selection goes: int32 [num_kv_heads, rows, topk]."""
+        heads = self.block_ids.numel() // (self.capacity.max_rows * self.topk)
+        return self.block_ids[: heads * rows * self.topk].view(heads, rows, self.topk)
+
+
+def allocate_workspace(
+    msa: MSAConfig, shape: LayerShape, capacity: StepCapacity, *, device: torch.device
+) -> Workspace:
+    """Memory for every step within the capacity."""
+    return Workspace(
+        capacity=capacity,
+        page_size=msa.block_size,
+        topk=msa.topk_blocks,
+        plan_buffers=allocate_work_plan(
+            max_reqs=capacity.max_requests, max_rows=capacity.max_rows, device=device
+        ),
+        scores=allocate_index_topk_workspace(
+            max_reqs=capacity.max_requests,
+            max_rows=capacity.max_rows,
+            max_query_len=capacity.max_rows,
+            max_seq_len=capacity.max_seq_len,
+            num_index_heads=shape.num_kv_heads,
+            page_size=msa.block_size,
+            device=device,
+        ),
+        attention=allocate_sparse_attention_workspace(
+            max_reqs=capacity.max_requests,
+            max_query_len=capacity.max_rows,
+            num_q_heads=shape.num_q_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            page_size=msa.block_size,
+            topk=msa.topk_blocks,
+            dtype=shape.dtype,
+            kv_dtype=shape.cache_dtype,
+            device=device,
+        ),
+        block_ids=torch.empty(
+            shape.num_kv_heads * capacity.max_rows * msa.topk_blocks,
+            dtype=torch.int32,
+            device=device,
+        ),
+        q=torch.empty(
+            (capacity.max_rows, shape.num_q_heads, shape.head_dim),
+            dtype=shape.dtype,
+            device=device,
+        ),
+        index_q=torch.empty(
+            (capacity.max_rows, shape.num_kv_heads, msa.index_dim),
+            dtype=shape.dtype,
+            device=device,
+        ),
+    )

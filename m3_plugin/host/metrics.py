@@ -1,0 +1,122 @@
+"""The plugin's metrics in the host's own `/metrics`: both hosts collect prometheus_client.
+
+`m3_plugin:info` is 1 with version, device and kernels as labels; where it is absent, the host's own
+MiniMax-M3 serves. `m3_plugin:kernels_refused` is 1 for each better kernel family that cannot run.
+`m3_plugin:requests_refused_total` counts requests with parts that MiniMax-M3 cannot take.
+`m3_plugin:msa_rows_total` and `msa_blocks_*_total` count what MSA layers read, under
+`M3_PLUGIN_STATISTICS=1`; `m3_plugin:msa_seconds_total` how long they took, and
+`m3_plugin:msa_steps_total` over how many steps, under `M3_PLUGIN_TIMINGS=1`.
+
+Workers are processes of their own, so the host must run prometheus_client in its multi-process
+mode: SGLang does under `--enable-metrics`, vLLM when `PROMETHEUS_MULTIPROC_DIR` names an empty
+folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING
+
+from m3_plugin import __version__
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter, Gauge
+
+
+@cache
+def read_counters() -> dict[str, Counter]:
+    """What MSA layers read: rows, blocks read, blocks visible; labelled by phase."""
+    # prometheus_client comes with both hosts and is not needed without one
+    from prometheus_client import Counter
+
+    described = {
+        "rows": "Query rows served sparse, times MSA layers",
+        "blocks_read": "Key blocks attended, summed over query rows, groups and MSA layers",
+        "blocks_visible": "Key blocks dense attention would have read, summed alike",
+    }
+    return {
+        name: Counter(f"m3_plugin:msa_{name}", text, labelnames=["phase"])
+        for name, text in described.items()
+    }
+
+
+@cache
+def _presence_gauges() -> tuple[Gauge, Gauge]:
+    from prometheus_client import Gauge
+
+    # processes agree; "max" shows them as one sample without a process id
+    return (
+        Gauge(
+            "m3_plugin:info",
+            "1 where m3-plugin serves MiniMax-M3",
+            labelnames=["version", "device", "kernels"],
+            multiprocess_mode="max",
+        ),
+        Gauge(
+            "m3_plugin:kernels_refused",
+            "1 for each preferred kernel family that cannot run here",
+            labelnames=["kernels", "reason"],
+            multiprocess_mode="max",
+        ),
+    )
+
+
+@cache
+def _refused_requests() -> Counter:
+    from prometheus_client import Counter
+
+    return Counter(
+        "m3_plugin:requests_refused",
+        "Requests with a part that MiniMax-M3 cannot take",
+        labelnames=["part"],
+    )
+
+
+@cache
+def layer_timers() -> tuple[Counter, Counter]:
+    """Seconds of MSA layers by phase and part, and the steps over which they were spent."""
+    from prometheus_client import Counter
+
+    return (
+        Counter(
+            "m3_plugin:msa_seconds",
+            "Time spent in MSA layers: norm, RoPE and store; selecting blocks; attending",
+            labelnames=["phase", "part"],
+        ),
+        Counter("m3_plugin:msa_steps", "Steps over which that time was spent", ["phase"]),
+    )
+
+
+def count_refused_request(part: str) -> None:
+    """Count a request that is refused for a part of it, e.g. "audio"; call it where that is said.
+
+    As `export_presence`, only in a process that serves.
+    """
+    try:
+        refused = _refused_requests()
+    except ImportError:
+        return
+    refused.labels(part=part).inc()
+
+
+def export_presence(kernels: str, *, refused: Iterable[tuple[str, str]], device_type: str) -> None:
+    """Say in the host's metrics which kernels serve, and which were refused and why.
+
+    Parameters
+    ----------
+    kernels : name of the family that serves
+    refused : (name, reason) of each preferred family that cannot run here
+    device_type : "cpu" or "cuda"
+
+    prometheus_client decides on import whether processes share their values. So this is called by a
+    worker that is about to serve, when the host has set that up, and not by an entry point.
+    """
+    try:
+        info, refusals = _presence_gauges()
+    except ImportError:
+        # both hosts bring the library; without one there is nobody to read it
+        return
+    info.labels(version=__version__, device=device_type, kernels=kernels).set(1)
+    for family, reason in refused:
+        refusals.labels(kernels=family, reason=reason).set(1)

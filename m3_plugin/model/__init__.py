@@ -1,0 +1,1 @@
+"""What MiniMax-M3 is: its config, and the maths that both hosts' layers share."""

@@ -1,0 +1,1 @@
+"""Bytes of weights and caches, and what fits where."""

@@ -1,0 +1,143 @@
+"""vLLM's stand-in for the kernel that spreads sampling parameters over verified rows, and ours."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.rejection_sampler import (
+    apply_sampling_constraints,
+    expand_batch_to_tokens,
+    rejection_sample,
+)
+
+from m3_vllm import cpu_repairs
+from m3_vllm.cpu_repairs import put_right, spread, spreads_right
+from tests.integrations.draws import NUM_DRAWS, chi_square_p
+
+
+@pytest.fixture(scope="module")
+def kernels_of_a_worker() -> Any:
+    """vLLM replaces its kernels, once, as in a worker on a CPU; what it launches in one's place."""
+    current_platform.import_kernels()
+    current_platform.register_triton_kernel_overrides()
+    return rejection_sampler.expand_kernel
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, kernels_of_a_worker: Any) -> list[str]:
+    """What is logged, where vLLM's own function is in place."""
+    monkeypatch.setattr(kernels_of_a_worker, "_impl", kernels_of_a_worker.func)
+    lines: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(
+            cpu_repairs.logger, level, lambda message, *_, level=level: lines.append(level)
+        )
+    return lines
+
+
+def expanded(dtype: torch.dtype) -> list[Any]:
+    """By the function that calls the kernel."""
+    values = torch.tensor([0, 40, 70], dtype=dtype)
+    ends = torch.tensor([1, 4, 6], dtype=torch.int32)
+    return expand_batch_to_tokens(values, ends, 6, replace_from=0, replace_to=1).tolist()
+
+
+def test_vllms_own_is_wrong_and_ours_takes_its_place(said: list[str]) -> None:
+    """Where the first line fails, vLLM's is right by now: `m3_vllm.cpu_repairs` can go."""
+    assert not spreads_right()
+    put_right()
+    assert spreads_right()
+    for dtype in (torch.float32, torch.int32, torch.int64):
+        assert expanded(dtype) == [1, 40, 40, 40, 70, 70]
+    assert said == ["info"]
+    put_right()
+    assert said == ["info"], "a right one is to be left alone"
+
+
+def test_modules_that_no_search_can_look_at_do_not_matter(said: list[str]) -> None:
+    """numba, which n-gram drafts import, brings objects that vLLM's `register_kernels` fails on."""
+    importlib.import_module("numba")
+    assert not spreads_right()
+    put_right()
+    assert said == ["info"]
+
+
+def test_what_cannot_be_put_right_is_warned_of(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_repairs, "spread", lambda *_: None)
+    put_right()
+    assert said == ["warning"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
+def test_each_row_has_its_requests_value(dtype: torch.dtype) -> None:
+    """Requests of no, one and several rows; a replaced value."""
+    output = torch.full((4,), 9, dtype=dtype)
+    values = torch.tensor([5, 0, 3], dtype=dtype)
+    spread(output, values, torch.tensor([0, 1, 4], dtype=torch.int32), 0, 1, 128)
+    assert output.tolist() == [1, 3, 3, 3]
+
+
+def sampling(num_reqs: int, *, temperature: float, top_k: int) -> SamplingMetadata:
+    """As vLLM's runner makes it of requests with these parameters."""
+    none = torch.zeros(num_reqs)
+    return SamplingMetadata(
+        temperature=torch.full((num_reqs,), temperature),
+        all_greedy=False,
+        all_random=True,
+        top_p=None,
+        top_k=torch.full((num_reqs,), top_k, dtype=torch.int32),
+        generators={},
+        max_num_logprobs=None,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=none,
+        presence_penalties=none,
+        repetition_penalties=none,
+        output_token_ids=[],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+
+
+@pytest.mark.usefixtures("said")
+@pytest.mark.parametrize("drafts", [[0, 1], [2, 3], [3, 2]])
+def test_verified_tokens_have_the_targets_distribution(drafts: list[int]) -> None:
+    """Through vLLM's own rejection sampler, at a temperature and with top-k, whatever was drafted.
+
+    One of 10,000 right samplers would fail; this one always draws the same.
+    """
+    put_right()
+    torch.manual_seed(1)
+    logits = torch.tensor([[2.0, 0.5, 1.0, -3.0], [-1.0, 1.0, 2.0, 1.5]])
+    metadata = sampling(NUM_DRAWS, temperature=2.0, top_k=3)
+    ends = torch.arange(2, 2 * NUM_DRAWS + 1, 2, dtype=torch.int32)
+    tokens = rejection_sample(
+        torch.tensor(drafts, dtype=torch.int32).repeat(NUM_DRAWS),
+        [2] * NUM_DRAWS,
+        2,
+        ends,
+        None,
+        apply_sampling_constraints(logits.repeat(NUM_DRAWS, 1), ends, metadata),
+        torch.zeros(NUM_DRAWS, 1, dtype=torch.int32),
+        metadata,
+    )
+    accepted = tokens[:, 0] == drafts[0]
+    for row, seen in enumerate((tokens[:, 0], tokens[accepted, 1])):
+        possible = logits[row].topk(3).indices.tolist()
+        weights = (logits[row, possible].double() / 2.0).softmax(-1).tolist()
+        exact = {(token,): weight for token, weight in zip(possible, weights, strict=True)}
+        drawn = Counter((token,) for token in seen.tolist())
+        assert set(drawn) <= set(exact)
+        assert not drawn or chi_square_p(drawn, exact) > 1e-4
+    assert tokens[~accepted, 1].eq(-1).all()

@@ -1,0 +1,245 @@
+"""The self-test and the case runner: silent about right kernels, loud about wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3_kernels.testing.cases import Case, all_cases
+from m3_plugin.attention import session as session_module
+from m3_plugin.attention.backends import KernelChoice, choose_kernels
+from m3_plugin.attention.self_test import (
+    Finding,
+    KernelsAreWrongError,
+    phase_of,
+    require_right,
+    self_test,
+    verify_case,
+)
+from m3_plugin.model.config import MSAConfig
+
+CPU = torch.device("cpu")
+# Production's rules on small heads, so that a self-test takes a fraction of a second.
+RULES = MSAConfig(
+    num_index_heads=2,
+    index_dim=32,
+    block_size=16,
+    topk_blocks=4,
+    num_init_blocks=0,
+    num_local_blocks=1,
+)
+
+
+def found(kernels: KernelChoice | None = None, **changes: Any) -> tuple[Finding, ...]:
+    arguments: dict[str, Any] = {
+        "num_q_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "dtype": torch.float16,
+    }
+    return self_test(
+        RULES, kernels=kernels or choose_kernels("cpu"), device=CPU, **(arguments | changes)
+    )
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in all_cases() if case.name == name)
+
+
+def break_op(
+    monkeypatch: pytest.MonkeyPatch, op: str, wrong: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Replace an op of the session by `wrong(right, *args, **kwargs)`."""
+    right = getattr(session_module, op)
+    monkeypatch.setattr(session_module, op, lambda *args, **kw: wrong(right, *args, **kw))
+    return right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["native", "torch"])
+def test_right_kernels_pass(family: Any, dtype: torch.dtype) -> None:
+    findings = found(choose_kernels("cpu", family), dtype=dtype)
+    assert [f for f in findings if not f.ok] == []
+    assert {f.phase for f in findings} == {"decode", "verify", "prefill"}
+    quantities = {"queries", "cache", "selection", "attention", "run", "repeats"}
+    assert {f.quantity for f in findings} == quantities
+    require_right(findings, kernels=choose_kernels("cpu", family), device="cpu")
+
+
+@pytest.mark.parametrize("family", ["native", "torch"])
+def test_int8_index_keys_are_tried_as_such(family: Any) -> None:
+    findings = found(choose_kernels("cpu", family), index_dtype=torch.int8)
+    assert [f for f in findings if not f.ok] == []
+
+
+def test_a_neighbours_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(
+        right: Callable[..., Tensor], *args: Any, index_k_scales: Tensor, **kw: Any
+    ) -> Tensor:
+        return right(*args, index_k_scales=index_k_scales.roll(1, dims=1), **kw)
+
+    break_op(monkeypatch, "index_topk", wrong)
+    findings = found(index_dtype=torch.int8)
+    assert "selection" in {f.quantity for f in findings if not f.ok}
+
+
+def test_it_does_not_notice_the_host_building_a_model_around_it() -> None:
+    """vLLM builds models under a device context and with bfloat16 as the default dtype."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            findings = found()
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(f.ok for f in findings)
+
+
+def wrong_scale(right: Callable[..., Tensor], *args: Any, scale: float, **kw: Any) -> Tensor:
+    return right(*args, scale=scale * 1.05, **kw)
+
+
+def sees_one_key_too_many(
+    right: Callable[..., Tensor], *args: Any, seq_lens: Tensor, **kw: Any
+) -> Tensor:
+    return right(*args, seq_lens=seq_lens + 1, **kw)
+
+
+def drops_the_merge(right: Callable[..., Tensor], *args: Any, **kw: Any) -> Tensor:
+    """Only the first half of the chosen blocks, as if a split were never merged."""
+    q, k_pages, v_pages, block_ids = args
+    ids = block_ids.clone()
+    ids[..., ids.shape[-1] // 2 :] = -1
+    return right(q, k_pages, v_pages, ids, **kw)
+
+
+def worst_blocks(right: Callable[..., Tensor], index_q: Tensor, *args: Any, **kw: Any) -> Tensor:
+    return right(-index_q, *args, **kw)
+
+
+def forgets_the_local_block(
+    right: Callable[..., Tensor], *args: Any, num_local_blocks: int, **kw: Any
+) -> Tensor:
+    return right(*args, num_local_blocks=0, **kw)
+
+
+def descending_ids(right: Callable[..., Tensor], *args: Any, **kw: Any) -> Tensor:
+    return right(*args, **kw).flip(-1)
+
+
+def off_by_one_slot(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, slot_mapping: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    return right(*args, slot_mapping=(slot_mapping - 1).clamp_min(-1), **kw)
+
+
+def stores_nothing(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, slot_mapping: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    return right(*args, slot_mapping=torch.full_like(slot_mapping, -1), **kw)
+
+
+def swaps_two(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    kw["k_weight"], kw["index_k_weight"] = kw["index_k_weight"], kw["k_weight"]
+    return right(*args, **kw)
+
+
+def turns_the_other_way(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, cos_sin: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    cos, sin = cos_sin.chunk(2, dim=-1)
+    return right(*args, cos_sin=torch.cat((cos, -sin), dim=-1), **kw)
+
+
+def turns_by_the_neighbours_angle(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, cos_sin: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    return right(*args, cos_sin=cos_sin.roll(1, 0), **kw)
+
+
+def multiplies_by_w_alone(
+    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, index_q_weight: Tensor, **kw: Any
+) -> tuple[Tensor, Tensor]:
+    return right(*args, index_q_weight=index_q_weight - 1, **kw)
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "quantity"),
+    [
+        ("sparse_attention", wrong_scale, "attention"),
+        ("sparse_attention", sees_one_key_too_many, "attention"),
+        ("sparse_attention", drops_the_merge, "attention"),
+        ("index_topk", worst_blocks, "selection"),
+        ("index_topk", forgets_the_local_block, "selection"),
+        ("index_topk", descending_ids, "selection"),
+        ("norm_rope_store", off_by_one_slot, "cache"),
+        ("norm_rope_store", stores_nothing, "cache"),
+        ("norm_rope_store", swaps_two, "cache"),
+        ("norm_rope_store", turns_the_other_way, "queries"),
+        ("norm_rope_store", turns_by_the_neighbours_angle, "cache"),
+        ("norm_rope_store", multiplies_by_w_alone, "queries"),
+    ],
+)
+def test_wrong_kernels_are_refused_with_the_numbers(
+    monkeypatch: pytest.MonkeyPatch, op: str, wrong: Callable[..., Any], quantity: str
+) -> None:
+    break_op(monkeypatch, op, wrong)
+    findings = found()
+    assert quantity in {f.quantity for f in findings if not f.ok}
+    with pytest.raises(KernelsAreWrongError, match=f"on NVIDIA A100 .*{quantity}: "):
+        require_right(findings, kernels=choose_kernels("cpu"), device="NVIDIA A100")
+
+
+def test_unsteady_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run right to rounding, yet not the same bits."""
+    calls = 0
+
+    def unsteady(right: Callable[..., Tensor], *args: Any, out: Tensor, **kw: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        right(*args, out=out, **kw)
+        if calls == 4:
+            out += out * 2**-10
+        return out
+
+    break_op(monkeypatch, "sparse_attention", unsteady)
+    findings = verify_case(
+        case_named("verify").with_dtype(torch.float16),
+        kernels=choose_kernels("cpu"),
+        device=CPU,
+        repeats=3,
+    )
+    assert [(f.quantity, f.faults) for f in findings if not f.ok] == [
+        ("repeats", ("1 of 3 runs gave other bits",))
+    ]
+
+
+def test_writing_beside_the_pages_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spills(
+        right: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor]:
+        queries = right(*args, **kw)
+        index_pages = args[7]
+        index_pages.as_strided((1,), (1,), index_pages.shape[-1]).fill_(0)
+        return queries
+
+    break_op(monkeypatch, "norm_rope_store", spills)
+    findings = verify_case(case_named("mixed"), kernels=choose_kernels("cpu"), device=CPU)
+    assert ("cache", ("index_k_pages holds other bytes",)) in {
+        (f.quantity, f.faults) for f in findings
+    }
+
+
+def test_phases() -> None:
+    phases = {case.name: phase_of(case) for case in all_cases()}
+    assert phases["decode-ragged"] == "decode"
+    assert phases["verify"] == "verify"
+    assert phases["prefill"] == "prefill"
+    assert phases["mixed"] == "mixed"

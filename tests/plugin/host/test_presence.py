@@ -1,0 +1,37 @@
+"""Version windows and the sentences a process says about itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from m3_plugin.attention.backends import KernelChoice
+from m3_plugin.host.presence import PluginRefusal, TestedWindow, attestation, require_tested
+from m3_plugin.settings import Settings
+
+WINDOW = TestedWindow(package="host", minimum="0.31", below="0.34")
+
+
+@pytest.mark.parametrize(
+    "version", ["0.31.0", "0.32.0+cpu", "0.33.1", "0.33.0.post1", "0.32.1rc2.dev3+gabc"]
+)
+def test_inside(version: str) -> None:
+    require_tested(WINDOW, version, settings=Settings())
+
+
+@pytest.mark.parametrize("version", ["0.30.0", "0.34.0", "0.34.0rc1", "1.0"])
+def test_outside_is_refused_with_the_way_out(version: str) -> None:
+    with pytest.raises(PluginRefusal, match="M3_PLUGIN_ALLOW_UNTESTED=1") as error:
+        require_tested(WINDOW, version, settings=Settings())
+    assert version in str(error.value)
+    require_tested(WINDOW, version, settings=Settings(allow_untested=True))
+
+
+def test_attestation_says_what_runs_and_what_was_refused() -> None:
+    kernels = KernelChoice(
+        family="torch", reason="best available on cpu", refused=(("native", "no compiler"),)
+    )
+    line = attestation(
+        host="vLLM", host_version="0.32.0", kernels=kernels.describe(), detail="serving"
+    )
+    assert "vLLM 0.32.0" in line
+    assert "torch (best available on cpu; native refused: no compiler)" in line

@@ -1,0 +1,100 @@
+"""Nothing that was started may outlive the one who started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from m3_plugin.host.serving import ServerFailed, ServerProcess, named_error
+
+# A server with a child of its own, as the hosts have.
+SERVER = """
+import subprocess, time
+print(subprocess.Popen(["sleep", "300"]).pid, flush=True)
+time.sleep(300)
+"""
+# A background job of a shell ignores Ctrl-C, and its children inherit that.
+STARTER = f"""
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from m3_plugin.host.serving import ServerFailed, ServerProcess, named_error
+with ServerProcess(
+    [sys.executable, "-c", {SERVER!r}], port=1, log=pathlib.Path(sys.argv[1])
+) as server:
+    print(server.process.pid, flush=True)
+    time.sleep(300)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # a zombie whose parent is gone is no process that runs
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_server_and_its_children(tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "server.log"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(log)], stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    server = int(starter.stdout.readline())
+    deadline = time.monotonic() + 60
+    while not log.read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child = int(log.read_text())
+    starter.send_signal(number)
+    assert starter.wait(60) != 0
+    assert not is_alive(server)
+    assert not is_alive(child)
+
+
+def test_the_old_handler_comes_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ServerProcess(["sleep", "300"], port=1, log=tmp_path / "server.log"):
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_reason_is_the_last_error_that_points_at_no_other() -> None:
+    assert named_error("ValueError: first\nTypeError: cannot\nnoise") == "TypeError: cannot"
+    assert named_error("all is well") is None
+    pointing = (
+        "(EngineCore pid=7) ERROR [core.py:1] NotImplementedError: not on CPU.\n"
+        "(EngineCore pid=7) Exception: worker failed. See stack trace for root cause.\n"
+        "(APIServer pid=1) RuntimeError: initialization failed. See root cause above. Failed: {}\n"
+    )
+    assert named_error(pointing) == "NotImplementedError: not on CPU."
+
+
+def test_a_server_that_ends_is_quoted_with_its_reason_last(tmp_path: Path) -> None:
+    """The reason stands far above the end of the log."""
+    script = "print('ValueError: no such thing'); [print('noise') for _ in range(100)]; exit(3)"
+    command = [sys.executable, "-c", script]
+    with (
+        ServerProcess(command, port=1, log=tmp_path / "server.log") as server,
+        pytest.raises(ServerFailed) as failed,
+    ):
+        server.wait_until_ready(timeout_s=60)
+    assert failed.value.reason == "ValueError: no such thing"
+    assert str(failed.value).endswith("server ended with 3: ValueError: no such thing")
+    assert "noise" in str(failed.value)
+
+
+def test_a_server_that_stays_silent(tmp_path: Path) -> None:
+    with (
+        ServerProcess(["sleep", "300"], port=1, log=tmp_path / "server.log") as server,
+        pytest.raises(ServerFailed, match="did not answer within 1 s"),
+    ):
+        server.wait_until_ready(timeout_s=1)
