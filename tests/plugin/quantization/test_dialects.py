@@ -33,7 +33,7 @@ from m3_plugin.quantization.formats import (
 from m3_plugin.testing.quantised import RECIPES, QuantName, quantization_config
 from tests.plugin.model.test_config import hub
 
-SAMPLES = Path(__file__).parents[3] / "data" / "quantization"
+SAMPLES = Path(__file__).parents[2] / "data" / "quantization"
 ATTENTION = "model.layers.3.self_attn.q_proj"
 INDEX = "model.layers.3.self_attn.index_k_proj"
 DENSE = "model.layers.0.mlp.down_proj"
