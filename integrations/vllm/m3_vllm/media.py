@@ -1,16 +1,9 @@
 """Images and videos of a request -> what M3 sees, token for token as transformers prepares it.
 
 transformers' own `MiniMaxM3VLProcessor` makes the pixel values; this module lays the placeholder
-tokens out as that processor does, on the token ids vLLM works with:
-
-    image   start, N x image token, end                                N = h * w / 4
-    video   per temporal patch (a pair of frames):
-            "]<]12.0 seconds[>[" as plain text, start, N x video token, end
-
-with grid (t, h, w) in 14x14 patches. Both use the image's start and end tokens; the vocabulary's
-own pair for videos is used by nobody. Time stamps need the frame rate and the frames' indices,
-which vLLM's video loaders report; without them there are none. A video stays one item of grid
-(t, h, w) here; cutting it into attention segments is the vision tower's business.
+tokens out as that processor does, on the token ids vLLM works with (`m3_plugin.model.media` has the
+layout). A video stays one item of grid (t, h, w) here; cutting it into attention segments is the
+vision tower's business.
 
 Video frames are resized unless asked otherwise. transformers does not resize them by default, but
 then fails on every frame size that is not a multiple of 28. Where it accepts, resizing changes
@@ -25,6 +18,7 @@ white, where transformers drops the alpha channel.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,12 +26,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
+from transformers.models.minimax_m3_vl.video_processing_minimax_m3_vl import (
+    MiniMaxM3VLVideoProcessor,
+)
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.parse import ImageSize, MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
@@ -48,8 +47,27 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
+from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from m3_plugin.host.metrics import count_refused_request
+from m3_plugin.model.media import (
+    MAX_ASPECT,
+    MAX_FRAMES,
+    MAX_VIDEO_PIXELS,
+    MediaTokens,
+    find_places,
+    fitted_size,
+    is_16_bit_grey,
+    join_segments,
+    modality_error,
+    pieces_of,
+    require_frame_limit,
+    require_video_fps,
+    require_video_pixels,
+    sampled_frames,
+    time_stamp,
+    upright_rgb,
+)
 from m3_plugin.model.vision import M3Vision
 
 # vLLM's own M3 registers a video loader for the same processor when it is imported, which the host
@@ -67,10 +85,17 @@ __all__ = [
     "PatchGeometry",
 ]
 
-# MiniMax's service refuses videos of more pixels, counted over all frames after resizing.
-_MAX_VIDEO_PIXELS = 301_056_000
-# Beyond this aspect ratio transformers refuses an image.
-_MAX_ASPECT = 200
+# What `VideoMediaIO` passes as `num_frames` when nobody asks for a number.
+_NO_WISH = 32
+# A video of more pixels is not held at the size of its frames.
+_MAX_HELD_PIXELS = 64_000_000
+# Frames in a row that OpenCV may fail to read before a stream counts as ended.
+_MAX_MISSED = 256
+_FRAME_AREA = {
+    "factor": MiniMaxM3VLVideoProcessor.patch_size * MiniMaxM3VLVideoProcessor.merge_size,
+    "least": MiniMaxM3VLVideoProcessor.min_pixels,
+    "most": MiniMaxM3VLVideoProcessor.max_pixels,
+}
 _PLACEHOLDERS = {
     "image": MiniMaxM3VLProcessor.IMAGE_TOKEN,
     "video": MiniMaxM3VLProcessor.VIDEO_TOKEN,
@@ -79,9 +104,7 @@ _PLACEHOLDERS = {
 
 def _refuse(modality: str) -> ValueError:
     count_refused_request(modality)
-    if modality == "audio":
-        return ValueError("MiniMax-M3 has no audio tower: send images or videos")
-    return ValueError(f"MiniMax-M3 takes images and videos; got {modality!r}")
+    return modality_error(modality)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +136,10 @@ class PatchGeometry:
         """Bound of the tokens of an image, or of one temporal patch of a video."""
         area = self.max_pixels / self.factor**2
         # No side shrinks below one factor, so that a long strip may keep more than the area.
-        strip = math.sqrt(_MAX_ASPECT * area)
+        strip = math.sqrt(MAX_ASPECT * area)
         # Enlarging rounds both sides up.
         least = self.min_pixels / self.factor**2
-        enlarged = least + math.sqrt(_MAX_ASPECT * least) + math.sqrt(least / _MAX_ASPECT) + 1
+        enlarged = least + math.sqrt(MAX_ASPECT * least) + math.sqrt(least / MAX_ASPECT) + 1
         return max(math.floor(area), math.ceil(strip), math.floor(enlarged))
 
     @property
@@ -124,7 +147,7 @@ class PatchGeometry:
         """A size with as many tokens as `max_pixels` has room for, near to a square."""
         units = max(self.max_pixels // self.factor**2, 1)
         short = max(n for n in range(1, math.isqrt(units) + 1) if units % n == 0)
-        if units // short > short * _MAX_ASPECT:
+        if units // short > short * MAX_ASPECT:
             short = math.isqrt(units)
         return ImageSize(width=units // short * self.factor, height=short * self.factor)
 
@@ -187,7 +210,7 @@ class M3ProcessingInfo(BaseProcessingInfo):
         geometry = self.video_geometry()
         size = geometry.largest
         room = seq_len // max(num_videos, 1) // geometry.max_tokens
-        most = _MAX_VIDEO_PIXELS // (size.width * size.height) // geometry.temporal_patch_size
+        most = MAX_VIDEO_PIXELS // (size.width * size.height) // geometry.temporal_patch_size
         return max(min(room, most), 1) * geometry.temporal_patch_size
 
     def get_mm_max_tokens_per_item(
@@ -233,56 +256,18 @@ class M3DummyInputsBuilder(BaseDummyInputsBuilder[M3ProcessingInfo]):
 
 
 class _DataParser(MultiModalDataParser):
-    """vLLM's parser, for videos that may come without metadata."""
+    """vLLM's parser, for 16-bit greys, and for videos that may come without metadata."""
+
+    def _parse_image_data(self, data: Any) -> Any:
+        if isinstance(data, (Image.Image, MediaWithBytes)):
+            data = [data]
+        if isinstance(data, (list, tuple)):
+            data = [_scaled_grey(item) for item in data]
+        return super()._parse_image_data(data)
 
     def _get_video_with_metadata(self, video: Any) -> Any:
         frames, metadata = super()._get_video_with_metadata(video)
         return frames, metadata or {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _VideoTime:
-    """When the frames of a video were shown, as far as that is known."""
-
-    fps: float | None
-    frames_indices: Sequence[int] | None
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, Any]) -> _VideoTime:
-        # Loaders report a rate of 0 for a container without one.
-        fps = metadata.get("fps") or None
-        indices = metadata.get("frames_indices")
-        known = indices is not None and len(indices) > 0
-        return cls(fps=fps, frames_indices=indices if known else None)
-
-    def stamp(self, frame: int) -> str | None:
-        """The text before the temporal patch that starts with the given frame."""
-        if self.fps is None or self.frames_indices is None:
-            return None
-        index = self.frames_indices[min(frame, len(self.frames_indices) - 1)]
-        return f"]<]{index / self.fps:.1f} seconds[>["
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TokenIds:
-    """The added tokens that images and videos are written with."""
-
-    image: int
-    video: int
-    start: int
-    end: int
-
-    @classmethod
-    def of(cls, processor: MiniMaxM3VLProcessor) -> _TokenIds:
-        ids: dict[str, Any] = {
-            "image": processor.image_token_id,
-            "video": processor.video_token_id,
-            "start": processor.vision_start_token_id,
-            "end": processor.vision_end_token_id,
-        }
-        if missing := [name for name, token in ids.items() if not isinstance(token, int)]:
-            raise ValueError(f"the tokenizer lacks MiniMax-M3's tokens for {', '.join(missing)}")
-        return cls(**ids)
 
 
 class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
@@ -292,15 +277,9 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         hf_inputs = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
         videos = hf_inputs.hf_data.get("videos")
         if isinstance(videos, Sequence) and videos:
-            times = [_VideoTime.of(metadata) for _, metadata in videos]
             hf_inputs.hf_data["videos"] = [frames for frames, _ in videos]
             hf_inputs.hf_data["video_metadata"] = [
-                {
-                    "total_num_frames": len(frames),
-                    "fps": time.fps,
-                    "frames_indices": time.frames_indices,
-                }
-                for (frames, _), time in zip(videos, times, strict=True)
+                {"total_num_frames": len(frames), **_times(metadata)} for frames, metadata in videos
             ]
         return hf_inputs
 
@@ -313,7 +292,7 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         hf_kwargs = self._with_video_defaults(hf_kwargs)
         outputs = super()._call_hf_processor(hf_data, hf_kwargs)
         pairs = [self.info.video_geometry().pairs(len(frames)) for frames in videos]
-        outputs["video_grid_thw"] = _join_segments(outputs["video_grid_thw"], pairs)
+        outputs["video_grid_thw"] = join_segments(outputs["video_grid_thw"], pairs)
         return outputs
 
     def _with_video_defaults(self, hf_kwargs: Mapping[str, object]) -> Mapping[str, object]:
@@ -350,23 +329,23 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
     ) -> Sequence[PromptUpdate]:
         processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
         tokenizer = self.info.get_tokenizer()
-        ids = _TokenIds.of(processor)
+        ids = MediaTokens.of(processor)
         merge_length = processor.image_processor.merge_size**2
         frames_per_patch = processor.video_processor.temporal_patch_size
 
         def image_tokens(item: int) -> PromptUpdateDetails:
             t, h, w = _grid(out_mm_kwargs["image"][item]["image_grid_thw"].data)
-            full = [ids.start, *[ids.image] * (t * h * w // merge_length), ids.end]
+            full = ids.run(ids.image, t * h * w // merge_length)
             return PromptUpdateDetails.select_token_id(full, ids.image)
 
         def video_tokens(item: int) -> PromptUpdateDetails:
             t, h, w = _grid(out_mm_kwargs["video"][item]["video_grid_thw"].data)
             _, metadata = mm_items["video"][item]
-            time = _VideoTime.of(metadata)
-            patch = [ids.start, *[ids.video] * (h * w // merge_length), ids.end]
+            times = _times(metadata)
+            patch = ids.run(ids.video, h * w // merge_length)
             full: list[int] = []
             for pair in range(t):
-                stamp = time.stamp(pair * frames_per_patch)
+                stamp = time_stamp(pair * frames_per_patch, **times)
                 if stamp is not None:
                     full += tokenizer.encode(stamp, add_special_tokens=False)
                 full += patch
@@ -378,40 +357,57 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         ]
 
     def _apply_prompt_updates(self, token_ids, mm_prompt_updates):
-        if mm_prompt_updates.get("video"):
-            token_ids, updates = self._write_first_stamps(token_ids, mm_prompt_updates["video"])
-            mm_prompt_updates = {**mm_prompt_updates, "video": updates}
-        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
-
-    def _write_first_stamps(self, token_ids, updates):
-        """Move each video's first time stamp out of its placeholder and into the text before it.
+        """Collapse what came expanded, write first stamps into the text; the rest is vLLM's.
 
         A time stamp is plain text, so the tokenizer may merge its beginning with the text before
         it ("Look: ]<]0.0"), as it does in transformers, which inserts stamps before it tokenizes.
         All later stamps follow an end token, across which nothing merges.
         """
         tokenizer = self.info.get_tokenizer()
-        ids = _TokenIds.of(self.info.get_hf_processor())
-        places = [i for i, token in enumerate(token_ids) if token == ids.video]
-        if len(places) != len(updates):
-            # Left to vLLM, which tells the user.
-            return token_ids, updates
+        ids = MediaTokens.of(self.info.get_hf_processor())
+        updates = {
+            name: list(mm_prompt_updates.get(name) or ()) for name in mm_prompt_updates or ()
+        }
+        fulls = {
+            name: [candidates[0].content.full for candidates in items]
+            for name, items in updates.items()
+        }
+        places = find_places(
+            token_ids,
+            ids,
+            images=[pieces_of(full, ids) for full in fulls.get("image", ())],
+            videos=[pieces_of(full, ids) for full in fulls.get("video", ())],
+            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
+        )
         added = frozenset(tokenizer.get_added_vocab().values())
         prompt: list[int] = []
-        moved = []
+        videos = []
         done = 0
-        for place, candidates in zip(places, updates, strict=True):
-            full = candidates[0].content.full
-            stamp, rest = full[: full.index(ids.start)], full[full.index(ids.start) :]
-            prompt += token_ids[done:place]
-            if stamp:
-                begin = next((i for i in range(len(prompt), 0, -1) if prompt[i - 1] in added), 0)
-                prompt[begin:] = _extend_text(tokenizer, prompt[begin:], stamp)
-            prompt.append(ids.video)
-            done = place + 1
-            details = PromptUpdateDetails.select_token_id(rest, ids.video)
-            moved.append([replace(update, content=details) for update in candidates])
-        return prompt + list(token_ids[done:]), moved
+        for place in places:
+            prompt += token_ids[done : place.begin]
+            done = place.end
+            if place.token == ids.video:
+                candidates = updates["video"][len(videos)]
+                full = candidates[0].content.full
+                stamp, rest = full[: full.index(ids.start)], full[full.index(ids.start) :]
+                if stamp and not place.expanded:
+                    begin = next(
+                        (i for i in range(len(prompt), 0, -1) if prompt[i - 1] in added), 0
+                    )
+                    prompt[begin:] = _extend_text(tokenizer, prompt[begin:], stamp)
+                details = PromptUpdateDetails.select_token_id(rest, ids.video)
+                videos.append([replace(update, content=details) for update in candidates])
+            prompt.append(place.token)
+        if videos:
+            mm_prompt_updates = {**mm_prompt_updates, "video": videos}
+        return super()._apply_prompt_updates(prompt + list(token_ids[done:]), mm_prompt_updates)
+
+
+def _times(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Rate and frame indices of a loaded video, None where its loader did not know them."""
+    indices = metadata.get("frames_indices")
+    known = indices is not None and len(indices) > 0
+    return {"fps": metadata.get("fps") or None, "frames_indices": indices if known else None}
 
 
 def _extend_text(tokenizer: Any, text: list[int], suffix: list[int]) -> list[int]:
@@ -432,27 +428,15 @@ def _grid(value: object) -> tuple[int, int, int]:
     return t, h, w
 
 
-def _join_segments(grid_thw: torch.Tensor, pairs: Sequence[int]) -> torch.Tensor:
-    """One grid (t, h, w) per video [videos, 3], from one or several per video along time.
-
-    Some transformers releases report each attention segment as a grid of its own; `pairs` holds
-    the temporal patches of the whole videos. The rows of pixel values are the same either way.
-    """
-    segments = iter(grid_thw.tolist())
-    joined = []
-    for whole in pairs:
-        t, h, w = next(segments)
-        while t < whole:
-            more, *size = next(segments)
-            if size != [h, w]:
-                break
-            t += more
-        if t != whole:
-            raise ValueError(f"grids {grid_thw.tolist()} do not make up videos of {pairs} pairs")
-        joined.append([t, h, w])
-    if next(segments, None) is not None:
-        raise ValueError(f"grids {grid_thw.tolist()} are more than videos of {pairs} pairs")
-    return torch.tensor(joined, dtype=grid_thw.dtype)
+def _scaled_grey(item: Any) -> Any:
+    """A 16-bit grey picture scaled to 8 bits; vLLM's loader clips it, so that it is read again."""
+    if isinstance(item, MediaWithBytes) and isinstance(item.media, Image.Image):
+        with contextlib.suppress(OSError):
+            if is_16_bit_grey(opened := Image.open(io.BytesIO(item.original_bytes))):
+                return replace(item, media=upright_rgb(opened))
+    elif isinstance(item, Image.Image) and is_16_bit_grey(item):
+        return upright_rgb(item)
+    return item
 
 
 @VIDEO_LOADER_REGISTRY.register("m3_plugin", video_processor="MiniMaxM3VLVideoProcessor")
@@ -461,11 +445,12 @@ class M3VideoLoader(VideoBackend):
 
     Each frame is the first one at least 1/fps seconds after the one before, as in the frame
     extraction the model was tuned with (which SGLang follows; vLLM's own loader drops the last
-    frame). More than `max_frames` are thinned out evenly. vLLM always passes a frame count, 32 if
-    the user sets none, so that it cannot be told from a wish and is ignored.
-    """
+    frame). More than `max_frames` are thinned out evenly; a wish for `num_frames` is one for
+    `max_frames`, except 32, which vLLM passes when there is no wish.
 
-    max_frames = 768
+    With OpenCV, frames that would fill memory are shrunk as they are decoded, to the size to which
+    transformers' video processor brings them by default.
+    """
 
     @classmethod
     def load_bytes(
@@ -475,33 +460,95 @@ class M3VideoLoader(VideoBackend):
         fps: int = 1,
         max_duration: int = 300,
         frame_recovery: bool = False,
+        *,
+        max_frames: int = MAX_FRAMES,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        return super().load_bytes(
+        require_video_fps(fps)
+        if num_frames not in (-1, _NO_WISH):
+            max_frames = num_frames
+        require_frame_limit(max_frames)
+        frames, metadata = super().load_bytes(
             data,
             num_frames=num_frames,
             fps=fps,
             max_duration=max_duration,
             frame_recovery=frame_recovery,
+            max_frames=max_frames,
             **kwargs,
+        )
+        if len(frames) == 0 and metadata["total_num_frames"] == 1:
+            # vLLM looks for the end first, from which OpenCV finds no way back in such a file
+            cap = OpenCVVideoBackendMixin.open_video_capture(data)
+            frames, metadata["frames_indices"] = cls.read_frames(cap, [0], 1)
+        if len(frames) == 0:
+            raise ValueError("no frame of the video could be decoded")
+        return frames, metadata
+
+    @classmethod
+    def compute_frames_index_to_sample(
+        cls, source: Any, target: Any, *, max_frames: int = MAX_FRAMES, **kwargs: Any
+    ) -> list[int]:
+        return sampled_frames(
+            source.total_frames_num,
+            fps=source.original_fps,
+            wanted_fps=target.fps,
+            max_frames=max_frames,
         )
 
     @classmethod
-    def compute_frames_index_to_sample(cls, source: Any, target: Any, **kwargs: Any) -> list[int]:
-        total, source_fps = source.total_frames_num, source.original_fps
-        if total <= 0 or source_fps <= 0 or target.fps <= 0:
-            return [0] if total > 0 else []
-        # A little less than the interval: 30 frames at 30.0 fps are one second apart.
-        interval = (1.0 / target.fps - 1e-4) * source_fps
-        indices = [0]
-        while (following := max(math.ceil(indices[-1] + interval), indices[-1] + 1)) < total:
-            indices.append(following)
-        if indices[-1] != total - 1:
-            indices.append(total - 1)
-        if len(indices) > cls.max_frames:
-            kept = np.linspace(0, len(indices) - 1, cls.max_frames).round().astype(int)
-            indices = [indices[i] for i in kept]
-        return indices
+    def read_frames(
+        cls,
+        cap: Any,
+        frame_idx: list[int],
+        total_frames_num: int,
+        *,
+        frame_recovery: bool = False,
+    ) -> tuple[np.ndarray, list[int]]:
+        """Frames [n, height, width, 3] and their indices, in the memory of what is kept.
+
+        What vLLM does here, but that reading ends where the stream does, whatever its header
+        claims. With `frame_recovery` a frame that cannot be decoded is replaced by the next one.
+        """
+        import cv2
+
+        height = int(cap.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        width = int(cap.get(cv2.CAP_PROP_FRAME_WIDTH))
+        size = fitted_size(height, width, **_FRAME_AREA)
+        require_video_pixels(len(frame_idx), *size)
+        shrink = len(frame_idx) * height * width > _MAX_HELD_PIXELS
+        frames: list[np.ndarray] = []
+        valid: list[int] = []
+        wanted = iter(frame_idx)
+        target = next(wanted, None)
+        index = missed = 0
+        while target is not None and missed < _MAX_MISSED:
+            grabbed = cap.grab()
+            missed = 0 if grabbed else missed + 1
+            if index >= target:
+                decoded, frame = cap.retrieve() if grabbed else (False, None)
+                usable = decoded and frame is not None and frame.size > 0
+                if usable:
+                    frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                    frames.append(_resized(frame, size) if shrink else frame)
+                    valid.append(index)
+                while (usable or not frame_recovery) and target is not None and target <= index:
+                    target = next(wanted, None)
+            index += 1
+        if not frames:
+            return np.empty((0, *size, 3), dtype=np.uint8), []
+        return np.stack(frames), valid
+
+
+def _resized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame [height, width, 3] of another size, equal to transformers' resizing to the bit."""
+    from torchvision.transforms.v2 import functional
+
+    pixels = torch.from_numpy(frame).permute(2, 0, 1)
+    resized = functional.resize(
+        pixels, list(size), interpolation=functional.InterpolationMode.BICUBIC, antialias=True
+    )
+    return resized.permute(1, 2, 0).contiguous().numpy()
 
 
 class M3MultiModalMixin(SupportsMultiModal):

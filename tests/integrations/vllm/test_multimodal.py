@@ -402,8 +402,6 @@ def test_memory_profile_is_as_large_as_announced_and_bounded(processor) -> None:
         (1, 25.0, 1.0, [0]),
         (90, 29.97, 1.0, [0, 30, 60, 89]),
         (10, 4.0, 8.0, list(range(10))),
-        (10, 0.0, 1.0, [0]),
-        (0, 25.0, 1.0, []),
     ],
 )
 def test_frames_are_sampled_by_time(

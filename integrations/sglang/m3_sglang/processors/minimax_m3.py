@@ -1,36 +1,63 @@
 """Images and videos of a request -> what M3 sees, token for token as transformers prepares it.
 
 SGLang's own processor sizes images by their long side (up to 2,016 pixels); this one runs
-transformers' `MiniMaxM3VLProcessor`, which bounds the area. A prompt given as text goes through it
-whole. A prompt given as token ids keeps them, and only its placeholders are replaced:
+transformers' `MiniMaxM3VLProcessor`, which bounds the area, unless a request names a
+`max_long_side_pixel`. A prompt given as text goes through it whole, unless it holds pictures that
+are expanded already. A prompt given as token ids keeps them, and only its placeholders are
+replaced (`m3_plugin.model.media` has the layout). A video that comes as frames has no time stamps.
 
-    image   start, N x image token, end                                N = h * w / 4
-    video   per temporal patch (a pair of frames):
-            "]<]12.0 seconds[>[" as plain text, start, N x video token, end
-
-with grid (t, h, w) in 14x14 patches. Time stamps need frame rate and frame indices; a video that
-comes as frames has none.
+Decoding, resizing and patches run in threads of their own: SGLang's HTTP server, tokenizer and
+streams share one event loop, which must not wait for a video.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import asyncio
+import copy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from sglang.srt.managers.schedule_batch import MultimodalProcessorOutput
+from PIL import Image
+from sglang.srt.managers.schedule_batch import Modality, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import (
     BaseMultimodalProcessor,
     MultimodalSpecialTokens,
 )
+from sglang.srt.utils import load_image
 from torch import Tensor
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
 
 from m3_plugin.host.metrics import count_refused_request
+from m3_plugin.model.media import (
+    MAX_FRAMES,
+    MediaTokens,
+    Piece,
+    find_places,
+    fitted_size,
+    join_segments,
+    lay_out,
+    modality_error,
+    require_frame_limit,
+    require_long_side,
+    require_video_fps,
+    require_video_pixels,
+    sampled_frames,
+    size_of_long_side,
+    time_stamp,
+    upright_rgb,
+)
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
-MAX_FRAMES = 768
+# Requests whose media are prepared at the same time.
+_WORKERS = 2
+# Pixels that are decoded before they are shrunk.
+_PIXELS_AT_ONCE = 32_000_000
 
 
 class M3Processor(BaseMultimodalProcessor):
@@ -40,6 +67,8 @@ class M3Processor(BaseMultimodalProcessor):
     # ids come from our own layout, also for prompts given as ids: SGLang must not lay them out anew
     preserve_processor_input_ids = True
     gpu_image_decode = False
+    # the first GPU belongs to the scheduler
+    video_preprocessing_device = "cpu"
 
     def __init__(
         self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any
@@ -50,7 +79,7 @@ class M3Processor(BaseMultimodalProcessor):
         )
         processor.tokenizer = getattr(_processor, "tokenizer", processor.tokenizer)
         super().__init__(hf_config, server_args, processor, *args, **kwargs)
-        self.ids = TokenIds(processor)
+        self.ids = MediaTokens.of(processor)
         tokens = MultimodalSpecialTokens(
             image_token=processor.IMAGE_TOKEN,
             image_token_id=self.ids.image,
@@ -60,6 +89,29 @@ class M3Processor(BaseMultimodalProcessor):
         tokens.build(processor)
         # SGLang's own attribute may be None; this one is not
         self.mm_tokens = self.media_tokens = tokens
+        self.video_config = dict(self.video_config)
+        self.video_wishes = VideoWishes.of(self.video_config)
+        for name in VideoWishes.NAMES:
+            self.video_config.pop(name, None)
+        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="m3-media")
+        self._of_thread = threading.local()
+
+    def _own_processor(self) -> Any:
+        """This thread's copy of the processor: a tokenizer may not be used by two threads."""
+        if not hasattr(self._of_thread, "processor"):
+            self._of_thread.processor = copy.deepcopy(self._processor)
+        return self._of_thread.processor
+
+    @classmethod
+    def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
+        """Runs in SGLang's threads; pictures as vLLM loads them, and no picture's fault a 500."""
+        if modality != Modality.IMAGE or cls._is_preprocessed_input(data):
+            return super()._load_single_item(data, modality, *args, **kwargs)
+        try:
+            image, _ = load_image(data, cls.gpu_image_decode)
+            return upright_rgb(image)
+        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"Failed to load image: {error}") from error
 
     async def process_mm_data_async(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -73,24 +125,35 @@ class M3Processor(BaseMultimodalProcessor):
 
         Raises
         ------
-        ValueError : audio, or media and placeholders that do not match.
+        ValueError : audio, media beyond the limits, wishes that cannot be met, or media and
+            placeholders that do not match.
         """
         if audio_data:
             count_refused_request("audio")
-            raise ValueError("MiniMax-M3 has no audio tower: send images or videos")
+            raise modality_error("audio")
+        video_data = request_obj.video_data
+        if any(
+            self._is_preprocessed_input(item) for item in [*(image_data or ()), *(video_data or ())]
+        ):
+            raise ValueError(
+                "MiniMax-M3 takes pictures and videos as files or pixels here; processor_output "
+                "and precomputed_embedding items are not served by m3-plugin"
+            )
+        long_sides = [require_long_side(_wish(item, LONG_SIDE)) for item in image_data or ()]
+        wishes = [self.video_wishes.with_request(item) for item in video_data or ()]
+        processor: Any = self._processor
         loaded = await self.load_mm_data(
-            prompt=input_text,  # pyright: ignore[reportArgumentType]  (SGLang tests for a list)
+            # placeholders are compared with the items later, when their sizes are known
+            prompt=processor.IMAGE_TOKEN * len(image_data or ())
+            + processor.VIDEO_TOKEN * len(video_data or ()),
             image_data=image_data,
-            video_data=request_obj.video_data,
+            video_data=video_data,
             multimodal_tokens=self.media_tokens,
         )
-        videos = [video_frames(video) for video in loaded.videos or ()]
-        loaded.videos = [frames for frames, _ in videos]
-        items, input_ids, _ = self.process_and_combine_mm_data(
-            loaded,
-            self.media_tokens,
-            video_metadata=[metadata for _, metadata in videos],
-            prompt=input_text,
+        loaded.input_text = input_text if isinstance(input_text, str) else ""
+        loaded.input_ids = None if isinstance(input_text, str) else input_text
+        items, input_ids = await asyncio.get_running_loop().run_in_executor(
+            self._threads, partial(self._prepare, loaded, input_text, long_sides, wishes)
         )
         return MultimodalProcessorOutput(
             input_ids=input_ids.tolist(),
@@ -99,6 +162,45 @@ class M3Processor(BaseMultimodalProcessor):
             im_end_id=self.ids.end,
             im_token_id=self.ids.image,
             video_token_id=self.ids.video,
+        )
+
+    def _prepare(
+        self,
+        loaded: Any,
+        prompt: str | list[int],
+        long_sides: Sequence[int | None],
+        wishes: Sequence[VideoWishes],
+    ) -> tuple[list[Any], Tensor]:
+        """Items and token ids of a request whose media are loaded; in one of our threads."""
+        if all(isinstance(image, Image.Image) for image in loaded.images):
+            loaded.images = [
+                with_long_side(image, side)
+                for image, side in zip(loaded.images, long_sides, strict=True)
+            ]
+        videos = [
+            video_frames(video, wish=wish, resize=self._frame_size)
+            for video, wish in zip(loaded.videos or (), wishes, strict=True)
+        ]
+        loaded.videos = [frames for frames, _ in videos]
+        items, input_ids, _ = self.process_and_combine_mm_data(
+            loaded,
+            self.media_tokens,
+            video_metadata=[metadata for _, metadata in videos],
+            prompt=prompt,
+        )
+        return items, input_ids
+
+    def _frame_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that transformers gives a frame with this server's settings."""
+        if not self.video_config.get("do_resize", True):
+            return height, width
+        video: Any = self._processor.video_processor
+        return fitted_size(
+            height,
+            width,
+            factor=video.patch_size * video.merge_size,
+            least=self.video_config.get("min_pixels") or video.min_pixels,
+            most=self.video_config.get("max_pixels") or video.max_pixels,
         )
 
     def process_mm_data(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -113,7 +215,7 @@ class M3Processor(BaseMultimodalProcessor):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Called back by SGLang with the media it loaded; returns ids, pixel values and grids."""
-        processor: Any = self._processor
+        processor: Any = self._own_processor()
         media: dict[str, Any] = {}
         if images:
             media |= {"images": images, "images_kwargs": dict(self.image_config)}
@@ -126,10 +228,14 @@ class M3Processor(BaseMultimodalProcessor):
                 "videos_kwargs": video_kwargs,
             }
         # for ids, a text of placeholders only: pixel values do not depend on the prompt
-        as_text = isinstance(prompt, str)
+        whole = isinstance(prompt, str) and (
+            processor.VISION_START_TOKEN not in prompt
+            and prompt.count(processor.IMAGE_TOKEN) == len(images or ())
+            and prompt.count(processor.VIDEO_TOKEN) == len(videos or ())
+        )
         text = (
             prompt
-            if as_text
+            if whole
             else processor.IMAGE_TOKEN * len(images or ())
             + processor.VIDEO_TOKEN * len(videos or ())
         )
@@ -137,9 +243,9 @@ class M3Processor(BaseMultimodalProcessor):
         if videos:
             pairs = [-(-len(frames) // _pair(processor)) for frames in videos]
             result["video_grid_thw"] = join_segments(result["video_grid_thw"], pairs)
-        if not as_text:
-            assert isinstance(prompt, list)
-            result["input_ids"] = torch.tensor([self._lay_out(prompt, result, video_metadata)])
+        if not whole:
+            ids = processor.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            result["input_ids"] = torch.tensor([self._lay_out(ids, result, video_metadata)])
         return {
             name: result[name]
             for name in (
@@ -156,118 +262,188 @@ class M3Processor(BaseMultimodalProcessor):
         self, prompt: list[int], result: dict[str, Any], video_metadata: Sequence[dict[str, Any]]
     ) -> list[int]:
         """Replace each placeholder of a prompt given as ids by the tokens of its item."""
-        merge_length = self._processor.image_processor.merge_size**2
-        images = iter(result.get("image_grid_thw", torch.empty(0, 3)).tolist())
-        videos = iter(
-            zip(
-                result.get("video_grid_thw", torch.empty(0, 3)).tolist(),
-                video_metadata,
-                strict=True,
-            )
+        processor = self._own_processor()
+        merge_length = processor.image_processor.merge_size**2
+        encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+        images = result.get("image_grid_thw", torch.empty(0, 3)).tolist()
+        videos = result.get("video_grid_thw", torch.empty(0, 3)).tolist()
+        places = find_places(
+            prompt,
+            self.ids,
+            images=[(Piece(count=int(t * h * w) // merge_length),) for t, h, w in images],
+            videos=[
+                tuple(
+                    Piece(
+                        count=h * w // merge_length,
+                        stamp=tuple(encode(stamp_of(pair * _pair(processor), metadata) or "")),
+                    )
+                    for pair in range(t)
+                )
+                for (t, h, w), metadata in zip(videos, video_metadata, strict=True)
+            ],
+            decode=partial(processor.tokenizer.decode, skip_special_tokens=False),
         )
-        ids: list[int] = []
-        for token in prompt:
-            if token == self.ids.image:
-                t, h, w = _next_item(images, "image")
-                ids += self.ids.run(self.ids.image, t * h * w // merge_length)
-            elif token == self.ids.video:
-                (t, h, w), metadata = _next_item(videos, "video")
-                for pair in range(t):
-                    stamp = time_stamp(pair * _pair(self._processor), metadata)
-                    if stamp is not None:
-                        ids += self._tokenizer.encode(stamp, add_special_tokens=False)
-                    ids += self.ids.run(self.ids.video, h * w // merge_length)
-            else:
-                ids.append(token)
-        if next(images, None) is not None or next(videos, None) is not None:
-            raise ValueError("more images or videos than placeholders in the prompt")
-        return ids
+        return lay_out(prompt, places, self.ids)
 
 
-class TokenIds:
-    """The added tokens that images and videos are written with."""
-
-    def __init__(self, processor: Any) -> None:
-        self.image = int(processor.image_token_id)
-        self.video = int(processor.video_token_id)
-        self.start = int(processor.vision_start_token_id)
-        self.end = int(processor.vision_end_token_id)
-
-    def run(self, token: int, count: int) -> list[int]:
-        """`count` media tokens between start and end."""
-        return [self.start, *[token] * count, self.end]
+LONG_SIDE = "max_long_side_pixel"
 
 
-def _next_item(items: Iterator[Any], modality: str) -> Any:
-    item = next(items, None)
-    if item is None:
-        raise ValueError(f"more {modality} placeholders in the prompt than {modality}s sent")
-    return item
+@dataclass(frozen=True, kw_only=True)
+class VideoWishes:
+    """How densely a video is sampled, and the long side of its frames if a request bounds it."""
+
+    NAMES: ClassVar = ("fps", "max_frames")
+
+    fps: float = 1.0
+    max_frames: int = MAX_FRAMES
+    long_side: int | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> VideoWishes:
+        """The server's, from `video` of `--mm-process-config`.
+
+        Raises
+        ------
+        ValueError : a value outside its range.
+        """
+        return cls().changed(config)
+
+    def changed(self, wishes: Mapping[str, Any]) -> VideoWishes:
+        """The same with other wishes, as far as there are any.
+
+        Raises
+        ------
+        ValueError : a value outside its range.
+        """
+        fps, most = wishes.get("fps"), wishes.get("max_frames")
+        return VideoWishes(
+            fps=self.fps if fps is None else require_video_fps(fps),
+            max_frames=self.max_frames if most is None else require_frame_limit(most),
+            long_side=require_long_side(wishes.get(LONG_SIDE)) or self.long_side,
+        )
+
+    def with_request(self, item: Any) -> VideoWishes:
+        """Those of one video of a request, which stand beside its URL."""
+        names = (*self.NAMES, LONG_SIDE)
+        return self.changed({name: _wish(item, name) for name in names})
+
+
+def _wish(item: Any, name: str) -> Any:
+    """An option of one item: a key of a mapping, or what SGLang's parser made of it."""
+    holder = item if isinstance(item, Mapping) else None
+    value = holder.get(name) if holder is not None else getattr(item, name, None)
+    if value is not None:
+        return value
+    extra = (
+        holder.get("preprocess_kwargs")
+        if holder is not None
+        else getattr(item, "preprocess_kwargs", None)
+    )
+    return extra.get(name) if isinstance(extra, Mapping) else None
 
 
 def _pair(processor: Any) -> int:
     return processor.video_processor.temporal_patch_size
 
 
-def time_stamp(frame: int, metadata: dict[str, Any]) -> str | None:
+def stamp_of(frame: int, metadata: Mapping[str, Any]) -> str | None:
     """The text before the temporal patch that starts with `frame`; None if times are unknown."""
-    fps, indices = metadata.get("fps"), metadata.get("frames_indices")
-    if not fps or not indices:
-        return None
-    return f"]<]{indices[min(frame, len(indices) - 1)] / fps:.1f} seconds[>["
+    return time_stamp(frame, fps=metadata.get("fps"), frames_indices=metadata.get("frames_indices"))
 
 
-def video_frames(video: Any) -> tuple[Tensor, dict[str, Any]]:
+def with_long_side(image: Image.Image, long_side: int | None) -> Image.Image:
+    """The picture with a long side of at most `long_side` pixels, as it is without one."""
+    if long_side is None:
+        return image
+    height, width = size_of_long_side(image.height, image.width, long_side)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def video_frames(
+    video: Any,
+    *,
+    wish: VideoWishes | None = None,
+    resize: Callable[[int, int], tuple[int, int]] | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
     """Frames [n, channels, height, width] of a loaded video, and when they were shown.
+
+    Frames of a file are decoded and resized a few at a time; its header decides before anything is
+    decoded whether it is within `MAX_VIDEO_PIXELS`.
 
     Parameters
     ----------
-    video : SGLang's decoder, or frames as a tensor [n, channels, height, width]
+    video : SGLang's decoder, or frames: a tensor [n, channels, height, width], an array
+        [n, height, width, channels], or a list of pictures or arrays of one size
+    wish : sampling of a file; frames are taken as they are
+    resize : height and width of a frame from those of the file; None keeps them
     """
-    if isinstance(video, torch.Tensor):
-        return video, {"total_num_frames": len(video), "fps": None, "frames_indices": None}
-    indices = sampled_frames(len(video), fps=video.avg_fps)
-    # not as a tensor, for which SGLang pins memory even where there is no accelerator
-    frames = torch.as_tensor(video.get_frames_at(indices)).permute(0, 3, 1, 2)
-    return frames, {
-        "total_num_frames": len(video),
-        "fps": video.avg_fps,
-        "frames_indices": indices,
-    }
+    wish = wish or VideoWishes()
+    frames = as_frames(video)
+
+    def size(height: int, width: int) -> tuple[int, int]:
+        if wish.long_side is not None:
+            height, width = size_of_long_side(height, width, wish.long_side)
+        return resize(height, width) if resize is not None else (height, width)
+
+    if frames is not None:
+        target = size(*frames.shape[-2:])
+        require_video_pixels(len(frames), *target)
+        return resized(frames, target), {
+            "total_num_frames": len(frames),
+            "fps": None,
+            "frames_indices": None,
+        }
+    total, rate = len(video), video.avg_fps
+    indices = sampled_frames(
+        total, fps=rate or 0.0, wanted_fps=wish.fps, max_frames=wish.max_frames
+    )
+    height, width = getattr(video, "frame_shape", None) or video[0].shape[:2]
+    require_video_pixels(len(indices), *size(height, width))
+    at_once = max(_PIXELS_AT_ONCE // (height * width), 1)
+    parts = []
+    for first in range(0, len(indices), at_once):
+        # not as a tensor, for which SGLang pins memory even where there is no accelerator
+        part = torch.as_tensor(video.get_frames_at(indices[first : first + at_once]))
+        part = part.permute(0, 3, 1, 2)
+        # what is decoded may be turned against what the header says
+        parts.append(resized(part, size(*part.shape[-2:])))
+    return torch.cat(parts), {"total_num_frames": total, "fps": rate, "frames_indices": indices}
 
 
-def sampled_frames(total: int, *, fps: float, wanted_fps: float = 1.0) -> list[int]:
-    """Indices of the frames M3 looks at: one per second, each the first at least that much later.
+def as_frames(video: Any) -> Tensor | None:
+    """Frames [n, channels, height, width] of a video that came as frames; None for a decoder.
 
-    The last frame is always among them, as in the extraction the model was tuned with; more than
-    `MAX_FRAMES` are thinned out evenly.
+    Raises
+    ------
+    ValueError : no frames, frames of several sizes, or not three colours.
     """
-    if total <= 0 or fps <= 0:
-        raise ValueError(f"a video needs frames and a frame rate; got {total} and {fps}")
-    # A little less than the interval: 30 frames at 30.0 fps are one second apart.
-    interval = (1.0 / wanted_fps - 1e-4) * fps
-    indices = [0]
-    while (following := max(math.ceil(indices[-1] + interval), indices[-1] + 1)) < total:
-        indices.append(following)
-    if indices[-1] != total - 1:
-        indices.append(total - 1)
-    if len(indices) > MAX_FRAMES:
-        kept = torch.linspace(0, len(indices) - 1, MAX_FRAMES, dtype=torch.float64).round().long()
-        indices = [indices[i] for i in kept.tolist()]
-    return indices
+    if isinstance(video, (list, tuple)):
+        arrays = [np.asarray(frame) for frame in video]
+        if not arrays or len({array.shape for array in arrays}) != 1:
+            raise ValueError("a video given as frames needs at least one, all of one size")
+        video = np.stack(arrays)
+    if isinstance(video, np.ndarray):
+        if video.ndim != 4 or video.shape[-1] != 3:
+            raise ValueError(
+                f"frames as arrays must be [n, height, width, 3]; got {list(video.shape)}"
+            )
+        video = torch.from_numpy(video).permute(0, 3, 1, 2)
+    if not isinstance(video, torch.Tensor):
+        return None
+    if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
+        raise ValueError(
+            f"frames as a tensor must be [n, 3, height, width]; got {list(video.shape)}"
+        )
+    return video
 
 
-def join_segments(grid_thw: Tensor, pairs: Sequence[int]) -> Tensor:
-    """One grid (t, h, w) per video [videos, 3], from one or several per video along time.
+def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Frames [n, channels, height, width] of another size, equal to transformers' to the bit."""
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    from torchvision.transforms.v2 import functional
 
-    Some transformers releases report each attention segment as a grid of its own; `pairs` holds
-    the temporal patches of the whole videos. The rows of pixel values are the same either way.
-    """
-    segments = iter(grid_thw.tolist())
-    joined = []
-    for whole in pairs:
-        t, h, w = next(segments)
-        while t < whole:
-            t += next(segments)[0]
-        joined.append([t, h, w])
-    return torch.tensor(joined, dtype=grid_thw.dtype)
+    return functional.resize(
+        frames, list(size), interpolation=functional.InterpolationMode.BICUBIC, antialias=True
+    )

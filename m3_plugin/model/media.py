@@ -1,0 +1,432 @@
+"""What pictures and videos of a request become, for any host: limits, frames, time stamps, tokens.
+
+    image   start, N x image token, end                                N = h * w / 4
+    video   per temporal patch (a pair of frames):
+            "]<]12.0 seconds[>[" as plain text, start, N x video token, end
+
+with grid (t, h, w) in 14x14 patches. Both use the image's start and end tokens; the vocabulary's
+own pair for videos is used by nobody. Time stamps need the frame rate and the frames' indices.
+
+Files come from strangers. What a container says about itself is compared with the limits here
+before anything is listed, allocated or decoded for it, and never sizes a loop or a list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MAX_ASPECT",
+    "MAX_FRAMES",
+    "MAX_IMAGE_PIXELS",
+    "MAX_VIDEO_FPS",
+    "MAX_VIDEO_PIXELS",
+    "MAX_VIDEO_SECONDS",
+    "MIN_VIDEO_FPS",
+    "MediaTokens",
+    "Piece",
+    "Place",
+    "find_places",
+    "fitted_size",
+    "is_16_bit_grey",
+    "join_segments",
+    "lay_out",
+    "modality_error",
+    "pieces_of",
+    "require_frame_limit",
+    "require_long_side",
+    "require_video_fps",
+    "require_video_pixels",
+    "sampled_frames",
+    "size_of_long_side",
+    "time_stamp",
+    "upright_rgb",
+]
+
+# Frames of one video that M3 looks at; longer ones are thinned out.
+MAX_FRAMES = 768
+# MiniMax's service refuses videos of more pixels, counted over all frames after resizing.
+MAX_VIDEO_PIXELS = 301_056_000
+# No video is longer than a day; what claims to be is a broken or a hostile header.
+MAX_VIDEO_SECONDS = 86_400
+# Sampling rates that SGLang's own M3 accepts.
+MIN_VIDEO_FPS = 0.2
+MAX_VIDEO_FPS = 5.0
+# Twice what Pillow warns of, which is where Pillow refuses and vLLM's own limit lies.
+MAX_IMAGE_PIXELS = 178_956_970
+# Beyond this aspect ratio transformers refuses an image.
+MAX_ASPECT = 200
+
+
+def modality_error(modality: str) -> ValueError:
+    """The error for a kind of media that M3 cannot take."""
+    if modality == "audio":
+        return ValueError("MiniMax-M3 has no audio tower: send images or videos")
+    return ValueError(f"MiniMax-M3 takes images and videos; got {modality!r}")
+
+
+def require_video_fps(value: Any) -> float:
+    """A wish for frames per second, as a number within what M3 is served with.
+
+    Raises
+    ------
+    ValueError : no number, or outside `MIN_VIDEO_FPS` to `MAX_VIDEO_FPS`.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not MIN_VIDEO_FPS <= value <= MAX_VIDEO_FPS:
+        raise ValueError(
+            f"video fps must be a number from {MIN_VIDEO_FPS} to {MAX_VIDEO_FPS}; got {value!r}"
+        )
+    return float(value)
+
+
+def require_frame_limit(value: Any) -> int:
+    """A wish for the most frames of a video, from 1 to `MAX_FRAMES`.
+
+    Raises
+    ------
+    ValueError : no integer, or outside that range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_FRAMES:
+        raise ValueError(f"max_frames must be an integer from 1 to {MAX_FRAMES}; got {value!r}")
+    return value
+
+
+def require_long_side(value: Any) -> int | None:
+    """A wish for the most pixels of the long side; None for none.
+
+    Raises
+    ------
+    ValueError : no multiple of 28 from 112 to 3,584, the sizes MiniMax's service takes.
+    """
+    if value is None:
+        return None
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or not 112 <= value <= 3584 or value % 28:
+        raise ValueError(
+            f"max_long_side_pixel must be a multiple of 28 from 112 to 3584; got {value!r}"
+        )
+    return value
+
+
+def size_of_long_side(height: int, width: int, long_side: int) -> tuple[int, int]:
+    """Height and width, multiples of 28, with a long side of at most `long_side`."""
+    scale = min(long_side / max(height, width), 1.0)
+    tall, wide = (max(round(side * scale / 28), 1) * 28 for side in (height, width))
+    return tall, wide
+
+
+def require_video_pixels(num_frames: int, height: int, width: int) -> None:
+    """Refuse a video of too many pixels; called with its sampled frames at their final size.
+
+    Raises
+    ------
+    ValueError : more than `MAX_VIDEO_PIXELS` over all frames.
+    """
+    total = num_frames * height * width
+    if total > MAX_VIDEO_PIXELS:
+        raise ValueError(
+            f"a video must have at most {MAX_VIDEO_PIXELS:,} pixels over all frames; got {total:,} "
+            f"({num_frames} frames of {width}x{height}): send fewer or smaller frames"
+        )
+
+
+def fitted_size(height: int, width: int, *, factor: int, least: int, most: int) -> tuple[int, int]:
+    """Height and width to which transformers resizes a frame, by its area.
+
+    Parameters
+    ----------
+    factor : both sides become multiples of it
+    least, most : bounds of the area
+
+    Raises
+    ------
+    ValueError : no pixels, or sides further apart than `MAX_ASPECT`.
+    """
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(
+            f"a frame's sides must be within a factor of {MAX_ASPECT}; got {width}x{height}"
+        )
+    tall, wide = (round(side / factor) * factor for side in (height, width))
+    if tall * wide > most:
+        beta = math.sqrt(height * width / most)
+        tall, wide = (
+            max(factor, math.floor(side / beta / factor) * factor) for side in (height, width)
+        )
+    elif tall * wide < least:
+        beta = math.sqrt(least / (height * width))
+        tall, wide = (math.ceil(side * beta / factor) * factor for side in (height, width))
+    return tall, wide
+
+
+def sampled_frames(
+    total: int, *, fps: float, wanted_fps: float = 1.0, max_frames: int = MAX_FRAMES
+) -> list[int]:
+    """Indices of the frames M3 looks at: each the first at least 1/wanted_fps s after the last.
+
+    The last frame is always among them, as in the extraction the model was tuned with; more than
+    `max_frames` are thinned out evenly. Takes time and memory of `max_frames`, whatever `total`.
+
+    Parameters
+    ----------
+    total : frames of the file, as its header or an index of its packets counts them
+    fps : frames per second of the file
+
+    Raises
+    ------
+    ValueError : no frames, no frame rate, or a length beyond `MAX_VIDEO_SECONDS`.
+    """
+    if total <= 0 or not math.isfinite(fps) or fps <= 0 or wanted_fps <= 0:
+        raise ValueError(f"a video needs frames and a frame rate; got {total} and {fps}")
+    if total / fps > MAX_VIDEO_SECONDS:
+        raise ValueError(
+            f"a video must last at most {MAX_VIDEO_SECONDS:,} s; its header claims "
+            f"{total / fps:,.0f} s ({total:,} frames at {fps:g} per second)"
+        )
+    # A little less than the interval: 30 frames at 30.0 fps are one second apart.
+    step = max(math.ceil((1.0 / wanted_fps - 1e-4) * fps), 1)
+    regular = -(-total // step)
+    count = regular + ((regular - 1) * step != total - 1)
+
+    def index(place: int) -> int:
+        return place * step if place < regular else total - 1
+
+    if count <= max_frames:
+        return [index(place) for place in range(count)]
+    if max_frames == 1:
+        return [total - 1]
+    return [index(round(i * (count - 1) / (max_frames - 1))) for i in range(max_frames)]
+
+
+def time_stamp(
+    frame: int, *, fps: float | None, frames_indices: Sequence[int] | None
+) -> str | None:
+    """The text before the temporal patch that starts with `frame`; None if times are unknown."""
+    # Loaders report a rate of 0 for a container without one.
+    if not fps or frames_indices is None or len(frames_indices) == 0:
+        return None
+    return f"]<]{frames_indices[min(frame, len(frames_indices) - 1)] / fps:.1f} seconds[>["
+
+
+def join_segments(grid_thw: Tensor, pairs: Sequence[int]) -> Tensor:
+    """One grid (t, h, w) per video [videos, 3], from one or several per video along time.
+
+    Some transformers releases report each attention segment as a grid of its own; `pairs` holds
+    the temporal patches of the whole videos. The rows of pixel values are the same either way.
+
+    Raises
+    ------
+    ValueError : the grids do not make up the videos, or are more than they.
+    """
+    segments = iter(grid_thw.tolist())
+    joined = []
+    for whole in pairs:
+        t, h, w = next(segments, (0, 0, 0))
+        while 0 < t < whole:
+            more, *size = next(segments, (0, 0, 0))
+            if size != [h, w]:
+                break
+            t += more
+        if t != whole:
+            raise ValueError(f"grids {grid_thw.tolist()} do not make up videos of {pairs} pairs")
+        joined.append([t, h, w])
+    if next(segments, None) is not None:
+        raise ValueError(f"grids {grid_thw.tolist()} are more than videos of {pairs} pairs")
+    return torch.tensor(joined, dtype=grid_thw.dtype)
+
+
+def upright_rgb(image: Any) -> Any:
+    """A Pillow image as a viewer shows it: turned as EXIF says, over white, 8 bits per channel.
+
+    Equal to vLLM's loader to the bit, but for 16-bit greys, which Pillow clips and this scales.
+    """
+    from PIL import Image, ImageOps
+
+    deep = is_16_bit_grey(image)
+    # broken EXIF is no reason to lose the picture
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if deep:
+        import numpy as np
+
+        grey = np.asarray(image).astype(np.int64).clip(0, 65_535)
+        # 257 takes 65,535 to 255
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        over_white = Image.new("RGB", image.size, (255, 255, 255))
+        over_white.paste(image, mask=image.split()[3])
+        return over_white
+    return image.convert("RGB")
+
+
+def is_16_bit_grey(image: Any) -> bool:
+    """Whether Pillow opened one channel of 16 bits, which its conversion to RGB would clip."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaTokens:
+    """The added tokens that images and videos are written with."""
+
+    image: int
+    video: int
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, processor: Any) -> MediaTokens:
+        """Read from transformers' `MiniMaxM3VLProcessor`.
+
+        Raises
+        ------
+        ValueError : the tokenizer lacks one of them.
+        """
+        ids: dict[str, Any] = {
+            "image": processor.image_token_id,
+            "video": processor.video_token_id,
+            "start": processor.vision_start_token_id,
+            "end": processor.vision_end_token_id,
+        }
+        if missing := [name for name, token in ids.items() if not isinstance(token, int)]:
+            raise ValueError(f"the tokenizer lacks MiniMax-M3's tokens for {', '.join(missing)}")
+        return cls(**ids)
+
+    def run(self, token: int, count: int) -> list[int]:
+        """`count` media tokens between start and end."""
+        return [self.start, *[token] * count, self.end]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One picture, or one temporal patch of a video: a run of media tokens, its stamp before it."""
+
+    count: int
+    stamp: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a prompt has an item: `begin` to `end`, a bare placeholder or the whole run."""
+
+    begin: int
+    end: int
+    token: int
+    pieces: tuple[Piece, ...]
+    expanded: bool
+
+
+def pieces_of(full: Sequence[int], tokens: MediaTokens) -> tuple[Piece, ...]:
+    """The pieces of an item's whole run, stamps included: `lay_out`, read backwards."""
+    pieces: list[Piece] = []
+    rest = list(full)
+    while rest:
+        start, end = rest.index(tokens.start), rest.index(tokens.end)
+        pieces.append(Piece(count=end - start - 1, stamp=tuple(rest[:start])))
+        rest = rest[end + 1 :]
+    return tuple(pieces)
+
+
+def find_places(
+    prompt: Sequence[int],
+    tokens: MediaTokens,
+    *,
+    images: Sequence[tuple[Piece, ...]],
+    videos: Sequence[tuple[Piece, ...]],
+    decode: Callable[[list[int]], str],
+) -> list[Place]:
+    """Where the items of a request are in its prompt, in order.
+
+    A place is a bare placeholder, or the run that an earlier turn's answer reported: clients that
+    keep token ids send pictures already expanded. The first stamp of a video is text that may have
+    merged with what is before it, and is compared as text.
+
+    Parameters
+    ----------
+    images, videos : pieces of each item, from the grids of its pixel values
+
+    Raises
+    ------
+    ValueError : a run that does not fit its item, or another number of places than of items.
+    """
+    names = {tokens.image: "image", tokens.video: "video"}
+    waiting = {tokens.image: iter(images), tokens.video: iter(videos)}
+    places: list[Place] = []
+    at = 0
+    while at < len(prompt):
+        expanded = prompt[at] == tokens.start and at + 1 < len(prompt) and prompt[at + 1] in names
+        token = prompt[at + 1] if expanded else prompt[at]
+        if token not in names:
+            at += 1
+            continue
+        pieces = next(waiting[token], None)
+        if pieces is None:
+            raise ValueError(
+                f"more {names[token]} placeholders in the prompt than {names[token]}s sent"
+            )
+        end = _end_of_run(prompt, at, token, pieces, tokens, decode) if expanded else at + 1
+        if end is None:
+            raise ValueError(
+                f"the prompt holds an expanded {names[token]} of another size than the one sent, "
+                f"which is {len(pieces)} x {pieces[0].count} tokens between start and end; send "
+                "the run as it was, or a single placeholder without start and end"
+            )
+        places.append(Place(begin=at, end=end, token=token, pieces=pieces, expanded=expanded))
+        at = end
+    for token, items in waiting.items():
+        if next(items, None) is not None:
+            raise ValueError(
+                f"more {names[token]}s sent than {names[token]} placeholders in the prompt"
+            )
+    return places
+
+
+def _end_of_run(
+    prompt: Sequence[int],
+    at: int,
+    token: int,
+    pieces: tuple[Piece, ...],
+    tokens: MediaTokens,
+    decode: Callable[[list[int]], str],
+) -> int | None:
+    """Where the run that starts `at` ends if it is the whole item, stamps included."""
+    first = pieces[0].stamp
+    if first:
+        # a stamp that merged with the text before it is no longer than what it decodes to
+        before = decode(list(prompt[max(at - len(first) - 8, 0) : at]))
+        if not before.endswith(decode(list(first))):
+            return None
+    for number, piece in enumerate(pieces):
+        run = [*(piece.stamp if number else ()), *tokens.run(token, piece.count)]
+        if list(prompt[at : at + len(run)]) != run:
+            return None
+        at += len(run)
+    return at
+
+
+def lay_out(prompt: Sequence[int], places: Sequence[Place], tokens: MediaTokens) -> list[int]:
+    """The prompt with every bare placeholder replaced by its item's stamps and tokens."""
+
+    def parts() -> Iterator[Sequence[int]]:
+        done = 0
+        for place in places:
+            yield prompt[done : place.begin]
+            if place.expanded:
+                yield prompt[place.begin : place.end]
+            else:
+                for piece in place.pieces:
+                    yield piece.stamp
+                    yield tokens.run(place.token, piece.count)
+            done = place.end
+        yield prompt[done:]
+
+    return [token for part in parts() for token in part]

@@ -1,0 +1,295 @@
+"""What strangers send: limits before decoding, wishes, pictures as meant, expanded runs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.integrations import media_files
+from tests.integrations.sglang.media_processor import build, prepare
+
+IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
+
+
+@pytest.fixture(scope="module")
+def processor(random_checkpoint: Callable[[str], Path]) -> Any:
+    return build(random_checkpoint("engine"))
+
+
+def data_url(data: bytes, kind: str = "video/mp4") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def refusal(processor: Any, prompt: str | list[int], **media: Any) -> str:
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        prepare(processor, prompt, **media)
+    return str(caught.value)
+
+
+def features(processor: Any, image: Any) -> torch.Tensor:
+    (item,) = prepare(processor, IMAGE, image=[image]).mm_items
+    return item.feature
+
+
+def stamps(processor: Any, output: Any) -> list[str]:
+    text = processor._tokenizer.decode(output.input_ids)
+    return [part.rsplit("]<]", 1)[-1] for part in text.split(" seconds[>[")[:-1]]
+
+
+def test_a_claim_of_a_month_sizes_nothing(processor: Any) -> None:
+    """Decord counts the 81 frames that are there; a decoder that believes headers is refused."""
+    from m3_sglang.processors.minimax_m3 import video_frames
+
+    started = time.perf_counter()
+    output = prepare(processor, VIDEO, video=[data_url(media_files.endless_mkv())])
+    assert len(stamps(processor, output)) == 41
+
+    class Believer:
+        avg_fps = 1.0
+
+        def __len__(self) -> int:
+            return 3_000_000
+
+    with pytest.raises(ValueError, match="must last at most 86,400 s"):
+        video_frames(Believer())
+    assert time.perf_counter() - started < 5
+
+
+class Decoder:
+    """SGLang's decoder of a long video of big frames, all of them one in memory."""
+
+    avg_fps = 1.0
+
+    def __init__(self, total: int, height: int, width: int) -> None:
+        self.total, self.frame_shape, self.decoded = total, (height, width), 0
+        self.largest = 0
+
+    def __len__(self) -> int:
+        return self.total
+
+    def get_frames_at(self, indices: list[int]) -> np.ndarray:
+        self.decoded += len(indices)
+        self.largest = max(self.largest, len(indices))
+        return np.broadcast_to(np.uint8(7), (len(indices), *self.frame_shape, 3)).copy()
+
+
+def test_too_many_pixels_are_refused_from_the_header(processor: Any) -> None:
+    from m3_sglang.processors.minimax_m3 import video_frames
+
+    decoder = Decoder(600, 2160, 3840)
+    with pytest.raises(ValueError, match=r"at most 301,056,000 .* \(600 frames of 1008x560\)"):
+        video_frames(decoder, resize=processor._frame_size)
+    assert decoder.decoded == 0
+
+
+def test_big_frames_are_shrunk_a_few_at_a_time(processor: Any) -> None:
+    from m3_sglang.processors.minimax_m3 import video_frames
+
+    decoder = Decoder(20, 2160, 3840)
+    frames, _ = video_frames(decoder, resize=processor._frame_size)
+    assert frames.shape == (20, 3, 560, 1008)
+    assert decoder.largest * 2160 * 3840 <= 32_000_000
+
+
+def test_shrinking_first_is_transformers_resizing(processor: Any) -> None:
+    from m3_sglang.processors.minimax_m3 import resized
+
+    noise = torch.randint(0, 256, (2, 3, 900, 1201), dtype=torch.uint8)
+    size = processor._frame_size(900, 1201)
+    videos = processor._processor.video_processor
+    options = {"do_resize": True, "return_tensors": "pt"}
+    whole, shrunk = (videos(videos=[v], **options) for v in (noise, resized(noise, size)))
+    assert torch.equal(whole["pixel_values_videos"], shrunk["pixel_values_videos"])
+
+
+def test_work_leaves_the_event_loop(processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from m3_sglang.processors import minimax_m3
+
+    threads: dict[str, int] = {}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            threads[name] = threading.get_ident()
+            return function(*given, **options)
+
+        return call
+
+    monkeypatch.setattr(minimax_m3, "video_frames", watched("decoding", minimax_m3.video_frames))
+    monkeypatch.setattr(processor, "process_mm_data", watched("patches", processor.process_mm_data))
+    monkeypatch.setattr(minimax_m3, "upright_rgb", watched("picture", minimax_m3.upright_rgb))
+    video = data_url(media_files.mp4([media_files.jpeg((255, 0, 0))] * 4))
+    picture = data_url(media_files.jpeg((255, 0, 0)), "image/jpeg")
+
+    async def request() -> int:
+        await processor.process_mm_data_async(
+            image_data=[picture],
+            audio_data=None,
+            input_text=IMAGE + VIDEO,
+            request_obj=SimpleNamespace(video_data=[video]),
+        )
+        return threading.get_ident()
+
+    loop = asyncio.run(request())
+    assert set(threads) == {"decoding", "patches", "picture"}
+    assert loop not in threads.values()
+
+
+def test_pictures_are_upright_over_white_and_scaled(processor: Any) -> None:
+    white = features(processor, Image.new("RGB", (56, 56), (255, 255, 255)))
+    palette = Image.new("P", (56, 56), 0)
+    palette.putpalette([0, 0, 0] * 256)
+    clear = {
+        "PNG": [
+            Image.new("RGBA", (56, 56), (255, 0, 0, 0)),
+            Image.new("RGBA", (56, 56), (0, 0, 0, 0)),
+            Image.new("LA", (56, 56), (0, 0)),
+        ],
+        "WEBP": [Image.new("RGBA", (56, 56), (255, 0, 0, 0))],
+    }
+    for kind, images in clear.items():
+        for image in images:
+            file = media_files.encoded(
+                image, kind, **({"lossless": True} if kind == "WEBP" else {})
+            )
+            assert torch.equal(features(processor, data_url(file, "image/png")), white)
+    file = media_files.encoded(palette, "PNG", transparency=0)
+    assert torch.equal(features(processor, data_url(file, "image/png")), white)
+    deep = Image.fromarray(np.full((56, 56), 300, np.uint16))
+    almost_black = features(processor, Image.new("RGB", (56, 56), (1, 1, 1)))
+    file = media_files.encoded(deep, "PNG")
+    assert torch.equal(features(processor, data_url(file, "image/png")), almost_black)
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (168, 84, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = media_files.encoded(upright.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    assert torch.equal(
+        features(processor, data_url(turned, "image/png")), features(processor, upright)
+    )
+
+
+def test_bombs_are_the_clients_mistake(processor: Any) -> None:
+    started = time.perf_counter()
+    bomb = data_url(media_files.bomb(), "image/png")
+    assert "could be decompression bomb" in refusal(processor, IMAGE, image=[bomb])
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0" * 64, media_files.mp4([b"x"]), media_files.mp4([], handler=b"soun")],
+    ids=["empty", "zeros", "broken frame", "no video"],
+)
+def test_files_without_a_frame_are_the_clients_mistake(processor: Any, data: bytes) -> None:
+    assert refusal(processor, VIDEO, video=[data_url(data)])
+
+
+FILE = data_url(media_files.mp4([media_files.jpeg((0, 0, 0))] * 16, fps=4))
+
+
+def test_wishes_are_honoured(processor: Any) -> None:
+    from sglang.srt.utils.common import VideoData
+
+    def sampled(**wish: Any) -> list[str]:
+        video = VideoData(FILE, preprocess_kwargs=wish)
+        return stamps(processor, prepare(processor, VIDEO, video=[video]))
+
+    assert sampled() == ["0.0", "2.0", "3.8"]
+    assert sampled(fps=2) == ["0.0", "1.0", "2.0", "3.0", "3.8"]
+    assert sampled(max_frames=2) == ["0.0"]
+
+
+@pytest.mark.parametrize("value", [1e9, -1, 0, "2", True])
+@pytest.mark.parametrize("name", ["fps", "max_frames"])
+def test_absurd_wishes_are_refused(processor: Any, name: str, value: object) -> None:
+    from sglang.srt.utils.common import VideoData
+
+    video = VideoData(FILE, preprocess_kwargs={name: value})
+    assert "must be" in refusal(processor, VIDEO, video=[video])
+
+
+def test_the_long_side_is_bounded(processor: Any) -> None:
+    from sglang.srt.utils.common import ImageData, VideoData
+
+    file = data_url(media_files.encoded(Image.new("RGB", (1000, 500)), "PNG"), "image/png")
+
+    def grid(wish: int | None) -> list[int]:
+        picture = ImageData(file, max_long_side_pixel=wish)
+        (item,) = prepare(processor, IMAGE, image=[picture]).mm_items
+        return item.image_grid_thw[0].tolist()
+
+    assert grid(448) == [1, 16, 32]
+    assert grid(None)[2] > 32
+    for wish in (1, 10**9, 113, -1):
+        picture = ImageData(file, max_long_side_pixel=wish)
+        assert "max_long_side_pixel" in refusal(processor, IMAGE, image=[picture])
+    video = VideoData(
+        data_url(media_files.mp4([media_files.jpeg((0, 0, 0), size=(448, 224))], size=(448, 224))),
+        max_long_side_pixel=112,
+    )
+    (item,) = prepare(processor, VIDEO, video=[video]).mm_items
+    assert item.video_grid_thw[0].tolist() == [1, 4, 8]
+
+
+def test_frames_come_in_every_form(processor: Any) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, 56, 84, 3), np.uint8)
+    as_tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    expected = prepare(processor, VIDEO, video=[as_tensor])
+    for form in (frames, list(frames), [Image.fromarray(frame) for frame in frames]):
+        output = prepare(processor, VIDEO, video=[form])
+        assert output.input_ids == expected.input_ids
+        assert torch.equal(output.mm_items[0].feature, expected.mm_items[0].feature)
+    (item,) = prepare(processor, VIDEO, video=[frames[:1]]).mm_items
+    assert item.video_grid_thw[0].tolist() == [1, 4, 6]
+    for wrong in ([], [frames[0], frames[0, :28]], frames[0], frames[..., :2], as_tensor[0]):
+        assert "frames" in refusal(processor, VIDEO, video=[wrong])
+
+
+def test_phones_turn_their_videos(processor: Any) -> None:
+    frames = [media_files.jpeg((255, 0, 0))] * 2
+    for matrix, grid in ((media_files.UPRIGHT, [1, 6, 8]), (media_files.QUARTER, [1, 8, 6])):
+        video = data_url(media_files.mp4(frames, matrix=matrix))
+        (item,) = prepare(processor, VIDEO, video=[video]).mm_items
+        assert item.video_grid_thw[0].tolist() == grid
+
+
+def test_expanded_prompts_are_kept_or_refused(processor: Any) -> None:
+    tokenizer = processor._tokenizer
+    images = [Image.new("RGB", (112, 84)), Image.new("RGB", (56, 56))]
+    media: dict[str, Any] = {"image": images, "video": [FILE]}
+    text = f"a {IMAGE} then: {VIDEO} and {IMAGE}"
+    first = prepare(processor, text, **media)
+    for prompt in (first.input_ids, tokenizer.decode(first.input_ids)):
+        again = prepare(processor, prompt, **media)
+        assert again.input_ids == first.input_ids
+        assert [i.offsets for i in again.mm_items] == [i.offsets for i in first.mm_items]
+    more = [*first.input_ids, *tokenizer.encode(IMAGE)]
+    mixed = prepare(processor, more, **media | {"image": [*images, Image.new("RGB", (28, 28))]})
+    assert len(mixed.input_ids) == len(first.input_ids) + 4 + 2
+    for name, token in (("image", IMAGE), ("video", VIDEO)):
+        short = list(first.input_ids)
+        short.remove(tokenizer.encode(token)[0])
+        assert f"expanded {name} of another size" in refusal(processor, short, **media)
+
+
+def test_media_and_placeholders_must_be_as_many(processor: Any) -> None:
+    image = Image.new("RGB", (56, 56))
+    assert "more image placeholders" in refusal(processor, IMAGE * 2, image=[image])
+    assert "more images sent" in refusal(processor, "none", image=[image])
+    assert "more video placeholders" in refusal(processor, IMAGE + VIDEO, image=[image])
+
+
+def test_prepared_items_are_refused_by_name(processor: Any) -> None:
+    for kind in ("processor_output", "precomputed_embedding"):
+        item = {"format": kind, "feature": torch.zeros(4, 8)}
+        assert "are not served by m3-plugin" in refusal(processor, IMAGE, image=[item])
