@@ -1,4 +1,4 @@
-"""Device, Triton, kernels and their self-test; `python -m m3_plugin.diagnosis.device` answers."""
+"""Device, Triton, kernels and their self-test; `python -P -m m3_plugin.diagnosis.device` answers."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def examine(report: Report, wanted: str | None = None, *, timeout_s: float = 300
             str(failure),
             status="failure",
             advice="torch or the kernels cannot even be loaded here: run "
-            f"`python -m {MODULE}` to see the whole message, then reinstall the host",
+            f"`python -P -m {MODULE}` to see the whole message, then reinstall the host",
         )
         return
     _examine_gpus(report, found)

@@ -4,9 +4,9 @@ Each op lists in `<op>/triton_variants.py` what it launches: `variants(arch)` gi
 the configuration chosen for that chip, with a budget of registers and shared memory and the
 instructions they must contain. Spilled registers are a fault everywhere.
 
-    python -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
-    python -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
-    python -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled*.md hold
+    python -P -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
+    python -P -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
+    python -P -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled*.md hold
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def run(
 ) -> tuple[subprocess.CompletedProcess[str], Report]:
     """`m3-plugin doctor --json` of an environment."""
     done = subprocess.run(
-        [str(python), "-m", "m3_plugin.cli", "doctor", "--json", *options],
+        [str(python), "-P", "-m", "m3_plugin.cli", "doctor", "--json", *options],
         capture_output=True,
         text=True,
         timeout=300,
@@ -98,7 +98,7 @@ def test_commands_that_start_a_server_need_a_host(
     without_hosts: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     done = subprocess.run(
-        [str(without_hosts), "-m", "m3_plugin.cli", *command],
+        [str(without_hosts), "-P", "-m", "m3_plugin.cli", *command],
         cwd=tmp_path,
         capture_output=True,
         text=True,
