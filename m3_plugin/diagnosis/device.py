@@ -1,4 +1,4 @@
-"""Device, Triton, kernels and their self-test; `python -P -m m3_plugin.diagnosis.device` answers."""
+"""Device, Triton, kernels, their self-test; `python -P -m m3_plugin.diagnosis.device` answers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How a python of our own is started: with nothing of the current folder on its import path.
 
-`python -m` and `python -c` put the current folder first on `sys.path`. Whoever looks at a stranger's
-checkpoint stands in it, and a `triton.py` that lies there would run in the child. So every child
-starts with `-P`, and its environment asks the same of its own children.
+`python -m` and `python -c` put the current folder first on `sys.path`. Whoever looks at a
+stranger's checkpoint stands in it, and a `triton.py` that lies there would run in the child. So
+every child starts with `-P`, and its environment asks the same of its own children.
 """
 
 from __future__ import annotations
