@@ -33,7 +33,7 @@ def doctor(
         typer.Option("--device", help="cuda or cpu: what shall serve; a GPU if there is one."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, for a bug report: no secrets in it.")
+        bool, typer.Option("--json", help="Print JSON, for a bug report: common tokens are masked.")
     ] = False,
     timeout_s: Annotated[
         float, typer.Option("--timeout", min=1, help="Seconds one host may take to answer.")
