@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from m3_plugin.cli.host_metrics import exposition, settled, total
+from m3_plugin.cli.host_metrics import exposition, openai_client, settled, total
 from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, host_to_start
+from m3_plugin.cli.outputs import in_a_folder
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
 
 
@@ -93,7 +95,12 @@ def demo(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     log: Annotated[
-        Path | None, typer.Option(help="Write the server's log to this file and keep it.")
+        Path | None,
+        typer.Option(
+            help="Write the server's log to this file and keep it; with --speculative the second "
+            "server's to FILE.speculative.",
+            callback=in_a_folder,
+        ),
     ] = None,
 ) -> None:
     """Serve the constructed checkpoint on a real vLLM or SGLang and check its answers over HTTP."""
@@ -130,9 +137,15 @@ def _run(
         for options in [(), drafting] if speculative else [()]:
             scratch = Path(folder) / ("speculative" if options else "plain")
             scratch.mkdir()
-            with _served(host, checkpoint, options, scratch, log=log, console=console) as ask:
+            kept = _log_of(log, speculative=bool(options))
+            with _served(host, checkpoint, options, scratch, log=kept, console=console) as ask:
                 runs.append([ask(question) for question in _questions(long_tokens)])
         return runs[0], runs[1] if speculative else []
+
+
+def _log_of(log: Path | None, *, speculative: bool) -> Path | None:
+    """A log of its own for each of the two servers."""
+    return log.with_name(f"{log.name}.speculative") if log and speculative else log
 
 
 @contextmanager
@@ -263,9 +276,7 @@ def _drafts(
 
 
 def _ask(url: str, question: Question, *, host: Host) -> Answer:
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
+    client = openai_client(url, timeout_s=1800)
     before = _read_counters(url, host=host)
     start = time.perf_counter()
     stream = client.chat.completions.create(
@@ -370,11 +381,10 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
     for answer in answers:
         decode = answer.decode_ms_per_token
         table.add_row(
-            f"{answer.label}\n[dim]{answer.asked}[/dim]",
-            answer.expected,
-            f"[green]{answer.received}[/green]"
-            if answer.right
-            else f"[red]{answer.received or '(nothing)'}[/red]",
+            Text(answer.label + "\n").append(answer.asked, style="dim"),
+            Text(answer.expected),
+            # a wrong answer may hold anything, what means a colour too
+            Text(answer.received or "(nothing)", style="green" if answer.right else "red"),
             f"{answer.prompt_tokens:,}",
             f"{answer.cached_tokens:,}",
             f"{_share(answer.prefill_blocks)} | {_share(answer.decode_blocks)}",
@@ -393,7 +403,7 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
         "oracle, and nothing is served if they are wrong. There, `m3-plugin check` says more."
     )
     title = "the released weights on GPUs"
-    console.print(Panel(host.gpu_command + note, title=title, expand=False, highlight=False))
+    console.print(Panel(Text(host.gpu_command + note), title=title, expand=False, highlight=False))
 
 
 def _comparison(answers: list[Answer], drafted: list[Answer]) -> Table:

@@ -239,9 +239,7 @@ class _Asker:
     """Chat requests to one model."""
 
     def __init__(self, url: str, model: str | None) -> None:
-        from openai import OpenAI
-
-        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600, max_retries=0)
+        self.client = openai_client(url, timeout_s=3600)
         self._model = model
 
     @property
