@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
-from m3_kernels.testing.cases import Case, Inputs, build, whole_storage
+from m3_kernels.testing.cases import Case, Inputs, PageLayout, build, whole_storage
 from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
 from m3_kernels.testing.projections import (
     EPS,
@@ -88,8 +88,13 @@ def self_test(
     device: torch.device,
     kv_dtype: torch.dtype | None = None,
     index_dtype: torch.dtype | None = None,
+    pages: tuple[PageLayout, ...] = ("planes",),
+    decode_rows: int = DECODE_ROWS,
 ) -> tuple[Finding, ...]:
-    """Decode, verify and prefill of the served geometry against the oracle; about a second.
+    """Decode, verify and prefill of the served geometry against the oracle.
+
+    About a second, if Triton has compiled the kernels on this machine before; about a minute if it
+    has to.
 
     With a prefill of another library only the steps it takes part in, on pages as hosts lay them
     out, and chunk by chunk as well.
@@ -103,6 +108,8 @@ def self_test(
     dtype : of activations
     kv_dtype, index_dtype : of the pages of K and V, of index keys; pages of 8 bits are tried as
         such, all others in `dtype`
+    pages : how the host lays out K and V; every step is tried on each
+    decode_rows : query rows of a request of decode kind (`StepCapacity`)
     """
     budget = msa.topk_blocks * msa.block_size
     geometry = Case(
@@ -127,7 +134,11 @@ def self_test(
         "verify": ((budget + 2 * msa.block_size - 2, 4), (msa.block_size, 3)),
         "prefill": ((budget + msa.block_size - 5, DECODE_ROWS + 4), (0, DECODE_ROWS + 1)),
     }
-    cases = [replace(geometry, name=name, requests=requests) for name, requests in steps.items()]
+    cases = [
+        replace(geometry, name=f"{name} on {layout} pages", requests=requests, pages=layout)
+        for layout in pages
+        for name, requests in steps.items()
+    ]
     if kernels.prefill is not None:
         mixed = ((budget + 5, 1), *steps["prefill"], (budget + msa.block_size - 1, 2), (0, 1))
         cases = [
@@ -138,7 +149,9 @@ def self_test(
     return tuple(
         finding
         for case in cases
-        for finding in verify_case(case, kernels=kernels, device=device, repeats=1)
+        for finding in verify_case(
+            case, kernels=kernels, device=device, repeats=1, decode_rows=decode_rows
+        )
     )
 
 
@@ -169,6 +182,7 @@ def verify_case(
     device: torch.device,
     repeats: int = 0,
     graph: bool = False,
+    decode_rows: int = DECODE_ROWS,
 ) -> tuple[Finding, ...]:
     """Run one case through a session and compare every part with the oracle.
 
@@ -177,12 +191,13 @@ def verify_case(
     device : where the kernels run; the oracle runs on the CPU
     repeats : further runs, which must give the same bits
     graph : capture a run of other lengths in a CUDA graph, replay it on this case, compare bits
+    decode_rows : query rows of a request of decode kind (`StepCapacity`)
     """
     host_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"), torch.inference_mode():
-            run = _CaseRun(case, kernels=kernels, device=device)
+            run = _CaseRun(case, kernels=kernels, device=device, decode_rows=decode_rows)
             findings = [run.queries(), run.cache(), run.selection(), run.attention(), run.whole()]
             if repeats:
                 findings.append(run.repeats(repeats))
@@ -198,12 +213,15 @@ def verify_case(
 class _CaseRun:
     """One case on one device, its session, and the results later comparisons build on."""
 
-    def __init__(self, case: Case, *, kernels: KernelChoice, device: torch.device) -> None:
+    def __init__(
+        self, case: Case, *, kernels: KernelChoice, device: torch.device, decode_rows: int
+    ) -> None:
         self.case = case
+        self.decode_rows = decode_rows
         self.device = device
         self.inputs = build(case)
         self.moved = self.inputs.to(device)
-        self.session = session_for(case, kernels=kernels, device=device)
+        self.session = session_for(case, kernels=kernels, device=device, decode_rows=decode_rows)
         self.batch = _batch(self.moved)
         self.plan = self.session.plan(self.batch)
         chosen = self.session.select(self.plan, self.moved.index_q, caches=_caches(self.moved))
@@ -327,7 +345,7 @@ class _CaseRun:
         for request, (first, last) in enumerate(pairwise(moved.cu_seqlens_q.tolist())):
             rows = slice(first + left_out, last)
             count = last - rows.start
-            if count <= DECODE_ROWS:
+            if count <= self.decode_rows:
                 continue
             batch = replace(
                 self.batch,
@@ -446,8 +464,10 @@ class _Step:
         return out
 
 
-def session_for(case: Case, *, kernels: KernelChoice, device: torch.device) -> MSASession:
-    """A session just large enough for a case."""
+def session_for(
+    case: Case, *, kernels: KernelChoice, device: torch.device, decode_rows: int = DECODE_ROWS
+) -> MSASession:
+    """A session just large enough for a case; `decode_rows` as in `StepCapacity`."""
     rules = MSAConfig(
         num_index_heads=case.num_kv_heads,
         index_dim=case.index_dim,
@@ -473,6 +493,7 @@ def session_for(case: Case, *, kernels: KernelChoice, device: torch.device) -> M
                 max_requests=max(1, len(case.requests)),
                 max_rows=max(1, case.num_rows + case.padding_rows),
                 max_seq_len=max([1, *(cached + rows for cached, rows in case.requests)]),
+                decode_rows=decode_rows,
             ),
             device=device,
         )

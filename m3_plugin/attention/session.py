@@ -264,8 +264,8 @@ class MSASession:
             eps=norms.eps,
             cos_sin=cos_sin,
             slot_mapping=plan.batch.slot_mapping,
-            q_out=self.workspace.q[:rows] if self.workspace else None,
-            index_q_out=self.workspace.index_q[:rows] if self.workspace else None,
+            q_out=self.workspace.scratch.q[:rows] if self.workspace else None,
+            index_q_out=self.workspace.scratch.index_q[:rows] if self.workspace else None,
             k_scale=caches.k_scale,
             v_scale=caches.v_scale,
             index_k_scales=caches.index_k_scales,
@@ -292,7 +292,7 @@ class MSASession:
             index_k_scales=caches.index_k_scales,
             out=self.workspace.ids(index_q.shape[0]) if self.workspace else None,
             plan=plan.work,
-            workspace=self.workspace.scores if self.workspace else None,
+            workspace=self.workspace.scratch.scores if self.workspace else None,
             backend=self.kernels.family,
         )
 
@@ -319,7 +319,7 @@ class MSASession:
             v_scale=caches.v_scale,
             out=out,
             plan=plan.work,
-            workspace=self.workspace.attention if self.workspace else None,
+            workspace=self.workspace.scratch.attention if self.workspace else None,
             prefill=self._prefill(caches),
             backend=self.kernels.family,
         )

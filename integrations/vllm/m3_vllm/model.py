@@ -49,13 +49,19 @@ from vllm.sequence import IntermediateTensors
 
 from m3_plugin.attention.session import HeadNorms, MSASession
 from m3_plugin.checkpoint.cache_scales import CacheScales
-from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
+from m3_plugin.checkpoint.loading import (
+    WeightLoader,
+    expert_share,
+    plan_before_loading,
+    require_expert_bytes,
+)
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, is_mtp_tensor
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import attestation
 from m3_plugin.model.config import M3Config, local_heads
 from m3_plugin.model.rope import RowAngles
 from m3_plugin.model.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
+from m3_vllm.backend import dense_backend
 from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.compat import vllm_version
 from m3_vllm.media import (
@@ -150,6 +156,7 @@ class M3DenseAttention(_M3AttentionBase):
             num_kv_heads=self.num_kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=vllm_config.quant_config,
+            attn_backend=dense_backend(vllm_config, head_dim=self.head_dim),
             prefix=f"{prefix}.attn",
         )
         self.rotary_emb = get_rope(
@@ -388,9 +395,12 @@ def require_planned(
     parallel = vllm_config.parallel_config
     # redundant experts of a load balancer are no part of the files
     if not parallel.enable_eplb:
-        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+        share = expert_share(
+            layer.block_sparse_moe.config.intermediate_size,
+            ranks=parallel.tensor_parallel_size * parallel.data_parallel_size,
+        )
         experts = layer.block_sparse_moe.experts
-        require_expert_bytes(plan, experts, layer=name, share=1 / ranks)
+        require_expert_bytes(plan, experts, layer=name, share=share)
 
 
 @support_torch_compile
@@ -407,6 +417,8 @@ class M3Model(nn.Module, EagleModelMixin):
         super().__init__()
         config = read_config(vllm_config)
         self.m3_config = config
+        # vLLM reads hidden_size of it where streams of an EAGLE3 head cross pipeline stages
+        self.config = vllm_config.model_config.hf_text_config
         plan = read_plan(vllm_config, vllm_config.model_config, config)
         self.session = worker_session(config, vllm_config)
         # on the last stage a draft model may share it

@@ -16,6 +16,7 @@ from torch import Tensor
 from m3_kernels.index_pages import bytes_per_token, split_pages
 
 INT32_MAX = 2**31 - 1
+PageLayout = Literal["planes", "packed-heads", "packed-slots", "separate"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,7 +54,7 @@ class Case:
     missing_keys: int = 0
     kv_dtype: torch.dtype | None = None
     index_dtype: torch.dtype | None = None
-    pages: Literal["planes", "packed-heads", "packed-slots", "separate"] = "planes"
+    pages: PageLayout = "planes"
     rotary_dim: int = 16
     seed: int = 0
 
@@ -298,7 +299,9 @@ def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
     def nans(*shape: int, dtype: torch.dtype | None) -> Tensor:
         return torch.full(shape, torch.nan).to(dtype or case.dtype)
 
-    index = nans(num_pages, size, case.index_dim + 8, dtype=case.index_dtype)
+    # Neighbours of 16 bytes, so that keys of every dtype can be read through descriptors.
+    beside = 16 // (case.index_dtype or case.dtype).itemsize
+    index = nans(num_pages, size, case.index_dim + beside, dtype=case.index_dtype)
     if case.pages == "planes":
         fused = nans(num_pages, 2, size, heads, dim, dtype=case.kv_dtype)
         k_pages, v_pages = fused.transpose(2, 3).unbind(1)

@@ -11,7 +11,8 @@ from torch import Tensor
 from m3_kernels import validation
 from m3_kernels.tuning import arch_of, kernel_config
 
-# Requests of at most this many query rows are of decode kind (verify included), others of prefill.
+# Requests of at most this many query rows are of decode kind (verify included), others of prefill,
+# unless a plan draws the line lower.
 DECODE_ROWS = 8
 
 # Query rows of one tile of a prefill request; tiles begin at positions that are multiples of it.
@@ -56,6 +57,7 @@ class WorkPlan:
         flat list of (request of decode kind, block)
     range_request : int32 [C], request of the first block of program c; R if it has none
     row_request : int32 [T], request of each query row; R for padding
+    decode_rows : requests of at most so many query rows are of decode kind, others of prefill
     """
 
     max_query_len: int
@@ -66,6 +68,7 @@ class WorkPlan:
     range_start: Tensor
     range_request: Tensor
     row_request: Tensor
+    decode_rows: int = DECODE_ROWS
 
     @property
     def max_blocks(self) -> int:
@@ -122,6 +125,7 @@ def fill_work_plan(
     max_query_len: int,
     max_seq_len: int,
     page_size: int,
+    decode_rows: int = DECODE_ROWS,
     backend: Literal["auto", "triton", "reference"] = "auto",
 ) -> WorkPlan:
     """Plan a step, on its device and without waiting for it; may be captured in a CUDA graph.
@@ -135,6 +139,8 @@ def fill_work_plan(
     max_query_len : at least the largest number of query rows of a request
     max_seq_len : at least the largest of `seq_lens`; workspaces are sized by it
     page_size : tokens per page
+    decode_rows : requests of at most so many rows are of decode kind; for all steps that share a
+        workspace the same, since the kinds' bits agree to rounding only
     backend : "auto" is Triton on CUDA and plain torch elsewhere
 
     Raises
@@ -162,6 +168,8 @@ def fill_work_plan(
             raise ValueError(f"{name} must not be negative; got {value}")
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1; got {page_size}")
+    if not 1 <= decode_rows <= DECODE_ROWS:
+        raise ValueError(f"decode_rows must be 1 to {DECODE_ROWS}; got {decode_rows}")
     capacity = buffers.cum_blocks.shape[0] - 1, buffers.row_request.shape[0]
     if num_reqs > capacity[0] or num_rows > capacity[1]:
         raise ValueError(
@@ -179,6 +187,7 @@ def fill_work_plan(
         range_start=buffers.range_start,
         range_request=buffers.range_request,
         row_request=buffers.row_request[:num_rows],
+        decode_rows=decode_rows,
     )
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         from m3_kernels.work_plan.triton import fill_work_plan_triton as run
