@@ -100,6 +100,7 @@ def make_session(
             device=device,
             pages=pages,
             decode_rows=capacity.decode_rows,
+            max_seq_len=capacity.max_seq_len,
         )
         if device.type == "cuda":
             kernels = with_flashinfer(config.msa, shape, kernels=kernels, device=device)
@@ -131,6 +132,7 @@ def try_kernels(
     device: torch.device,
     pages: tuple[PageLayout, ...] = ("planes",),
     decode_rows: int = DECODE_ROWS,
+    max_seq_len: int | None = None,
 ) -> None:
     """Run the self-test of `self_test` on the layers that will be served, once per process.
 
@@ -138,7 +140,7 @@ def try_kernels(
 
     Parameters
     ----------
-    pages, decode_rows : as in `make_session`, of its capacity
+    pages, decode_rows, max_seq_len : as in `make_session`, of its capacity
 
     Raises
     ------
@@ -160,6 +162,7 @@ def try_kernels(
         device=device,
         pages=pages,
         decode_rows=decode_rows,
+        max_seq_len=max_seq_len,
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     require_right(findings, kernels=kernels, device=name)

@@ -169,6 +169,8 @@ class MSASession:
         self.kernels = kernels
         self.scale = scale
         self.workspace = workspace
+        # layouts of pages on which every kernel was run (`m3_plugin.attention.warm_up`)
+        self.warmed: set[tuple[object, ...]] = set()
         # off by default because counting costs time
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None

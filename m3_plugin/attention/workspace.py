@@ -83,6 +83,7 @@ class Workspace:
 
     Attributes
     ----------
+    shape : of the session's layers
     scratch : the session's own, or another session's
     shared : whether it is another session's
     """
@@ -90,7 +91,7 @@ class Workspace:
     capacity: StepCapacity
     page_size: int
     topk: int
-    num_kv_heads: int
+    shape: LayerShape
     plan_buffers: WorkPlanBuffers
     scratch: Scratch
     shared: bool = False
@@ -137,7 +138,7 @@ class Workspace:
 
     def ids(self, rows: int) -> Tensor:
         """Where a layer's selection goes: int32 [num_kv_heads, rows, topk]."""
-        heads = self.num_kv_heads
+        heads = self.shape.num_kv_heads
         return self.scratch.block_ids[: heads * rows * self.topk].view(heads, rows, self.topk)
 
 
@@ -166,7 +167,7 @@ def allocate_workspace(
         capacity=capacity,
         page_size=msa.block_size,
         topk=msa.topk_blocks,
-        num_kv_heads=shape.num_kv_heads,
+        shape=shape,
         plan_buffers=allocate_work_plan(
             max_reqs=capacity.max_requests, max_rows=capacity.max_rows, device=device
         ),

@@ -7,6 +7,7 @@ prefix-cached, preempted and evicted in lock-step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from vllm.v1.kv_cache_interface import (
 
 from m3_kernels.index_pages import bytes_per_token, split_pages
 from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession
+from m3_plugin.attention.warm_up import warm_up
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.settings import Settings
 from m3_vllm.backend import M3IndexBackend, M3IndexMetadata, M3Metadata, M3SparseBackend
@@ -102,9 +104,12 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
 
     supports_dcp = False
 
-    def __init__(self, *, prefix: str, index_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, *, prefix: str, index_dim: int, dtype: torch.dtype, on_bound: Callable[[], None]
+    ) -> None:
         super().__init__()
         self.prefix = prefix
+        self.on_bound = on_bound
         self.dtype = dtype
         self.width = bytes_per_token(index_dim) if dtype == torch.int8 else index_dim
         self.kv_cache = torch.tensor([])
@@ -143,6 +148,7 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
             keys, scales = split_pages(keys)
         self.kv_cache = keys
         self.scales = scales
+        self.on_bound()
 
 
 class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
@@ -173,6 +179,7 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
         self.layer_name = prefix
         self.dtype = cache_dtype(vllm_config)
         self.index_cache = M3IndexCache(
+            on_bound=self.warm_up,
             prefix=f"{prefix}.index_cache",
             index_dim=session.msa.index_dim,
             dtype=index_dtype(vllm_config),
@@ -213,6 +220,16 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         # [pages, kv heads, page_size, K | V]: two strided views, no copy
         self.kv_cache = kv_cache if kv_cache.numel() == 0 else kv_cache.view(self.dtype)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Have every kernel compiled for these pages, once both of this layer's caches are there.
+
+        vLLM binds caches before it captures graphs and before it serves, the one for measuring
+        graphs among them.
+        """
+        if self.kv_cache.numel() and self.index_cache.kv_cache.numel():
+            warm_up(self.session, self.paged_caches())
 
     @property
     def scales(self) -> CacheScales:

@@ -299,9 +299,9 @@ def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
     def nans(*shape: int, dtype: torch.dtype | None) -> Tensor:
         return torch.full(shape, torch.nan).to(dtype or case.dtype)
 
-    # Neighbours of 16 bytes, so that keys of every dtype can be read through descriptors.
-    beside = 16 // (case.index_dtype or case.dtype).itemsize
-    index = nans(num_pages, size, case.index_dim + beside, dtype=case.index_dtype)
+    # Strides of every view are multiples of 16, as a host's are: of numbers, which decides how
+    # Triton compiles a kernel, and of bytes, which decides whether keys are read by descriptors.
+    index = nans(num_pages, size, case.index_dim + 16, dtype=case.index_dtype)
     if case.pages == "planes":
         fused = nans(num_pages, 2, size, heads, dim, dtype=case.kv_dtype)
         k_pages, v_pages = fused.transpose(2, 3).unbind(1)
@@ -341,7 +341,7 @@ def view_of_copy(view: Tensor, device: torch.device, copies: dict[int, Tensor]) 
 
 def padded(tensor: Tensor) -> Tensor:
     """The same values as a view whose neighbours in memory are NaN."""
-    larger = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan)
+    larger = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 16), torch.nan)
     larger[..., : tensor.shape[-1]] = tensor
     return larger[..., : tensor.shape[-1]]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -174,3 +178,20 @@ def test_pages_of_a_test_are_read_as_pages_of_a_server_are(
     assert keys["USE_DESCRIPTORS"] is True
     tiles = _page_tiles(made.k_pages, made.v_pages, 64, config, None)
     assert tiles["USE_DESCRIPTORS"] is True
+
+
+def test_serving_compiles_nothing_that_the_warm_up_and_the_self_test_did_not() -> None:
+    """Chips, layouts, drafts, short and long contexts, tables of any width."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.plugin.attention.specialisations"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 0, done.stderr
+    for report in json.loads(done.stdout):
+        assert len(report["kernels"]) == 7
+        assert report["compiled"] >= 10
+        assert report["new"] == []
+        assert report["untried"] == []
