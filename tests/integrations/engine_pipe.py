@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
+from tests.integrations import starts
+
 START_TIMEOUT_S = 300
 _TAIL = 6000
 _READ_BY_IMPORTS = ("PYTHONPATH", "TRITON_INTERPRET")
@@ -62,6 +64,7 @@ class EnginePipe:
             os.environ.clear()
             os.environ.update(saved)
         child.close()
+        starts.count("engine")
         try:
             self._receive(START_TIMEOUT_S)
         except BaseException:
