@@ -48,7 +48,7 @@ class EnginePipe:
         log: Path | None = None,
     ) -> None:
         fresh = any(name in environment for name in _READ_BY_IMPORTS)
-        context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+        context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
         context.set_forkserver_preload(list(preload))
         self._pipe, child = context.Pipe()
         self._log = log

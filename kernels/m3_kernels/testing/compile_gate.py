@@ -133,7 +133,7 @@ def fingerprint(variant: Variant, arch: int) -> str:
 
     source = _source(variant)
     target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
+    backend: Any = make_backend(target)
     options = backend.parse_options(dict(variant.options) | source.parse_options())
     context = ir.context()
     ir.load_dialects(context)

@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import context, popen_fork
+from multiprocessing import popen_fork
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def _fork_children() -> None:
     The servers of the tests are processes of SGLang's own, whose children import and register all
     anew.
     """
-    context.SpawnProcess._Popen = staticmethod(popen_fork.Popen)
+    how: Any = SpawnProcess
+    how._Popen = staticmethod(popen_fork.Popen)
 
 
 class _Engine:
