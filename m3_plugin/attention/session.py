@@ -188,6 +188,14 @@ class MSASession:
         work = None if self.workspace is None else self.workspace.plan(batch)
         return MSAPlan(batch=batch, work=work)
 
+    def replan(self, plan: MSAPlan) -> None:
+        """Plan a step again after its lengths have changed in place, as they do while drafting.
+
+        Writes where the plan lies and looks at nothing on the host, so that a graph may hold it.
+        """
+        if self.workspace is not None:
+            self.workspace.plan(plan.batch)
+
     def run(
         self,
         plan: MSAPlan,

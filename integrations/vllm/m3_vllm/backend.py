@@ -63,6 +63,8 @@ class M3MetadataBuilder(AttentionMetadataBuilder[M3Metadata]):
 
     # Row counts and addresses are fixed by vLLM's persistent buffers for uniform batches.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    # All steps of a draft go into one graph, then.
+    supports_draft_decode_metadata_update = True
 
     def __init__(
         self,
@@ -83,11 +85,15 @@ class M3MetadataBuilder(AttentionMetadataBuilder[M3Metadata]):
     ) -> M3Metadata:
         return M3Metadata(plan=self.session.plan(msa_batch(common_attn_metadata)))
 
+    def update_draft_decode_metadata(self, metadata: M3Metadata) -> None:
+        self.session.replan(metadata.plan)
+
 
 class M3IndexMetadataBuilder(AttentionMetadataBuilder[M3IndexMetadata]):
     """Reports only where the index-key cache stores, for the check in the attention op."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_draft_decode_metadata_update = True
 
     def __init__(
         self,
@@ -105,6 +111,10 @@ class M3IndexMetadataBuilder(AttentionMetadataBuilder[M3IndexMetadata]):
         fast_build: bool = False,
     ) -> M3IndexMetadata:
         return M3IndexMetadata(slot_mapping=common_attn_metadata.slot_mapping)
+
+    def update_draft_decode_metadata(self, metadata: M3IndexMetadata) -> None:
+        # vLLM writes the slots where this points
+        return
 
 
 class _M3PagedBackend(AttentionBackend):
