@@ -13,6 +13,7 @@ from m3_plugin.attention.session import MSASession
 from m3_plugin.model.config import M3Config
 from m3_vllm.caches import M3SparseCacheLayer, cache_dtype, index_dtype
 from m3_vllm.compat import device_type
+from m3_vllm.options import require_served
 
 ATTENTION_OP = "vllm::m3_msa_attention"
 
@@ -22,15 +23,11 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
 
     Raises
     ------
-    ValueError : vLLM would run two micro-batches at once, and a session plans one.
+    ValueError : an option of vLLM's cannot be served (`m3_vllm.options`).
     """
     if config.msa is None:
         return None
-    if vllm_config.parallel_config.use_ubatching:
-        raise ValueError(
-            "m3-plugin plans one step at a time: two micro-batches in flight would overwrite each "
-            "other's plan; start vLLM without --enable-dbo and --ubatch-size"
-        )
+    require_served(vllm_config, config)
     keep_attention_out_of_piecewise_graphs(vllm_config)
     return make_session(
         config,
