@@ -44,7 +44,11 @@ _FP8_DTYPES = {
 }
 
 
-_INDEX_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_INDEX_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
 
 
 def index_dtype(vllm_config: VllmConfig) -> torch.dtype:

@@ -58,6 +58,11 @@ _UNHEARD: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "layers; M3_PLUGIN_KERNELS chooses ours",
     ),
     (
+        lambda c: getattr(c.attention_config, "minimax_m3_indexer_cp", False),
+        "minimax_m3_indexer_cp in --attention-config shares out the index scan of vLLM's own MSA "
+        "layers; every rank scans all index keys here",
+    ),
+    (
         lambda c: getattr(c.attention_config, "indexer_sparse_logits", False),
         "indexer_sparse_logits in --attention-config is of other models' indexers",
     ),

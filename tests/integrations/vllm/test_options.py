@@ -68,7 +68,8 @@ HOST = """
     override_generation_config additional_config use_tqdm_on_load pt_load_map_location
     logits_processors stream_interval performance_mode fault_tolerance_config
     enable_fault_tolerance tokens_only shutdown_timeout fail_on_environ_validation
-    enable_return_routed_experts return_sampling_mask enable_prompt_embeds model_impl"""
+    enable_return_routed_experts return_sampling_mask enable_prompt_embeds model_impl
+    sleep_mode_backend watchdog_config"""
 # For models of another kind: of state space, latent or windowed attention, pooling, diffusion.
 OTHER_MODELS = """
     dcp_comm_backend dcp_q_replicate dcp_kv_cache_interleave_size cp_kv_cache_interleave_size
@@ -77,7 +78,7 @@ OTHER_MODELS = """
     enable_mamba_shared_prefix_checkpoint replayssm_buffer_len use_replayssm mamba_backend
     mamba_ssu_algorithm enable_mamba_cache_stochastic_rounding mamba_cache_philox_rounds
     gdn_prefill_backend kda_prefill_backend kda_decode_backend kv_sharing_fast_prefill
-    swa_bounded_replay pooler_config diffusion_config"""
+    swa_bounded_replay pooler_config diffusion_config monokernel"""
 # Heard by vLLM's own vision tower and not by ours, which is plain torch; docs/vllm.md.
 OWN_TOWER = """
     mm_encoder_only mm_encoder_tp_mode mm_encoder_attn_backend mm_encoder_attn_dtype
@@ -107,7 +108,8 @@ ATTENTION = """
     minimax_m3_msa_decode_backend indexer_sparse_logits hisparse_config use_non_causal
     tokenspeed_mla_min_split_kv tq_max_kv_splits_for_cuda_graph mla_prefill_backend
     use_prefill_query_quantization sparse_mla_force_mqa sparse_mla_prefill_workspace_factor
-    flex_attn_block_m flex_attn_block_n flex_attn_q_block_size flex_attn_kv_block_size"""
+    flex_attn_block_m flex_attn_block_n flex_attn_q_block_size flex_attn_kv_block_size
+    trtllm_ragged_backend indexer_tp_shard_min_rows minimax_m3_indexer_cp"""
 SPECULATIVE = """
     enforce_eager num_speculative_tokens model method draft_tensor_parallel_size
     tensor_parallel_size quantization moe_backend attention_backend kv_cache_dtype max_model_len
@@ -118,7 +120,9 @@ SPECULATIVE = """
     suffix_decoding_max_tree_depth suffix_decoding_max_cached_requests
     suffix_decoding_max_spec_factor suffix_decoding_min_token_prob draft_load_config
     rejection_sample_method synthetic_acceptance_rates synthetic_acceptance_length
-    enable_adaptive_verification draft_sample_method dspark_draft_topk"""
+    enable_adaptive_verification draft_sample_method dspark_draft_topk
+    disable_lookahead_block_hashes draft_lm_head_quantization xpress_topc fly_window_size
+    fly_entropy_threshold fly_entropy_top_k"""
 PARTS = """
     model_config cache_config parallel_config scheduler_config device_config load_config
     offload_config attention_config aux_output_config engram_config mamba_config kernel_config
@@ -126,7 +130,7 @@ PARTS = """
     observability_config logging_config quant_config compilation_config profiler_config
     kv_transfer_config kv_events_config ec_transfer_config ec_manager_config reasoning_config
     additional_config instance_id optimization_level performance_mode weight_transfer_config
-    shutdown_timeout"""
+    shutdown_timeout watchdog_config"""
 
 
 def fields(cls: Any) -> set[str]:
