@@ -10,6 +10,7 @@ from packaging.version import Version
 from m3_plugin.host.presence import TestedWindow
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_config
+from m3_plugin.model.taking import why_not_taken
 
 _ORIGINAL_HEADS = {
     "num_attention_heads": "original_num_attention_heads",
@@ -114,6 +115,11 @@ def read_draft_config(hf_config: Any) -> M3Config:
     config = mtp_config(_values(hf_config), num_modules=1)
     config.require_paged_host()
     return config
+
+
+def why_left_alone(hf_config: Any, *, draft: bool) -> str | None:
+    """Why a model of one of our architectures is not ours to serve; None if it is."""
+    return why_not_taken(_values(hf_config), draft=draft)
 
 
 def _values(hf_config: Any) -> dict[str, Any]:
