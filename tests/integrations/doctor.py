@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,27 @@ import pytest
 
 from m3_plugin.diagnosis import Finding, Report
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts
+from tests.planted import plant, ran
 
 ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 
 
-def check_served(host: str, checkpoint: Path) -> None:
+def check_served(host: str, checkpoint: Path, folder: Path) -> None:
     """The whole command, as typed by a user: the plugin serves, and exit code and JSON say so."""
-    command = [sys.executable, "-m", "m3_plugin.cli", "doctor", "--json", "--host", host]
+    command = [sys.executable, "-P", "-m", "m3_plugin.cli", "doctor", "--json", "--host", host]
+    # stands in a copy of the checkpoint in which modules lie
+    here = Path(shutil.copytree(checkpoint, folder / "checkpoint"))
+    witness = folder / "witness"
+    plant(here, witness=witness)
     done = subprocess.run(
-        [*command, "--model", str(checkpoint)],
+        [*command, "--model", "."],
+        cwd=here,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+    assert ran(witness) == []
     found = json.loads(done.stdout)
     failures = [f for f in found["findings"] if f["status"] == "failure"]
     assert failures == []

@@ -26,10 +26,18 @@ def sglang_version() -> str:
 
 
 def device_type() -> str:
-    """`torch.device.type` SGLang would choose by itself on this machine."""
-    from sglang.srt.utils import is_cuda
+    """`torch.device.type` SGLang would choose by itself on this machine.
 
-    return "cuda" if is_cuda() else "cpu"
+    "cuda" is ROCm's name for its devices too, which the choice of kernels refuses.
+    """
+    from sglang.srt import utils
+
+    if utils.is_cuda() or utils.is_hip():
+        return "cuda"
+    # no kernels of ours: not to be taken for a CPU. `is_musa` came in after the oldest release
+    others = ("xpu", "npu", "hpu", "musa")
+    asked = ((name, getattr(utils, f"is_{name}", None)) for name in others)
+    return next((name for name, is_there in asked if is_there is not None and is_there()), "cpu")
 
 
 def _is_older_than(release: str) -> bool:

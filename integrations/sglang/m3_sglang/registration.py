@@ -12,10 +12,10 @@ from typing import Any
 
 from m3_kernels.index_pages import bytes_per_token
 from m3_plugin.attention.backends import choose_kernels
-from m3_plugin.host.presence import PluginRefusal, absence, attestation, require_tested
+from m3_plugin.host.presence import PluginRefusal, attestation, require_tested
 from m3_plugin.model.released import misnamed_model
 from m3_plugin.model.taking import refusal, stands_aside
-from m3_plugin.settings import Settings
+from m3_plugin.settings import Settings, remarks
 from m3_sglang.compat import (
     SGLANG_WINDOW,
     device_type,
@@ -56,15 +56,16 @@ CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_
 def register_with_sglang() -> None:
     """Register everything of ours, once per process.
 
+    SGLang loads plugins for every model, so a misspelt `M3_PLUGIN_` variable is only warned of
+    here; `m3_defaults` ends the start of an M3, because what the user wanted is not known.
+
     Raises
     ------
-    SystemExit : a misspelt `M3_PLUGIN_` variable; what the user wanted is not known.
-    Exception : whatever else stopped the registration; `register` decides what becomes of it.
+    Exception : whatever stopped the registration; `register` decides what becomes of it.
     """
-    settings = _settings()
-    if settings.disable:
-        _say(absence("M3_PLUGIN_DISABLE=1"))
-        return
+    settings, mistakes = Settings.read()
+    for remark in remarks(mistakes):
+        logger.warning("m3-plugin: %s", remark)
     require_tested(SGLANG_WINDOW, sglang_version(), settings=settings)
     kernels = choose_kernels(device_type(), settings.kernels)
     _register_backend()
@@ -84,13 +85,6 @@ def register_with_sglang() -> None:
     )
     if (misnamed := misnamed_model(sys.argv)) is not None:
         logger.warning("m3-plugin: %s", misnamed)
-
-
-def _settings() -> Settings:
-    try:
-        return Settings.from_environment()
-    except ValueError as error:
-        raise SystemExit(f"m3-plugin: {error}") from error
 
 
 def _register_backend() -> None:
