@@ -11,6 +11,7 @@ from m3_plugin.attention.assembly import make_session
 from m3_plugin.attention.batch import StepCapacity
 from m3_plugin.attention.session import MSASession
 from m3_plugin.model.config import M3Config
+from m3_plugin.settings import Settings
 from m3_vllm.caches import M3SparseCacheLayer, cache_dtype, index_dtype
 from m3_vllm.compat import device_type
 from m3_vllm.options import require_served
@@ -23,8 +24,11 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
 
     Raises
     ------
-    ValueError : an option of vLLM's cannot be served (`m3_vllm.options`).
+    ValueError : an option of vLLM's cannot be served (`m3_vllm.options`); an `M3_PLUGIN_` variable
+        is misspelt.
     """
+    # dense models of ours too: registration could not know that M3 is served
+    Settings.from_environment()
     if config.msa is None:
         return None
     require_served(vllm_config, config)
