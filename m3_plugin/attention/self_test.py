@@ -132,7 +132,9 @@ def self_test(
         index_dtype=index_dtype if index_dtype in LOW_PRECISION_DTYPES else None,
     )
     # Each kind of step beyond the budget, where selection decides, and across the end of a block.
-    steps = {"decode": ((budget + 3 * msa.block_size, 1), (msa.block_size - 1, 1), (0, 1))}
+    steps: dict[str, tuple[tuple[int, int], ...]] = {
+        "decode": ((budget + 3 * msa.block_size, 1), (msa.block_size - 1, 1), (0, 1))
+    }
     for rows in (2, 4, DECODE_ROWS):
         if rows <= decode_rows:
             requests = ((budget + 2 * msa.block_size - 2, rows), (msa.block_size, rows - 1))

@@ -225,7 +225,7 @@ def dense_backend(vllm_config: VllmConfig, *, head_dim: int) -> type[AttentionBa
     if attention.backend is None and not attention.backend_per_kind:
         for name in _DENSE_FALLBACKS:
             with suppress(ImportError):
-                other = AttentionBackendEnum[name].get_class()
+                other = getattr(AttentionBackendEnum, name).get_class()
                 if dense_backend_problem(other, cache_dtype=cache_dtype) is None:
                     logger.warning("m3-plugin: %s; %s takes its place", said, name)
                     return other

@@ -515,7 +515,7 @@ class M3Model(nn.Module, EagleModelMixin):
             hidden_states, residual = layer(
                 positions, cos_sin, hidden_states, residual, partial=partial
             )
-            partial = layer.partial
+            partial = bool(layer.partial)
             if partial and index + 1 in self.aux_hidden_state_layers:
                 # an EAGLE3 head reads the whole stream, not this rank's part
                 hidden_states = tensor_model_parallel_all_reduce(hidden_states)

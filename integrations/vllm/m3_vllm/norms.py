@@ -7,6 +7,7 @@ launches.
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,4 @@ def _kernels() -> Any:
     """FlashInfer's norms, which vLLM's GPU wheels require; None without them."""
     if not has_flashinfer():
         return None
-    from flashinfer import norm
-
-    return norm
+    return importlib.import_module("flashinfer.norm")

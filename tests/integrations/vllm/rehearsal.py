@@ -69,7 +69,9 @@ def become_a_gpu() -> Any:
     from vllm.platforms.cuda import NonNvmlCudaPlatform
     from vllm.platforms.interface import DeviceCapability
 
-    class Gpu(NonNvmlCudaPlatform):
+    base: Any = NonNvmlCudaPlatform
+
+    class Gpu(base):
         chip = CHIPS["H100"]
 
         @classmethod
@@ -100,12 +102,14 @@ def become_a_gpu() -> Any:
 def resolved(folder: str, command: str) -> Any:
     """vLLM's configuration of a server."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     typed = ["--model", folder, "--load-format", "dummy", "--skip-tokenizer-init"]
-    arguments = parser.parse_args(typed + command.split())
-    return EngineArgs.from_cli_args(arguments).create_engine_config()
+    arguments: Any = parser.parse_args(typed + command.split())
+    engine = EngineArgs.from_cli_args(arguments)
+    return engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
 def report(config: Any, chip: tuple[int, int, int]) -> dict[str, Any]:
@@ -134,7 +138,6 @@ def report(config: Any, chip: tuple[int, int, int]) -> dict[str, Any]:
     layouts = M3SparseBackend.supported_kv_cache_layouts()
     compilation = config.compilation_config
     return {
-        "runner": "V2" if config.use_v2_model_runner else "V1",
         "compiles": str(compilation.mode),
         "graphs": str(compilation.cudagraph_mode),
         "norms_enabled": "none" not in compilation.custom_ops,
@@ -155,6 +158,8 @@ def main(folder: str) -> None:
     for name, chip in CHIPS.items():
         gpu.chip = chip
         for command, typed in COMMANDS.items():
+            if name != "H100" and command not in ("tp8", "tp4 pp2"):
+                continue
             try:
                 found[f"{name}: {command}"] = report(resolved(folder, typed), chip)
             except Exception as error:

@@ -62,9 +62,9 @@ class FlashInfer(CPUAttentionBackend):
         assert capability is not None
         return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC) if capability.major == 10 else None
 
-    @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list:
-        return list(cls.sizes)
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list:
+        return list(FlashInfer.sizes)
 
 
 class Declaring(FlashInfer):

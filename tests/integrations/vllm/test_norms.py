@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -36,7 +37,7 @@ class Counting(TorchDispatchMode):
 
 
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """FlashInfer's two norms as far as their contract goes; which of them were called."""
     calls: list[str] = []
 
@@ -51,17 +52,18 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert x.dtype == residual.dtype == weight.dtype
 
     module: Any = ModuleType("flashinfer")
-    module.norm = ModuleType("flashinfer.norm")
-    module.norm.gemma_rmsnorm = gemma_rmsnorm
-    module.norm.gemma_fused_add_rmsnorm = gemma_fused_add_rmsnorm
+    module.norm = SimpleNamespace(
+        gemma_rmsnorm=gemma_rmsnorm, gemma_fused_add_rmsnorm=gemma_fused_add_rmsnorm
+    )
     monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setitem(sys.modules, "flashinfer.norm", module.norm)
     monkeypatch.setattr(norms, "has_flashinfer", lambda: True)
     norms._kernels.cache_clear()
     yield calls
     norms._kernels.cache_clear()
 
 
-def made(kind: type[GemmaRMSNorm], dtype: torch.dtype) -> GemmaRMSNorm:
+def made(kind: type[GemmaRMSNorm], dtype: torch.dtype) -> Any:
     with set_current_vllm_config(VllmConfig()):
         return kind(64).to(dtype)
 
@@ -147,7 +149,7 @@ def test_sums_over_ranks_are_made_where_the_stream_is_read(monkeypatch: pytest.M
     with set_current_vllm_config(VllmConfig()):
         layers = torch.nn.ModuleList([Layer() for _ in range(4)])
         norm = HiddenNorm(64)
-    model = SimpleNamespace(
+    model: Any = SimpleNamespace(
         layers=layers,
         norm=norm,
         start_layer=0,
