@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +23,11 @@ from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from m3_plugin.cli.exits import Exit, environment
 from m3_plugin.cli.host_metrics import exposition, settled, total
 from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, host_to_start
+from m3_plugin.cli.options import FrameworkOption, JsonOption, OutputOption
+from m3_plugin.cli.outputs import deliver
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
 
 
@@ -80,40 +82,45 @@ class Answer:
 
 
 def demo(
-    host_name: Annotated[
-        str | None,
-        typer.Option("--host", help="vllm or sglang; the one that is installed by default."),
-    ] = None,
+    framework: FrameworkOption = None,
     long_tokens: Annotated[
         int, typer.Option(min=2048, max=MAX_MODEL_LEN - 1024, help="Tokens of the long prompt.")
     ] = 16384,
     speculative: Annotated[
         bool,
-        typer.Option("--speculative", help="Serve again, drafting with the MTP module; compare."),
+        typer.Option("--speculative", help="Serve a second time with drafts (MTP), and compare."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
     log: Annotated[
         Path | None, typer.Option(help="Write the server's log to this file and keep it.")
     ] = None,
 ) -> None:
-    """Serve the constructed checkpoint on a real vLLM or SGLang and check its answers over HTTP."""
+    """See it work: serve a tiny M3 here, ask it questions with known answers, compare.
+
+    Needs a host, and no weights, GPU or network.
+    """
     # progress goes to stderr so that --json leaves nothing but JSON on stdout
     console = Console(stderr=True)
-    try:
-        host = host_to_start(host_name)
+    with environment(LookupError, ServerFailed):
+        host = host_to_start(framework)
         answers, drafted = _run(
             host, long_tokens=long_tokens, speculative=speculative, log=log, console=console
         )
-    except (LookupError, ServerFailed) as failure:
-        console.print(str(failure), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
     right = all(answer.right for answer in (*answers, *drafted))
-    if as_json:
-        report = {"right": right, "answers": [_as_dict(a) for a in answers]}
-        typer.echo(json.dumps(report | {"speculative": [_as_dict(a) for a in drafted]}))
-    else:
+    if not as_json:
         _report(answers, drafted, host=host, right=right)
-    raise typer.Exit(0 if right else 1)
+    deliver("demo", as_dict(answers, drafted, right=right), as_json=as_json, output=output)
+    raise typer.Exit(Exit.of(right))
+
+
+def as_dict(answers: list[Answer], drafted: list[Answer], *, right: bool) -> dict[str, Any]:
+    """JSON form; `speculative` is empty where nothing was drafted."""
+    return {
+        "right": right,
+        "answers": [_as_dict(answer) for answer in answers],
+        "speculative": [_as_dict(answer) for answer in drafted],
+    }
 
 
 def _run(
@@ -349,6 +356,7 @@ def _share(blocks: tuple[int, int]) -> str:
 
 def _as_dict(answer: Answer) -> dict[str, Any]:
     return {
+        "id": answer.label.replace(" ", "_"),
         **asdict(answer),
         "right": answer.right,
         "acceptance": answer.acceptance,

@@ -70,7 +70,7 @@ def doctor(
         typer.echo(json.dumps(report.as_dict(), indent=1))
     else:
         _print(report)
-    raise typer.Exit(0 if report.served_by_us else 1)
+    raise typer.Exit(0 if report.ok else 1)
 
 
 def _print(report: Report) -> None:
@@ -91,7 +91,7 @@ def _print(report: Report) -> None:
         table.add_row(shown, _MARKS[finding.status], finding.name, value)
         section = finding.section
     console.print(table)
-    if report.served_by_us:
+    if report.ok:
         console.print("MiniMax-M3 would be served by m3-plugin here.", style="green")
     else:
         console.print("MiniMax-M3 would NOT be served by m3-plugin here.", style="bold red")
