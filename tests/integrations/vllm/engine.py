@@ -24,6 +24,7 @@ ENVIRONMENT = {
     # spinning worker threads starve each other on machines with few cores
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+PRELOAD = ("vllm", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class EngineProcess(EnginePipe):
             "worker_extension_cls": "m3_vllm.worker.M3WorkerExtension",
             **options,
         }
-        super().__init__(_serve, arguments, environment=ENVIRONMENT | (environment or {}))
+        super().__init__(
+            _serve, arguments, environment=ENVIRONMENT | (environment or {}), preload=PRELOAD
+        )
 
     def generate(
         self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
