@@ -41,7 +41,10 @@ def _add(group: typer.Typer, words: str, command: Callable[..., Any]) -> None:
     )(command)
 
 
-app = _group("MiniMax-M3 and its block-sparse attention for a vLLM or SGLang that you already have.")
+app = _group(
+    "MiniMax-M3 and its block-sparse attention for a vLLM or SGLang that you already have.\n\n"
+    "First hour: doctor, fit, the command that fit prints, check, eval needle."
+)
 evaluate_app = _group("Is a running server right? Ask it what is known.")
 bench_app = _group("How fast are a server and the kernels?")
 
@@ -73,10 +76,7 @@ def main(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
     ] = False,
 ) -> None:
-    """MiniMax-M3 and its block-sparse attention for a vLLM or SGLang that you already have.
-
-    First hour: doctor, fit, the command that fit prints, check, eval needle.
-    """
+    """Commands around MiniMax-M3 on vLLM and SGLang."""
 
 
 @evaluate_app.callback()

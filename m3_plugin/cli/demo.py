@@ -22,8 +22,10 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from m3_plugin.cli.exits import Exit, environment
+from m3_plugin.cli.fit import commands_for
 from m3_plugin.cli.host_metrics import exposition, settled, total
 from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, host_to_start
 from m3_plugin.cli.options import FrameworkOption, JsonOption, OutputOption
@@ -380,9 +382,8 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
         table.add_row(
             f"{answer.label}\n[dim]{answer.asked}[/dim]",
             answer.expected,
-            f"[green]{answer.received}[/green]"
-            if answer.right
-            else f"[red]{answer.received or '(nothing)'}[/red]",
+            # a wrong answer may hold anything, brackets that mean markup included
+            Text(answer.received or "(nothing)", style="green" if answer.right else "red"),
             f"{answer.prompt_tokens:,}",
             f"{answer.cached_tokens:,}",
             f"{_share(answer.prefill_blocks)} | {_share(answer.decode_blocks)}",
@@ -400,8 +401,9 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
         "\n\nThe Triton kernels have not run on a GPU yet: at start they are compared with the\n"
         "oracle, and nothing is served if they are wrong. There, `m3-plugin check` says more."
     )
-    title = "the released weights on GPUs"
-    console.print(Panel(host.gpu_command + note, title=title, expand=False, highlight=False))
+    commands = commands_for("MiniMaxAI/MiniMax-M3-MXFP8", "H100", tp_size=8, context=131_072)
+    title = "the released weights on 8 x H100; for other machines: m3-plugin fit"
+    console.print(Panel(commands[host.title] + note, title=title, expand=False, highlight=False))
 
 
 def _comparison(answers: list[Answer], drafted: list[Answer]) -> Table:

@@ -128,7 +128,7 @@ NOTES: Mapping[str, Notes] = {
         environment="no such model here, or its config.json cannot be read",
     ),
     "check": Notes(
-        summary="Are the kernels right on this machine? No server needed.",
+        summary="Are the kernels right here? Needs no server.",
         examples={
             "m3-plugin check": "every kernel that runs on this machine; minutes",
             "m3-plugin check --device cuda --json > check.json": "the GPU, for a bug report",

@@ -46,7 +46,6 @@ class Host:
     options : for a small model on a CPU
     environment : (scratch folder) to variables of the server's process
     metrics : prefix of its Prometheus metrics
-    gpu_command : how to serve the released weights
     speculative_options : (model) to options which draft 3 tokens with the model's MTP module
     draft_counters : how it counts drafts
     """
@@ -56,7 +55,6 @@ class Host:
     options: tuple[str, ...]
     environment: Callable[[Path], Mapping[str, str]]
     metrics: str
-    gpu_command: str
     speculative_options: Callable[[Path], tuple[str, ...]]
     draft_counters: DraftCounters
 
@@ -111,11 +109,6 @@ HOSTS: Mapping[str, Host] = {
             drafted="vllm:spec_decode_num_draft_tokens_total",
             accepted="vllm:spec_decode_num_accepted_tokens_total",
         ),
-        gpu_command=(
-            "vllm serve MiniMaxAI/MiniMax-M3-MXFP8 --tensor-parallel-size 8 \\\n"
-            "    --max-model-len 131072 --enable-auto-tool-choice \\\n"
-            "    --tool-call-parser minimax_m3 --reasoning-parser minimax_m3"
-        ),
     ),
     "sglang": Host(
         title="SGLang",
@@ -150,11 +143,6 @@ HOSTS: Mapping[str, Host] = {
             accepted="spec_num_correct_drafts",
             details=("sglext", "spec_tokens_details"),
             asked_by={"return_spec_tokens_details": True},
-        ),
-        gpu_command=(
-            "python -m sglang.launch_server --model-path MiniMaxAI/MiniMax-M3 --tp 8 \\\n"
-            "    --attention-backend msa --tool-call-parser minimax-m3 \\\n"
-            "    --reasoning-parser minimax-m3"
         ),
     ),
 }

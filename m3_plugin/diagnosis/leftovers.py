@@ -80,14 +80,13 @@ def remove(leftover: Leftover) -> None:
 
 
 def examine_leftovers(report: Report) -> None:
-    """A note for each, so that nobody learns of them by chance."""
-    for leftover in find_leftovers():
+    """Name them in a note, so that nobody learns of them by chance."""
+    found = find_leftovers()
+    if found:
         report.add(
             "plugin",
-            "stays after uninstall",
-            f"{leftover.path}: {leftover.what}",
+            "leftovers",
+            "pip uninstall would leave: " + ", ".join(str(leftover.path) for leftover in found),
             status="note",
-            advice="to remove the plugin without a trace: m3-plugin uninstall-leftovers --yes, "
-            "then pip uninstall m3-plugin",
-            id="plugin.leftover",
+            advice="before you uninstall: m3-plugin uninstall-leftovers",
         )

@@ -9,7 +9,7 @@ import sys
 
 def check_demo(host: str, *, speculative: bool = False) -> None:
     """Run the demo and compare its JSON report with what is known beforehand."""
-    options = ["--host", host, "--json", "--long-tokens", "4096"]
+    options = ["--framework", host, "--json", "--long-tokens", "4096"]
     options += ["--speculative"] if speculative else []
     command = [sys.executable, "-m", "m3_plugin.cli", "demo", *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)

@@ -17,7 +17,7 @@ ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGen
 
 def check_served(host: str, checkpoint: Path) -> None:
     """The whole command, as typed by a user: the plugin serves, and exit code and JSON say so."""
-    command = [sys.executable, "-m", "m3_plugin.cli", "doctor", "--json", "--host", host]
+    command = [sys.executable, "-m", "m3_plugin.cli", "doctor", "--json", "--framework", host]
     done = subprocess.run(
         [*command, "--model", str(checkpoint)],
         capture_output=True,
@@ -28,7 +28,7 @@ def check_served(host: str, checkpoint: Path) -> None:
     found = json.loads(done.stdout)
     failures = [f for f in found["findings"] if f["status"] == "failure"]
     assert failures == []
-    assert found["served_by_us"] is True
+    assert found["ok"] is True
     assert done.returncode == 0
     values = {f["name"]: f["value"] for f in found["findings"]}
     assert all(f"m3_{host}." in values[name] for name in ARCHITECTURES)

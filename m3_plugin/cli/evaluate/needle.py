@@ -26,13 +26,11 @@ from m3_plugin.cli.options import (
     Framework,
     FrameworkOption,
     JsonOption,
-    OutputOption,
     PlotOption,
     in_a_folder,
 )
 from m3_plugin.cli.outputs import deliver, envelope
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
-
 
 COMMAND = "eval-needle"
 
@@ -148,9 +146,7 @@ def needle(
     depths: Annotated[
         str, typer.Option(help="Where the fact is hidden, in percent of the prompt, with commas.")
     ] = "0,25,50,75,100",
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Questions for each length and depth.")
-    ] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Questions for each length and depth.")] = 1,
     prose: Annotated[
         Path | None,
         typer.Option(

@@ -266,7 +266,7 @@ def test_nothing_recorded_says_how(tmp_path: Path) -> None:
     with pytest.raises(NoRecords, match="none beyond 384 tokens"):
         summarise(tmp_path)
     result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "longer prompt" in result.output
 
 
@@ -274,7 +274,7 @@ def test_nothing_recorded_says_how(tmp_path: Path) -> None:
 def test_files_that_are_no_recording_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "selection-1.jsonl").write_text(text)
     result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     said = " ".join(result.output.split())
     assert "selection-1.jsonl does not begin with a recording's header" in said
 
@@ -311,7 +311,7 @@ def test_picture_and_numbers(tmp_path: Path) -> None:
     picture = tmp_path / "blocks.png"
     numbers = tmp_path / "blocks.json"
     result = CliRunner().invoke(
-        app, ["blocks", str(tmp_path), "--plot", str(picture), "--json", str(numbers)]
+        app, ["blocks", str(tmp_path), "--plot", str(picture), "--output", str(numbers)]
     )
     assert result.exit_code == 0, result.output
     assert picture.stat().st_size > 1000
@@ -325,7 +325,7 @@ def test_table_and_numbers_of_tiles(tmp_path: Path) -> None:
     recorder = SelectionRecorder(tmp_path, RULES)
     recorder.add(ids(AGREEING + APART, ROAMING + AGREEING), batch=step((512, 16)))
     numbers = tmp_path / "blocks.json"
-    result = CliRunner().invoke(app, ["blocks", str(tmp_path), "--json", str(numbers)])
+    result = CliRunner().invoke(app, ["blocks", str(tmp_path), "--output", str(numbers)])
     assert result.exit_code == 0, result.output
     assert "tiles of 8 neighbouring rows" in result.output
     (row,) = [line for line in result.output.splitlines() if line.startswith("│          all")]

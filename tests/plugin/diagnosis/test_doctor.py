@@ -71,7 +71,7 @@ def run(
         env={**os.environ, **environment},
     )
     found = json.loads(done.stdout)
-    assert (done.returncode == 0) == found["served_by_us"], done.stderr
+    assert (done.returncode == 0) == found["ok"], done.stderr
     return done, Report([Finding(**entry) for entry in found["findings"]])
 
 
@@ -88,7 +88,7 @@ def test_without_any_host(without_hosts: Path, checkpoint: Path) -> None:
     "command",
     [
         ("demo",),
-        ("demo", "--host", "sglang"),
+        ("demo", "--framework", "sglang"),
         ("bench", "serve"),
         ("eval", "needle", "--output", "needle.json"),
     ],
@@ -105,7 +105,7 @@ def test_commands_that_start_a_server_need_a_host(
         timeout=120,
         check=False,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 3, done.stderr
     said = " ".join(done.stderr.split())
     assert "is not installed beside m3-plugin: pip install 'm3-plugin[" in said
     assert list(tmp_path.iterdir()) == []
@@ -122,7 +122,7 @@ def test_broken_triton_and_an_absent_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     assert "nvidia-smi" in finding(report, "GPU").advice
     # nothing was run on a device that is not there
     assert "self-test" not in [f.name for f in report.findings]
-    assert not report.served_by_us
+    assert not report.ok
 
 
 def test_a_host_that_is_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_variables(
 def test_a_good_checkpoint_has_no_failures(checkpoint: Path) -> None:
     report = Report()
     assert examine_model(report, str(checkpoint)) is not None
-    assert report.served_by_us
+    assert report.ok
     assert "method mtp cannot work" in finding(report, "MTP weights", status="note").advice
     assert "as they are (F32)" in finding(report, "index projections", status="ok").value
 
@@ -163,7 +163,7 @@ def test_a_published_id_needs_no_network() -> None:
     config = examine_model(report, "MiniMaxAI/MiniMax-M3")
     assert config is not None
     assert config.num_sparse_layers == 57
-    assert report.served_by_us
+    assert report.ok
 
 
 def test_a_gateway_name_is_answered_with_the_published_one() -> None:
@@ -263,7 +263,7 @@ def test_keys_of_transformers_are_no_mistakes(damaged: Path) -> None:
     edit_config(damaged, lambda text: text.update(output_attentions=False))
     report = Report()
     examine_model(report, str(damaged))
-    assert report.served_by_us
+    assert report.ok
     assert "output_attentions" in finding(report, "other keys", status="note").value
 
 
