@@ -81,8 +81,8 @@ def call(option: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def _message(error: Exception) -> str:
-    # str() of a LookupError puts quotes around its message
-    return str(error.args[0]) if error.args else str(error)
+    # str() of a KeyError puts quotes around its message
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def _to_a_terminal() -> bool:

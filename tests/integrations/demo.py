@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+
+from tests.plugin.cli.schemas import checked
 
 
 def check_demo(host: str, *, speculative: bool = False) -> None:
@@ -14,7 +15,7 @@ def check_demo(host: str, *, speculative: bool = False) -> None:
     command = [sys.executable, "-m", "m3_plugin.cli", "demo", *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    report = checked("demo", result.stdout)
     assert report["right"] is True
     answers = {answer["label"]: answer for answer in report["answers"]}
     assert all(answer["received"] == answer["expected"] for answer in answers.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 from m3_plugin.diagnosis import Finding, Report
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts
+from tests.plugin.cli.schemas import checked
 
 ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 
@@ -25,7 +25,7 @@ def check_served(host: str, checkpoint: Path) -> None:
         timeout=600,
         check=False,
     )
-    found = json.loads(done.stdout)
+    found = checked("doctor", done.stdout)
     failures = [f for f in found["findings"] if f["status"] == "failure"]
     assert failures == []
     assert found["ok"] is True

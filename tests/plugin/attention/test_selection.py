@@ -17,6 +17,7 @@ from m3_plugin.cli import app
 from m3_plugin.cli.blocks_summary import NoRecords, Spread, summarise
 from m3_plugin.model.config import M3Config, MSAConfig
 from m3_plugin.model.released import released_config
+from tests.plugin.cli.schemas import checked
 
 RULES = MSAConfig(
     num_index_heads=2,
@@ -315,7 +316,7 @@ def test_picture_and_numbers(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert picture.stat().st_size > 1000
-    told = json.loads(numbers.read_text())
+    told = checked("blocks", numbers.read_text())
     assert told["layers"][1]["heat"][0][1] == 1.0
     assert told["prefill_tiles"] is None
     assert "neighbouring rows" not in result.output
@@ -331,6 +332,6 @@ def test_table_and_numbers_of_tiles(tmp_path: Path) -> None:
     (row,) = [line for line in result.output.splitlines() if line.startswith("│          all")]
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["all", "4", "4.0", "3.0, 4.0, 5.0", "1.70", "1.50, 1.80, 2.00", "1.62"]
-    told = json.loads(numbers.read_text())["prefill_tiles"]
+    told = checked("blocks", numbers.read_text())["prefill_tiles"]
     assert told["split"]["median"] == pytest.approx(1.8)
     assert told["split_of_sums"] == 26 / 16

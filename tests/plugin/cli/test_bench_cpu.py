@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from m3_kernels import kernel_families
 from m3_kernels.testing.timing import Timing, time_interleaved
 from m3_plugin.cli import app
 from m3_plugin.cli.bench import cpu
+from tests.plugin.cli.schemas import checked
 
 SMALL = [
     "bench",
@@ -32,7 +32,7 @@ def test_report(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     result = runner.invoke(app, [*SMALL, "--rounds", "2", "--output", str(file)])
     assert result.exit_code == 0, result.output
-    report = json.loads(file.read_text())
+    report = checked("bench-cpu", file.read_text())
     assert report["machine"]["threads"] == torch.get_num_threads()
     assert {"cpu", "commit", "torch", "kernels", "load_average_before"} <= set(report["machine"])
     rows = {(row["phase"], row["name"], row["context"]): row for row in report["rows"]}
@@ -49,7 +49,7 @@ def test_report(tmp_path: Path) -> None:
 def test_json_on_stdout_is_alone_there() -> None:
     arguments = ["bench", "cpu", "--contexts", "256", "--prefill-contexts", "", "--rounds", "1"]
     result = runner.invoke(app, [*arguments, "--json"])
-    assert {row["context"] for row in json.loads(result.stdout)["rows"]} == {256}
+    assert {row["context"] for row in checked("bench-cpu", result.stdout)["rows"]} == {256}
     assert "decode of one sparse layer" not in result.output
 
 

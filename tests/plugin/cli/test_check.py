@@ -24,6 +24,7 @@ from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.self_test import Finding, phase_of
 from m3_plugin.cli import app
 from m3_plugin.cli.check import CaseResult, _cases, _run, flashinfer_choice, prefill_cases
+from tests.plugin.cli.schemas import checked
 
 runner = CliRunner()
 
@@ -37,8 +38,9 @@ def test_report(tmp_path: Path) -> None:
     result = run("--only", "mixed", "--repeats", "2", "--output", str(file))
     assert result.exit_code == 0, result.output
     assert "all right" in result.output
-    report = json.loads(file.read_text())
+    report = checked("check", file.read_text())
     assert report["ok"] is True
+    assert len({entry["id"] for entry in report["results"]}) == len(report["results"])
     assert {"cpu", "torch", "commit"} <= set(report["machine"])
     ran = {(r["family"], r["case"]) for r in report["results"]}
     for family in ("native", "torch"):
@@ -53,7 +55,7 @@ def test_report(tmp_path: Path) -> None:
 
 def test_json_on_stdout_is_alone_there() -> None:
     result = run("--only", "one-token", "--family", "torch", "--json")
-    report = json.loads(result.stdout)
+    report = checked("check", result.stdout)
     assert {entry["family"] for entry in report["results"]} == {"torch"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from m3_plugin.diagnosis.child import ChildFailed, ask
 from m3_plugin.diagnosis.findings import clean
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts, examine_settings
 from m3_plugin.diagnosis.model import examine_model
+from tests.plugin.cli.schemas import checked
 
 REPOSITORY = Path(__file__).parents[3]
 SOURCES = (".", "kernels", "integrations/vllm", "integrations/sglang")
@@ -70,9 +72,19 @@ def run(
         check=False,
         env={**os.environ, **environment},
     )
-    found = json.loads(done.stdout)
+    found = checked("doctor", done.stdout)
+    assert all(is_documented(entry["id"]) for entry in found["findings"])
     assert (done.returncode == 0) == found["ok"], done.stderr
     return done, Report([Finding(**entry) for entry in found["findings"]])
+
+
+def is_documented(identity: str) -> bool:
+    """Whether docs/commands.md has a row for an id, words in capitals standing for anything."""
+    table = (REPOSITORY / "docs" / "commands.md").read_text().partition("\nIds of `doctor`")[2]
+    ids = "\n".join(re.findall(r"^\|([^|]+)", table, re.MULTILINE))
+    listed = re.findall(r"`([A-Za-z_.]+)`", ids)
+    patterns = [re.sub(r"\b[A-Z]+\b", r"\\w+", entry.replace(".", r"\.")) for entry in listed]
+    return any(re.fullmatch(pattern, identity) for pattern in patterns)
 
 
 def test_without_any_host(without_hosts: Path, checkpoint: Path) -> None:
