@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+from tests.planted import plant, ran
 from tests.plugin.cli.schemas import checked
 
 
@@ -12,8 +15,19 @@ def check_demo(host: str, *, speculative: bool = False) -> None:
     """Run the demo and compare its JSON report with what is known beforehand."""
     options = ["--framework", host, "--json", "--long-tokens", "4096"]
     options += ["--speculative"] if speculative else []
-    command = [sys.executable, "-m", "m3_plugin.cli", "demo", *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    command = [sys.executable, "-P", "-m", "m3_plugin.cli", "demo", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        witness = Path(folder) / "witness"
+        plant(Path(folder) / "here", witness=witness)
+        result = subprocess.run(
+            command,
+            cwd=Path(folder) / "here",
+            capture_output=True,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+        assert ran(witness) == []
     assert result.returncode == 0, result.stderr
     report = checked("demo", result.stdout)
     assert report["right"] is True

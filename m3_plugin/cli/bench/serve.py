@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import secrets
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +48,7 @@ from m3_plugin.cli.options import (
     in_a_folder,
 )
 from m3_plugin.cli.outputs import deliver
+from m3_plugin.host.children import child_environment, python
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, terminate_as_exit
 from m3_plugin.model.released import misnamed_model
 
@@ -339,7 +338,7 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
                 text=True,
                 check=False,
                 # both clients read the key from here, where no list of processes shows it
-                env=os.environ | ({"OPENAI_API_KEY": server.api_key} if server.api_key else {}),
+                env=child_environment({"OPENAI_API_KEY": server.api_key} if server.api_key else {}),
             )
         if done.returncode or not result.exists():
             tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
@@ -371,7 +370,7 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
 
 def _vllm_client(server: Server, load: Load, result: Path) -> list[str]:
     return [
-        *(sys.executable, "-c", _VLLM_CLIENT),
+        *python("-c", _VLLM_CLIENT),
         *("--backend", "openai", "--base-url", server.url),
         *("--model", server.model, "--tokenizer", server.tokenizer),
         *("--dataset-name", "random", "--random-range-ratio", "0"),
@@ -385,7 +384,7 @@ def _vllm_client(server: Server, load: Load, result: Path) -> list[str]:
 
 def _sglang_client(server: Server, load: Load, result: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "sglang.bench_serving"),
+        *python("-m", "sglang.bench_serving"),
         *("--backend", "sglang-oai", "--base-url", server.url),
         *("--model", server.tokenizer, "--served-model-name", server.model),
         *("--tokenizer", server.tokenizer),

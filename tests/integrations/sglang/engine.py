@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import context, popen_fork
+from multiprocessing import popen_fork
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ class EngineProcess(EnginePipe):
 
         arguments = {"model_path": str(model), **OPTIONS, **options}
         variables = ENVIRONMENT | (environment or {})
+        if options.get("enable_metrics"):
+            # prometheus_client decides on import that processes share their values
+            folder = log.with_suffix(".metrics")
+            folder.mkdir(exist_ok=True)
+            variables["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         if needs_triton_on_cpu():
             variables["TRITON_INTERPRET"] = "1"
             arguments["disable_cuda_graph"] = True
@@ -170,7 +176,8 @@ def _fork_children() -> None:
     The servers of the tests are processes of SGLang's own, whose children import and register all
     anew.
     """
-    context.SpawnProcess._Popen = staticmethod(popen_fork.Popen)
+    how: Any = SpawnProcess
+    how._Popen = staticmethod(popen_fork.Popen)
 
 
 class _Engine:
