@@ -20,7 +20,7 @@ from tests.integrations.parser_corpus import CASES, MODES, STREAMED, Mode
 
 DOCS = Path(__file__).parents[2] / "docs"
 LM_EVAL = DOCS.parent / ".venv" / "lm-eval"
-GUIDES = ("install", "operations", "sizing", "troubleshooting", "parsers")
+GUIDES = ("install", "operations", "commands", "sizing", "troubleshooting", "parsers")
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 PARSERS = (("vllm", "0.32.0"), ("sglang", "0.5.23"), ("sglang", "0.5.22"))
 GIB = 2**30
