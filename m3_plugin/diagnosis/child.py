@@ -1,13 +1,14 @@
-"""Questions put to a module in a process of its own, which may die without harm."""
+"""Questions put to a module in a process of its own, whose crash harms nobody."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from m3_plugin.host.processes import environment, python
 
 _MARK = "M3-PLUGIN-FACTS "
 
@@ -29,7 +30,7 @@ def ask(module: str, *arguments: str, timeout_s: float = 300) -> tuple[dict[str,
     ------
     ChildFailed : no answer, because it ended early or the time ran out.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command = python("-m", module, *arguments)
     try:
         done = subprocess.run(
             command,
@@ -39,7 +40,7 @@ def ask(module: str, *arguments: str, timeout_s: float = 300) -> tuple[dict[str,
             timeout=timeout_s,
             check=False,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+            env=environment({"PYTHONFAULTHANDLER": "1"}),
         )
     except subprocess.TimeoutExpired:
         raise ChildFailed(f"no answer within {timeout_s:.0f} s") from None

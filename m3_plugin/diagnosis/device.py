@@ -104,7 +104,7 @@ def examine(report: Report, wanted: str | None = None, *, timeout_s: float = 300
             str(failure),
             status="failure",
             advice="torch or the kernels cannot even be loaded here: run "
-            f"`python -m {MODULE}` to see the whole message, then reinstall the host",
+            f"`python -P -m {MODULE}` to see the whole message, then reinstall the host",
         )
         return
     _examine_gpus(report, found)

@@ -127,7 +127,7 @@ def _examine_host(report: Report, host: HostEntry, *, timeout_s: float) -> None:
             str(failure),
             status="failure",
             advice=f"{host.title} cannot be imported or ends while it loads plugins: run "
-            f"`python -m {entry.module}.probe` for the whole message",
+            f"`python -P -m {entry.module}.probe` for the whole message",
         )
         return
     _examine_facts(report, host, facts, output)

@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from m3_plugin.host.processes import environment as child_environment
+from m3_plugin.host.processes import python
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -61,14 +64,14 @@ def vllm_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list
     """
     module = "vllm.entrypoints.openai.api_server"
     endpoint = ["--host", LOOPBACK, "--port", str(port)]
-    return [sys.executable, "-m", module, "--model", str(model), *endpoint, *options]
+    return python("-m", module, "--model", str(model), *endpoint, *options)
 
 
 def sglang_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list[str]:
     """Command line of SGLang's OpenAI server in the running interpreter's environment."""
     endpoint = ["--host", LOOPBACK, "--port", str(port)]
-    launcher = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    return [*launcher, *endpoint, *options]
+    launcher = ("-m", "sglang.launch_server", "--model-path", str(model))
+    return python(*launcher, *endpoint, *options)
 
 
 class ServerProcess:
@@ -100,7 +103,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
+                env=child_environment(environment),
                 start_new_session=True,
             )
 

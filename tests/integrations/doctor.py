@@ -11,15 +11,21 @@ import pytest
 
 from m3_plugin.diagnosis import Finding, Report
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts
+from tests.planted import plant
 
 ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 
 
-def check_served(host: str, checkpoint: Path) -> None:
-    """The whole command, as typed by a user: the plugin serves, and exit code and JSON say so."""
-    command = [sys.executable, "-m", "m3_plugin.cli", "doctor", "--json", "--host", host]
+def check_served(host: str, checkpoint: Path, folder: Path) -> None:
+    """The whole command, as typed by a user: the plugin serves, and exit code and JSON say so.
+
+    It is typed in a folder that holds modules of a stranger, none of which may run.
+    """
+    ran = plant(folder)
+    script = Path(sys.executable).with_name("m3-plugin")
     done = subprocess.run(
-        [*command, "--model", str(checkpoint)],
+        [script, "doctor", "--json", "--host", host, "--model", str(checkpoint)],
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=600,
@@ -30,6 +36,7 @@ def check_served(host: str, checkpoint: Path) -> None:
     assert failures == []
     assert found["served_by_us"] is True
     assert done.returncode == 0
+    assert not ran.exists(), ran.read_text()
     values = {f["name"]: f["value"] for f in found["findings"]}
     assert all(f"m3_{host}." in values[name] for name in ARCHITECTURES)
     assert values["page size"] == "128"

@@ -22,7 +22,7 @@ from m3_kernels.triton_shared import (
     require_e4m3,
 )
 from m3_kernels.tuning import arch_of, kernel_config
-from m3_kernels.work_plan.interface import DECODE_ROWS, WorkPlan, make_work_plan
+from m3_kernels.work_plan import DECODE_ROWS, WorkPlan, make_work_plan
 
 
 def index_topk_triton(

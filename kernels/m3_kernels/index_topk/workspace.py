@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m3_kernels.tiles import power_of_two
-from m3_kernels.work_plan.interface import DECODE_ROWS
+from m3_kernels.work_plan import DECODE_ROWS
 
 # Rows of requests of prefill kind are scored in passes, so that scores never need more than this;
 # a pass of few rows would leave most of a GPU idle.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3_kernels.work_plan.interface import DECODE_ROWS, TILE_ROWS, WorkPlan
+from m3_kernels.work_plan.plan import DECODE_ROWS, TILE_ROWS, WorkPlan
 
 
 def fill_work_plan_reference(plan: WorkPlan, *, cu_seqlens_q: Tensor, seq_lens: Tensor) -> None:

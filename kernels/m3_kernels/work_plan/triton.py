@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3_kernels.tuning import arch_of, kernel_config
-from m3_kernels.work_plan.interface import DECODE_ROWS, TILE_ROWS, WorkPlan
+from m3_kernels.work_plan.plan import DECODE_ROWS, TILE_ROWS, WorkPlan
 
 
 @triton.jit

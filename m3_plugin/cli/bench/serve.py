@@ -7,7 +7,6 @@ import json
 import re
 import secrets
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from m3_plugin.cli.hosts import (
     installed_host,
 )
 from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
+from m3_plugin.host.processes import environment, python
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, terminate_as_exit
 from m3_plugin.model.released import misnamed_model
 
@@ -299,7 +299,11 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
         result = Path(folder) / "result.json"
         with terminate_as_exit():
             done = subprocess.run(
-                command(server, load, result), capture_output=True, text=True, check=False
+                command(server, load, result),
+                capture_output=True,
+                text=True,
+                check=False,
+                env=environment(),
             )
         if done.returncode or not result.exists():
             tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
@@ -331,7 +335,7 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
 
 def _vllm_client(server: Server, load: Load, result: Path) -> list[str]:
     return [
-        *(sys.executable, "-c", _VLLM_CLIENT),
+        *python("-c", _VLLM_CLIENT),
         *("--backend", "openai", "--base-url", server.url),
         *("--model", server.model, "--tokenizer", server.tokenizer),
         *("--dataset-name", "random", "--random-range-ratio", "0"),
@@ -345,7 +349,7 @@ def _vllm_client(server: Server, load: Load, result: Path) -> list[str]:
 
 def _sglang_client(server: Server, load: Load, result: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "sglang.bench_serving"),
+        *python("-m", "sglang.bench_serving"),
         *("--backend", "sglang-oai", "--base-url", server.url),
         *("--model", server.tokenizer, "--served-model-name", server.model),
         *("--tokenizer", server.tokenizer),
@@ -404,14 +408,14 @@ def _started(
             )
         port = free_port()
         measured = {"M3_PLUGIN_STATISTICS": "0", "M3_PLUGIN_TIMINGS": "1"}
-        environment = dict(host.environment(scratch)) | measured
+        variables = dict(host.environment(scratch)) | measured
         if pure:
-            environment |= {"M3_PLUGIN_DISABLE": "1", "M3_PLUGIN_REQUIRED": "0"}
+            variables |= {"M3_PLUGIN_DISABLE": "1", "M3_PLUGIN_REQUIRED": "0"}
         with ServerProcess(
             host.command(checkpoint, port, host.options),
             port=port,
             log=scratch / "server.log",
-            environment=environment,
+            environment=variables,
         ) as server:
             what = "without the plugin" if pure else "with every layer dense" if dense else ""
             with console.status(f"starting {host.title} {what}"):

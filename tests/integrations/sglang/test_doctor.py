@@ -15,8 +15,8 @@ from tests.integrations.doctor import (
 )
 
 
-def test_the_plugin_serves(constructed_checkpoint: Path) -> None:
-    check_served("sglang", constructed_checkpoint)
+def test_the_plugin_serves(constructed_checkpoint: Path, tmp_path: Path) -> None:
+    check_served("sglang", constructed_checkpoint, tmp_path)
 
 
 def test_an_allow_list_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
