@@ -2,7 +2,7 @@
 
     python deploy/draw_dashboard.py --prometheus http://localhost:9090 --output dashboard.png
 
-Needs matplotlib; Grafana is not needed. Panels whose queries have no answer say so.
+Needs matplotlib; Grafana is not needed. A panel without an answer says "no data".
 """
 
 from __future__ import annotations
@@ -60,7 +60,13 @@ def legend(form: str, labels: Mapping[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: labels.get(match[1], ""), form)
 
 
-def draw(panels: Sequence[tuple[str, str, Sequence[Line]]], output: Path, *, caption: str) -> None:
+def draw(
+    panels: Sequence[tuple[str, str, Sequence[Line]]],
+    output: Path,
+    *,
+    caption: str,
+    with_values: bool = True,
+) -> None:
     """One small picture per (title, unit, lines), in the dashboard's order."""
     import matplotlib
 
@@ -75,11 +81,13 @@ def draw(panels: Sequence[tuple[str, str, Sequence[Line]]], output: Path, *, cap
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
         for line in lines:
-            axis.plot(line.seconds, line.values, marker=".", label=line.label)
+            axis.plot(line.seconds, line.values, marker=".", markersize=2, label=line.label)
         if lines:
             axis.set_ylim(bottom=0)
             axis.set_ylabel(unit.replace("percentunit", "share").replace("short", ""), fontsize=7)
             axis.legend(fontsize=6)
+            if not with_values:
+                axis.set_yticks([])
         else:
             axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes, color="gray")
     figure.supxlabel(f"seconds before the end; {caption}", fontsize=8)
@@ -94,9 +102,11 @@ def main() -> None:
     parser.add_argument("--job", default="minimax-m3", help="the job that scrapes the servers")
     parser.add_argument("--minutes", type=float, default=60, help="how far to look back")
     parser.add_argument("--caption", default="", help="what to say about the run")
+    parser.add_argument("--until", type=float, help="end, in Unix seconds; default: now")
+    parser.add_argument("--no-values", action="store_true", help="shapes only, as an example")
     parser.add_argument("--output", type=Path, required=True, help="the picture, a .png")
     given = parser.parse_args()
-    end = time.time()
+    end = time.time() if given.until is None else given.until
     window = {"start": end - 60 * given.minutes, "end": end, "step": max(given.minutes / 4, 1)}
     panels = [
         (
@@ -110,7 +120,7 @@ def main() -> None:
         )
         for panel in json.loads(DASHBOARD.read_text())["panels"]
     ]
-    draw(panels, given.output, caption=given.caption)
+    draw(panels, given.output, caption=given.caption, with_values=not given.no_values)
 
 
 if __name__ == "__main__":

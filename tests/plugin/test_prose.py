@@ -1,4 +1,4 @@
-"""Pages for those who run the plugin: short sentences, short paragraphs, links that lead somewhere."""
+"""Pages for those who run the plugin: short sentences and paragraphs; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def words(text: str) -> int:
 
 
 def test_counting() -> None:
-    text = "One two. Three `a b c` [four five](x.md)!\n\n- item\n  goes on\n\n| a b | c |\n|---|---|\n"
+    text = (
+        "One two. Three `a b c` [four five](x.md)!\n\n- item\n  goes on\n\n| a b | c |\n|---|---|\n"
+    )
     found = list(blocks(text))
     assert found == ["One two. Three `a b c` [four five](x.md)!", "item goes on", "a b", "c"]
     assert [words(sentence) for sentence in sentences(found[0])] == [2, 4]
