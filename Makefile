@@ -9,6 +9,7 @@
 #   make test-sglang       through real SGLang engines and servers
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
 #   make quick-start       the README's commands in a fresh clone with an empty home (downloads all)
+#   make mutants           faults put into the code one by one: a test must notice each
 #   make kernels-table     docs/kernels-compiled*.md: the Triton kernels compiled for every GPU family
 #   make wheel             dist/: the wheel for both hosts, and the sources
 #   make lint              ruff, pyright, import-linter
@@ -48,7 +49,7 @@ BUILD := .venv/build
 
 SCREENS := docs/screens
 
-.PHONY: wheel screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
+.PHONY: mutants wheel screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -158,6 +159,9 @@ PREVIOUS_TESTS ?= $(addprefix tests/integrations/sglang/test_,constructed.py mul
 test-sglang-previous:
 	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_PREVIOUS) SGLANG_VENV=.venv/sglang-$(SGLANG_PREVIOUS)
 	.venv/sglang-$(SGLANG_PREVIOUS)/bin/pytest -m every_release $(PREVIOUS_TESTS)
+
+mutants: env
+	$(BIN)/python -m tests.mutants
 
 quick-start: env
 	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal, cast
 
+import torch
+
 from m3_kernels import native_build
 
 Backend = Literal["auto", "reference", "torch", "native", "triton"]
@@ -90,8 +92,13 @@ def _compiler_refusal() -> str | None:
     """Why Triton kernels cannot be compiled for a GPU.
 
     Asks no GPU: a host's parent process chooses kernels before CUDA may be started. What the
-    device itself cannot do is refused when its session is made.
+    device itself cannot do is refused when its session is made. ROCm calls its devices "cuda" too.
     """
+    if torch.version.hip is not None:
+        return (
+            f"this torch is built for ROCm (HIP {torch.version.hip}), and the kernels were only "
+            "ever compiled for NVIDIA GPUs"
+        )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; torch's CUDA wheels bring it (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":

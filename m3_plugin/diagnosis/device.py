@@ -1,4 +1,4 @@
-"""Device, Triton, kernels and their self-test; `python -m m3_plugin.diagnosis.device` answers."""
+"""Device, Triton, kernels, their self-test; `python -P -m m3_plugin.diagnosis.device` answers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def facts(device_type: str | None = None) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"torch": torch.__version__, "cuda_build": torch.version.cuda}
+    found["rocm_build"] = torch.version.hip
     found["driver"] = _driver()
     found["triton"] = _triton()
     found["gpus"] = []
@@ -43,7 +44,8 @@ def facts(device_type: str | None = None) -> dict[str, Any]:
                 )
         except RuntimeError as error:
             found["cuda_error"] = str(error).splitlines()[0]
-    serving = device_type or ("cuda" if found["gpus"] else "cpu")
+    has_gpus = bool(found["gpus"]) or torch.version.hip is not None
+    serving = device_type or ("cuda" if has_gpus else "cpu")
     return found | _kernels(serving, is_there=serving == "cpu" or bool(found["gpus"]))
 
 
@@ -114,6 +116,15 @@ def examine(report: Report, wanted: str | None = None, *, timeout_s: float = 300
 
 def _examine_gpus(report: Report, found: Mapping[str, Any]) -> None:
     build = f"CUDA {found['cuda_build']}" if found["cuda_build"] else "CPU build"
+    if found["rocm_build"]:
+        report.add(
+            SECTION,
+            "torch",
+            f"{found['torch']} (ROCm, HIP {found['rocm_build']})",
+            status="failure",
+            advice="AMD GPUs are not served by the plugin: use the host's own MiniMax-M3 there",
+        )
+        return
     report.add(SECTION, "torch", f"{found['torch']} ({build})")
     report.add(SECTION, "NVIDIA driver", found["driver"] or "none", status="note")
     if "cuda_error" in found:

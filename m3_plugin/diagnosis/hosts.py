@@ -11,7 +11,7 @@ from typing import Any
 from m3_plugin import __version__
 from m3_plugin.diagnosis.child import ChildFailed, ask
 from m3_plugin.diagnosis.findings import Report
-from m3_plugin.settings import Settings
+from m3_plugin.settings import Settings, remarks, service_links
 
 PLUGIN_NAME = "m3"
 
@@ -53,7 +53,11 @@ def installed_version(host: HostEntry) -> str | None:
 def examine_settings(report: Report) -> None:
     """The plugin itself and its environment variables."""
     report.add("plugin", "version", __version__)
-    given = {name: value for name, value in os.environ.items() if name.startswith("M3_PLUGIN_")}
+    given = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("M3_PLUGIN_") and name not in service_links()
+    }
     said = ", ".join(f"{name}={value}" for name, value in sorted(given.items())) or "none set"
     try:
         settings = Settings.from_environment()
@@ -63,7 +67,7 @@ def examine_settings(report: Report) -> None:
             "variables",
             str(error),
             status="failure",
-            advice="a server would refuse to start: correct or unset it",
+            advice="a server of MiniMax-M3 would not start: correct or unset it",
         )
         return
     if settings.disable:
@@ -76,6 +80,8 @@ def examine_settings(report: Report) -> None:
         )
         return
     report.add("plugin", "variables", said)
+    for remark in remarks(()):
+        report.add("plugin", "service links", remark, status="note")
     if not settings.required:
         report.add(
             "plugin",
@@ -188,7 +194,7 @@ def _examine_facts(report: Report, host: HostEntry, facts: Mapping[str, Any], ou
     if refusal is None:
         report.add(host.title, "version", f"{facts['version']} ({window})")
     else:
-        allowed = Settings.from_environment().allow_untested
+        allowed = Settings.read()[0].allow_untested
         report.add(
             host.title,
             "version",

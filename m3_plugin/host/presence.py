@@ -6,6 +6,7 @@ exactly like one that works. Adapters therefore decide here, log here, and fail 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from packaging.version import Version
@@ -39,6 +40,23 @@ class TestedWindow:
             f"[{self.minimum}, {self.below}); install a tested release, or set "
             "M3_PLUGIN_ALLOW_UNTESTED=1 to run anyway"
         )
+
+
+def stands_aside(*, logger: str) -> bool:
+    """Whether `M3_PLUGIN_DISABLE=1` keeps the plugin out; says so, on the logger of that name.
+
+    Raises
+    ------
+    ValueError : the plugin is required too.
+    """
+    settings, _ = Settings.read()
+    if settings.disable:
+        logging.getLogger(logger).warning(
+            "m3-plugin %s is NOT ACTIVE, the host's own MiniMax-M3 will be used: "
+            "M3_PLUGIN_DISABLE=1",
+            __version__,
+        )
+    return settings.disable
 
 
 def require_tested(window: TestedWindow, version: str, *, settings: Settings) -> None:

@@ -16,8 +16,8 @@ still fails with torchvision's own message about its missing operators.
 vLLM's API server imports transformers before it loads any plugin, so the hook has to be in place
 when the interpreter starts:
 
-    python -m m3_plugin.host.torchvision_ops --install      # into the environment of this python
-    python -m m3_plugin.host.torchvision_ops --remove
+    python -P -m m3_plugin.host.torchvision_ops --install      # into the environment of this python
+    python -P -m m3_plugin.host.torchvision_ops --remove
 
 The installer writes a ``.pth`` file and a copy of this module, which imports nothing but ``sys``
 when python starts. To be deleted when a torchvision that matches CPU torch is to be had from the
@@ -102,7 +102,7 @@ def _hook_files(directory: str | None):
 def _main() -> None:
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m m3_plugin.host.torchvision_ops")
+    parser = argparse.ArgumentParser(prog="python -P -m m3_plugin.host.torchvision_ops")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--install", action="store_true", help="hook into every start of python")
     action.add_argument("--remove", action="store_true", help="take the hook out again")

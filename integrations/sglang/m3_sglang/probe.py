@@ -1,4 +1,4 @@
-"""`python -m m3_sglang.probe`: load plugins as SGLang does and tell what its registries answer."""
+"""`python -P -m m3_sglang.probe`: load plugins as SGLang does, tell what its registries answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m m3_vllm.probe`: load plugins as vLLM does and tell what its registry answers."""
+"""`python -P -m m3_vllm.probe`: load plugins as vLLM does and tell what its registry answers."""
 
 from __future__ import annotations
 

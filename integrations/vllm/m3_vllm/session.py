@@ -10,6 +10,7 @@ from m3_plugin.attention.assembly import make_session
 from m3_plugin.attention.batch import StepCapacity
 from m3_plugin.attention.session import MSASession
 from m3_plugin.model.config import M3Config
+from m3_plugin.settings import Settings
 from m3_vllm.caches import cache_dtype, index_dtype
 from m3_vllm.compat import device_type
 
@@ -21,8 +22,11 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
 
     Raises
     ------
-    ValueError : vLLM would run two micro-batches at once, and a session plans one.
+    ValueError : vLLM would run two micro-batches at once, and a session plans one; an `M3_PLUGIN_`
+        variable is misspelt.
     """
+    # dense models of ours too: registration could not know that M3 is served
+    Settings.from_environment()
     if config.msa is None:
         return None
     if vllm_config.parallel_config.use_ubatching:

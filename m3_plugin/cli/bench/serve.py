@@ -40,7 +40,7 @@ from m3_plugin.cli.hosts import (
     installed_host,
 )
 from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
-from m3_plugin.host.processes import environment, python
+from m3_plugin.host.children import child_environment, python
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, terminate_as_exit
 from m3_plugin.model.released import misnamed_model
 
@@ -303,7 +303,7 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
                 capture_output=True,
                 text=True,
                 check=False,
-                env=environment(),
+                env=child_environment(),
             )
         if done.returncode or not result.exists():
             tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
@@ -408,14 +408,14 @@ def _started(
             )
         port = free_port()
         measured = {"M3_PLUGIN_STATISTICS": "0", "M3_PLUGIN_TIMINGS": "1"}
-        variables = dict(host.environment(scratch)) | measured
+        environment = dict(host.environment(scratch)) | measured
         if pure:
-            variables |= {"M3_PLUGIN_DISABLE": "1", "M3_PLUGIN_REQUIRED": "0"}
+            environment |= {"M3_PLUGIN_DISABLE": "1", "M3_PLUGIN_REQUIRED": "0"}
         with ServerProcess(
             host.command(checkpoint, port, host.options),
             port=port,
             log=scratch / "server.log",
-            environment=variables,
+            environment=environment,
         ) as server:
             what = "without the plugin" if pure else "with every layer dense" if dense else ""
             with console.status(f"starting {host.title} {what}"):

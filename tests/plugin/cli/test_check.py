@@ -162,7 +162,7 @@ def test_the_triton_kernels_run_in_the_interpreter(tmp_path: Path) -> None:
     file = tmp_path / "check.json"
     arguments = ["--family", "triton", "--only", "verify", "--repeats", "1", "--json", str(file)]
     done = subprocess.run(
-        [sys.executable, "-m", "m3_plugin.cli", "check", "--device", "cpu", *arguments],
+        [sys.executable, "-P", "-m", "m3_plugin.cli", "check", "--device", "cpu", *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

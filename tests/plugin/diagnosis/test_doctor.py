@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from m3_plugin.diagnosis import Finding, Report, device
 from m3_plugin.diagnosis.child import ChildFailed, ask
@@ -63,7 +64,7 @@ def run(
 ) -> tuple[subprocess.CompletedProcess[str], Report]:
     """`m3-plugin doctor --json` of an environment."""
     done = subprocess.run(
-        [str(python), "-m", "m3_plugin.cli", "doctor", "--json", *options],
+        [str(python), "-P", "-m", "m3_plugin.cli", "doctor", "--json", *options],
         capture_output=True,
         text=True,
         timeout=300,
@@ -98,7 +99,7 @@ def test_commands_that_start_a_server_need_a_host(
     without_hosts: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     done = subprocess.run(
-        [str(without_hosts), "-m", "m3_plugin.cli", *command],
+        [str(without_hosts), "-P", "-m", "m3_plugin.cli", *command],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -312,3 +313,14 @@ def test_wrong_kernels_fail_the_self_test(monkeypatch: pytest.MonkeyPatch) -> No
 def test_both_hosts_are_known_by_their_plugin_groups() -> None:
     groups = {host.group for host in HOSTS.values()}
     assert groups == {"vllm.general_plugins", "sglang.srt.plugins"}
+
+
+def test_rocm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0.51831")
+    found = device.facts()
+    report = Report()
+    monkeypatch.setattr(device, "ask", lambda *arguments, **options: (found, ""))
+    device.examine(report)
+    assert "ROCm, HIP 7.0.51831" in finding(report, "torch", status="failure").value
+    assert "host's own MiniMax-M3" in finding(report, "torch").advice
+    assert "ROCm" in finding(report, "choice").value
