@@ -14,20 +14,22 @@ if TYPE_CHECKING:
 _Counters = TypeVar("_Counters")
 
 
-def openai_client(url: str, *, timeout_s: float) -> OpenAI:
+def openai_client(url: str, *, timeout_s: float, api_key: str | None = None) -> OpenAI:
     """A client of a server's OpenAI API that asks no proxy for this machine itself.
 
     Parameters
     ----------
     url : of the server, without "/v1"
     timeout_s : of one request
+    api_key : that the server asks for, if it does
     """
     import httpx
     from openai import OpenAI
 
     return OpenAI(
         base_url=f"{url}/v1",
-        api_key="none",
+        # the client insists on a key, whether or not the server does
+        api_key=api_key or "none",
         max_retries=0,
         http_client=httpx.Client(timeout=timeout_s, trust_env=not is_loopback(url)),
         timeout=timeout_s,

@@ -1,7 +1,7 @@
 """Start a host's real HTTP server as a child process, wait until it answers, and stop it for sure.
 
 Used by the demo, the benchmarks and the tests; listens on loopback only. Nothing outlives the
-process that started it: signals that end it stop the server, and a watchdog does where it is killed.
+process that started it: signals that end it stop the server; where it is killed, a watchdog does.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from m3_plugin.host.presence import absence, attestation, require_tested
 from m3_plugin.model.released import misnamed_model
 from m3_plugin.settings import Settings, remarks
 from m3_vllm.compat import VLLM_WINDOW, device_type, vllm_version
+from m3_vllm.registry import choose_by_config
 
 # Under vllm.* so that vLLM's own logging configuration shows it in every process.
 logger = init_logger("vllm.m3_plugin")
@@ -45,6 +46,7 @@ def register_with_vllm() -> None:
     try:
         require_tested(VLLM_WINDOW, vllm_version(), settings=settings)
         kernels = choose_kernels(device_type(), settings.kernels)
+        choose_by_config(ModelRegistry, architectures=ARCHITECTURES, settings=settings)
         for architecture, path in ARCHITECTURES.items():
             ModelRegistry.register_model(architecture, path)
         if settings.dequantize:

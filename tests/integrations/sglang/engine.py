@@ -11,7 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import popen_fork
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ ENVIRONMENT = {
     # spinning worker threads starve each other on machines with few cores
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+PRELOAD = (
+    "sglang",
+    "sglang.srt.entrypoints.engine",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.model_executor.model_runner",
+)
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
@@ -93,10 +102,15 @@ class EngineProcess(EnginePipe):
 
         arguments = {"model_path": str(model), **OPTIONS, **options}
         variables = ENVIRONMENT | (environment or {})
+        if options.get("enable_metrics"):
+            # prometheus_client decides on import that processes share their values
+            folder = log.with_suffix(".metrics")
+            folder.mkdir(exist_ok=True)
+            variables["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         if needs_triton_on_cpu():
             variables["TRITON_INTERPRET"] = "1"
             arguments["disable_cuda_graph"] = True
-        super().__init__(_serve, log, arguments, environment=variables, log=log)
+        super().__init__(_serve, log, arguments, environment=variables, preload=PRELOAD, log=log)
 
     def generate(
         self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
@@ -148,11 +162,22 @@ def _serve(pipe: Connection, log: Path, arguments: dict[str, Any]) -> None:
     def start() -> _Engine:
         from sglang import Engine
 
+        _fork_children()
         return _Engine(Engine(**arguments))
 
     engine = answer_requests(pipe, start)
     if engine is not None:
         engine.host.shutdown()
+
+
+def _fork_children() -> None:
+    """SGLang spawns its scheduler and detokenizer; here they inherit what is imported already.
+
+    The servers of the tests are processes of SGLang's own, whose children import and register all
+    anew.
+    """
+    how: Any = SpawnProcess
+    how._Popen = staticmethod(popen_fork.Popen)
 
 
 class _Engine:
