@@ -27,7 +27,7 @@ _PROC = Path("/proc")
 _LISTENING = "0A"
 # Waits until the other end of its input is closed, as it is when this process is gone in whatever
 # way, and ends the group of the server.
-_WATCHDOG = 'read -r _; kill -TERM -- "-$1"; sleep 5; kill -KILL -- "-$1"'
+_WATCHDOG = 'read -r _; kill -s TERM -- "-$1"; sleep 5; kill -s KILL -- "-$1"'
 # Straight to loopback, whatever proxy the shell names.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
