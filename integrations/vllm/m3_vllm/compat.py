@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from m3_plugin.host.presence import TestedWindow
 
-VLLM_WINDOW = TestedWindow(package="vllm", minimum="0.31", below="0.34")
+VLLM_WINDOW = TestedWindow(package="vllm", minimum="0.31", below="0.34", tested=("0.31", "0.32"))
 
 
 def vllm_version() -> str:
