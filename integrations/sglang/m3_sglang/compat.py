@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from typing import Any
 
 from packaging.version import Version
@@ -57,6 +58,17 @@ def speculation_is_tested() -> bool:
     return not _is_older_than("0.5.23")
 
 
+def deep_gemm_is_the_default(device: str) -> bool:
+    """Whether SGLang gives MXFP8 experts to DeepGEMM here: it does on SM100 and SM103."""
+    from sglang.srt.utils import is_cuda
+
+    if not is_cuda() or device == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.get_device_capability()[0] == 10
+
+
 def needs_weight_only_mxfp8(device: str) -> bool:
     """Whether SGLang refuses MXFP8 here: it does on CPUs and on NVIDIA chips before SM100.
 
@@ -71,6 +83,41 @@ def needs_weight_only_mxfp8(device: str) -> bool:
     import torch
 
     return torch.cuda.get_device_capability() < (10, 0)
+
+
+def expert_offset(layer: type, beta: float) -> dict[str, float]:
+    """The argument that tells expert kernels what they add to `up`, which some take to be 0.
+
+    Before 0.5.22 there is none, and no kernel that would need it.
+    """
+    known = "gemm1_beta" in inspect.signature(layer.__init__).parameters
+    return {"gemm1_beta": beta} if known else {}
+
+
+def resolved(server_args: Any) -> Any:
+    """What SGLang has decided so far, by the names of its arguments; read-only.
+
+    Up to 0.5.21 it writes its decisions into the record. Later the record stays what the operator
+    gave, and decisions lie beside it.
+    """
+    try:
+        from sglang.srt.arg_groups.overrides import resolving_view
+    except ImportError:
+        return server_args
+    return resolving_view(server_args)
+
+
+def without_prefill_graphs(server_args: Any) -> dict[str, Any]:
+    """Declarations that leave steps of prompts out of CUDA graphs; none where they are out already.
+
+    From 0.5.22 SGLang captures them on GPUs unless told otherwise.
+    """
+    config = getattr(resolved(server_args), "cuda_graph_config", None)
+    if config is None or config.prefill.backend == "disabled":
+        return {}
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    return {"cuda_graph_config": with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)}
 
 
 def tensor_parallel_size() -> int:
