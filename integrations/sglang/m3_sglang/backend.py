@@ -24,6 +24,7 @@ from m3_sglang.batch import UniformStep, captured_step, msa_batch
 from m3_sglang.compat import (
     read_config,
     read_draft_config,
+    resolved,
     sglang_version,
     tensor_parallel_size,
 )
@@ -100,12 +101,27 @@ def dense_backend_name(runner: Any) -> str:
     from sglang.srt.arg_groups.overrides import get_default_attn_backend
 
     name = get_default_attn_backend(runner.server_args, False, runner.model_config)
+    if resolved(runner.server_args).speculative_algorithm is not None:
+        name = _speculating_name() or name
     # SGLang applies these two rules by the name that was asked for, which is ours
     if name == "fa3" and runner.kv_cache_dtype == torch.float8_e5m2:
         return "triton"
     if name == "trtllm_mha" and not has_grouped_heads(runner.model_config):
         return "fa4"
     return name
+
+
+def _speculating_name() -> str | None:
+    """What SGLang chooses on this chip without speculation; None for any other chip's choice.
+
+    With pages of several tokens it leaves these backends out because of draft trees. Ours are
+    chains, and its own provider for M3 keeps them.
+    """
+    from sglang.srt.runtime_context import get_platform
+
+    if get_platform().is_hopper_with_cuda_12_3:
+        return "fa3"
+    return "trtllm_mha" if get_platform().is_sm100 else None
 
 
 def has_grouped_heads(model_config: Any) -> bool:

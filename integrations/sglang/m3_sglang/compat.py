@@ -70,7 +70,9 @@ def deep_gemm_is_the_default(device: str) -> bool:
 
 
 def needs_weight_only_mxfp8(device: str) -> bool:
-    """Whether SGLang refuses MXFP8 here: it does on CPUs and on NVIDIA chips before SM100.
+    """Whether SGLang cannot serve MXFP8 here: its kernels are for chips of SM100 and SM103 alone.
+
+    It refuses older chips and CPUs, and gives the experts to kernels of SM100 on later ones.
 
     Parameters
     ----------
@@ -82,7 +84,7 @@ def needs_weight_only_mxfp8(device: str) -> bool:
         return device == "cpu"
     import torch
 
-    return torch.cuda.get_device_capability() < (10, 0)
+    return torch.cuda.get_device_capability()[0] != 10
 
 
 def expert_offset(layer: type, beta: float) -> dict[str, float]:
@@ -107,17 +109,19 @@ def resolved(server_args: Any) -> Any:
     return resolving_view(server_args)
 
 
-def without_prefill_graphs(server_args: Any) -> dict[str, Any]:
-    """Declarations that leave steps of prompts out of CUDA graphs; none where they are out already.
+def leave_prefill_graphs_out(server_args: Any) -> None:
+    """Declare that steps of prompts stay out of CUDA graphs, which SGLang captures by default.
 
-    From 0.5.22 SGLang captures them on GPUs unless told otherwise.
+    A declaration of its own: SGLang does not take this one from what override providers return.
     """
     config = getattr(resolved(server_args), "cuda_graph_config", None)
     if config is None or config.prefill.backend == "disabled":
-        return {}
+        return
+    from sglang.srt.arg_groups.overrides import declare_resolution
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
-    return {"cuda_graph_config": with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)}
+    graphs = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
+    declare_resolution(server_args, "m3-plugin", cuda_graph_config=graphs)
 
 
 def tensor_parallel_size() -> int:

@@ -276,7 +276,7 @@ class M3CausalLM(nn.Module):
         self.model.captured_layers = tuple(wanted)
 
     def weight_loader(self) -> WeightLoader:
-        """A loader for the text model; feed it text tensors, then call `finish_loading`."""
+        """A loader for the text model; feed it text tensors, then call `finish_weights`."""
         for module in self.model.modules():
             if isinstance(module, M3MoE):
                 module.start_loading()
@@ -291,7 +291,7 @@ class M3CausalLM(nn.Module):
             )
         return text_weight_loader(self, config=self.m3_config, witness=witness)
 
-    def finish_loading(self, loader: WeightLoader) -> set[str]:
+    def finish_weights(self, loader: WeightLoader) -> set[str]:
         """Names of the parameters that were loaded: all, or after the first time any.
 
         Raises
@@ -310,7 +310,7 @@ class M3CausalLM(nn.Module):
             # the released checkpoint may be served as a text model; its vision part is then unused
             if not name.startswith(VISION_PREFIXES):
                 loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return self.finish_loading(loader)
+        return self.finish_weights(loader)
 
 
 def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan | None:

@@ -10,11 +10,11 @@ from m3_plugin.checkpoint.headers import read_checkpoint
 from m3_plugin.checkpoint.names import require_mtp_modules
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_sglang.compat import (
+    leave_prefill_graphs_out,
     needs_triton_on_cpu,
     resolved,
     sglang_version,
     speculation_is_tested,
-    without_prefill_graphs,
 )
 
 BACKEND_NAME = "msa"
@@ -47,6 +47,10 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "enable_multi_layer_eagle": (_OFF, "one MTP module is applied again for every further token"),
     "speculative_adaptive": (_OFF, "the number of drafted tokens is settled when a server starts"),
+    "speculative_token_map": ((None,), "the draft has the target's whole vocabulary"),
+    "speculative_draft_window_size": ((None,), "the draft attends as the target does"),
+    "speculative_draft_sink_size": ((None,), "the draft attends as the target does"),
+    "speculative_moe_a2a_backend": ((None, "none"), "expert parallelism is not supported yet"),
     "decoupled_spec_role": ((None, "null"), "target and draft run in one worker"),
     "pp_size": (_ONE, "pipeline parallelism is not supported yet"),
     "ep_size": (_ONE, _EXPERTS),
@@ -93,6 +97,7 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "mm_enable_dp_encoder": (_OFF, "every rank runs the whole vision tower already"),
     "enable_lora": (_OFF, "adapters are not supported yet"),
     "lora_paths": ((None, [], ()), "adapters are not supported yet"),
+    "uno_lora_path": ((None,), "adapters are not supported yet"),
     "is_embedding": (_OFF, "the model generates; it has no pooled output"),
     "enable_deterministic_inference": (
         _OFF,
@@ -103,6 +108,10 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "debug_cuda_graph": (_OFF, "it needs breakable graphs"),
     "cpu_offload_gb": ((0, None), _OFFLOAD),
     "offload_group_size": ((-1, 0, None), _OFFLOAD),
+    "enable_fused_moe_sum_all_reduce": (
+        _OFF,
+        "the routed and the shared experts are summed over ranks in one step",
+    ),
     "enable_mis": (_OFF, "an MSA layer's rows see a prefix each"),
     "enable_return_indexer_topk": (_OFF, "M3_PLUGIN_RECORD_BLOCKS writes them to files"),
     "dllm_algorithm": ((None,), _ELSEWHERE),
@@ -133,7 +142,7 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
     """
     require_served(server_args)
     overrides: dict[str, Any] = {"page_size": PAGED_BLOCK_SIZE}
-    overrides |= without_prefill_graphs(server_args)
+    leave_prefill_graphs_out(server_args)
     given = (
         server_args.attention_backend,
         server_args.prefill_attention_backend,
@@ -158,6 +167,7 @@ def require_served(server_args: Any) -> None:
     for name, (served, advice) in (_SERVED | on_cpu).items():
         _require(name, getattr(found, name, served[0]), served, advice)
     _require_prefill_graphs(server_args)
+    _require_kept_weights(found)
     if server_args.device == "cpu" and needs_triton_on_cpu():
         require_interpreted_steps(server_args)
     if server_args.speculative_algorithm is not None:
@@ -180,6 +190,14 @@ def _require_prefill_graphs(server_args: Any) -> None:
     backend = prefill.get("backend") if isinstance(prefill, dict) else None
     if backend is not None:
         _require("cuda_graph_config prefill.backend", backend, ("disabled",), _PREFILL_GRAPHS)
+
+
+def _require_kept_weights(found: Any) -> None:
+    """Refuse to give the weights' memory back without a copy: no update sends all it holds."""
+    if getattr(found, "enable_memory_saver", False):
+        kept = getattr(found, "enable_weights_cpu_backup", False)
+        advice = "beside --enable-memory-saver; rotation angles and cache scales are in no update"
+        _require("enable_weights_cpu_backup", kept, (True,), advice)
 
 
 def require_interpreted_steps(server_args: Any) -> None:

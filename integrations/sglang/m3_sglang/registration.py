@@ -226,6 +226,12 @@ def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
             "moe_runner_backend": "triton" if runner == "auto" else runner,
         }
     if quantization.method == "mxfp8" and needs_weight_only_mxfp8(server_args.device):
+        workers = getattr(server_args, "tokenizer_worker_num", 1)
+        if workers > 1:
+            raise ValueError(
+                "m3-plugin: --tokenizer-worker-num must be 1 for MXFP8 on this chip; got "
+                f"{workers}: SGLang loads no plugins in these workers, and the method is ours"
+            )
         return {"quantization": MXFP8_METHOD, "moe_runner_backend": "triton"}
     if quantization.method == "mxfp8" and runner == "auto":
         return right_experts(server_args.device)

@@ -160,8 +160,8 @@ class ClampProbe(nn.Module):
     """Refuses an expert kernel that drops the SwiGLU clamp, once the weights are in place.
 
     Kernels have lost the clamp before (garbled output on quantised checkpoints), some for large
-    batches alone. Rows at several magnitudes tell, whatever backend vLLM picked, however weights are
-    quantised or sharded, and without a reference (`m3_plugin.model.experts.grows_unclamped`).
+    batches alone. Rows at several magnitudes tell, whatever backend vLLM picked, however weights
+    are quantised or sharded, and without a reference (`m3_plugin.model.experts.grows_unclamped`).
 
     Attached as the last module of the model: vLLM calls each module's
     `quant_method.process_weights_after_loading` in order, so this one runs after every expert

@@ -222,7 +222,7 @@ def test_sglang_captures_as_recorded_here() -> None:
 
     one = inspect.getsource(DecodeCudaGraphRunner.capture_one_shape)
     out = one.index("attn_backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)")
-    assert out < one.index("attn_backend.init_forward_metadata_in_graph(forward_batch)")
+    assert out < one.index("self.backend.capture_one(")
     assert "capture_inputs=None" in one
     assert "reversed(self.capture_bs)" in inspect.getsource(
         DecodeCudaGraphRunner._capture_one_stream

@@ -110,7 +110,7 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
                 vision.load(name, tensor)
             else:
                 text.load(name.removeprefix(TEXT_PREFIX), tensor)
-        loaded = self.language_model.finish_loading(text)
+        loaded = self.language_model.finish_weights(text)
         return vision.finish(partial=partial) | {f"{TEXT_PREFIX}{name}" for name in loaded}
 
 
