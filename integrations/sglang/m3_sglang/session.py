@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from m3_kernels.work_plan import allocate_work_plan
+from m3_kernels.work_plan import DECODE_ROWS, allocate_work_plan
 from m3_plugin.attention.assembly import make_session
 from m3_plugin.attention.batch import StepCapacity
 from m3_plugin.attention.session import MSASession
@@ -70,6 +70,7 @@ def beside(session: MSASession) -> MSASession:
                 max_rows=capacity.max_rows,
                 device=session.workspace.plan_buffers.cum_blocks.device,
             ),
+            shared=True,
         )
     return other
 
@@ -95,4 +96,5 @@ def step_capacity(runner: Any) -> StepCapacity:
         max_requests=pool.size,
         max_rows=max(arguments.max_prefill_tokens, longest) + pool.size * chain,
         max_seq_len=pool.req_to_token.shape[1],
+        decode_rows=min(chain, DECODE_ROWS),
     )

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.checkpoint.loading import interleave_gate_up
-from m3_plugin.model.config import M3Config
+from m3_plugin.model.config import M3Config, local_heads
 from tests.integrations.sglang.steps import forward_batch
 from tests.integrations.sglang.test_graphs import session
 from tests.plugin.model.test_config import hub
@@ -73,6 +74,32 @@ def test_a_draft_and_all_its_steps_use_the_targets_scratch(
     # another worker has another pool, and a session of its own
     sessions.worker_session(config, runner(Pool()))
     assert len(made) == 2
+
+
+# SGLang's pools of requests: by memory, or 48 beside speculation
+@pytest.mark.parametrize(("chain", "requests"), [(None, 2048), (None, 4096), (4, 48)])
+@pytest.mark.parametrize(("ranks", "bound"), [(8, 1.0), (4, 1.0), (2, 1.0), (1, 2.0)])
+def test_the_workspace_at_sglangs_own_limits(
+    ranks: int, bound: float, chain: int | None, requests: int
+) -> None:
+    """GiB at 1M tokens, on meta tensors, of the released model on a rank of that many."""
+    from m3_sglang.session import step_capacity
+
+    pool = SimpleNamespace(
+        size=requests, req_to_token=torch.empty(requests, 2**20, dtype=torch.int32, device="meta")
+    )
+    arguments = SimpleNamespace(
+        chunked_prefill_size=8192, max_prefill_tokens=16384, speculative_num_draft_tokens=chain
+    )
+    capacity = step_capacity(SimpleNamespace(server_args=arguments, req_to_token_pool=pool))
+    config = M3Config.from_hf(hub())
+    assert config.msa is not None
+    heads = local_heads(config.num_attention_heads, ranks)
+    kv_heads = local_heads(config.num_key_value_heads, ranks)
+    dtype = torch.bfloat16
+    shape = LayerShape(heads, kv_heads, config.head_dim, config.rotary_dim, dtype, dtype, dtype)
+    workspace = allocate_workspace(config.msa, shape, capacity, device=torch.device("meta"))
+    assert workspace.num_bytes / 2**30 < bound
 
 
 def test_a_step_without_the_hosts_lengths_asks_no_device() -> None:
@@ -175,10 +202,15 @@ def test_an_update_of_experts_meets_rows_in_the_checkpoints_order() -> None:
     assert torch.equal(moe.experts.w13_weight[1, 1::2], stored[1, 3:])
 
 
-def test_embeddings_of_a_request_must_be_as_wide_as_the_model() -> None:
+def test_embeddings_of_a_request_must_be_as_wide_as_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+    from m3_sglang import registration
     from m3_sglang.registration import REQUEST_CHECK, check_embeddings
+
+    monkeypatch.setattr(registration, "is_ours", lambda config: True)
 
     assert REQUEST_CHECK.endswith(f".{TokenizerManager._validate_one_request.__name__}")
     config = SimpleNamespace(
