@@ -102,7 +102,7 @@ kernels-table: env $(OLDER_TRITON)/.ready
 	done
 
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
-	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
+	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --framework $(HOST)
 
 # A recording and results of an earlier run must not be mixed with new ones, and what vLLM remembers
 # of this machine's earlier sources is no example. The same recipe makes all files, from one commit on
@@ -117,7 +117,7 @@ screens: env
 	$(BIN)/m3-plugin eval needle --contexts 1536,3072,6144 \
 	  --output .cache/screens/needle.json --plot $(SCREENS)/needle.png
 	$(BIN)/m3-plugin bench serve --contexts 1024,3072,8192 --requests 2 \
-	  --json $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
+	  --output $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
 
 $(BUILD)/.ready:
 	test -x $(BUILD)/bin/python || $(PYTHON) -m venv $(BUILD)

@@ -95,8 +95,15 @@ def _kernels(device_type: str, *, is_there: bool) -> dict[str, Any]:
     return found
 
 
-def examine(report: Report, wanted: str | None = None, *, timeout_s: float = 300) -> None:
-    """Add what the child found; `wanted` is the device type that is meant to serve, if any."""
+def examine(
+    report: Report, wanted: str | None = None, *, timeout_s: float = 300
+) -> dict[str, Any] | None:
+    """Add what the child found, and return it; None if it could not answer.
+
+    Parameters
+    ----------
+    wanted : the device type that is meant to serve, if any
+    """
     try:
         found, _ = ask(MODULE, *filter(None, [wanted]), timeout_s=timeout_s)
     except ChildFailed as failure:
@@ -108,10 +115,11 @@ def examine(report: Report, wanted: str | None = None, *, timeout_s: float = 300
             advice="torch or the kernels cannot even be loaded here: run "
             f"`python -P -m {MODULE}` to see the whole message, then reinstall the host",
         )
-        return
+        return None
     _examine_gpus(report, found)
     _examine_triton(report, found)
     _examine_kernels(report, found)
+    return found
 
 
 def _examine_gpus(report: Report, found: Mapping[str, Any]) -> None:
@@ -138,7 +146,8 @@ def _examine_gpus(report: Report, found: Mapping[str, Any]) -> None:
         )
     elif found["gpus"]:
         for number, gpu in enumerate(found["gpus"]):
-            report.add(SECTION, f"GPU {number}", f"{gpu['name']}, {gpu['arch']}, {gpu['gib']} GiB")
+            value = f"{gpu['name']}, {gpu['arch']}, {gpu['gib']} GiB"
+            report.add(SECTION, f"GPU {number}", value, id=f"gpu.{number}")
     elif found["device_type"] == "cuda":
         report.add(
             SECTION,
@@ -157,7 +166,7 @@ def _examine_gpus(report: Report, found: Mapping[str, Any]) -> None:
             advice="install the host's CUDA build of torch, or look at CUDA_VISIBLE_DEVICES",
         )
     else:
-        report.add(SECTION, "GPU", "none; the CPU would serve", status="note")
+        report.add(SECTION, "GPU", "none: a server would run on the CPU", status="note")
 
 
 def _examine_triton(report: Report, found: Mapping[str, Any]) -> None:
@@ -197,11 +206,24 @@ def _examine_kernels(report: Report, found: Mapping[str, Any]) -> None:
             "self-test",
             found["self_test_error"],
             status="failure",
-            advice="these kernels do not give the reference's numbers on this machine: do not "
-            "serve with them; force another family with M3_PLUGIN_KERNELS and report this",
+            advice=_when_wrong(found["device_type"]),
         )
     elif "self_test" in found:
         report.add("kernels", "self-test", found["self_test"])
+
+
+def _when_wrong(device_type: str) -> str:
+    """What to do about kernels that do not give the reference's numbers."""
+    # on a GPU there is one family of kernels, on a CPU there are several
+    way_out = (
+        "M3_PLUGIN_DISABLE=1 serves with the host's own MiniMax-M3"
+        if device_type == "cuda"
+        else "M3_PLUGIN_KERNELS=torch takes slower ones, M3_PLUGIN_DISABLE=1 the host's own M3"
+    )
+    return (
+        "these kernels do not give the reference's numbers on this machine: do not serve with "
+        f"them. {way_out}. Please report what m3-plugin check --json prints"
+    )
 
 
 def self_test(device_type: str) -> str:

@@ -89,6 +89,7 @@ def examine_settings(report: Report) -> None:
             "not set",
             status="note",
             advice="with 1 a server stops instead of running the host's own M3 unnoticed",
+            id="plugin.required",
         )
 
 
@@ -187,12 +188,25 @@ def examine_allow_list(report: Report, host: HostEntry) -> bool:
     return not hidden
 
 
+def _section_id(host: HostEntry) -> str:
+    return host.title.lower()
+
+
 def _examine_facts(report: Report, host: HostEntry, facts: Mapping[str, Any], output: str) -> None:
     """What the host's own registry said after loading plugins."""
     refusal = facts["refusal"]
-    window = f"tested: {facts['window'][0]} up to, not including, {facts['window'][1]}"
-    if refusal is None:
-        report.add(host.title, "version", f"{facts['version']} ({window})")
+    window = f"{facts['window'][0]} up to, not including, {facts['window'][1]}"
+    if refusal is None and facts["tested"]:
+        report.add(host.title, "version", f"{facts['version']}: tested")
+    elif refusal is None:
+        report.add(
+            host.title,
+            "version",
+            f"{facts['version']}: accepted, not tested",
+            status="note",
+            advice=f"accepted is {window}; the test suite did not run on this release: run "
+            "m3-plugin eval needle against the server before it gets traffic",
+        )
     else:
         allowed = Settings.read()[0].allow_untested
         report.add(
@@ -202,7 +216,7 @@ def _examine_facts(report: Report, host: HostEntry, facts: Mapping[str, Any], ou
             status="warning" if allowed else "failure",
             advice="M3_PLUGIN_ALLOW_UNTESTED=1 is set: watch the first answers"
             if allowed
-            else f"pip install a release inside {window}, or M3_PLUGIN_ALLOW_UNTESTED=1",
+            else f"pip install a release from {window}, or M3_PLUGIN_ALLOW_UNTESTED=1",
         )
     said = [line for line in output.splitlines() if "NOT ACTIVE" in line]
     for architecture, (resolved, ours) in facts["architectures"].items():
@@ -215,6 +229,7 @@ def _examine_facts(report: Report, host: HostEntry, facts: Mapping[str, Any], ou
             resolved,
             status="ok" if ours else "failure",
             advice="" if ours else advice,
+            id=f"{_section_id(host)}.architecture.{architecture}",
         )
     for name, value in facts["details"].items():
         report.add(host.title, name, value)

@@ -21,14 +21,25 @@ class PluginRefusal(RuntimeError):
 
 @dataclass(frozen=True)
 class TestedWindow:
-    """Host releases the test suite runs on: `minimum` <= release < `below`."""
+    """Host releases that are accepted: `minimum` <= release < `below`.
+
+    Attributes
+    ----------
+    tested : those the test suite really ran on; a release is one of them with any patch or build
+    """
 
     package: str
     minimum: str
     below: str
+    tested: tuple[str, ...] = ()
 
     # pytest would otherwise try to collect a class called Test*
     __test__ = False
+
+    def was_tested(self, version: str) -> bool:
+        """Whether the test suite ran on this release."""
+        found = Version(version).release
+        return any(found[: len(t)] == t for t in (Version(name).release for name in self.tested))
 
     def refusal(self, version: str) -> str | None:
         """Why `version` is outside the window, None when it is inside."""

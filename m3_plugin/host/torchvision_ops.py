@@ -76,7 +76,7 @@ def install(directory: str | None = None) -> list[str]:
     """
     from pathlib import Path
 
-    copy, pth = _hook_files(directory)
+    copy, pth = hook_files(directory)
     copy.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     pth.write_text(f"import {_COPY}; {_COPY}.declare_missing_ops()\n", encoding="utf-8")
     return [str(copy), str(pth)]
@@ -85,13 +85,14 @@ def install(directory: str | None = None) -> list[str]:
 def remove(directory: str | None = None) -> list[str]:
     """Undo `install`; returns the files that were there."""
     # The .pth first: without its module it would complain at every start.
-    removed = [file for file in reversed(_hook_files(directory)) if file.exists()]
+    removed = [file for file in reversed(hook_files(directory)) if file.exists()]
     for file in removed:
         file.unlink()
     return [str(file) for file in removed]
 
 
-def _hook_files(directory: str | None):
+def hook_files(directory: str | None = None):
+    """The module and the .pth that `install` writes, whether they are there or not."""
     import sysconfig
     from pathlib import Path
 

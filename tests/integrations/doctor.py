@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,13 +12,15 @@ import pytest
 from m3_plugin.diagnosis import Finding, Report
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts
 from tests.planted import plant, ran
+from tests.plugin.cli.schemas import checked
 
 ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 
 
 def check_served(host: str, checkpoint: Path, folder: Path) -> None:
     """The whole command, as typed by a user: the plugin serves, and exit code and JSON say so."""
-    command = [sys.executable, "-P", "-m", "m3_plugin.cli", "doctor", "--json", "--host", host]
+    doctor = (sys.executable, "-P", "-m", "m3_plugin.cli", "doctor")
+    command = [*doctor, "--json", "--framework", host]
     # stands in a copy of the checkpoint in which modules lie
     here = Path(shutil.copytree(checkpoint, folder / "checkpoint"))
     witness = folder / "witness"
@@ -33,10 +34,10 @@ def check_served(host: str, checkpoint: Path, folder: Path) -> None:
         check=False,
     )
     assert ran(witness) == []
-    found = json.loads(done.stdout)
+    found = checked("doctor", done.stdout)
     failures = [f for f in found["findings"] if f["status"] == "failure"]
     assert failures == []
-    assert found["served_by_us"] is True
+    assert found["ok"] is True
     assert done.returncode == 0
     values = {f["name"]: f["value"] for f in found["findings"]}
     assert all(f"m3_{host}." in values[name] for name in ARCHITECTURES)

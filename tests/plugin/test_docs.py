@@ -21,8 +21,8 @@ from tests.integrations.parser_corpus import CASES, MODES, STREAMED, Mode
 DOCS = Path(__file__).parents[2] / "docs"
 LM_EVAL = DOCS.parent / ".venv" / "lm-eval"
 GUIDES = (
-    *("install", "deploy", "operations", "evaluation", "benchmarks", "sizing", "troubleshooting"),
-    *("parsers", "glossary"),
+    *("install", "deploy", "operations", "commands", "evaluation", "benchmarks", "sizing"),
+    *("troubleshooting", "parsers", "glossary"),
 )
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 PARSERS = (("vllm", "0.32.0"), ("sglang", "0.5.23"), ("sglang", "0.5.22"))

@@ -17,7 +17,12 @@ _ORIGINAL_HEADS = {
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
-SGLANG_WINDOW = TestedWindow(package="sglang", minimum="0.5.19", below="0.5.24")
+SGLANG_WINDOW = TestedWindow(
+    package="sglang",
+    minimum="0.5.19",
+    below="0.5.24",
+    tested=("0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"),
+)
 
 
 def sglang_version() -> str:

@@ -23,6 +23,7 @@ def facts() -> dict[str, Any]:
     return {
         "version": vllm_version(),
         "window": [VLLM_WINDOW.minimum, VLLM_WINDOW.below],
+        "tested": VLLM_WINDOW.was_tested(vllm_version()),
         "refusal": VLLM_WINDOW.refusal(vllm_version()),
         "architectures": {name: resolve(ModelRegistry, name) for name in ARCHITECTURES},
         "details": {
