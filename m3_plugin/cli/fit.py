@@ -251,7 +251,7 @@ def _fit_on(sizing: Sizing, host: str) -> Fit:
 
 
 def _variables(sizing: Sizing, host: str) -> list[str]:
-    found = list(_VARIABLES)
+    found: list[str] = list(_VARIABLES)
     if _is_widened(sizing, host):
         found.append("M3_PLUGIN_DEQUANTIZE=1")
     if sizing.index_dtype == "int8":
