@@ -216,7 +216,7 @@ def test_a_crafted_folder_is_refused_in_words(tmp_path: Path, name: str) -> None
 
     report = Report()
     examine_model(report, str(folder))
-    assert not report.served_by_us
+    assert not report.ok
     said = json.dumps(report.as_dict(), ensure_ascii=False)
     said.encode()
     for finding in report.findings:
