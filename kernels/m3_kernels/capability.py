@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, cast
 
 import torch
@@ -88,6 +89,12 @@ def implementation_for(op: str, *, backend: Backend, device_type: str) -> Implem
     raise ValueError(f"{op}: backend must be 'auto' or one of {known}; got {backend!r}")
 
 
+@cache
+def _triton_is_installed() -> bool:
+    """Asked for by every call of an op, and the search walks folders."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _compiler_refusal() -> str | None:
     """Why Triton kernels cannot be compiled for a GPU.
 
@@ -99,7 +106,7 @@ def _compiler_refusal() -> str | None:
             f"this torch is built for ROCm (HIP {torch.version.hip}), and the kernels were only "
             "ever compiled for NVIDIA GPUs"
         )
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "Triton is not installed; torch's CUDA wheels bring it (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it"
@@ -108,7 +115,7 @@ def _compiler_refusal() -> str | None:
 
 def _interpreter_refusal() -> str | None:
     """Why Triton kernels cannot run on a CPU, or None within Triton's interpreter."""
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return (

@@ -23,11 +23,15 @@ from m3_plugin.checkpoint.plan import (
     require_in_proportion,
 )
 from m3_plugin.checkpoint.stream import Dequantiser
+from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import ModelNotFound, find_model
 from m3_plugin.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# Channels of an expert that a host's kernels take at once: a rank's part is rounded up to them.
+EXPERT_TILE = 128
 
 _EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
 
@@ -65,6 +69,7 @@ class WeightLoader:
     is_foreign : whether a tensor belongs to another model altogether
     rename : the host's spelling of a suffix
     dequantiser : turns quantised weights into plain ones on the way; None leaves them to the host
+    witness : sees every tensor as it is stored
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class WeightLoader:
         is_foreign: Callable[[str], bool] = is_mtp_tensor,
         rename: Callable[[str], str] = lambda name: name,
         dequantiser: Dequantiser | None = None,
+        witness: ExpertWitness | None = None,
     ) -> None:
         self.model = model
         self.ledger = TensorLedger(expected)
@@ -95,6 +101,7 @@ class WeightLoader:
         self.is_foreign = is_foreign
         self.rename = rename
         self.dequantiser = dequantiser
+        self.witness = witness
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Load one tensor; `name` is relative to the text model (`model...` or `lm_head...`).
@@ -108,6 +115,8 @@ class WeightLoader:
             return
         if not self.ledger.add(name) or self.is_elsewhere(name):
             return
+        if self.witness is not None:
+            self.witness.see(name, tensor)
         if self.dequantiser is not None:
             plain = self.dequantiser.take(name, tensor)
             if plain is None:
@@ -124,8 +133,13 @@ class WeightLoader:
         else:
             self._load_parameter(name, name, tensor)
 
-    def finish(self) -> set[str]:
+    def finish(self, *, partial: bool = False) -> set[str]:
         """Check completeness and let the modules bring their weights into kernel order.
+
+        Parameters
+        ----------
+        partial : an update of a model that has all its weights, as trainers send them: some of the
+            tensors, of which each must be known
 
         Returns
         -------
@@ -137,8 +151,8 @@ class WeightLoader:
         """
         if self.dequantiser is not None:
             self.dequantiser.require_complete()
-        self.ledger.require_complete()
-        self._hand_out_cache_scales()
+        self.ledger.require_complete(partial=partial)
+        self._hand_out_cache_scales(partial=partial)
         for module in self.model.modules():
             if isinstance(module, FinishesLoading):
                 module.finish_loading()
@@ -167,11 +181,13 @@ class WeightLoader:
             self.cache_scales[scale.attention] = scales.with_scale(scale, tensor, tensor=name)
         return True
 
-    def _hand_out_cache_scales(self) -> None:
+    def _hand_out_cache_scales(self, *, partial: bool) -> None:
         """Each layer its scales: those that store by themselves, and those of the host's own."""
+        if partial and not self.cache_scales:
+            return
         waiting = dict(self.cache_scales)
         for name, module in self.model.named_modules():
-            if isinstance(module, TakesCacheScales):
+            if isinstance(module, TakesCacheScales) and (name in waiting or not partial):
                 module.take_cache_scales(waiting.pop(name, CacheScales()))
         unplaced = [name for name, scales in waiting.items() if not self._to_host(name, scales)]
         found = len(self.cache_scales)
@@ -241,6 +257,22 @@ def plan_before_loading(
         item_bytes=item_bytes,
         draft=draft,
     )
+
+
+def expert_share(intermediate_size: int, *, ranks: int) -> float:
+    """Part of a layer's routed experts that one of so many ranks holds, padding included.
+
+    Hosts that cut experts by channels round each rank's up to whole tiles, 192 to 256.
+
+    Parameters
+    ----------
+    intermediate_size : channels of an expert
+    ranks : that share the experts of a layer, by channels or expert by expert
+    """
+    if ranks == 1:
+        return 1.0
+    own = -(-intermediate_size // ranks)
+    return -(-own // EXPERT_TILE) * EXPERT_TILE / intermediate_size
 
 
 def require_expert_bytes(

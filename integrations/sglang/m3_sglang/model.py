@@ -15,15 +15,21 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_spec
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
+from m3_plugin.checkpoint.loading import (
+    WeightLoader,
+    expert_share,
+    plan_before_loading,
+    require_expert_bytes,
+)
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.checkpoint.plan import WeightPlan
+from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.host.presence import PluginRefusal
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.rope import RowAngles
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
-from m3_sglang.compat import read_config, tensor_parallel_size
+from m3_sglang.compat import read_config, tensor_parallel_rank, tensor_parallel_size
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
 from m3_sglang.speculation import prepare_speculation
@@ -146,7 +152,7 @@ class M3Model(nn.Module):
             )
             if config.moe_layers[index]:
                 # before the next layer takes as much memory again
-                share = 1 / tensor_parallel_size()
+                share = expert_share(config.intermediate_size, ranks=tensor_parallel_size())
                 experts = layer.block_sparse_moe.experts
                 require_expert_bytes(plan, experts, layer=f"model.layers.{index}", share=share)
             self.layers.append(layer)
@@ -167,7 +173,11 @@ class M3Model(nn.Module):
         """Hidden states after the final norm, and the streams an EAGLE3 head has asked for."""
         if self.is_sparse:
             require_our_backend()
-        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        if input_embeds is None:
+            hidden_states = self.embed_tokens(input_ids)
+        else:
+            # a request's own come in bf16, whatever the model's dtype
+            hidden_states = input_embeds.to(self.norm.weight.dtype)
         cos_sin = self.angles(positions)
         residual = None
         captured = []
@@ -205,6 +215,8 @@ class M3CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.quant_config = quant_config
+        # trainers update a model that is loaded with some of its tensors at a time
+        self.is_loaded = False
         self.m3_config = read_config(config)
         if self.m3_config.msa is None:
             logger.warning("m3-plugin: no layer of this checkpoint is sparse; MSA is not used")
@@ -225,8 +237,7 @@ class M3CausalLM(nn.Module):
             prefix=f"{dot}lm_head",
         )
         routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
-        if routed is not None:
-            self.expert_proof = ExpertProof(routed)
+        self.expert_proof = None if routed is None else ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -270,8 +281,33 @@ class M3CausalLM(nn.Module):
         self.model.captured_layers = tuple(wanted)
 
     def weight_loader(self) -> WeightLoader:
-        """A loader for the text model; feed it every text tensor, then call `finish`."""
-        return text_weight_loader(self, config=self.m3_config)
+        """A loader for the text model; feed it text tensors, then call `finish_weights`."""
+        for module in self.model.modules():
+            if isinstance(module, M3MoE):
+                module.start_loading()
+        witness = None
+        if self.expert_proof is not None and not self.is_loaded:
+            first = self.m3_config.moe_layers.index(True)
+            witness = ExpertWitness(
+                self.m3_config,
+                experts=f"model.layers.{first}.block_sparse_moe.experts",
+                rank=tensor_parallel_rank(),
+                size=tensor_parallel_size(),
+            )
+        return text_weight_loader(self, config=self.m3_config, witness=witness)
+
+    def finish_weights(self, loader: WeightLoader) -> set[str]:
+        """Names of the parameters that were loaded: all, or after the first time any.
+
+        Raises
+        ------
+        ValueError : tensors missing, the first time; tensors left over.
+        """
+        loaded = loader.finish(partial=self.is_loaded)
+        if self.expert_proof is not None and loader.witness is not None:
+            self.expert_proof.known = loader.witness.testimony()
+        self.is_loaded = True
+        return loaded
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loader = self.weight_loader()
@@ -279,7 +315,7 @@ class M3CausalLM(nn.Module):
             # the released checkpoint may be served as a text model; its vision part is then unused
             if not name.startswith(VISION_PREFIXES):
                 loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return loader.finish()
+        return self.finish_weights(loader)
 
 
 def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan | None:

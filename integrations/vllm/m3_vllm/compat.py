@@ -19,3 +19,11 @@ def device_type() -> str:
     from vllm.platforms import current_platform
 
     return current_platform.device_type
+
+
+def device_major() -> int | None:
+    """Major compute capability of vLLM's platform, 10 for B200; None on a CPU."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    return None if capability is None else capability.major

@@ -72,7 +72,10 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         positions: Tensor,
         forward_batch: ForwardBatch,
         get_embedding: bool = False,
+        input_embeds: Tensor | None = None,
     ) -> Any:
+        if input_embeds is not None:
+            return self.language_model(input_ids, positions, forward_batch, input_embeds)
         hidden_states, captured = general_mm_embed_routine(
             input_ids=input_ids,
             forward_batch=forward_batch,
@@ -93,12 +96,13 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         self.language_model.set_eagle3_layers_to_capture(layer_ids)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load every tensor of the checkpoint.
+        """Load every tensor of the checkpoint; of a model that is loaded, as many as are given.
 
         Raises
         ------
         ValueError : tensors missing or left over, in the text part or in the vision part.
         """
+        partial = self.language_model.is_loaded
         text = self.language_model.weight_loader()
         vision = VisionWeights(self.vision_tower)
         for name, tensor in weights:
@@ -106,7 +110,8 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
                 vision.load(name, tensor)
             else:
                 text.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return vision.finish() | {f"{TEXT_PREFIX}{name}" for name in text.finish()}
+        loaded = self.language_model.finish_weights(text)
+        return vision.finish(partial=partial) | {f"{TEXT_PREFIX}{name}" for name in loaded}
 
 
 class VisionWeights:
@@ -127,9 +132,9 @@ class VisionWeights:
         default_weight_loader(self.parameters[target], tensor)
         self.loaded.add(target)
 
-    def finish(self) -> set[str]:
-        """Names of what was loaded: everything."""
-        missing = sorted(self.parameters.keys() - self.loaded)
+    def finish(self, *, partial: bool) -> set[str]:
+        """Names of what was loaded: everything, or some of it to update a tower that is loaded."""
+        missing = [] if partial else sorted(self.parameters.keys() - self.loaded)
         if missing:
             raise ValueError(
                 f"checkpoint lacks {len(missing)} vision tensor(s): {', '.join(missing[:5])}"

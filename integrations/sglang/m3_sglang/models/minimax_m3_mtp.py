@@ -13,7 +13,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import require_expert_bytes
+from m3_plugin.checkpoint.loading import expert_share, require_expert_bytes
 from m3_plugin.checkpoint.names import TEXT_PREFIX, layer_prefixes, require_mtp_modules
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_input
@@ -113,6 +113,7 @@ class MiniMaxM3MTP(nn.Module):
         super().__init__()
         self.config = config
         self.quant_config = quant_config
+        self.is_loaded = False
         self.m3_config = read_draft_config(config)
         dot = f"{prefix}." if prefix else ""
         plan = read_plan(config.name_or_path, self.m3_config, draft=True)
@@ -123,7 +124,7 @@ class MiniMaxM3MTP(nn.Module):
             plan,
             self.model.module.transformer_layer.block_sparse_moe.experts,
             layer=layer_prefixes(self.m3_config, draft=True)[0],
-            share=1 / tensor_parallel_size(),
+            share=expert_share(self.m3_config.intermediate_size, ranks=tensor_parallel_size()),
         )
         self.lm_head = ParallelLMHead(
             self.m3_config.vocab_size,
@@ -179,13 +180,17 @@ class MiniMaxM3MTP(nn.Module):
         ------
         ValueError : no MTP weights, or some missing.
         """
+        self.model.module.transformer_layer.block_sparse_moe.start_loading()
         loader = mtp_weight_loader(self, config=self.m3_config)
         names = []
         for name, tensor in weights:
             names.append(name)
             loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        require_mtp_modules(names, checkpoint="the draft checkpoint")
-        return loader.finish()
+        if not self.is_loaded:
+            require_mtp_modules(names, checkpoint="the draft checkpoint")
+        loaded = loader.finish(partial=self.is_loaded)
+        self.is_loaded = True
+        return loaded
 
 
 EntryClass = [MiniMaxM3MTP]
