@@ -16,7 +16,6 @@ from sglang.srt.runtime_context import get_spec
 from torch import Tensor, nn
 
 from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
-from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import PluginRefusal
 from m3_plugin.model.config import M3Config
@@ -27,6 +26,7 @@ from m3_sglang.compat import read_config, tensor_parallel_size
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
 from m3_sglang.speculation import prepare_speculation
+from m3_sglang.updates import ServedWeights
 from m3_sglang.weights import FUSED, text_weight_loader
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ class M3CausalLM(nn.Module):
     config : SGLang's config of the whole checkpoint or of its text part
     quant_config : SGLang's
     prefix : of the text model's names in the checkpoint, which quantisation refers to
+    is_root : whether SGLang loads it by itself, not as part of a model with images
     """
 
     # SGLang's quantisation maps its fused names back to the checkpoint's through this
@@ -200,7 +201,12 @@ class M3CausalLM(nn.Module):
     }
 
     def __init__(
-        self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
+        self,
+        config: Any,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        *,
+        is_root: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -228,6 +234,8 @@ class M3CausalLM(nn.Module):
         if routed is not None:
             self.expert_proof = ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+        # last: it looks at all others once they are loaded
+        self.served = ServedWeights(self, text=self.weight_loader) if is_root else None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -270,16 +278,12 @@ class M3CausalLM(nn.Module):
         self.model.captured_layers = tuple(wanted)
 
     def weight_loader(self) -> WeightLoader:
-        """A loader for the text model; feed it every text tensor, then call `finish`."""
+        """A loader for the text model's tensors."""
         return text_weight_loader(self, config=self.m3_config)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loader = self.weight_loader()
-        for name, tensor in weights:
-            # the released checkpoint may be served as a text model; its vision part is then unused
-            if not name.startswith(VISION_PREFIXES):
-                loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return loader.finish()
+        assert self.served is not None
+        return self.served.load(weights)
 
 
 def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan | None:

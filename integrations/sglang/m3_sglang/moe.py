@@ -19,7 +19,7 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import interleave_gate_up
+from m3_plugin.checkpoint.loading import interleave_gate_up, separate_gate_up
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import (
     PROBE_MAGNITUDES,
@@ -128,6 +128,7 @@ class M3MoE(nn.Module):
         # say nothing when told that they are not: the rows are interleaved after loading.
         ours = isinstance(self.experts.quant_method, Mxfp8ExpertsMethod)
         self.interleave = device_type == "cpu" and not ours
+        self.interleaved = False
         self.topk = TopK(
             top_k=config.num_experts_per_token,
             renormalize=True,
@@ -166,7 +167,15 @@ class M3MoE(nn.Module):
         if not self.interleave:
             return
         weight = self.experts.get_parameter("w13_weight")
-        weight.data = interleave_gate_up(weight.data)
+        weight.data.copy_(interleave_gate_up(weight.data))
+        self.interleaved = True
+
+    def reopen_loading(self) -> None:
+        """Bring the rows back into the checkpoint's order, for a load into some of them."""
+        if self.interleaved:
+            weight = self.experts.get_parameter("w13_weight")
+            weight.data.copy_(separate_gate_up(weight.data))
+            self.interleaved = False
 
 
 class ExpertProof(nn.Module):
