@@ -9,7 +9,9 @@
 #   make test-sglang       through real SGLang engines and servers
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
 #   make quick-start       the README's commands in a fresh clone with an empty home (downloads all)
+#   make mutants           faults put into the code one by one: a test must notice each
 #   make kernels-table     docs/kernels-compiled*.md: the Triton kernels compiled for every GPU family
+#   make wheel             dist/: the wheel for both hosts, and the sources
 #   make lint              ruff, pyright, import-linter
 #   make screens           the generated examples under docs/screens, on this machine's CPU
 #   make clean             remove environments and caches
@@ -36,15 +38,18 @@ PIP        := -m pip --disable-pip-version-check -qq
 # The Triton of torch 2.11, for which the kernels are compiled too, beside the environment's own.
 OLDER_TRITON := .venv/triton-3.6
 
-# Its command line alone is read, to see that the recipe in docs/operations.md is understood.
+# Its command line alone is read, to see that the recipe in docs/evaluation.md is understood.
 LM_EVAL := .venv/lm-eval
 
 # Its own checks of a call are run, out of the wheel as it is; its kernels need a GPU.
 FLASHINFER := .venv/flashinfer
 
+# What builds the wheel, and nothing else: no host is needed for it.
+BUILD := .venv/build
+
 SCREENS := docs/screens
 
-.PHONY: screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
+.PHONY: mutants wheel screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -97,7 +102,7 @@ kernels-table: env $(OLDER_TRITON)/.ready
 	done
 
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
-	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
+	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --framework $(HOST)
 
 # A recording and results of an earlier run must not be mixed with new ones, and what vLLM remembers
 # of this machine's earlier sources is no example. The same recipe makes all files, from one commit on
@@ -112,7 +117,16 @@ screens: env
 	$(BIN)/m3-plugin eval needle --contexts 1536,3072,6144 \
 	  --output .cache/screens/needle.json --plot $(SCREENS)/needle.png
 	$(BIN)/m3-plugin bench serve --contexts 1024,3072,8192 --requests 2 \
-	  --json $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
+	  --output $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
+
+$(BUILD)/.ready:
+	test -x $(BUILD)/bin/python || $(PYTHON) -m venv $(BUILD)
+	$(BUILD)/bin/python $(PIP) install "hatchling>=1.27"
+	touch $@
+
+wheel: $(BUILD)/.ready
+	rm -rf dist
+	$(BUILD)/bin/hatchling build -d dist
 
 lint: env
 	$(BIN)/ruff format --check .
@@ -145,6 +159,9 @@ PREVIOUS_TESTS ?= $(addprefix tests/integrations/sglang/test_,constructed.py mul
 test-sglang-previous:
 	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_PREVIOUS) SGLANG_VENV=.venv/sglang-$(SGLANG_PREVIOUS)
 	.venv/sglang-$(SGLANG_PREVIOUS)/bin/pytest -m every_release $(PREVIOUS_TESTS)
+
+mutants: env
+	$(BIN)/python -m tests.mutants
 
 quick-start: env
 	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py

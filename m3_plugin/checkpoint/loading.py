@@ -36,6 +36,9 @@ from m3_plugin.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# Channels of an expert that a host's kernels take at once: a rank's part is rounded up to them.
+EXPERT_TILE = 128
+
 _EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
 
 Shard = str | int
@@ -359,6 +362,22 @@ def plan_before_loading(
         item_bytes=item_bytes,
         draft=draft,
     )
+
+
+def expert_share(intermediate_size: int, *, ranks: int) -> float:
+    """Part of a layer's routed experts that one of so many ranks holds, padding included.
+
+    Hosts that cut experts by channels round each rank's up to whole tiles, 192 to 256.
+
+    Parameters
+    ----------
+    intermediate_size : channels of an expert
+    ranks : that share the experts of a layer, by channels or expert by expert
+    """
+    if ranks == 1:
+        return 1.0
+    own = -(-intermediate_size // ranks)
+    return -(-own // EXPERT_TILE) * EXPERT_TILE / intermediate_size
 
 
 def require_expert_bytes(

@@ -1,4 +1,4 @@
-"""Questions put to a module in a process of its own, whose crash harms nobody."""
+"""Questions put to a module in a process of its own, which may die without harm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from m3_plugin.host.processes import environment, python
+from m3_plugin.host.children import child_environment, python
 
 _MARK = "M3-PLUGIN-FACTS "
 
@@ -24,7 +24,7 @@ def answer(facts: Mapping[str, Any]) -> None:
 
 
 def ask(module: str, *arguments: str, timeout_s: float = 300) -> tuple[dict[str, Any], str]:
-    """Run `python -m module` and return the facts it answers with, and all it wrote.
+    """Run `python -P -m module` and return the facts it answers with, and all it wrote.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def ask(module: str, *arguments: str, timeout_s: float = 300) -> tuple[dict[str,
             timeout=timeout_s,
             check=False,
             stdin=subprocess.DEVNULL,
-            env=environment({"PYTHONFAULTHANDLER": "1"}),
+            env=child_environment({"PYTHONFAULTHANDLER": "1"}),
         )
     except subprocess.TimeoutExpired:
         raise ChildFailed(f"no answer within {timeout_s:.0f} s") from None

@@ -24,6 +24,8 @@ class Finding:
     status : "failure" means M3 would not be served by us, or not at all
     value : what was found
     advice : what to do about it; every warning and failure has one
+    id : the same in every release, for programs: "kernels.self_test", "gpu.0"; a fact that there
+        may be several of (one per file or key) comes several times
     """
 
     section: str
@@ -31,6 +33,7 @@ class Finding:
     status: Status
     value: str
     advice: str = ""
+    id: str = ""
 
 
 @dataclass
@@ -40,22 +43,40 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
     @property
-    def served_by_us(self) -> bool:
-        """Whether nothing was found that keeps the plugin from serving M3."""
+    def ok(self) -> bool:
+        """Whether nothing was found that keeps M3 from being handed to the plugin."""
         return not any(finding.status == "failure" for finding in self.findings)
 
     def add(
-        self, section: str, name: str, value: str, *, status: Status = "ok", advice: str = ""
+        self,
+        section: str,
+        name: str,
+        value: str,
+        *,
+        status: Status = "ok",
+        advice: str = "",
+        id: str | None = None,
     ) -> None:
-        """Append a finding, cleaned of what does not belong in a bug report."""
-        self.findings.append(Finding(section, name, status, clean(value), clean(advice)))
+        """Append a finding, cleaned of what does not belong in a bug report.
+
+        Parameters
+        ----------
+        id : by default made of section and name
+        """
+        identity = id or f"{_slug(section)}.{_slug(name)}"
+        self.findings.append(Finding(section, name, status, clean(value), clean(advice), identity))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
-            "served_by_us": self.served_by_us,
+            "ok": self.ok,
             "findings": [asdict(finding) for finding in self.findings],
         }
+
+
+def _slug(words: str) -> str:
+    """Words as a part of an id: letters and digits with underscores between them."""
+    return "_".join(re.findall(r"\w+", words)).lower()
 
 
 def clean(text: str) -> str:

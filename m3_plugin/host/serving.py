@@ -20,11 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from m3_plugin.host.processes import environment as child_environment
-from m3_plugin.host.processes import python
-
-LOOPBACK = "127.0.0.1"
-
+from m3_plugin.host.children import LOOPBACK, child_environment, python
 
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")
 
@@ -70,8 +66,8 @@ def vllm_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list
 def sglang_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list[str]:
     """Command line of SGLang's OpenAI server in the running interpreter's environment."""
     endpoint = ["--host", LOOPBACK, "--port", str(port)]
-    launcher = ("-m", "sglang.launch_server", "--model-path", str(model))
-    return python(*launcher, *endpoint, *options)
+    module = "sglang.launch_server"
+    return python("-m", module, "--model-path", str(model), *endpoint, *options)
 
 
 class ServerProcess:

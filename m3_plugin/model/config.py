@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from m3_plugin.model.known_keys import require_known_keys
 from m3_plugin.quantization.dialects import Quantization, read_quantization
 
 # The page of every paged host holds one sparse block; kernels and cache layouts rely on it.
@@ -103,7 +104,8 @@ class M3Config:
 
         Raises
         ------
-        ValueError : a value M3 cannot be served with; the message names key, rule and value.
+        ValueError : a value M3 cannot be served with, or a key that nobody here knows; the message
+            names key, rule and value.
         """
         text = _as_mapping(config.get("text_config"), key="text_config") or config
         fields = _Fields(text)
@@ -133,7 +135,7 @@ class M3Config:
             config.get("quantization_config") or text.get("quantization_config"),
             key="quantization_config",
         )
-        return cls(
+        read = cls(
             dialect=dialect,
             vocab_size=fields.positive_int("vocab_size"),
             hidden_size=fields.positive_int("hidden_size"),
@@ -164,6 +166,9 @@ class M3Config:
             num_mtp_modules=fields.integer("num_mtp_modules", 0),
             quantization=read_quantization(quantization),
         )
+        # last, because a wrong value is better named by the rule for it
+        require_known_keys(config)
+        return read
 
     def require_paged_host(self) -> None:
         """Refuse a block size that no paged host stores: page and sparse block must be one thing.

@@ -17,6 +17,9 @@ from m3_plugin.quantization.formats import stored_bytes
 from m3_plugin.sizing.cache_bytes import CacheBytes, CacheDType, cache_bytes_per_token
 
 GIB = 2**30
+# What a server may use of a device, and what it needs beside weights and cache: allowances.
+UTILIZATION = 0.9
+RESERVE = 6 * GIB
 
 Split = Literal["ranks", "kv heads", "none"]
 

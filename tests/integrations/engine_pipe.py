@@ -6,7 +6,7 @@ point, by the host's own loader.
 
 Importing a host takes most of an engine's start, so it is done once, in a server from which engines
 are forked: it has imported the host and nothing else, and no plugin is loaded there. Variables that
-an import reads (`PYTHONPATH`, `TRITON_INTERPRET`) need a process from nothing and get one.
+an import reads need a process from nothing and get one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.integrations import starts
 
 START_TIMEOUT_S = 300
 _TAIL = 6000
-_READ_BY_IMPORTS = ("PYTHONPATH", "TRITON_INTERPRET")
+_READ_BY_IMPORTS = ("PYTHONPATH", "TRITON_INTERPRET", "PROMETHEUS_MULTIPROC_DIR")
 
 
 class EnginePipe:

@@ -20,7 +20,10 @@ from tests.integrations.parser_corpus import CASES, MODES, STREAMED, Mode
 
 DOCS = Path(__file__).parents[2] / "docs"
 LM_EVAL = DOCS.parent / ".venv" / "lm-eval"
-GUIDES = ("install", "operations", "sizing", "troubleshooting", "parsers")
+GUIDES = (
+    *("install", "deploy", "operations", "commands", "evaluation", "benchmarks", "sizing"),
+    *("troubleshooting", "parsers", "glossary"),
+)
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 PARSERS = (("vllm", "0.32.0"), ("sglang", "0.5.23"), ("sglang", "0.5.22"))
 GIB = 2**30
@@ -139,7 +142,7 @@ def test_the_recipe_for_ruler_is_what_lm_eval_understands(monkeypatch: pytest.Mo
         pytest.skip("no .venv/lm-eval: run make test")
     monkeypatch.syspath_prepend(LM_EVAL)
     harness = importlib.import_module("lm_eval._cli.harness")
-    text = (DOCS / "operations.md").read_text().replace("\\\n", " ")
+    text = (DOCS / "evaluation.md").read_text().replace("\\\n", " ")
     (line,) = re.findall(r"^lm_eval run .*$", text, re.MULTILINE)
     monkeypatch.setattr("sys.argv", shlex.split(line))
     parsed = vars(harness.HarnessCLI().parse_args())

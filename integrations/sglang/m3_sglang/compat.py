@@ -10,13 +10,19 @@ from packaging.version import Version
 from m3_plugin.host.presence import TestedWindow
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_config
+from m3_plugin.model.taking import why_not_taken
 
 _ORIGINAL_HEADS = {
     "num_attention_heads": "original_num_attention_heads",
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
-SGLANG_WINDOW = TestedWindow(package="sglang", minimum="0.5.19", below="0.5.24")
+SGLANG_WINDOW = TestedWindow(
+    package="sglang",
+    minimum="0.5.19",
+    below="0.5.24",
+    tested=("0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"),
+)
 
 
 def sglang_version() -> str:
@@ -25,10 +31,18 @@ def sglang_version() -> str:
 
 
 def device_type() -> str:
-    """`torch.device.type` SGLang would choose by itself on this machine."""
-    from sglang.srt.utils import is_cuda
+    """`torch.device.type` SGLang would choose by itself on this machine.
 
-    return "cuda" if is_cuda() else "cpu"
+    "cuda" is ROCm's name for its devices too, which the choice of kernels refuses.
+    """
+    from sglang.srt import utils
+
+    if utils.is_cuda() or utils.is_hip():
+        return "cuda"
+    # no kernels of ours: not to be taken for a CPU. `is_musa` came in after the oldest release
+    others = ("xpu", "npu", "hpu", "musa")
+    asked = ((name, getattr(utils, f"is_{name}", None)) for name in others)
+    return next((name for name, is_there in asked if is_there is not None and is_there()), "cpu")
 
 
 def _is_older_than(release: str) -> bool:
@@ -114,6 +128,11 @@ def read_draft_config(hf_config: Any) -> M3Config:
     config = mtp_config(_values(hf_config), num_modules=1)
     config.require_paged_host()
     return config
+
+
+def why_left_alone(hf_config: Any, *, draft: bool) -> str | None:
+    """Why a model of one of our architectures is not ours to serve; None if it is."""
+    return why_not_taken(_values(hf_config), draft=draft)
 
 
 def _values(hf_config: Any) -> dict[str, Any]:

@@ -15,7 +15,12 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_spec
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
+from m3_plugin.checkpoint.loading import (
+    WeightLoader,
+    expert_share,
+    plan_before_loading,
+    require_expert_bytes,
+)
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import PluginRefusal
 from m3_plugin.model.config import M3Config
@@ -146,7 +151,7 @@ class M3Model(nn.Module):
             )
             if config.moe_layers[index]:
                 # before the next layer takes as much memory again
-                share = 1 / tensor_parallel_size()
+                share = expert_share(config.intermediate_size, ranks=tensor_parallel_size())
                 experts = layer.block_sparse_moe.experts
                 require_expert_bytes(plan, experts, layer=f"model.layers.{index}", share=share)
             self.layers.append(layer)

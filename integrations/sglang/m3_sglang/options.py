@@ -9,6 +9,7 @@ from typing import Any
 from m3_plugin.checkpoint.headers import read_checkpoint
 from m3_plugin.checkpoint.names import require_mtp_modules
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
+from m3_plugin.settings import Settings
 from m3_sglang.compat import needs_triton_on_cpu, sglang_version, speculation_is_tested
 
 BACKEND_NAME = "msa"
@@ -63,8 +64,11 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError : an argument asks for what is not served; names argument, rule and value.
+    ValueError : an argument asks for what is not served, or an `M3_PLUGIN_` variable is misspelt;
+        names argument, rule and value.
     """
+    # only here is it known that M3 is served
+    Settings.from_environment()
     require_served(server_args)
     overrides: dict[str, Any] = {"page_size": PAGED_BLOCK_SIZE}
     given = (

@@ -18,10 +18,10 @@ from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     MinimaxM3QKVParallelLinearWithIndexer,
@@ -47,13 +47,19 @@ from vllm.sequence import IntermediateTensors
 
 from m3_plugin.attention.session import HeadNorms, MSASession
 from m3_plugin.checkpoint.cache_scales import CacheScales
-from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
+from m3_plugin.checkpoint.loading import (
+    WeightLoader,
+    expert_share,
+    plan_before_loading,
+    require_expert_bytes,
+)
 from m3_plugin.checkpoint.names import is_mtp_tensor
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import attestation
 from m3_plugin.model.config import M3Config, local_heads
 from m3_plugin.model.rope import RowAngles
 from m3_plugin.model.vision import M3Vision, VisionConfig
+from m3_vllm.backend import dense_backend
 from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.compat import vllm_version
 from m3_vllm.media import (
@@ -63,6 +69,7 @@ from m3_vllm.media import (
     M3ProcessingInfo,
 )
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
+from m3_vllm.norms import HiddenNorm, add_and_norm
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import prepare_speculation, require_aux_layers
 from m3_vllm.updates import ServedWeights
@@ -121,11 +128,13 @@ class _M3AttentionBase(nn.Module):
             config.hidden_size,
             bias=False,
             quant_config=vllm_config.quant_config,
+            # each rank's part; `M3DecoderLayer` sums them where it normalises
+            reduce_results=False,
             prefix=f"{prefix}.o_proj",
         )
         self.eps = config.rms_norm_eps
-        self.q_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
-        self.k_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
+        self.q_norm = HiddenNorm(self.head_dim, eps=self.eps)
+        self.k_norm = HiddenNorm(self.head_dim, eps=self.eps)
 
 
 class M3DenseAttention(_M3AttentionBase):
@@ -149,6 +158,7 @@ class M3DenseAttention(_M3AttentionBase):
             num_kv_heads=self.num_kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=vllm_config.quant_config,
+            attn_backend=dense_backend(vllm_config, head_dim=self.head_dim),
             prefix=f"{prefix}.attn",
         )
         self.rotary_emb = get_rope(
@@ -239,8 +249,8 @@ class M3SparseAttention(_M3AttentionBase):
                 disable_tp=True,
                 prefix=f"{prefix}.index_proj",
             )
-        self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
-        self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
+        self.index_q_norm = HiddenNorm(msa.index_dim, eps=self.eps)
+        self.index_k_norm = HiddenNorm(msa.index_dim, eps=self.eps)
         tp_size = get_tensor_model_parallel_world_size()
         first_head = get_tensor_model_parallel_rank() * msa.num_index_heads // tp_size
         self.first_index_channel = first_head * msa.index_dim
@@ -306,6 +316,8 @@ class M3DecoderLayer(nn.Module):
     layer : which of the config's layers this is
     session : runs the MSA layers of this worker; None if the model has none
     prefix : the layer's name in the checkpoint
+    reduces : whether what the layer adds is summed over ranks; if not, `partial` says that whoever
+        reads it has to, which one kernel does together with the next norm
     """
 
     def __init__(
@@ -316,6 +328,7 @@ class M3DecoderLayer(nn.Module):
         session: MSASession | None,
         vllm_config: VllmConfig,
         prefix: str,
+        reduces: bool = True,
     ) -> None:
         super().__init__()
         if config.sparse_layers[layer]:
@@ -332,18 +345,23 @@ class M3DecoderLayer(nn.Module):
         feed_forward_prefix = f"{prefix}.{self.feed_forward_name}"
         if config.moe_layers[layer]:
             self.block_sparse_moe = M3MoE(
-                config, quant_config=vllm_config.quant_config, prefix=feed_forward_prefix
+                config,
+                quant_config=vllm_config.quant_config,
+                reduce_results=reduces,
+                prefix=feed_forward_prefix,
             )
+            self.partial = self.block_sparse_moe.partial
         else:
             self.mlp = M3MLP(
                 config,
                 intermediate_size=config.dense_intermediate_size,
                 quant_config=vllm_config.quant_config,
-                reduce_results=True,
+                reduce_results=reduces,
                 prefix=feed_forward_prefix,
             )
-        self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.partial = not reduces
+        self.input_layernorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -351,22 +369,28 @@ class M3DecoderLayer(nn.Module):
         cos_sin: Tensor,
         hidden_states: Tensor,
         residual: Tensor | None,
+        *,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """[tokens, hidden] -> what the layer adds to the stream, and the stream before that.
 
         Parameters
         ----------
         cos_sin : of the positions (`RowAngles`), for an MSA layer
+        partial : whether `hidden_states` are this rank's part of what the layer before adds
         """
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
         else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+            hidden_states, residual = add_and_norm(
+                hidden_states, residual, self.input_layernorm, partial=partial
+            )
         hidden_states = self.self_attn(positions, cos_sin, hidden_states)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        hidden_states, residual = add_and_norm(
+            hidden_states, residual, self.post_attention_layernorm, partial=True
+        )
         feed_forward = getattr(self, self.feed_forward_name)
-        assert residual is not None
         return feed_forward(hidden_states), residual
 
 
@@ -387,9 +411,12 @@ def require_planned(
     parallel = vllm_config.parallel_config
     # redundant experts of a load balancer are no part of the files
     if not parallel.enable_eplb:
-        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+        share = expert_share(
+            layer.block_sparse_moe.config.intermediate_size,
+            ranks=parallel.tensor_parallel_size * parallel.data_parallel_size,
+        )
         experts = layer.block_sparse_moe.experts
-        require_expert_bytes(plan, experts, layer=name, share=1 / ranks)
+        require_expert_bytes(plan, experts, layer=name, share=share)
 
 
 @support_torch_compile
@@ -406,6 +433,8 @@ class M3Model(nn.Module, EagleModelMixin):
         super().__init__()
         config = read_config(vllm_config)
         self.m3_config = config
+        # vLLM reads hidden_size of it where streams of an EAGLE3 head cross pipeline stages
+        self.config = vllm_config.model_config.hf_text_config
         plan = read_plan(vllm_config, vllm_config.model_config, config)
         self.session = worker_session(config, vllm_config)
         # on the last stage a draft model may share it
@@ -428,7 +457,7 @@ class M3Model(nn.Module, EagleModelMixin):
         )
         self.angles = RowAngles.of(config)
         if get_pp_group().is_last_rank:
-            self.norm: nn.Module = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm: nn.Module = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
         else:
             self.norm = PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
@@ -446,6 +475,8 @@ class M3Model(nn.Module, EagleModelMixin):
             session=self.session,
             vllm_config=vllm_config,
             prefix=prefix,
+            # what crosses to another pipeline stage is whole
+            reduces=get_pp_group().world_size > 1,
         )
         if self.m3_config.moe_layers[index]:
             require_planned(layer, plan, vllm_config=vllm_config, name=f"model.layers.{index}")
@@ -477,16 +508,23 @@ class M3Model(nn.Module, EagleModelMixin):
             hidden_states = intermediate_tensors.tensors["hidden_states"]
             residual = intermediate_tensors.tensors["residual"]
         cos_sin = self.angles(positions)
+        partial = False
         for index in range(self.start_layer, self.end_layer):
-            hidden_states, residual = self.layers[index](
-                positions, cos_sin, hidden_states, residual
+            layer = self.layers[index]
+            hidden_states, residual = layer(
+                positions, cos_sin, hidden_states, residual, partial=partial
             )
+            partial = bool(layer.partial)
+            if partial and index + 1 in self.aux_hidden_state_layers:
+                # an EAGLE3 head reads the whole stream, not this rank's part
+                hidden_states = tensor_model_parallel_all_reduce(hidden_states)
+                partial = False
             self._maybe_add_hidden_state(local, index + 1, hidden_states, residual)
         assert residual is not None
         if not get_pp_group().is_last_rank:
             passed_on = {"hidden_states": hidden_states, "residual": residual}
             return IntermediateTensors(passed_on | self.pack_local_aux_hidden_states(local))
-        hidden_states, _ = self.norm(hidden_states, residual)
+        hidden_states, _ = add_and_norm(hidden_states, residual, self.norm, partial=partial)
         streams += local
         return (hidden_states, streams) if streams else hidden_states
 

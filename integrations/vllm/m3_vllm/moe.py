@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMulWithClamp
@@ -74,7 +77,12 @@ class M3MoE(nn.Module):
     """
 
     def __init__(
-        self, config: M3Config, *, quant_config: QuantizationConfig | None, prefix: str
+        self,
+        config: M3Config,
+        *,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        reduce_results: bool = True,
     ) -> None:
         super().__init__()
         if get_tensor_model_parallel_world_size() > config.num_experts:
@@ -132,11 +140,17 @@ class M3MoE(nn.Module):
             router_logits_dtype=torch.float32,
             shared_experts=self.shared_experts,
             quant_config=quant_config,
+            reduce_results=reduce_results,
             prefix=f"{prefix}.experts",
             **routing,
         )
         if self.on_cpu:
             pack_interleaved(self.experts)
+
+    @property
+    def partial(self) -> bool:
+        """Whether the output is this rank's part; vLLM sums it all the same where it has to."""
+        return self.experts.moe_config.skip_final_all_reduce
 
     def _require_cpu_swiglu(self) -> None:
         wanted = (self.config.swiglu_alpha, self.config.swiglu_limit, self.config.swiglu_beta)
@@ -227,7 +241,10 @@ class ClampProbe(nn.Module):
         hidden = probe.to(dtype=self.vllm_config.model_config.dtype, device=device_type())
         logits = torch.zeros(1, moe.config.num_experts, device=hidden.device)
         with set_forward_context(None, self.vllm_config, num_tokens=1):
-            return float(moe.experts(hidden_states=hidden, router_logits=logits).float().norm())
+            output = moe.experts(hidden_states=hidden, router_logits=logits)
+        if moe.partial:
+            output = tensor_model_parallel_all_reduce(output)
+        return float(output.float().norm())
 
 
 class _RunClampProbe(QuantizeMethodBase):

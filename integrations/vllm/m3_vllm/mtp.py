@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -30,6 +29,7 @@ from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_config, mtp_input
 from m3_plugin.model.rope import RowAngles
 from m3_vllm.model import M3DecoderLayer, M3ForCausalLM, read_plan, require_planned
+from m3_vllm.norms import HiddenNorm
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import count_draft_modules
 from m3_vllm.updates import ServedWeights
@@ -51,8 +51,8 @@ class M3MTPModule(nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        self.enorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.enorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = ReplicatedLinear(
             2 * config.hidden_size,
             config.hidden_size,
@@ -67,7 +67,7 @@ class M3MTPModule(nn.Module):
             vllm_config=vllm_config,
             prefix=f"{prefix}.transformer_layer",
         )
-        self.final_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.final_layernorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, embeddings: Tensor, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor

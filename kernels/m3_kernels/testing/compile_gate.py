@@ -4,9 +4,9 @@ Each op lists in `<op>/triton_variants.py` what it launches: `variants(arch)` gi
 the configuration chosen for that chip, with a budget of registers and shared memory and the
 instructions they must contain. Spilled registers are a fault everywhere.
 
-    python -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
-    python -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
-    python -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled*.md hold
+    python -P -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
+    python -P -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
+    python -P -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled*.md hold
 
 Most of a compile is spent behind Triton's front end. `--known FILE` names an earlier `--json`: a
 kernel whose fingerprint stands there is judged by the figures beside it, any other is compiled.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3_kernels import validation
 from m3_kernels.tuning import arch_of, kernel_config
-from m3_kernels.work_plan.plan import WorkPlan, WorkPlanBuffers
+from m3_kernels.work_plan.plan import DECODE_ROWS, WorkPlan, WorkPlanBuffers
 
 # Programs of a plan on the CPU, where the interpreter runs them one after another.
 CPU_PROGRAMS = 4
@@ -59,6 +59,7 @@ def fill_work_plan(
     max_query_len: int,
     max_seq_len: int,
     page_size: int,
+    decode_rows: int = DECODE_ROWS,
     backend: Literal["auto", "triton", "reference"] = "auto",
 ) -> WorkPlan:
     """Plan a step, on its device and without waiting for it; may be captured in a CUDA graph.
@@ -72,6 +73,8 @@ def fill_work_plan(
     max_query_len : at least the largest number of query rows of a request
     max_seq_len : at least the largest of `seq_lens`; workspaces are sized by it
     page_size : tokens per page
+    decode_rows : requests of at most so many rows are of decode kind; for all steps that share a
+        workspace the same, since the kinds' bits agree to rounding only
     backend : "auto" is Triton on CUDA and plain torch elsewhere
 
     Raises
@@ -99,6 +102,8 @@ def fill_work_plan(
             raise ValueError(f"{name} must not be negative; got {value}")
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1; got {page_size}")
+    if not 1 <= decode_rows <= DECODE_ROWS:
+        raise ValueError(f"decode_rows must be 1 to {DECODE_ROWS}; got {decode_rows}")
     capacity = buffers.cum_blocks.shape[0] - 1, buffers.row_request.shape[0]
     if num_reqs > capacity[0] or num_rows > capacity[1]:
         raise ValueError(
@@ -116,6 +121,7 @@ def fill_work_plan(
         range_start=buffers.range_start,
         range_request=buffers.range_request,
         row_request=buffers.row_request[:num_rows],
+        decode_rows=decode_rows,
     )
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         from m3_kernels.work_plan.triton import fill_work_plan_triton as run

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Requests of at most this many query rows are of decode kind (verify included), others of prefill.
+# Requests of at most this many query rows are of decode kind (verify included), others of prefill,
+# unless a plan draws the line lower.
 DECODE_ROWS = 8
 
 # Query rows of one tile of a prefill request; tiles begin at positions that are multiples of it.
@@ -48,6 +49,7 @@ class WorkPlan:
         flat list of (request of decode kind, block)
     range_request : int32 [C], request of the first block of program c; R if it has none
     row_request : int32 [T], request of each query row; R for padding
+    decode_rows : requests of at most so many query rows are of decode kind, others of prefill
     """
 
     max_query_len: int
@@ -58,6 +60,7 @@ class WorkPlan:
     range_start: Tensor
     range_request: Tensor
     row_request: Tensor
+    decode_rows: int = DECODE_ROWS
 
     @property
     def max_blocks(self) -> int:

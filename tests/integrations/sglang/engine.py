@@ -102,6 +102,11 @@ class EngineProcess(EnginePipe):
 
         arguments = {"model_path": str(model), **OPTIONS, **options}
         variables = ENVIRONMENT | (environment or {})
+        if options.get("enable_metrics"):
+            # prometheus_client decides on import that processes share their values
+            folder = log.with_suffix(".metrics")
+            folder.mkdir(exist_ok=True)
+            variables["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         if needs_triton_on_cpu():
             variables["TRITON_INTERPRET"] = "1"
             arguments["disable_cuda_graph"] = True

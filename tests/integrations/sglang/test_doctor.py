@@ -43,4 +43,4 @@ def test_a_broken_triton_ends_the_host_and_not_the_doctor(
     break_triton(tmp_path, monkeypatch)
     (loads,) = failures("sglang")
     assert "libtriton is broken" in loads.value
-    assert "python -m m3_sglang.probe" in loads.advice
+    assert "python -P -m m3_sglang.probe" in loads.advice

@@ -17,6 +17,7 @@ from m3_plugin.cli import app
 from m3_plugin.cli.blocks_summary import NoRecords, Spread, summarise
 from m3_plugin.model.config import M3Config, MSAConfig
 from m3_plugin.model.released import released_config
+from tests.plugin.cli.schemas import checked
 
 RULES = MSAConfig(
     num_index_heads=2,
@@ -266,7 +267,7 @@ def test_nothing_recorded_says_how(tmp_path: Path) -> None:
     with pytest.raises(NoRecords, match="none beyond 384 tokens"):
         summarise(tmp_path)
     result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "longer prompt" in result.output
 
 
@@ -274,7 +275,7 @@ def test_nothing_recorded_says_how(tmp_path: Path) -> None:
 def test_files_that_are_no_recording_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "selection-1.jsonl").write_text(text)
     result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     said = " ".join(result.output.split())
     assert "selection-1.jsonl does not begin with a recording's header" in said
 
@@ -311,11 +312,11 @@ def test_picture_and_numbers(tmp_path: Path) -> None:
     picture = tmp_path / "blocks.png"
     numbers = tmp_path / "blocks.json"
     result = CliRunner().invoke(
-        app, ["blocks", str(tmp_path), "--plot", str(picture), "--json", str(numbers)]
+        app, ["blocks", str(tmp_path), "--plot", str(picture), "--output", str(numbers)]
     )
     assert result.exit_code == 0, result.output
     assert picture.stat().st_size > 1000
-    told = json.loads(numbers.read_text())
+    told = checked("blocks", numbers.read_text())
     assert told["layers"][1]["heat"][0][1] == 1.0
     assert told["prefill_tiles"] is None
     assert "neighbouring rows" not in result.output
@@ -325,12 +326,12 @@ def test_table_and_numbers_of_tiles(tmp_path: Path) -> None:
     recorder = SelectionRecorder(tmp_path, RULES)
     recorder.add(ids(AGREEING + APART, ROAMING + AGREEING), batch=step((512, 16)))
     numbers = tmp_path / "blocks.json"
-    result = CliRunner().invoke(app, ["blocks", str(tmp_path), "--json", str(numbers)])
+    result = CliRunner().invoke(app, ["blocks", str(tmp_path), "--output", str(numbers)])
     assert result.exit_code == 0, result.output
     assert "tiles of 8 neighbouring rows" in result.output
     (row,) = [line for line in result.output.splitlines() if line.startswith("│          all")]
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["all", "4", "4.0", "3.0, 4.0, 5.0", "1.70", "1.50, 1.80, 2.00", "1.62"]
-    told = json.loads(numbers.read_text())["prefill_tiles"]
+    told = checked("blocks", numbers.read_text())["prefill_tiles"]
     assert told["split"]["median"] == pytest.approx(1.8)
     assert told["split_of_sums"] == 26 / 16

@@ -251,7 +251,7 @@ def test_what_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ),
         (("--contexts", ""), "at least one context"),
         (("--contexts", "100000"), "Start your own"),
-        (("--host", "tgi"), "--host must be one of"),
+        (("--framework", "tgi"), "is not one of 'vllm', 'sglang'"),
     ],
 )
 def test_mistakes_are_named(options: tuple[str, ...], message: str) -> None:

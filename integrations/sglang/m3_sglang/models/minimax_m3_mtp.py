@@ -13,7 +13,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import WeightLoader, require_expert_bytes
+from m3_plugin.checkpoint.loading import WeightLoader, expert_share, require_expert_bytes
 from m3_plugin.checkpoint.names import TEXT_PREFIX, layer_prefixes, require_mtp_modules
 from m3_plugin.checkpoint.updates import noting_names
 from m3_plugin.model.config import M3Config
@@ -125,7 +125,7 @@ class MiniMaxM3MTP(nn.Module):
             plan,
             self.model.module.transformer_layer.block_sparse_moe.experts,
             layer=layer_prefixes(self.m3_config, draft=True)[0],
-            share=1 / tensor_parallel_size(),
+            share=expert_share(self.m3_config.intermediate_size, ranks=tensor_parallel_size()),
         )
         self.lm_head = ParallelLMHead(
             self.m3_config.vocab_size,
