@@ -164,15 +164,22 @@ class M3SparseAttention(_M3AttentionBase):
         self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
         self.total_kv_heads = config.num_key_value_heads
         self.cache_scales = CacheScales()
+        self.has_scales = False
+        self.name = prefix
 
     def take_cache_scales(self, scales: CacheScales) -> None:
         """Keep this rank's part of the layer's scales for an fp8 cache; the backend asks for it."""
-        self.cache_scales = scales.of_rank(
+        own = scales.of_rank(
             num_kv_heads=self.total_kv_heads,
             rank=tensor_parallel_rank(),
             size=tensor_parallel_size(),
             device=self.q_norm.get_parameter("weight").device,
         )
+        if self.has_scales:
+            # the backend holds the tensors of the first load, captured graphs their addresses
+            own = own.in_place_of(self.cache_scales, layer=self.name)
+        self.cache_scales = own
+        self.has_scales = True
 
     def head_norms(self) -> HeadNorms:
         """The norms of q, k, index q and index k."""

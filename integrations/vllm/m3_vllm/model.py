@@ -256,6 +256,7 @@ class M3SparseAttention(_M3AttentionBase):
         self.first_index_channel = first_head * msa.index_dim
         self.main_split_sizes = [self.q_size, self.kv_size, self.kv_size]
         self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
+        self.has_scales = False
         self.attn = M3SparseCacheLayer(
             session=session,
             num_kv_heads=self.num_kv_heads,
@@ -265,14 +266,16 @@ class M3SparseAttention(_M3AttentionBase):
 
     def take_cache_scales(self, scales: CacheScales) -> None:
         """Keep this rank's part of the layer's scales for an fp8 cache."""
-        self.attn.set_scales(
-            scales.of_rank(
-                num_kv_heads=self.total_kv_heads,
-                rank=get_tensor_model_parallel_rank(),
-                size=get_tensor_model_parallel_world_size(),
-                device=self.q_norm.get_parameter("weight").device,
-            )
+        own = scales.of_rank(
+            num_kv_heads=self.total_kv_heads,
+            rank=get_tensor_model_parallel_rank(),
+            size=get_tensor_model_parallel_world_size(),
+            device=self.q_norm.get_parameter("weight").device,
         )
+        if self.has_scales:
+            own = own.in_place_of(self.attn.scales, layer=self.attn.layer_name)
+        self.attn.set_scales(own)
+        self.has_scales = True
 
     def head_norms(self) -> HeadNorms:
         """The norms of q, k, index q and index k."""

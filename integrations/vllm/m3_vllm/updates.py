@@ -26,7 +26,8 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from m3_plugin.checkpoint.loading import WeightLoader
+from m3_plugin.checkpoint.cache_scales import CacheScales
+from m3_plugin.checkpoint.loading import TakesCacheScales, WeightLoader
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.checkpoint.updates import (
     LoadedForm,
@@ -74,6 +75,7 @@ class ServedWeights(nn.Module, AttentionLayerBase):
         self.packed: frozenset[str] = frozenset()
         self.waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.parts: dict[str, set[str]] = {}
+        self.scales: dict[str, CacheScales] = {}
 
     def load(self, weights: Weights) -> set[str]:
         """Load tensors by the checkpoint's names; names of the parameters loaded.
@@ -109,6 +111,7 @@ class ServedWeights(nn.Module, AttentionLayerBase):
             self.serves = True
             self.packed = self.form.packed(self._text_parameters())
             return
+        self._place_scales()
         self._place_left_over()
         for module in self._root[0].modules():
             if isinstance(module, ClampProbe):
@@ -143,9 +146,11 @@ class ServedWeights(nn.Module, AttentionLayerBase):
                     self._wait_for_layer(text, *plain)
             if not by_host:
                 self._require_whole_if_packed(text)
+            self._keep_scales(text)
             written = text.finish(whole=False)
         except BaseException:
             self.waiting.clear()
+            self.scales.clear()
             put_old_weights_back(root, self.model_config)
             raise
         if not by_host:
@@ -204,6 +209,22 @@ class ServedWeights(nn.Module, AttentionLayerBase):
 
     def _is_packed(self, text: WeightLoader, names: Iterable[str]) -> bool:
         return any(text.destination(name).parameter in self.packed for name in names)
+
+    def _keep_scales(self, text: WeightLoader) -> None:
+        """Keep scales of MSA layers until vLLM has put those that serve back into their layers."""
+        for name, module in text.model.named_modules():
+            if isinstance(module, TakesCacheScales) and name in text.cache_scales:
+                new, old = text.cache_scales.pop(name), self.scales.get(name, CacheScales())
+                self.scales[name] = CacheScales(
+                    old.k if new.k is None else new.k, old.v if new.v is None else new.v
+                )
+
+    def _place_scales(self) -> None:
+        scales, self.scales = self.scales, {}
+        if scales:
+            text = self.text()
+            text.cache_scales = scales
+            text.finish(whole=False)
 
     def _place_left_over(self) -> None:
         waiting, self.waiting = self.waiting, defaultdict(dict)
