@@ -264,7 +264,7 @@ class LoadedForm:
     kernel's own order was made of does not. A few numbers of each are compared.
     """
 
-    SAMPLES = 64
+    SAMPLES = 256
 
     def __init__(self) -> None:
         self._loaded: dict[str, tuple[torch.Size, torch.dtype, Tensor]] = {}
@@ -291,6 +291,8 @@ class LoadedForm:
 
     def _form(self, parameter: Tensor) -> tuple[torch.Size, torch.dtype, Tensor]:
         flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // self.SAMPLES)
-        sample = flat[::step].clone().cpu().view(torch.uint8)
-        return parameter.shape, parameter.dtype, sample
+        # at random places: packed layouts leave those at regular distances where they were
+        generator = torch.Generator().manual_seed(0)
+        places = torch.randint(max(1, flat.numel()), (self.SAMPLES,), generator=generator)
+        sample = flat[places.to(flat.device)] if flat.numel() else flat
+        return parameter.shape, parameter.dtype, sample.cpu().contiguous().view(torch.uint8)

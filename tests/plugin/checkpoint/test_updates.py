@@ -89,7 +89,8 @@ def test_the_vision_part_is_passed_over_or_known() -> None:
 
 def test_packed_parameters_are_told_from_those_as_loaded() -> None:
     parameters = {
-        name: nn.Parameter(torch.randn(8, 40)) for name in ("same", "moved", "shuffled", "emptied")
+        name: nn.Parameter(torch.randn(32, 64))
+        for name in ("same", "moved", "shuffled", "tiled", "emptied")
     }
     form = LoadedForm()
     assert form.packed(parameters) == parameters.keys()
@@ -97,8 +98,10 @@ def test_packed_parameters_are_told_from_those_as_loaded() -> None:
     assert form.packed(parameters) == frozenset()
     parameters["moved"] = nn.Parameter(parameters["moved"].data.clone())
     parameters["shuffled"].data = parameters["shuffled"].data.flip(0)
+    tiles = parameters["tiled"].data.view(2, 16, 64).transpose(1, 2)
+    parameters["tiled"].data = tiles.reshape(32, 64)
     parameters["emptied"].data = torch.empty(0)
-    assert form.packed(parameters) == {"shuffled", "emptied"}
+    assert form.packed(parameters) == {"shuffled", "tiled", "emptied"}
 
 
 def test_gate_and_up_rows_come_back() -> None:
@@ -119,10 +122,9 @@ def test_experts_of_other_ranks_may_be_missing() -> None:
 
 
 class TestFolder:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        path = tmp_path_factory.mktemp("folder") / "engine"
-        return write_random_checkpoint(path, preset="engine")
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return write_random_checkpoint(tmp_path / "engine", preset="engine")
 
     def text(self, folder: Path) -> WeightLoader:
         import json
