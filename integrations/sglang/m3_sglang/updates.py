@@ -198,6 +198,6 @@ def _model_of(updater: Any) -> Any:
 
 
 def _refused(error: ValueError) -> tuple[bool, str]:
-    message = f"m3-plugin: {error}. Nothing was written; the old weights serve"
+    message = f"m3-plugin: {error}"
     logger.warning("%s", message)
     return False, message
