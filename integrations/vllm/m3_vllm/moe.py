@@ -172,20 +172,19 @@ def pack_interleaved(experts: nn.Module) -> None:
     a moment of its own: the rows must change there and nowhere else. Reloaded experts it leaves
     unpacked; they are packed here (docs/vllm.md, repairs of host code).
     """
-    (layer,) = [
-        module
-        for module in experts.modules()
-        if "w13_weight" in dict(module.named_parameters(recurse=False))
-    ]
-    method: Any = layer.quant_method
+    for layer in experts.modules():
+        # quantised rows belong to scales; vLLM has no CPU kernel for them that we know of
+        weight = dict(layer.named_parameters(recurse=False)).get("w13_weight")
+        if weight is not None and weight.dtype.itemsize > 1:
+            _pack_interleaved(layer)
+
+
+def _pack_interleaved(layer: Any) -> None:
+    method = layer.quant_method
     process = method.process_weights_after_loading
 
     def process_interleaved(layer: Any) -> None:
         weight = layer.w13_weight
-        # quantised rows belong to scales; vLLM has no CPU kernel for them that we know of
-        if weight.dtype.itemsize == 1:
-            process(layer)
-            return
         weight.data = interleave_gate_up(weight.data)
         kernel = getattr(method, "moe_kernel", None)
         plain = weight.data[:1].clone()
