@@ -130,12 +130,12 @@ def remarks(mistakes: Sequence[str], environment: Mapping[str, str] = os.environ
     mistakes : as `Settings.read` found them
     """
     said = [f"{mistake}. A start that serves MiniMax-M3 ends with this" for mistake in mistakes]
-    if links := service_links(environment):
+    links = service_links(environment)
+    if links:
+        others = f" and {len(links) - 1} more" if len(links) > 1 else ""
         said.append(
-            f"{links[0]} and {len(links) - 1} more variables are ignored: Kubernetes sets them for "
-            "a Service whose name begins with m3-plugin (enableServiceLinks: false turns it off)"
-            if len(links) > 1
-            else f"{links[0]} is ignored: Kubernetes sets it for a Service of such a name"
+            f"ignored: {links[0]}{others}. Kubernetes sets them for a Service whose name begins "
+            "with m3-plugin; enableServiceLinks: false turns that off"
         )
     return said
 

@@ -106,7 +106,7 @@ def support_flags(host: Host) -> set[str]:
     """Options that the page gives to a host.
 
     In the first column `a; b` are vLLM's and SGLang's; a flag without a partner is of every host
-    that has a cell.
+    that has a cell, but for "SGLang's `--x`".
     """
     found: set[str] = set()
     for feature, *cells in support_rows():
@@ -115,5 +115,7 @@ def support_flags(host: Host) -> set[str]:
         if own != "-":
             parts = feature.split("; ")
             part = parts[_HOSTS.index(host)] if len(parts) == 2 else feature
+            if host == "vllm":
+                part = re.sub(r"SGLang's `[^`]*`", "", part)
             found |= set(re.findall(r"`(--[a-z][\w-]*)", part))
     return found

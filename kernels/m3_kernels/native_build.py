@@ -280,6 +280,7 @@ def _cpu_features() -> str:
 def _cache_folder() -> Path | None:
     """The user's folder for compiled kernels, made if need be; None, with a log line, if unsafe."""
     base = os.environ.get("XDG_CACHE_HOME")
+    folder = None
     try:
         above = Path(base) if base else Path.home() / ".cache"
         above.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ from m3_plugin.checkpoint.plan import (
     require_in_proportion,
 )
 from m3_plugin.checkpoint.stream import SAFETENSORS_NAMES, Dequantiser
+from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import ModelNotFound, find_model
 from m3_plugin.quantization.dialects import PLAIN
@@ -55,7 +56,7 @@ class FinishesLoading(Protocol):
 class ReopensLoading(FinishesLoading, Protocol):
     """A module whose `finish_loading` must be undone before a later load writes into it."""
 
-    def reopen_loading(self) -> None: ...
+    def start_loading(self) -> None: ...
 
 
 @runtime_checkable
@@ -107,6 +108,7 @@ class WeightLoader:
     rename : the host's spelling of a suffix
     dequantiser : turns quantised weights into plain ones on the way; None leaves them to the host
     optional : of `expected`, modules that the host need not read for this rank
+    witness : sees every tensor as it is stored
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class WeightLoader:
         rename: Callable[[str], str] = lambda name: name,
         dequantiser: Dequantiser | None = None,
         optional: frozenset[str] = frozenset(),
+        witness: ExpertWitness | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -140,6 +143,7 @@ class WeightLoader:
         self.is_foreign = is_foreign
         self.rename = rename
         self.dequantiser = dequantiser
+        self.witness = witness
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Load one tensor; `name` is relative to the text model (`model...` or `lm_head...`).
@@ -163,6 +167,8 @@ class WeightLoader:
             return None
         if not self.ledger.add(name) or self.is_elsewhere(name):
             return None
+        if self.witness is not None:
+            self.witness.see(name, tensor)
         return (name, tensor) if self.dequantiser is None else self.dequantiser.take(name, tensor)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -229,12 +235,13 @@ class WeightLoader:
                 f"tensor {name} must have shape {list(wanted)} in this model; got {list(shape)}"
             )
 
-    def finish(self, *, whole: bool = True) -> set[str]:
+    def finish(self, *, partial: bool = False) -> set[str]:
         """Check completeness and let the modules bring their weights into kernel order.
 
         Parameters
         ----------
-        whole : ask for every tensor, as of a model's first load
+        partial : an update of a model that has all its weights, as trainers send them: some of the
+            tensors, of which each must be known
 
         Returns
         -------
@@ -244,15 +251,16 @@ class WeightLoader:
         ------
         ValueError : tensors missing or left over (`TensorLedger.require_complete`).
         """
-        if whole:
+        if not partial:
             self._require_whole_weights()
             self.ledger.require_complete()
-        self._hand_out_cache_scales(whole=whole)
+        self._hand_out_cache_scales(partial=partial)
         for name, module in self.model.named_modules():
-            if isinstance(module, FinishesLoading) and (whole or self._wrote_into(name)):
+            if isinstance(module, FinishesLoading) and (not partial or self._wrote_into(name)):
                 module.finish_loading()
-        if not whole:
+        if partial:
             # last: what was written before must serve
+            self.ledger.require_complete(partial=True)
             self._require_whole_weights()
         return self.loaded
 
@@ -285,13 +293,13 @@ class WeightLoader:
             self.cache_scales[scale.attention] = scales.with_scale(scale, tensor, tensor=name)
         return True
 
-    def _hand_out_cache_scales(self, *, whole: bool) -> None:
+    def _hand_out_cache_scales(self, *, partial: bool) -> None:
         """Each layer its scales: those that store by themselves, and those of the host's own."""
-        waiting = dict(self.cache_scales)
-        if not whole and not waiting:
+        if partial and not self.cache_scales:
             return
+        waiting = dict(self.cache_scales)
         for name, module in self.model.named_modules():
-            if isinstance(module, TakesCacheScales) and (whole or name in waiting):
+            if isinstance(module, TakesCacheScales) and (name in waiting or not partial):
                 module.take_cache_scales(waiting.pop(name, CacheScales()))
         unplaced = [name for name, scales in waiting.items() if not self._to_host(name, scales)]
         found = len(self.cache_scales)

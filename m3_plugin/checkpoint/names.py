@@ -240,14 +240,18 @@ class TensorLedger:
         """Whether the config has an attention module of that name, which itself has no weight."""
         return f"{module}.k_proj" in self.expected
 
-    def require_complete(self) -> None:
+    def require_complete(self, *, partial: bool = False) -> None:
         """Refuse a checkpoint with tensors missing or left over.
+
+        Parameters
+        ----------
+        partial : more of it may come later, so that none counts as missing
 
         Raises
         ------
         ValueError : names the first few of either and counts the rest.
         """
-        missing = sorted(self.expected - self.optional - self.seen)
+        missing = [] if partial else sorted(self.expected - self.optional - self.seen)
         problems = []
         if missing:
             problems.append(f"missing {_sample(missing)}")

@@ -72,14 +72,14 @@ class VisionWeights:
         getattr(parameter, "weight_loader", self.default_loader)(parameter, tensor)
         self.loaded.add(target)
 
-    def finish(self, *, whole: bool = True) -> set[str]:
+    def finish(self, *, partial: bool = False) -> set[str]:
         """Names of what was loaded: everything, if the load was to be whole.
 
         Raises
         ------
         ValueError : tensors missing.
         """
-        if whole:
+        if not partial:
             require_no_missing(self.parameters.keys() - self.loaded)
         return self.loaded
 
@@ -195,12 +195,12 @@ def update_in_place(
                 continue
             target = text.destination(plain[0]).parameter
             for module in [module for module in opened if target.startswith(f"{module}.")]:
-                opened.pop(module).reopen_loading()
+                opened.pop(module).start_loading()
                 text.parameters = dict(text.model.named_parameters())
             text.write(*plain)
     finally:
-        written = text.finish(whole=False)
-    return vision.finish(whole=False) | {f"{prefix}{name}" for name in written}
+        written = text.finish(partial=True)
+    return vision.finish(partial=True) | {f"{prefix}{name}" for name in written}
 
 
 def require_folder(folder: Path, text: WeightLoader, vision: VisionWeights) -> None:

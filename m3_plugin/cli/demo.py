@@ -26,9 +26,9 @@ from rich.text import Text
 
 from m3_plugin.cli.exits import Exit, environment
 from m3_plugin.cli.fit import commands_for
-from m3_plugin.cli.host_metrics import exposition, settled, total
+from m3_plugin.cli.host_metrics import exposition, openai_client, settled, total
 from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, host_to_start
-from m3_plugin.cli.options import FrameworkOption, JsonOption, OutputOption
+from m3_plugin.cli.options import FrameworkOption, JsonOption, OutputOption, in_a_folder
 from m3_plugin.cli.outputs import deliver
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
 
@@ -95,7 +95,12 @@ def demo(
     as_json: JsonOption = False,
     output: OutputOption = None,
     log: Annotated[
-        Path | None, typer.Option(help="Write the server's log to this file and keep it.")
+        Path | None,
+        typer.Option(
+            help="Write the server's log to this file and keep it; with --speculative the second "
+            "server's to FILE.speculative.",
+            callback=in_a_folder,
+        ),
     ] = None,
 ) -> None:
     """See it work: serve a tiny M3 here, ask it questions with known answers, compare.
@@ -139,9 +144,15 @@ def _run(
         for options in [(), drafting] if speculative else [()]:
             scratch = Path(folder) / ("speculative" if options else "plain")
             scratch.mkdir()
-            with _served(host, checkpoint, options, scratch, log=log, console=console) as ask:
+            kept = _log_of(log, speculative=bool(options))
+            with _served(host, checkpoint, options, scratch, log=kept, console=console) as ask:
                 runs.append([ask(question) for question in _questions(long_tokens)])
         return runs[0], runs[1] if speculative else []
+
+
+def _log_of(log: Path | None, *, speculative: bool) -> Path | None:
+    """A log of its own for each of the two servers."""
+    return log.with_name(f"{log.name}.speculative") if log and speculative else log
 
 
 @contextmanager
@@ -272,9 +283,7 @@ def _drafts(
 
 
 def _ask(url: str, question: Question, *, host: Host) -> Answer:
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
+    client = openai_client(url, timeout_s=1800)
     before = _read_counters(url, host=host)
     start = time.perf_counter()
     stream = client.chat.completions.create(
@@ -380,9 +389,9 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
     for answer in answers:
         decode = answer.decode_ms_per_token
         table.add_row(
-            f"{answer.label}\n[dim]{answer.asked}[/dim]",
-            answer.expected,
-            # a wrong answer may hold anything, brackets that mean markup included
+            Text(answer.label + "\n").append(answer.asked, style="dim"),
+            Text(answer.expected),
+            # a wrong answer may hold anything, what means a colour too
             Text(answer.received or "(nothing)", style="green" if answer.right else "red"),
             f"{answer.prompt_tokens:,}",
             f"{answer.cached_tokens:,}",
@@ -403,7 +412,9 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
     )
     commands = commands_for("MiniMaxAI/MiniMax-M3-MXFP8", "H100", tp_size=8, context=131_072)
     title = "the released weights on 8 x H100; for other machines: m3-plugin fit"
-    console.print(Panel(commands[host.title] + note, title=title, expand=False, highlight=False))
+    console.print(
+        Panel(Text(commands[host.title] + note), title=title, expand=False, highlight=False)
+    )
 
 
 def _comparison(answers: list[Answer], drafted: list[Answer]) -> Table:
@@ -423,7 +434,7 @@ def _comparison(answers: list[Answer], drafted: list[Answer]) -> Table:
             for answer in (plain, other)
         ]
         table.add_row(
-            other.label,
+            Text(other.label),
             f"{other.accepted} of {other.drafted}",
             f"{plain.tokens_per_step:.1f} | {other.tokens_per_step:.1f}",
             " | ".join(times),

@@ -251,7 +251,7 @@ def _fit_on(sizing: Sizing, host: str) -> Fit:
 
 
 def _variables(sizing: Sizing, host: str) -> list[str]:
-    found = list(_VARIABLES)
+    found: list[str] = list(_VARIABLES)
     if _is_widened(sizing, host):
         found.append("M3_PLUGIN_DEQUANTIZE=1")
     if sizing.index_dtype == "int8":
@@ -273,7 +273,7 @@ def _vllm_command(sizing: Sizing, fit: Fit, variables: list[str]) -> str:
         space = math.floor(fit.budget / GIB)
         start = [
             f"VLLM_CPU_KVCACHE_SPACE={space} VLLM_CPU_OMP_THREADS_BIND=nobind",
-            f"python -m vllm.entrypoints.openai.api_server --model {sizing.served}",
+            f"python -P -m vllm.entrypoints.openai.api_server --model {sizing.served}",
             f"    --max-model-len {fit.context}",
         ]
     else:
@@ -293,7 +293,7 @@ def _vllm_command(sizing: Sizing, fit: Fit, variables: list[str]) -> str:
 
 def _sglang_command(sizing: Sizing, fit: Fit, variables: list[str]) -> str:
     machine = sizing.machine
-    program = f"python -m sglang.launch_server --model-path {sizing.served}"
+    program = f"python -P -m sglang.launch_server --model-path {sizing.served}"
     if machine.name == CPU:
         start = [
             f"{program} --device cpu",
@@ -355,7 +355,7 @@ def commands_for(model: str, gpu: str, *, tp_size: int, context: int) -> dict[st
 
 
 # A server that is not ours, or asks the network for files it has, is noticed at its start.
-_VARIABLES = ("M3_PLUGIN_REQUIRED=1", "HF_HUB_OFFLINE=1")
+_VARIABLES: tuple[str, ...] = ("M3_PLUGIN_REQUIRED=1", "HF_HUB_OFFLINE=1")
 # an empty folder, by which vLLM collects the metrics of its workers, ours among them
 _VLLM_METRICS = 'PROMETHEUS_MULTIPROC_DIR="$(mktemp -d)"'
 # beyond this, vLLM's recipe for MiniMax-M3 leaves the profile of a video of that length out

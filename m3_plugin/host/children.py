@@ -10,9 +10,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = (LOOPBACK, "localhost", "::1")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL means this machine itself, which no proxy can reach."""
+    return urlsplit(url).hostname in _LOOPBACK_NAMES
 
 
 def python(*arguments: str) -> list[str]:

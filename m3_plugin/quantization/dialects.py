@@ -8,6 +8,7 @@ none of them can express (embedding, norms, router, vision) is never quantised i
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
@@ -27,8 +28,12 @@ from m3_plugin.quantization.formats import (
     Plain,
     WeightFormat,
 )
+from m3_plugin.quantization.patterns import compiled
+from m3_plugin.untrusted import printable, shown
 
 KEY = "quantization_config"
+# All of a model's names take about a second.
+MATCHING_SECONDS = 60
 PLAIN = Plain()
 
 # The linear weights of the text model and of its MTP modules; everything else is stored plain by
@@ -55,6 +60,11 @@ class Names:
 
     patterns: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            if pattern.startswith("re:"):
+                compiled(pattern[3:])
+
     @cached_property
     def _plain(self) -> dict[int, frozenset[str]]:
         """Names without wildcard by their number of components: a table of all experts is long."""
@@ -68,10 +78,15 @@ class Names:
     def _wild(self) -> tuple[re.Pattern[str], ...]:
         """Globs and regular expressions, both matched from the start of a name."""
         return tuple(
-            re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
+            compiled(pattern[3:]) if pattern.startswith("re:") else re.compile(translate(pattern))
             for pattern in self.patterns
             if _is_wild(pattern)
         )
+
+    @cached_property
+    def _spent(self) -> list[float]:
+        """Seconds that comparing took so far."""
+        return [0.0]
 
     def __contains__(self, module: object) -> bool:
         """Whether the set holds a module, named relative to the text model."""
@@ -82,8 +97,17 @@ class Names:
             # transformers 5 says model.language_model.layers
             f"model.language_model.{module.removeprefix('model.')}",
         )
-        if any(pattern.match(name) for pattern in self._wild for name in (module, *spellings)):
-            return True
+        if self._wild:
+            began = time.perf_counter()
+            found = any(p.match(name) for p in self._wild for name in (module, *spellings))
+            self._spent[0] += time.perf_counter() - began
+            if self._spent[0] > MATCHING_SECONDS:
+                raise ValueError(
+                    f"config key '{KEY}' holds patterns that take over {MATCHING_SECONDS} s to be "
+                    f"compared with the model's names: {shown(self.patterns)}; write them simpler"
+                )
+            if found:
+                return True
         return any(
             ".".join(parts[first : first + length]) in names
             # every run of the module's own name is a run of these
@@ -483,6 +507,6 @@ def _mapping(config: Mapping[str, Any], key: str, *, prefix: str = "") -> Mappin
 def _require(ok: bool, key: str, rule: str, value: object) -> None:
     if not ok:
         raise ValueError(
-            f"config key '{KEY}.{key}' must be {rule}; got {value!r}. M3_PLUGIN_DISABLE=1 leaves "
-            "the checkpoint to the host's own model"
+            f"config key '{KEY}.{printable(key)}' must be {rule}; got {shown(value)}. "
+            "M3_PLUGIN_DISABLE=1 leaves the checkpoint to the host's own model"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -135,13 +136,13 @@ def copying(fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def loaded_from(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every file that is handed to the dynamic loader from now on."""
     loaded: list[Path] = []
-    real = native_build.ctypes.CDLL
+    real = ctypes.CDLL
 
     def load(path: str) -> object:
         loaded.append(Path(path))
         return real(path)
 
-    monkeypatch.setattr(native_build.ctypes, "CDLL", load)
+    monkeypatch.setattr(ctypes, "CDLL", load)
     return loaded
 
 
@@ -240,7 +241,7 @@ def test_a_file_system_without_locks_or_room_is_a_reason(
     def fail(*arguments: object) -> None:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
-    monkeypatch.setattr(native_build.fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "flock", fail)
     native, *others = kernel_families("cpu")
     assert native.refusal is not None
     assert os.strerror(getattr(errno, code)) in native.refusal

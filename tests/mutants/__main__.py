@@ -91,7 +91,7 @@ def survives(fault: Fault, folder: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a mutant lives or is out of date."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description="Faults that tests must notice, one by one.")
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name holds it")
     parser.add_argument("--list", action="store_true", help="name them and put none in")
     parser.add_argument("--jobs", type=int, default=2, help="copies of the tree at work at once")

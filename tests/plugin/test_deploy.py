@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,17 +19,20 @@ import pytest
 import yaml
 from packaging.version import Version
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from m3_plugin.cli import app
 from m3_plugin.settings import Settings
 from tests.deployment import (
     DEPLOY,
     PLUGIN_METRICS,
+    Host,
     absent_instances,
     alerts,
     metric_names,
     queries,
     sample_name,
+    server_arguments,
 )
 
 ROOT = DEPLOY.parent
@@ -96,12 +100,26 @@ def test_compose_serves_as_the_pod_does(host: str) -> None:
     assert compose["services"][host]["command"] == pod["spec"]["containers"][0]["args"]
 
 
+@pytest.mark.parametrize(("host", "title"), [("vllm", "vLLM"), ("sglang", "SGLang")])
+def test_the_pod_serves_as_fit_says(host: Host, title: str) -> None:
+    """On 8 x H200; files come from the volume, so that they have another name there."""
+    options = ["--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "H200", "--tp", "8"]
+    asked = [*options, "--max-model-len", "131072", "--json"]
+    command = json.loads(CliRunner().invoke(app, ["fit", *asked]).stdout)["commands"][title]
+    words = shlex.split(command.replace("\\\n", " "))
+    start = next(n for n, word in enumerate(words) if word.startswith("--"))
+    printed = re.findall(r"(--\S+)(?: (?!--)(\S+))?", " ".join(words[start:]))
+    wanted = {f"{name}={value}" if value else name for name, value in printed}
+    named = {f"--model-path={options[1]}", f"--tensor-parallel-size={options[5]}"} & wanted
+    assert (wanted - named) <= set(server_arguments(host))
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_the_layer_is_on_an_accepted_release(host: str) -> None:
     text = (DEPLOY / f"Dockerfile.{host}").read_text()
     (release,) = re.findall(r"^ARG BASE=\S+:v([\d.]+)$", text, re.MULTILINE)
     source = (ROOT / "integrations" / host / f"m3_{host}" / "compat.py").read_text()
-    bounds = re.findall(r'minimum="([\d.]+)", below="([\d.]+)"', source)
+    bounds = re.findall(r'minimum="([\d.]+)",\s+below="([\d.]+)"', source)
     assert any(Version(low) <= Version(release) < Version(below) for low, below in bounds)
 
 
@@ -192,7 +210,7 @@ class _Prometheus(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Nothing to say."""
 
 

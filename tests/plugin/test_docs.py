@@ -194,3 +194,19 @@ def test_what_hosts_parse_is_documented_as_it_is_tested(rows: list[list[str]]) -
     names = {case.name for case in CASES}
     documented = [row for row in table_rows("parsers", "") if row[0] in names]
     assert [row for row in documented if len(row) == len(rows[0])] == rows
+
+
+@pytest.mark.parametrize("host", ["vllm", "sglang"])
+def test_the_accepted_releases_are_the_same_everywhere(host: str) -> None:
+    """Change log, install page and README say what the adapter accepts."""
+    root = DOCS.parent
+    source = (root / "integrations" / host / f"m3_{host}" / "compat.py").read_text()
+    ((low, below),) = re.findall(r'minimum="([\d.]+)",\s+below="([\d.]+)"', source)
+    *front, last = below.split(".")
+    accepted = f"{low} to {'.'.join([*front, str(int(last) - 1)])}"
+    title = TITLES[host]
+    latest = (root / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert f"| {title} | {accepted} |" in latest
+    assert f"| {title} | {accepted} |" in (DOCS / "install.md").read_text()
+    assert f"{title} {accepted}" in (root / "README.md").read_text()
+    assert f"{host}>={low},<{below}" in (root / "pyproject.toml").read_text()

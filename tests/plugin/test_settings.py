@@ -42,7 +42,7 @@ def test_what_a_cluster_sets_is_no_mistake(name: str) -> None:
     assert Settings.from_environment(environment) == Settings(required=True)
     assert service_links(environment) == (name,)
     (remark,) = remarks((), environment)
-    assert remark.startswith(f"{name} is ignored")
+    assert remark.startswith(f"ignored: {name}. Kubernetes")
 
 
 @pytest.mark.parametrize("name", ["M3_PLUGIN_PORTS", "M3_PLUGIN_EXPORT", "M3_PLUGIN_SERVICE"])

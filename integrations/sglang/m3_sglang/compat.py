@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from typing import Any
 
 from packaging.version import Version
@@ -71,8 +72,21 @@ def speculation_is_tested() -> bool:
     return not _is_older_than("0.5.23")
 
 
+def deep_gemm_is_the_default(device: str) -> bool:
+    """Whether SGLang gives MXFP8 experts to DeepGEMM here: it does on SM100 and SM103."""
+    from sglang.srt.utils import is_cuda
+
+    if not is_cuda() or device == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.get_device_capability()[0] == 10
+
+
 def needs_weight_only_mxfp8(device: str) -> bool:
-    """Whether SGLang refuses MXFP8 here: it does on CPUs and on NVIDIA chips before SM100.
+    """Whether SGLang cannot serve MXFP8 here: its kernels are for chips of SM100 and SM103 alone.
+
+    It refuses older chips and CPUs, and gives the experts to kernels of SM100 on later ones.
 
     Parameters
     ----------
@@ -84,7 +98,44 @@ def needs_weight_only_mxfp8(device: str) -> bool:
         return device == "cpu"
     import torch
 
-    return torch.cuda.get_device_capability() < (10, 0)
+    return torch.cuda.get_device_capability()[0] != 10
+
+
+def expert_offset(layer: type, beta: float) -> dict[str, float]:
+    """The argument that tells expert kernels what they add to `up`, which some take to be 0.
+
+    Before 0.5.22 there is none, and no kernel that would need it.
+    """
+    known = "gemm1_beta" in inspect.signature(layer.__init__).parameters
+    return {"gemm1_beta": beta} if known else {}
+
+
+def resolved(server_args: Any) -> Any:
+    """What SGLang has decided so far, by the names of its arguments; read-only.
+
+    Up to 0.5.21 it writes its decisions into the record. Later the record stays what the operator
+    gave, and decisions lie beside it.
+    """
+    try:
+        from sglang.srt.arg_groups.overrides import resolving_view
+    except ImportError:
+        return server_args
+    return resolving_view(server_args)
+
+
+def leave_prefill_graphs_out(server_args: Any) -> None:
+    """Declare that steps of prompts stay out of CUDA graphs, which SGLang captures by default.
+
+    A declaration of its own: SGLang does not take this one from what override providers return.
+    """
+    config = getattr(resolved(server_args), "cuda_graph_config", None)
+    if config is None or config.prefill.backend == "disabled":
+        return
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    graphs = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
+    declare_resolution(server_args, "m3-plugin", cuda_graph_config=graphs)
 
 
 def tensor_parallel_size() -> int:

@@ -22,12 +22,13 @@ from m3_plugin.checkpoint.loading import (
     require_expert_bytes,
 )
 from m3_plugin.checkpoint.plan import WeightPlan
+from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.host.presence import PluginRefusal
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.rope import RowAngles
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
-from m3_sglang.compat import read_config, tensor_parallel_size
+from m3_sglang.compat import read_config, tensor_parallel_rank, tensor_parallel_size
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
 from m3_sglang.speculation import prepare_speculation
@@ -172,7 +173,11 @@ class M3Model(nn.Module):
         """Hidden states after the final norm, and the streams an EAGLE3 head has asked for."""
         if self.is_sparse:
             require_our_backend()
-        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        if input_embeds is None:
+            hidden_states = self.embed_tokens(input_ids)
+        else:
+            # a request's own come in bf16, whatever the model's dtype
+            hidden_states = input_embeds.to(self.norm.weight.dtype)
         cos_sin = self.angles(positions)
         residual = None
         captured = []
@@ -216,6 +221,8 @@ class M3CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.quant_config = quant_config
+        # trainers update a model that is loaded with some of its tensors at a time
+        self.is_loaded = False
         self.m3_config = read_config(config)
         if self.m3_config.msa is None:
             logger.warning("m3-plugin: no layer of this checkpoint is sparse; MSA is not used")
@@ -236,11 +243,14 @@ class M3CausalLM(nn.Module):
             prefix=f"{dot}lm_head",
         )
         routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
-        if routed is not None:
-            self.expert_proof = ExpertProof(routed)
+        self.expert_proof = None if routed is None else ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
         # last: it looks at all others once they are loaded
-        self.served = ServedWeights(self, text=self.weight_loader) if is_root else None
+        self.served = (
+            ServedWeights(self, text=self.weight_loader, after_first=self.end_first_load)
+            if is_root
+            else None
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -284,7 +294,22 @@ class M3CausalLM(nn.Module):
 
     def weight_loader(self) -> WeightLoader:
         """A loader for the text model's tensors."""
-        return text_weight_loader(self, config=self.m3_config)
+        witness = None
+        if self.expert_proof is not None and not self.is_loaded:
+            first = self.m3_config.moe_layers.index(True)
+            witness = ExpertWitness(
+                self.m3_config,
+                experts=f"model.layers.{first}.block_sparse_moe.experts",
+                rank=tensor_parallel_rank(),
+                size=tensor_parallel_size(),
+            )
+        return text_weight_loader(self, config=self.m3_config, witness=witness)
+
+    def end_first_load(self, loader: WeightLoader) -> None:
+        """Give the proof of the experts what it compares the kernel with."""
+        if self.expert_proof is not None and loader.witness is not None:
+            self.expert_proof.known = loader.witness.testimony()
+        self.is_loaded = True
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         assert self.served is not None

@@ -18,6 +18,7 @@ from m3_plugin.model.taking import refusal, stands_aside
 from m3_plugin.settings import Settings, remarks
 from m3_sglang.compat import (
     SGLANG_WINDOW,
+    deep_gemm_is_the_default,
     device_type,
     needs_vision_config_attributes,
     needs_weight_only_mxfp8,
@@ -45,6 +46,7 @@ MODEL_CLASS = "sglang.srt.model_loader.utils.get_model_architecture"
 MEDIA_PROCESSOR = "sglang.srt.managers.multimodal_processor.get_mm_processor"
 QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
 DRAFT_CONFIG = "sglang.srt.configs.model_config.ModelConfig._config_draft_model"
+REQUEST_CHECK = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 INDEX_POOL = "sglang.srt.configs.model_config.is_minimax_sparse"
 INDEX_DTYPE = "sglang.srt.mem_cache.memory_pool.get_minimax_sparse_index_dtype"
 INDEX_WIDTH = "sglang.srt.configs.model_config.get_minimax_sparse_attention_config"
@@ -110,6 +112,7 @@ def _register_backend() -> None:
     HookRegistry.register(WRAPPER, wrap_attention_backend, HookType.AROUND)
     HookRegistry.register(DRAFT_CONFIG, configure_draft, HookType.AFTER)
     HookRegistry.register(INDEX_POOL, has_index_keys, HookType.AFTER)
+    HookRegistry.register(REQUEST_CHECK, check_embeddings, HookType.BEFORE)
     if needs_vision_config_attributes():
         HookRegistry.register(CPU_CONFIG, give_vision_config_attributes, HookType.BEFORE)
 
@@ -216,6 +219,23 @@ def has_index_keys(result: bool, hf_config: Any) -> bool:
     return result or (hf_config.architectures or [None])[0] == DRAFT_ARCHITECTURE
 
 
+def check_embeddings(manager: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE hook: a request's own embeddings are as wide as the model; others end a scheduler.
+
+    Raises
+    ------
+    ValueError : they are not; SGLang answers with it.
+    """
+    rows = getattr(request, "input_embeds", None)
+    config = manager.model_config.hf_config
+    if not rows or not is_ours(config):
+        return
+    width = getattr(config, "text_config", config).hidden_size
+    wrong = next((len(row) for row in rows if len(row) != width), None)
+    if wrong is not None:
+        raise ValueError(f"input_embeds must be rows of hidden_size={width} numbers; got {wrong}")
+
+
 def _register_int8_index_keys() -> None:
     """Room for int8 index keys and their scales in SGLang's pool for M3 and in its sizing."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -275,8 +295,27 @@ def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
             "moe_runner_backend": "triton" if runner == "auto" else runner,
         }
     if quantization.method == "mxfp8" and needs_weight_only_mxfp8(server_args.device):
+        workers = getattr(server_args, "tokenizer_worker_num", 1)
+        if workers > 1:
+            raise ValueError(
+                "m3-plugin: --tokenizer-worker-num must be 1 for MXFP8 on this chip; got "
+                f"{workers}: SGLang loads no plugins in these workers, and the method is ours"
+            )
         return {"quantization": MXFP8_METHOD, "moe_runner_backend": "triton"}
+    if quantization.method == "mxfp8" and runner == "auto":
+        return right_experts(server_args.device)
     return {}
+
+
+def right_experts(device: str) -> dict[str, Any]:
+    """The expert kernels of MXFP8 on SM100, where SGLang's default is wrong for long prompts."""
+    if not deep_gemm_is_the_default(device):
+        return {}
+    logger.info(
+        "m3-plugin: experts on flashinfer_trtllm_routed instead of SGLang's default deep_gemm, "
+        "whose layout for large batches leaves alpha and limit of MiniMax-M3's SwiGLU out"
+    )
+    return {"moe_runner_backend": "flashinfer_trtllm_routed"}
 
 
 def settle_quantization(original: Any, model_config: Any) -> None:

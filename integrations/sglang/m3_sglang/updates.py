@@ -44,6 +44,7 @@ class ServedWeights(nn.Module):
     text : makes a loader for the text part of it, or for the draft
     tower : its vision part, None without
     is_draft : whether it drafts with MTP modules, which a target's folder may lack
+    after_first : called with the loader of the first load once that is whole
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class ServedWeights(nn.Module):
         text: Callable[[], WeightLoader],
         tower: nn.Module | None = None,
         is_draft: bool = False,
+        after_first: Callable[[WeightLoader], None] = lambda loader: None,
     ) -> None:
         super().__init__()
         answer_refusals()
         self.is_draft = is_draft
+        self.after_first = after_first
         # in tuples so that the model is no part of itself
         self._root = (root,)
         self._tower = (tower,)
@@ -79,6 +82,7 @@ class ServedWeights(nn.Module):
         if not self.serves:
             loaded = load_first(text, vision, weights, prefix=self.prefix)
             self.form.remember(text.parameters)
+            self.after_first(text)
             return loaded
         return update_in_place(text, vision, self._loadable(text, weights), prefix=self.prefix)
 
@@ -131,7 +135,7 @@ class ServedWeights(nn.Module):
         method = type(getattr(layer, "quant_method", None))
         base = QuantizeMethodBase.restore_weights_before_loading
         restored = getattr(method, "restore_weights_before_loading", base) is not base
-        return restored or getattr(parent, "interleaved", False)
+        return restored or getattr(parent, "is_interleaved", False)
 
 
 class _EndsLoading:

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from m3_plugin.checkpoint.loading import interleave_gate_up
 from m3_plugin.model.config import M3Config
-from m3_plugin.model.experts import PROBE_MAGNITUDES, probe_token, require_clamped
+from m3_plugin.model.experts import PROBE_ROWS, ExpertProbe
 from m3_vllm.compat import device_type
 
 logger = init_logger("vllm.m3_plugin.moe")
@@ -201,9 +201,9 @@ def _pack_interleaved(layer: Any) -> None:
 class ClampProbe(nn.Module):
     """Refuses an expert kernel that drops the SwiGLU clamp, once the weights are in place.
 
-    Kernels have lost the clamp before (garbled output on quantised checkpoints). One token at
-    several magnitudes tells, whatever backend vLLM picked, however the weights are quantised or
-    sharded, and without a reference (`m3_plugin.model.experts.grows_unclamped`).
+    Kernels have lost the clamp before (garbled output on quantised checkpoints), some for large
+    batches alone. Rows at several magnitudes tell, whatever backend vLLM picked, however weights
+    are quantised or sharded, and without a reference (`m3_plugin.model.experts.grows_unclamped`).
 
     Attached as the last module of the model: vLLM calls each module's
     `quant_method.process_weights_after_loading` in order, so this one runs after every expert
@@ -227,23 +227,25 @@ class ClampProbe(nn.Module):
         if self.vllm_config.parallel_config.data_parallel_size > 1:
             logger.info("clamp probe skipped: it would need every data parallel rank at once")
             return
-        require_clamped(
-            [self._output_norm(magnitude) for magnitude in PROBE_MAGNITUDES],
+        # vLLM runs no step of more rows
+        largest = self.vllm_config.scheduler_config.max_num_batched_tokens
+        ExpertProbe(
             config=self._moe[0].config,
             host="vLLM",
             remedy="--moe-backend",
-        )
+            answer=self._answer,
+            dtype=self.vllm_config.model_config.dtype,
+            rows=tuple(dict.fromkeys(min(rows, largest) for rows in PROBE_ROWS)),
+        ).prove(None)
 
-    def _output_norm(self, magnitude: float) -> float:
+    def _answer(self, rows: Tensor) -> Tensor:
         moe = self._moe[0]
-        probe = probe_token(moe.config, magnitude=magnitude)
-        hidden = probe.to(dtype=self.vllm_config.model_config.dtype, device=device_type())
-        logits = torch.zeros(1, moe.config.num_experts, device=hidden.device)
-        with set_forward_context(None, self.vllm_config, num_tokens=1):
+        hidden = rows.to(dtype=self.vllm_config.model_config.dtype, device=device_type())
+        hidden = hidden.contiguous()
+        logits = torch.zeros(len(hidden), moe.config.num_experts, device=hidden.device)
+        with set_forward_context(None, self.vllm_config, num_tokens=len(hidden)):
             output = moe.experts(hidden_states=hidden, router_logits=logits)
-        if moe.partial:
-            output = tensor_model_parallel_all_reduce(output)
-        return float(output.float().norm())
+        return tensor_model_parallel_all_reduce(output) if moe.partial else output
 
 
 class _RunClampProbe(QuantizeMethodBase):

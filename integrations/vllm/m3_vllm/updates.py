@@ -147,7 +147,7 @@ class ServedWeights(nn.Module, AttentionLayerBase):
             if not by_host:
                 self._require_whole_if_packed(text)
             self._keep_scales(text)
-            written = text.finish(whole=False)
+            written = text.finish(partial=True)
         except BaseException:
             self.waiting.clear()
             self.scales.clear()
@@ -155,7 +155,7 @@ class ServedWeights(nn.Module, AttentionLayerBase):
             raise
         if not by_host:
             finalize_layerwise_reload(root, self.model_config)
-        return vision.finish(whole=False) | {f"{self.prefix}{name}" for name in written}
+        return vision.finish(partial=True) | {f"{self.prefix}{name}" for name in written}
 
     def _require_folder(self, text: WeightLoader, vision: VisionWeights) -> None:
         """Look at the files before a stream of their tensors begins, if they are here."""
@@ -224,7 +224,7 @@ class ServedWeights(nn.Module, AttentionLayerBase):
         if scales:
             text = self.text()
             text.cache_scales = scales
-            text.finish(whole=False)
+            text.finish(partial=True)
 
     def _place_left_over(self) -> None:
         waiting, self.waiting = self.waiting, defaultdict(dict)

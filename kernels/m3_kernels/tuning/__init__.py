@@ -68,13 +68,14 @@ def kernel_config(kernel: str, *, arch: int, **shape: Shape) -> dict[str, Any]:
     KeyError : no such kernel, or a `when` asks about something not in `shape`
     ValueError : arch is below 80, or no default row fits the shape
     """
+    shape = {"triton": triton_release(), **shape}
     return dict(_config(kernel, arch, tuple(shape.items())))
 
 
 @cache
 def _config(kernel: str, arch: int, shape_items: tuple[tuple[str, Shape], ...]) -> dict[str, Any]:
     """Looked up once: kernels ask for every launch."""
-    shape = {"triton": triton_release(), **dict(shape_items)}
+    shape = dict(shape_items)
     default = _first_fitting(_rows("default")[kernel], shape)
     if default is None:
         raise ValueError(f"tuning/default.json has no row of {kernel!r} for {shape}")

@@ -20,6 +20,7 @@ from rich.table import Table
 from m3_plugin.cli.bench.report import numbers, progress_bar
 from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, Haystack, TextHaystack
 from m3_plugin.cli.exits import Exit, call, environment
+from m3_plugin.cli.host_metrics import openai_client
 from m3_plugin.cli.hosts import MAX_MODEL_LEN, host_to_start, require_libraries
 from m3_plugin.cli.options import (
     ApiKeyOption,
@@ -289,12 +290,8 @@ class _Asker:
     """Chat requests to one model."""
 
     def __init__(self, url: str, model: str | None, *, api_key: str | None = None) -> None:
-        from openai import OpenAI
-
         self.url = url
-        # the client insists on a key, whether or not the server does
-        key = api_key or "none"
-        self.client = OpenAI(base_url=f"{url}/v1", api_key=key, timeout=3600, max_retries=0)
+        self.client = openai_client(url, timeout_s=3600, api_key=api_key)
         self._model = model
 
     @property

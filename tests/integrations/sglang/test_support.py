@@ -42,3 +42,11 @@ def test_the_pod_starts_a_server_that_sglang_understands() -> None:
 
 def test_every_metric_exists() -> None:
     assert unknown_metrics("sglang", Path(sglang.__file__).parent) == set()
+
+
+def test_every_argument_that_is_refused_has_a_row() -> None:
+    from m3_sglang.options import _SERVED
+
+    refused = {f"--{name.replace('_', '-')}" for name in _SERVED}
+    assert len(refused) > 10
+    assert refused - support_flags("sglang") == set()

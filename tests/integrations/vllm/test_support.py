@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import vllm
 
 from tests.deployment import server_arguments, support_flags, support_rows, unknown_metrics
@@ -52,11 +51,10 @@ def test_refusals_of_vllm_are_in_its_sources() -> None:
     assert [quoted for quoted in said if quoted not in text] == []
 
 
-@pytest.mark.parametrize(
-    "name", ["m3_vllm.backend.M3SparseBackend", "m3_vllm.backend.M3IndexBackend"]
-)
-def test_prefill_context_parallelism_is_refused_for_our_backends(name: str) -> None:
-    import importlib
+def test_every_option_that_is_refused_has_a_row() -> None:
+    from m3_vllm.options import _REFUSED
 
-    module, _, attribute = name.rpartition(".")
-    assert not getattr(importlib.import_module(module), attribute).supports_pcp()
+    options = " ".join(option for _, option, _ in _REFUSED)
+    refused = set(re.findall(r"--[a-z][\w-]*", options))
+    assert len(refused) > 4
+    assert refused - support_flags("vllm") == set()

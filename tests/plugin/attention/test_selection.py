@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -335,3 +338,55 @@ def test_table_and_numbers_of_tiles(tmp_path: Path) -> None:
     told = checked("blocks", numbers.read_text())["prefill_tiles"]
     assert told["split"]["median"] == pytest.approx(1.8)
     assert told["split_of_sums"] == 26 / 16
+
+
+def test_a_recording_is_its_owners_alone(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        recorder = SelectionRecorder(tmp_path / "new", RULES)
+        recorder.add(ids([[0, 1, 4]], [[2, 3, 4]]), batch=step((600, 1)))
+    finally:
+        os.umask(umask)
+    (file,) = (tmp_path / "new").iterdir()
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_no_file_is_written_over_and_no_link_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a restart with the same process id, or where somebody knew the name."""
+    monkeypatch.setattr("m3_plugin.attention.recorder._numbers", itertools.repeat(0))
+    for _ in range(2):
+        SelectionRecorder(tmp_path, RULES).add(ids([[0, 1, 4]]), batch=step((600, 1)))
+    assert len(list(tmp_path.glob(FILE_PATTERN))) == 2
+    monkeypatch.setattr("m3_plugin.attention.recorder.secrets.token_hex", lambda size: "known")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f"selection-{os.getpid()}-0-known.jsonl").symlink_to(victim)
+    SelectionRecorder(tmp_path, RULES).add(ids([[0, 1, 4]]), batch=step((600, 1)))
+    assert victim.read_text() == "mine"
+    assert "no longer recorded" in caplog.text
+
+
+def test_a_recording_ends_at_its_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES, max_bytes=1000)
+    for position in range(600, 700):
+        recorder.add(ids([[0, 1, 4]], [[2, 3, 4]]), batch=step((position, 1)))
+    (file,) = tmp_path.glob(FILE_PATTERN)
+    assert 800 < file.stat().st_size <= 1000
+    assert file.read_bytes().endswith(b"\n")
+    assert caplog.text.count("no longer recorded: its file has reached 1,000 bytes") == 1
+    assert summarise(tmp_path, phase="decode").rows > 5
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags, mode: opened("/dev/full", os.O_WRONLY))
+    recorder = SelectionRecorder(tmp_path, RULES)
+    for position in (600, 601):
+        recorder.add(ids([[0, 1, 4]], [[2, 3, 4]]), batch=step((position, 1)))
+    assert caplog.text.count("no longer recorded") == 1
+    assert os.strerror(errno.ENOSPC) in caplog.text

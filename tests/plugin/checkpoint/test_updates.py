@@ -82,7 +82,7 @@ def test_the_vision_part_is_passed_over_or_known() -> None:
     assert tower.patch_merge_mlp.bias.tolist() == [1, 1]
     with pytest.raises(ValueError, match=r"lacks 1 vision tensor\(s\): .*weight"):
         vision.finish()
-    assert vision.finish(whole=False) == {"vision_tower.patch_merge_mlp.bias"}
+    assert vision.finish(partial=True) == {"vision_tower.patch_merge_mlp.bias"}
     with pytest.raises(ValueError, match=r"must have shape \[2\]"):
         vision.load("patch_merge_mlp.bias", torch.ones(3))
 

@@ -47,7 +47,9 @@ from m3_plugin.cli.bench.roofline import (
     floor_seconds,
     sparse_work,
 )
+from m3_plugin.cli.outputs import envelope
 from tests.kernels.flashinfer_wheel import WHEEL
+from tests.plugin.cli.schemas import checked
 
 runner = CliRunner()
 CPU = torch.device("cpu")
@@ -217,7 +219,8 @@ def report() -> bench.Report:
 
 
 def test_report(report: bench.Report) -> None:
-    restored = json.loads(json.dumps(asdict(report)))
+    body = envelope("bench-kernels", asdict(report))
+    restored = checked("bench-kernels", json.dumps(body))
     assert {row["method"] for row in restored["rows"]} == {
         "m3-plugin",
         "m3-plugin int8 index",

@@ -44,7 +44,10 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
             config, quant_config, f"{dot}language_model", is_root=False
         )
         self.served = ServedWeights(
-            self, text=self.language_model.weight_loader, tower=self.vision_tower
+            self,
+            text=self.language_model.weight_loader,
+            tower=self.vision_tower,
+            after_first=self.language_model.end_first_load,
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -76,7 +79,10 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         positions: Tensor,
         forward_batch: ForwardBatch,
         get_embedding: bool = False,
+        input_embeds: Tensor | None = None,
     ) -> Any:
+        if input_embeds is not None:
+            return self.language_model(input_ids, positions, forward_batch, input_embeds)
         hidden_states, captured = general_mm_embed_routine(
             input_ids=input_ids,
             forward_batch=forward_batch,
