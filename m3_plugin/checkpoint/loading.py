@@ -269,7 +269,8 @@ class WeightLoader:
             self.dequantiser.require_complete()
 
     def _wrote_into(self, module: str) -> bool:
-        return any(parameter.startswith(f"{module}.") for parameter in self.loaded)
+        prefix = f"{module}." if module else ""
+        return any(parameter.startswith(prefix) for parameter in self.loaded)
 
     def _load_parameter(self, name: str, destination: Destination, tensor: Tensor) -> None:
         target = destination.parameter

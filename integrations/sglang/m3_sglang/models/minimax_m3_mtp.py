@@ -115,7 +115,6 @@ class MiniMaxM3MTP(nn.Module):
         super().__init__()
         self.config = config
         self.quant_config = quant_config
-        self.is_loaded = False
         self.m3_config = read_draft_config(config)
         dot = f"{prefix}." if prefix else ""
         plan = read_plan(config.name_or_path, self.m3_config, draft=True)
@@ -187,7 +186,6 @@ class MiniMaxM3MTP(nn.Module):
         ------
         ValueError : no MTP weights, or some missing.
         """
-<<<<<<< HEAD
         if self.served.serves:
             return self.served.load(weights)
         names: list[str] = []
@@ -197,19 +195,6 @@ class MiniMaxM3MTP(nn.Module):
             # the clearer of two errors
             own = [name.removeprefix(TEXT_PREFIX) for name in names]
             require_mtp_modules(own, checkpoint="the draft checkpoint")
-=======
-        self.model.module.transformer_layer.block_sparse_moe.start_loading()
-        loader = mtp_weight_loader(self, config=self.m3_config)
-        names = []
-        for name, tensor in weights:
-            names.append(name)
-            loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        if not self.is_loaded:
-            require_mtp_modules(names, checkpoint="the draft checkpoint")
-        loaded = loader.finish(partial=self.is_loaded)
-        self.is_loaded = True
-        return loaded
->>>>>>> main
 
 
 EntryClass = [MiniMaxM3MTP]
