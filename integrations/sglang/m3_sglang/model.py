@@ -21,7 +21,6 @@ from m3_plugin.checkpoint.loading import (
     plan_before_loading,
     require_expert_bytes,
 )
-from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.host.presence import PluginRefusal
@@ -33,6 +32,7 @@ from m3_sglang.compat import read_config, tensor_parallel_rank, tensor_parallel_
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
 from m3_sglang.speculation import prepare_speculation
+from m3_sglang.updates import ServedWeights
 from m3_sglang.weights import FUSED, text_weight_loader
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ class M3CausalLM(nn.Module):
     config : SGLang's config of the whole checkpoint or of its text part
     quant_config : SGLang's
     prefix : of the text model's names in the checkpoint, which quantisation refers to
+    is_root : whether SGLang loads it by itself, not as part of a model with images
     """
 
     # SGLang's quantisation maps its fused names back to the checkpoint's through this
@@ -210,7 +211,12 @@ class M3CausalLM(nn.Module):
     }
 
     def __init__(
-        self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
+        self,
+        config: Any,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        *,
+        is_root: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -239,6 +245,12 @@ class M3CausalLM(nn.Module):
         routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
         self.expert_proof = None if routed is None else ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+        # last: it looks at all others once they are loaded
+        self.served = (
+            ServedWeights(self, text=self.weight_loader, after_first=self.end_first_load)
+            if is_root
+            else None
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -281,10 +293,7 @@ class M3CausalLM(nn.Module):
         self.model.captured_layers = tuple(wanted)
 
     def weight_loader(self) -> WeightLoader:
-        """A loader for the text model; feed it text tensors, then call `finish_weights`."""
-        for module in self.model.modules():
-            if isinstance(module, M3MoE):
-                module.start_loading()
+        """A loader for the text model's tensors."""
         witness = None
         if self.expert_proof is not None and not self.is_loaded:
             first = self.m3_config.moe_layers.index(True)
@@ -296,26 +305,15 @@ class M3CausalLM(nn.Module):
             )
         return text_weight_loader(self, config=self.m3_config, witness=witness)
 
-    def finish_weights(self, loader: WeightLoader) -> set[str]:
-        """Names of the parameters that were loaded: all, or after the first time any.
-
-        Raises
-        ------
-        ValueError : tensors missing, the first time; tensors left over.
-        """
-        loaded = loader.finish(partial=self.is_loaded)
+    def end_first_load(self, loader: WeightLoader) -> None:
+        """Give the proof of the experts what it compares the kernel with."""
         if self.expert_proof is not None and loader.witness is not None:
             self.expert_proof.known = loader.witness.testimony()
         self.is_loaded = True
-        return loaded
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loader = self.weight_loader()
-        for name, tensor in weights:
-            # the released checkpoint may be served as a text model; its vision part is then unused
-            if not name.startswith(VISION_PREFIXES):
-                loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return self.finish_weights(loader)
+        assert self.served is not None
+        return self.served.load(weights)
 
 
 def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan | None:

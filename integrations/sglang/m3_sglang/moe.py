@@ -20,7 +20,7 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import interleave_gate_up
+from m3_plugin.checkpoint.loading import interleave_gate_up, separate_gate_up
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import ExpertProbe, KnownExperts
 from m3_sglang.compat import expert_offset, tensor_parallel_size
@@ -160,8 +160,7 @@ class M3MoE(nn.Module):
         if not self.is_interleaved:
             return
         weight = self.experts.get_parameter("w13_weight")
-        gates, ups = weight.data[:, 0::2], weight.data[:, 1::2]
-        weight.data = torch.cat((gates, ups), dim=1)
+        weight.data = separate_gate_up(weight.data)
         self.is_interleaved = False
 
     def finish_loading(self) -> None:

@@ -64,6 +64,7 @@ def _weight_loader(
 ) -> WeightLoader:
     return WeightLoader(
         model,
+        config=config,
         expected=expected,
         fused=FUSED,
         experts=FusedMoE.make_expert_params_mapping(

@@ -8,12 +8,17 @@ prefix-cached, preempted and evicted in lock-step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed.kv_transfer import (
+    get_kv_transfer_group,
+    has_kv_transfer_group,
+    is_v1_kv_transfer_group,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op, kv_cache_dtype_str_to_dtype
@@ -101,9 +106,14 @@ def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
 
 
 class M3IndexCache(nn.Module, AttentionLayerBase):
-    """Index-key pages of one MSA layer: [pages, 128, index_dim], one vector per token.
+    """Index-key pages of one MSA layer, one vector per token.
 
     int8 keys bring a scale each, which vLLM takes for two further channels.
+
+    Attributes
+    ----------
+    keys : [pages, 128, index_dim], views of `kv_cache`; empty before one is bound
+    scales : of int8 keys, else None
     """
 
     supports_dcp = False
@@ -125,11 +135,12 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
 
         vLLM sets it to take a cache away; a view that stayed would keep the whole allocation.
         """
-        return self._keys
+        return self._pages
 
     @kv_cache.setter
-    def kv_cache(self, keys: Tensor) -> None:
-        self._keys = keys
+    def kv_cache(self, pages: Tensor) -> None:
+        self._pages = pages
+        self.keys = pages
         self.scales: Tensor | None = None
 
     def get_attn_backend(self) -> type[M3IndexBackend]:
@@ -146,12 +157,11 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        # vLLM hands out [pages, 1, page_size, width]
-        keys, scales = kv_cache.squeeze(1), None
+        # [pages, 1, page_size, width], as connectors read and write it
+        self.kv_cache = kv_cache
+        self.keys = kv_cache.squeeze(1)
         if self.dtype == torch.int8 and kv_cache.numel():
-            keys, scales = split_pages(keys)
-        self.kv_cache = keys
-        self.scales = scales
+            self.keys, self.scales = split_pages(self.keys)
         self.on_bound()
 
 
@@ -248,7 +258,7 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
 
     def paged_caches(self) -> MSACaches:
         """The three page tensors as the kernels want them, views of vLLM's allocation."""
-        index_pages = self.index_cache.kv_cache
+        index_pages = self.index_cache.keys
         if self.caches is None or self.caches.index_k_pages is not index_pages:
             k_pages, v_pages = self.kv_cache.split(self.head_dim, dim=-1)
             scales = self.scales.for_pages(k_pages.dtype)
@@ -345,6 +355,12 @@ def m3_msa_attention(
             f"{layer_name}: vLLM placed the index-key cache in another KV cache group than K/V; "
             "their pages would no longer belong together"
         )
+    connector = connector_of_step()
+    index_layer = layer.index_cache
+    if connector is not None:
+        # selection reads every index key, and attention any page it chooses
+        connector.wait_for_layer_load(index_layer.prefix)
+        connector.wait_for_layer_load(layer_name)
     rows = slots.shape[0]
     layer.session.run(
         metadata.plan,
@@ -359,6 +375,20 @@ def m3_msa_attention(
         out=out[:rows],
     )
     out[rows:].zero_()
+    if connector is not None:
+        connector.save_kv_layer(layer_name, layer.kv_cache, metadata)
+        connector.save_kv_layer(index_layer.prefix, index_layer.kv_cache, index_metadata)
+
+
+def connector_of_step() -> Any:
+    """The connector that moves caches layer by layer in this step, None without one.
+
+    vLLM's own layers are decorated (`maybe_transfer_kv_layer`); ours have two caches each.
+    """
+    if not has_kv_transfer_group() or not is_v1_kv_transfer_group():
+        return None
+    connector: Any = get_kv_transfer_group()
+    return connector if connector.has_connector_metadata() else None
 
 
 def _m3_msa_attention_fake(

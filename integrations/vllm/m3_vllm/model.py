@@ -36,9 +36,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle3, SupportsPP
 from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
     PPMissingLayer,
-    WeightsMapper,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
@@ -55,12 +53,12 @@ from m3_plugin.checkpoint.loading import (
     plan_before_loading,
     require_expert_bytes,
 )
-from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, is_mtp_tensor
+from m3_plugin.checkpoint.names import is_mtp_tensor
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import attestation
 from m3_plugin.model.config import M3Config, local_heads
 from m3_plugin.model.rope import RowAngles
-from m3_plugin.model.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
+from m3_plugin.model.vision import M3Vision, VisionConfig
 from m3_vllm.backend import dense_backend
 from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.compat import vllm_version
@@ -74,7 +72,8 @@ from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
 from m3_vllm.norms import HiddenNorm, add_and_norm
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import prepare_speculation, require_aux_layers
-from m3_vllm.weights import fused_projections, text_weight_loader
+from m3_vllm.updates import ServedWeights
+from m3_vllm.weights import fused_projections, text_weight_loader, unread_experts
 
 logger = init_logger("vllm.m3_plugin.model")
 
@@ -257,6 +256,7 @@ class M3SparseAttention(_M3AttentionBase):
         self.first_index_channel = first_head * msa.index_dim
         self.main_split_sizes = [self.q_size, self.kv_size, self.kv_size]
         self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
+        self.has_scales = False
         self.attn = M3SparseCacheLayer(
             session=session,
             num_kv_heads=self.num_kv_heads,
@@ -266,14 +266,16 @@ class M3SparseAttention(_M3AttentionBase):
 
     def take_cache_scales(self, scales: CacheScales) -> None:
         """Keep this rank's part of the layer's scales for an fp8 cache."""
-        self.attn.set_scales(
-            scales.of_rank(
-                num_kv_heads=self.total_kv_heads,
-                rank=get_tensor_model_parallel_rank(),
-                size=get_tensor_model_parallel_world_size(),
-                device=self.q_norm.get_parameter("weight").device,
-            )
+        own = scales.of_rank(
+            num_kv_heads=self.total_kv_heads,
+            rank=get_tensor_model_parallel_rank(),
+            size=get_tensor_model_parallel_world_size(),
+            device=self.q_norm.get_parameter("weight").device,
         )
+        if self.has_scales:
+            own = own.in_place_of(self.attn.scales, layer=self.attn.layer_name)
+        self.attn.set_scales(own)
+        self.has_scales = True
 
     def head_norms(self) -> HeadNorms:
         """The norms of q, k, index q and index k."""
@@ -531,7 +533,12 @@ class M3Model(nn.Module, EagleModelMixin):
 
 
 class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
-    """Text model: decoder stack and output head."""
+    """Text model: decoder stack and output head.
+
+    Parameters
+    ----------
+    is_root : whether vLLM loads it by itself, not as part of a model with images
+    """
 
     # vLLM's quantisation maps its fused names back to the checkpoint's through this
     packed_modules_mapping: ClassVar = {
@@ -540,10 +547,11 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", is_root: bool = True) -> None:
         super().__init__()
         prepare_speculation(vllm_config)
         self.config = vllm_config.model_config.hf_text_config
+        self.parallel_config = vllm_config.parallel_config
         self.model = M3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         config = self.model.m3_config
         if get_pp_group().is_last_rank:
@@ -560,6 +568,12 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
         moe_layers = [module for module in self.model.modules() if isinstance(module, M3MoE)]
         if moe_layers:
             self.clamp_probe = ClampProbe(moe_layers[0], vllm_config=vllm_config)
+        # last: it looks at all others once they are loaded
+        self.served: ServedWeights | None = None
+        if is_root:
+            self.served = ServedWeights(
+                self, text=self.weight_loader, model_config=vllm_config.model_config
+            )
         self._attest()
 
     def _attest(self) -> None:
@@ -602,22 +616,19 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
         super().set_aux_hidden_state_layers(layers)
 
     def weight_loader(self) -> WeightLoader:
-        """A loader for this stage's tensors; feed it every text tensor, then call `finish`."""
+        """A loader for this stage's tensors."""
         return text_weight_loader(
             self,
             config=self.model.m3_config,
             layers=range(self.model.start_layer, self.model.end_layer),
             embedding=self.model.has_embedding,
             last_stage=get_pp_group().is_last_rank,
+            unread=unread_experts(self.model.m3_config, self.parallel_config),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loader = self.weight_loader()
-        for name, tensor in weights:
-            # the released checkpoint may be served as a text model; its vision part is then unused
-            if not name.startswith(VISION_PREFIXES):
-                loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return loader.finish()
+        assert self.served is not None
+        return self.served.load(weights)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -635,9 +646,17 @@ class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP, Suppo
             self.vision_tower = M3Vision(VisionConfig.from_hf(self.config))
         with self._mark_language_model(vllm_config):
             self.language_model = M3ForCausalLM(
-                vllm_config=vllm_config, prefix=maybe_prefix(prefix, "language_model")
+                vllm_config=vllm_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                is_root=False,
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.served = ServedWeights(
+            self,
+            text=self.language_model.weight_loader,
+            tower=self.vision_tower,
+            model_config=vllm_config.model_config,
+        )
 
     def forward(
         self,
@@ -657,15 +676,4 @@ class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP, Suppo
         self.language_model.set_aux_hidden_state_layers(layers)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        text = self.language_model.weight_loader()
-
-        def vision_tensors() -> Iterable[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                if name.startswith(VISION_PREFIXES):
-                    yield name, tensor
-                else:
-                    text.load(name.removeprefix(TEXT_PREFIX), tensor)
-
-        mapper = WeightsMapper(orig_to_new_prefix=CHECKPOINT_PREFIXES)
-        loaded = AutoWeightsLoader(self).load_weights(vision_tensors(), mapper=mapper)
-        return loaded | {f"{TEXT_PREFIX}{name}" for name in text.finish()}
+        return self.served.load(weights)

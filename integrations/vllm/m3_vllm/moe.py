@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -115,8 +117,8 @@ class M3MoE(nn.Module):
         if self.on_cpu:
             self._require_cpu_swiglu()
         # vLLM's CPU experts know only the activation that reads gate and up interleaved (so the
-        # rows are interleaved after loading), and only its grouped router adds the selection bias
-        # to sigmoid scores; one group holding every expert is plain top-k.
+        # rows are interleaved before they are packed), and only its grouped router adds the
+        # selection bias to sigmoid scores; one group holding every expert is plain top-k.
         routing = (
             {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
             if self.on_cpu
@@ -142,6 +144,8 @@ class M3MoE(nn.Module):
             prefix=f"{prefix}.experts",
             **routing,
         )
+        if self.on_cpu:
+            pack_interleaved(self.experts)
 
     @property
     def partial(self) -> bool:
@@ -160,14 +164,38 @@ class M3MoE(nn.Module):
         router_logits, _ = self.gate(hidden_states)
         return self.experts(hidden_states=hidden_states, router_logits=router_logits)
 
-    def finish_loading(self) -> None:
-        """Bring the experts' gate and up rows into the order the activation expects."""
-        if not self.on_cpu:
-            return
-        for name, weight in self.experts.named_parameters():
-            # quantised rows belong to scales; vLLM has no CPU kernel for them that we know of
-            if name.endswith("w13_weight") and weight.dtype.itemsize > 1:
-                weight.data = interleave_gate_up(weight.data)
+
+def pack_interleaved(experts: nn.Module) -> None:
+    """Have gate and up rows interleaved, as vLLM's CPU kernel reads them, before it packs them.
+
+    vLLM processes an expert layer after its first load, and again whenever it was reloaded, at
+    a moment of its own: the rows must change there and nowhere else. Reloaded experts it leaves
+    unpacked; they are packed here (docs/vllm.md, repairs of host code).
+    """
+    for layer in experts.modules():
+        # quantised rows belong to scales; vLLM has no CPU kernel for them that we know of
+        weight = dict(layer.named_parameters(recurse=False)).get("w13_weight")
+        if weight is not None and weight.dtype.itemsize > 1:
+            _pack_interleaved(layer)
+
+
+def _pack_interleaved(layer: Any) -> None:
+    method = layer.quant_method
+    process = method.process_weights_after_loading
+
+    def process_interleaved(layer: Any) -> None:
+        weight = layer.w13_weight
+        weight.data = interleave_gate_up(weight.data)
+        kernel = getattr(method, "moe_kernel", None)
+        plain = weight.data[:1].clone()
+        process(layer)
+        left_plain = layer.w13_weight.shape[1:] == plain.shape[1:] and torch.equal(
+            layer.w13_weight[:1], plain
+        )
+        if kernel is not None and left_plain:
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+    method.process_weights_after_loading = process_interleaved
 
 
 class ClampProbe(nn.Module):

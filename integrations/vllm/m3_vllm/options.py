@@ -42,6 +42,12 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "and no load; leave it out",
     ),
     (
+        lambda c: c.lora_config is not None,
+        "--enable-lora",
+        "no layer of this model takes adapters yet; merge the adapter into the weights and serve "
+        "those",
+    ),
+    (
         lambda c: getattr(c.attention_config, "hisparse_config", None) is not None,
         "hisparse_config in --attention-config",
         "MSA pages lie on the GPU; leave it out, or offload whole blocks by --kv-offloading-size",

@@ -103,6 +103,10 @@ class EngineProcess(EnginePipe):
         """
         return self._call("generate", list(prompts), max_tokens, sampling)
 
+    def embed(self, prompt: list[int]) -> list[float]:
+        """The embedding of a prompt; the engine must be a pooling one."""
+        return self._call("embed", prompt)
+
     def flush(self) -> bool:
         """Empty the prefix cache; False if vLLM refuses because a request holds pages."""
         return self._call("flush")
@@ -183,6 +187,10 @@ class _Engine:
         (output,) = self.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
         steps = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
         return [step[token].logprob for token, step in steps]
+
+    def embed(self, prompt: list[int]) -> list[float]:
+        (output,) = self.llm.embed({"prompt_token_ids": prompt}, use_tqdm=False)
+        return output.outputs.embedding
 
     def flush(self) -> bool:
         return bool(self.llm.reset_prefix_cache())

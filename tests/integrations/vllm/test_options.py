@@ -90,13 +90,13 @@ FLEETS = """
     kv_offloading_backend weight_transfer_config"""
 # vLLM says no by itself: the class has no such interface.
 REFUSED_BY_VLLM = """
-    enable_lora max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras
+    max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras
     lora_dtype lora_target_modules enable_tower_connector_lora specialize_active_lora
     enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels
     enable_batch_sharded_sampling enable_elastic_ep elastic_ep_max_dp_size"""
 REFUSED = """
     enable_dbo ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold
-    decode_context_parallel_size prefill_context_parallel_size enable_eplb
+    decode_context_parallel_size prefill_context_parallel_size enable_eplb enable_lora
     kv_cache_dtype_skip_layers"""
 
 JUDGED = (*SERVED.values(), HOST, OTHER_MODELS, OWN_TOWER, FLEETS, REFUSED_BY_VLLM, REFUSED)
@@ -166,6 +166,7 @@ RELEASED = M3Config.from_hf(released_config())
         ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
         ("parallel_config", "enable_eplb", True, "--enable-eplb cannot"),
         ("attention_config", "hisparse_config", object(), "hisparse_config in"),
+        ("", "lora_config", object(), "--enable-lora cannot .* merge the adapter"),
         ("cache_config", "kv_cache_dtype_skip_layers", ["0", "5"], "one dtype; got 5,"),
     ],
 )
@@ -175,7 +176,7 @@ def test_what_cannot_be_served_is_refused_by_name(
     config = VllmConfig()
     config.cache_config.cache_dtype = "fp8"
     require_served(config, RELEASED)
-    object.__setattr__(getattr(config, part), option, value)
+    object.__setattr__(getattr(config, part) if part else config, option, value)
     with pytest.raises(ValueError, match=message):
         require_served(config, RELEASED)
 

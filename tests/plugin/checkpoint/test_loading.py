@@ -70,6 +70,7 @@ class Recorder(nn.Module):
 def loader(model: Recorder, **options: object) -> WeightLoader:
     return WeightLoader(
         model,
+        config=CONFIG,
         expected=text_modules(CONFIG),
         fused=FUSED,
         experts=EXPERTS,
