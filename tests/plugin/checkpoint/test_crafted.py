@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from m3_plugin.checkpoint.headers import INDEX_FILE, read_checkpoint
 from m3_plugin.checkpoint.plan import plan_checkpoint
@@ -245,6 +246,9 @@ def compute(folder: Path) -> str | None:
         size(str(folder), MACHINE, kv_dtype="bf16", index_dtype="bf16", context=None)
     except (ValueError, ModelNotFound) as error:
         return str(error)
+    except typer.Exit as ended:
+        # it has said why
+        return f"exit {ended.exit_code}"
     return None
 
 
