@@ -18,6 +18,9 @@ _ORIGINAL_HEADS = {
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
+# What SGLang notes in the config itself.
+_ADDED = frozenset({"context_len"})
+
 SGLANG_WINDOW = TestedWindow(
     package="sglang",
     minimum="0.5.19",
@@ -101,7 +104,7 @@ def needs_weight_only_mxfp8(device: str) -> bool:
     return torch.cuda.get_device_capability()[0] != 10
 
 
-def expert_offset(layer: type, beta: float) -> dict[str, float]:
+def expert_offset(layer: type, beta: float) -> dict[str, Any]:
     """The argument that tells expert kernels what they add to `up`, which some take to be 0.
 
     Before 0.5.22 there is none, and no kernel that would need it.
@@ -193,7 +196,7 @@ def _values(hf_config: Any) -> dict[str, Any]:
     them, and keeps the true numbers beside. ModelOpt's method it names after the format it found
     (modelopt_mixed, modelopt_fp4).
     """
-    values = hf_config.to_dict()
+    values = {key: value for key, value in hf_config.to_dict().items() if key not in _ADDED}
     text = values.get("text_config") or values
     for key, original in _ORIGINAL_HEADS.items():
         if original in text:
