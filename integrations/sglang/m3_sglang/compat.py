@@ -196,8 +196,11 @@ def _values(hf_config: Any) -> dict[str, Any]:
     them, and keeps the true numbers beside. ModelOpt's method it names after the format it found
     (modelopt_mixed, modelopt_fp4).
     """
-    values = {key: value for key, value in hf_config.to_dict().items() if key not in _ADDED}
+    values = hf_config.to_dict()
     text = values.get("text_config") or values
+    for added in _ADDED:
+        values.pop(added, None)
+        text.pop(added, None)
     for key, original in _ORIGINAL_HEADS.items():
         if original in text:
             text[key] = text[original]
