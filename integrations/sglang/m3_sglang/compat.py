@@ -19,7 +19,7 @@ _ORIGINAL_HEADS = {
 }
 
 # What SGLang notes in the config itself.
-_ADDED = frozenset({"context_len"})
+_ADDED = frozenset({"context_len", "v_head_dim", "swa_head_dim", "swa_v_head_dim"})
 
 SGLANG_WINDOW = TestedWindow(
     package="sglang",
