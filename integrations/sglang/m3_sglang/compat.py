@@ -19,7 +19,17 @@ _ORIGINAL_HEADS = {
 }
 
 # What SGLang notes in the config itself.
-_ADDED = frozenset({"context_len", "v_head_dim", "swa_head_dim", "swa_v_head_dim"})
+_ADDED = frozenset(
+    {
+        "context_len",
+        "v_head_dim",
+        "swa_head_dim",
+        "swa_v_head_dim",
+        "encoder_only",
+        "language_only",
+        "language_model_only",
+    }
+)
 
 SGLANG_WINDOW = TestedWindow(
     package="sglang",
