@@ -143,6 +143,9 @@ class M3AttentionBackend(AttentionBackend):
     PluginRefusal : SGLang is only half ours (model, hook or pool are its own).
     """
 
+    # a trial step of more requests than the pool has would be larger than our workspace
+    extend_dummy_seqs_capped_by_req_pool = True
+
     def __init__(self, runner: Any, *, dense: AttentionBackend) -> None:
         super().__init__()
         require_served(runner.server_args)
@@ -270,11 +273,6 @@ class M3AttentionBackend(AttentionBackend):
     def needs_cpu_seq_lens(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         # each step's copy of the lengths to the host waits for the device; MSA layers need none
         return self.dense.needs_cpu_seq_lens
-
-    @property
-    def extend_dummy_seqs_capped_by_req_pool(self) -> bool:
-        # a trial step of more requests than the pool has would be larger than our workspace
-        return True
 
     def support_triton(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.dense.support_triton()

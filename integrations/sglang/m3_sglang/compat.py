@@ -18,6 +18,19 @@ _ORIGINAL_HEADS = {
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
+# What SGLang notes in the config itself.
+_ADDED = frozenset(
+    {
+        "context_len",
+        "v_head_dim",
+        "swa_head_dim",
+        "swa_v_head_dim",
+        "encoder_only",
+        "language_only",
+        "language_model_only",
+    }
+)
+
 SGLANG_WINDOW = TestedWindow(
     package="sglang",
     minimum="0.5.19",
@@ -101,7 +114,7 @@ def needs_weight_only_mxfp8(device: str) -> bool:
     return torch.cuda.get_device_capability()[0] != 10
 
 
-def expert_offset(layer: type, beta: float) -> dict[str, float]:
+def expert_offset(layer: type, beta: float) -> dict[str, Any]:
     """The argument that tells expert kernels what they add to `up`, which some take to be 0.
 
     Before 0.5.22 there is none, and no kernel that would need it.
@@ -195,6 +208,9 @@ def _values(hf_config: Any) -> dict[str, Any]:
     """
     values = hf_config.to_dict()
     text = values.get("text_config") or values
+    for added in _ADDED:
+        values.pop(added, None)
+        text.pop(added, None)
     for key, original in _ORIGINAL_HEADS.items():
         if original in text:
             text[key] = text[original]

@@ -83,6 +83,10 @@ def facts_of(record: Any) -> dict[str, Any]:
     """What a start on these arguments would do."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
+    from m3_sglang.options import require_served
+
+    # as the backend asks once more, of what was resolved
+    require_served(record)
     view = resolving_view(record)
     names = (
         "attention_backend",

@@ -90,7 +90,7 @@ def backend(layer: Layer, *, max_bs: int, max_rows: int) -> Any:
     from m3_sglang.backend import M3AttentionBackend
     from m3_sglang.speculation import NoDenseLayers
 
-    made = object.__new__(M3AttentionBackend)
+    made: Any = object.__new__(M3AttentionBackend)
     made.dense = NoDenseLayers()
     pages = torch.arange(PAGES).view(REQUESTS, -1)
     slots = pages[..., None] * 128 + torch.arange(128)

@@ -186,7 +186,7 @@ def test_an_update_of_experts_meets_rows_in_the_checkpoints_order() -> None:
     """The CPU's kernel has them in another order, and an update writes halves."""
     from m3_sglang.moe import M3MoE
 
-    moe = object.__new__(M3MoE)
+    moe: Any = object.__new__(M3MoE)
     nn.Module.__init__(moe)
     stored = torch.arange(2 * 6 * 3.0).view(2, 6, 3)
     moe.experts = nn.Module()
