@@ -130,11 +130,11 @@ def remarks(mistakes: Sequence[str], environment: Mapping[str, str] = os.environ
     mistakes : as `Settings.read` found them
     """
     said = [f"{mistake}. A start that serves MiniMax-M3 ends with this" for mistake in mistakes]
-    links = service_links(environment)
-    if links:
-        others = f" and {len(links) - 1} more" if len(links) > 1 else ""
+    for first in service_links(environment)[:1]:
+        more = len(service_links(environment)) - 1
+        others = f" and {more} more" if more else ""
         said.append(
-            f"ignored: {links[0]}{others}. Kubernetes sets them for a Service whose name begins "
+            f"ignored: {first}{others}. Kubernetes sets them for a Service whose name begins "
             "with m3-plugin; enableServiceLinks: false turns that off"
         )
     return said

@@ -7,6 +7,7 @@ or a log as anything else than text.
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from pathlib import Path
@@ -59,13 +60,13 @@ def read_json(path: Path) -> Any:
 
     Raises
     ------
-    ValueError : no JSON, or longer or deeper than a checkpoint's files are, or no file but a pipe.
-    OSError : it is not there or may not be read.
+    ValueError : no JSON, or longer or deeper than a checkpoint's files are.
+    OSError : it is not there, may not be read, or is no file but a folder or a pipe.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         # a pipe would be waited for
-        raise ValueError("it is no file")
+        raise OSError(errno.EINVAL, "not a regular file")
     if found.st_size > MAX_JSON_BYTES:
         raise ValueError(f"it has {found.st_size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
     return parse_json(path.read_bytes())

@@ -189,7 +189,7 @@ def indexed_tensors(folder: Path) -> dict[str, str]:
         return {}
     try:
         content = read_json(index)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{index} cannot be read ({error}); download it again") from None
     named = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(named, dict):

@@ -23,15 +23,14 @@ def openai_client(url: str, *, timeout_s: float, api_key: str | None = None) -> 
     timeout_s : of one request
     api_key : that the server asks for, if it does
     """
-    import httpx
-    from openai import OpenAI
+    from openai import DefaultHttpxClient, OpenAI
 
     return OpenAI(
         base_url=f"{url}/v1",
         # the client insists on a key, whether or not the server does
         api_key=api_key or "none",
         max_retries=0,
-        http_client=httpx.Client(timeout=timeout_s, trust_env=not is_loopback(url)),
+        http_client=DefaultHttpxClient(timeout=timeout_s, trust_env=not is_loopback(url)),
         timeout=timeout_s,
     )
 

@@ -46,7 +46,10 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _refusal(pattern: str, rule: str) -> str:
-    return f"pattern {shown(pattern)} in quantization_config must be {rule}; write it simpler"
+    return (
+        f"config key 'quantization_config' holds a pattern that must be {rule}; got "
+        f"{shown(pattern)}; write it simpler"
+    )
 
 
 class _NestedError(Exception):

@@ -94,6 +94,8 @@ def test_the_parser_takes_what_fit_prints(options: tuple[str, ...]) -> None:
         assert engine.kv_cache_dtype == "fp8_e4m3"
 
 
+# a process that imports vLLM and builds its configuration: as long as an engine's start
+@pytest.mark.extended
 def test_our_class_does_what_these_options_say(random_checkpoint: Callable[[str], Path]) -> None:
     """Without a tower the text is loaded all the same, and images are not taken."""
     options = ("--language-model-only", "--skip-mm-profiling")
