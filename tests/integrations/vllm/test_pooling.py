@@ -17,6 +17,7 @@ def test_a_prompt_beyond_the_budget_is_embedded(
 ) -> None:
     with EngineProcess(random_checkpoint("engine"), runner="pooling", convert="embed") as engine:
         first, other = engine.embed(PROMPT), engine.embed(PROMPT[::-1])
-        assert engine.embed(PROMPT) == first
+        # its prefix cached; vLLM's own dense layer sums in another order
+        assert engine.embed(PROMPT) == pytest.approx(first, abs=1e-5)
     assert first != other
     assert abs(sum(value**2 for value in first) - 1) < 1e-3

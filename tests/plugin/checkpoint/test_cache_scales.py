@@ -101,9 +101,11 @@ def test_scales_of_a_serving_layer_change_in_its_own_memory() -> None:
     new = CacheScales(k=torch.tensor([5.0, 6.0])).in_place_of(served, layer="x")
     assert new.k is served.k
     assert new.v is served.v
-    assert (served.k.tolist(), served.v.tolist()) == ([5, 6], [3])
-    one = CacheScales(k=torch.tensor([7.0])).in_place_of(served, layer="x")
-    assert one.k.tolist() == [7, 7]
+    assert new.k is not None
+    assert new.v is not None
+    assert (new.k.tolist(), new.v.tolist()) == ([5, 6], [3])
+    CacheScales(k=torch.tensor([7.0])).in_place_of(served, layer="x")
+    assert new.k.tolist() == [7, 7]
 
 
 @pytest.mark.parametrize(
