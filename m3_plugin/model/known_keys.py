@@ -81,13 +81,12 @@ TEXT = Section(
         """
     ),
     only={"attention_bias": (False,)},
-    # num_nextn_predict_layers repeats num_mtp_modules; n_predict and the original_ numbers are
-    # what hosts write beside
+    # num_nextn_predict_layers repeats num_mtp_modules, and so does vLLM's n_predict
     harmless=_BOOKKEEPING
     | _TRAINING
     | _keys(
         """
-        num_nextn_predict_layers n_predict original_num_attention_heads original_total_num_kv_heads
+        num_nextn_predict_layers n_predict
         """
     ),
     inner={
@@ -138,7 +137,7 @@ TOP = Section(
         image_token_index image_token_id video_token_index video_token_id vision_start_token_id
         vision_end_token_id image_seq_length image_grid_pinpoints hidden_size merged_hidden_size
         encoder_only language_only language_model_only num_mtp_modules num_nextn_predict_layers
-        n_predict original_num_attention_heads original_total_num_kv_heads
+        n_predict
         """
     ),
     inner={"img_token_compression_config": _COMPRESSION},

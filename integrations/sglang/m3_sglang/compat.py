@@ -18,8 +18,9 @@ _ORIGINAL_HEADS = {
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
-# What SGLang notes in the config itself.
-_ADDED = frozenset(
+# Keys which SGLang writes into a config beside what config.json says; those of heads and sizes it
+# pads on a CPU begin with "original_".
+_WRITTEN = frozenset(
     {
         "context_len",
         "v_head_dim",
@@ -28,8 +29,12 @@ _ADDED = frozenset(
         "encoder_only",
         "language_only",
         "language_model_only",
+        "ple_offload_embedding",
+        "ple_offload_backend",
+        "ple_offload_dir",
     }
 )
+_WRITTEN_IN_VISION = frozenset({"head_dim", "num_dummy_heads"})
 
 SGLANG_WINDOW = TestedWindow(
     package="sglang",
@@ -200,7 +205,7 @@ def why_left_alone(hf_config: Any, *, draft: bool) -> str | None:
 
 
 def _values(hf_config: Any) -> dict[str, Any]:
-    """The config as config.json has it.
+    """The config as config.json has it, without what SGLang writes into it for itself.
 
     On CPU, SGLang writes more heads into the config than the checkpoint has when the ranks exceed
     them, and keeps the true numbers beside. ModelOpt's method it names after the format it found
@@ -208,12 +213,17 @@ def _values(hf_config: Any) -> dict[str, Any]:
     """
     values = hf_config.to_dict()
     text = values.get("text_config") or values
-    for added in _ADDED:
-        values.pop(added, None)
-        text.pop(added, None)
     for key, original in _ORIGINAL_HEADS.items():
         if original in text:
             text[key] = text[original]
+    for section, written in (
+        (values, _WRITTEN),
+        (text, _WRITTEN),
+        (values.get("vision_config"), _WRITTEN_IN_VISION),
+    ):
+        if isinstance(section, dict):
+            for key in [k for k in section if k in written or k.startswith("original_")]:
+                del section[key]
     quantization = values.get("quantization_config")
     if quantization and str(quantization.get("quant_method")).startswith("modelopt_"):
         values["quantization_config"] = quantization | {"quant_method": "modelopt"}

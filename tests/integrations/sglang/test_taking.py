@@ -18,7 +18,7 @@ import json, os, sys
 from types import SimpleNamespace
 from sglang.srt.plugins import load_plugins
 load_plugins()
-from sglang.srt.configs.model_config import ModelImpl
+from sglang.srt.configs.model_config import ModelConfig, ModelImpl
 from sglang.srt.managers import multimodal_processor as media
 from sglang.srt.model_loader.utils import get_model_architecture
 from sglang.srt.utils.hf_transformers_utils import get_config
@@ -56,6 +56,12 @@ for required, folder in map(str.split, sys.argv[1:]):
         answer["model"] = f"refused: {error}"
     print("ANSWER", json.dumps(answer), flush=True)
 assert hasattr(media.get_mm_processor, "__wrapped__")
+# what SGLang writes into a config is no reason to leave it alone
+folder = sys.argv[1].split()[1]
+os.environ["M3_PLUGIN_REQUIRED"] = "1"
+written = ModelConfig(folder, context_length=8192)
+assert written.hf_config.context_len == 8192
+print("CONFIGURED", get_model_architecture(written)[0].__module__)
 """
 REQUIRED = "text_config.sparse_attention_config.sparse_score_type"
 M3 = {
@@ -105,6 +111,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict], 
 
 def test_m3_is_taken(answers: tuple[dict[str, dict], str]) -> None:
     assert answers[0]["m3"] == M3
+
+
+def test_what_sglang_writes_into_a_config_changes_nothing(
+    answers: tuple[dict[str, dict], str],
+) -> None:
+    assert f"CONFIGURED {M3['model']}" in answers[1]
 
 
 @pytest.mark.parametrize("path", FOREIGN)
