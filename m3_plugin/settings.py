@@ -3,7 +3,7 @@
 | variable | values | effect |
 |---|---|---|
 | `M3_PLUGIN_DISABLE` | 0, 1 | 1: register nothing, the host runs as if the plugin were absent |
-| `M3_PLUGIN_REQUIRED` | 0, 1 | 1: absence, refusal or fallback ends the process with the reason |
+| `M3_PLUGIN_REQUIRED` | 0, 1 | 1: a plugin that is loaded and would stand aside ends the process |
 | `M3_PLUGIN_ALLOW_UNTESTED` | 0, 1 | 1: run on a host version outside the tested window |
 | `M3_PLUGIN_STATISTICS` | 0, 1 | 1: count blocks read by MSA layers, in the host's /metrics |
 | `M3_PLUGIN_TIMINGS` | 0, 1 | 1: time the MSA layers, in the host's /metrics; CPU only |
@@ -11,12 +11,21 @@
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
 | `M3_PLUGIN_INDEX_KEYS` | auto, int8 | int8: index keys in half the bytes, blocks may differ |
 | `M3_PLUGIN_KERNELS` | auto, flashinfer, triton, native, torch, reference | force kernels |
+
+A plugin that no host loads (another environment, an allow-list without it) checks nothing, REQUIRED
+neither: `m3-plugin doctor` before the start, or an alert on `absent(m3_plugin:info)`, sees that.
+
+Other names under the prefix are mistakes, which end a start that would serve MiniMax-M3 through the
+plugin and are warned of in any other. Names that Kubernetes gives to every container of a namespace
+with a Service called `m3-plugin` (`M3_PLUGIN_SERVICE_HOST`, `M3_PLUGIN_PORT_8000_TCP_ADDR`, ...)
+are no mistakes and are ignored.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -27,6 +36,11 @@ KernelFamily = Literal["auto", "flashinfer", "triton", "native", "torch", "refer
 IndexKeys = Literal["auto", "int8"]
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
+# What Kubernetes, and Docker before it, derive from the name of a Service and its ports. A Service
+# whose name only begins alike (m3-plugin-gateway) gets the prefix too.
+_SERVICE_LINK = re.compile(
+    r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,42 +59,100 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Read `M3_PLUGIN_*`; a misspelt name or value is an error, never silently ignored.
+        """Read `M3_PLUGIN_*` where M3 is served: a mistake is an error, never silently ignored.
 
         Raises
         ------
-        ValueError : unknown variable under the prefix, or a value outside its list.
+        ValueError : unknown variable under the prefix, a value outside its list, or DISABLE
+            together with REQUIRED.
+        """
+        settings, mistakes = cls.read(environment)
+        if mistakes and not settings.disable:
+            raise ValueError("; ".join(mistakes))
+        return settings
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> tuple[Settings, tuple[str, ...]]:
+        """Read `M3_PLUGIN_*` where nobody knows yet which model is served.
+
+        Returns
+        -------
+        The settings, with the default where a value is a mistake, and every mistake in words.
+
+        Raises
+        ------
+        ValueError : DISABLE together with REQUIRED: there is no start that both allow.
         """
         given = {k.removeprefix(PREFIX): v for k, v in environment.items() if k.startswith(PREFIX)}
+        mistakes: list[str] = []
+        disable = _flag(given, "DISABLE", mistakes)
+        required = _flag(given, "REQUIRED", mistakes)
+        if disable and required:
+            raise ValueError(
+                f"{PREFIX}DISABLE=1 and {PREFIX}REQUIRED=1 contradict each other: the first keeps "
+                "the plugin out, the second ends a server without it; unset one of them"
+            )
         known = {field.name.upper() for field in fields(cls)}
         for name in sorted(given.keys() - known):
-            raise ValueError(
-                f"unknown environment variable {PREFIX}{name}; "
-                f"known: {', '.join(PREFIX + k for k in sorted(known))}"
-            )
-        return cls(
-            disable=_flag(given, "DISABLE"),
-            required=_flag(given, "REQUIRED"),
-            allow_untested=_flag(given, "ALLOW_UNTESTED"),
-            statistics=_flag(given, "STATISTICS"),
-            timings=_flag(given, "TIMINGS"),
+            if not _SERVICE_LINK.fullmatch(name):
+                mistakes.append(
+                    f"unknown environment variable {PREFIX}{name}; "
+                    f"known: {', '.join(PREFIX + k for k in sorted(known))}"
+                )
+        settings = cls(
+            disable=disable,
+            required=required,
+            allow_untested=_flag(given, "ALLOW_UNTESTED", mistakes),
+            statistics=_flag(given, "STATISTICS", mistakes),
+            timings=_flag(given, "TIMINGS", mistakes),
             record_blocks=Path(folder) if (folder := given.get("RECORD_BLOCKS")) else None,
-            dequantize=_flag(given, "DEQUANTIZE"),
-            index_keys=cast(IndexKeys, _choice(given, "INDEX_KEYS", get_args(IndexKeys))),
-            kernels=cast(KernelFamily, _choice(given, "KERNELS", get_args(KernelFamily))),
+            dequantize=_flag(given, "DEQUANTIZE", mistakes),
+            index_keys=cast(IndexKeys, _choice(given, "INDEX_KEYS", get_args(IndexKeys), mistakes)),
+            kernels=cast(KernelFamily, _choice(given, "KERNELS", get_args(KernelFamily), mistakes)),
         )
+        return settings, tuple(mistakes)
 
 
-def _choice(given: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
-    """One of a variable's values; the first of them if it is not set."""
+def service_links(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Variables under our prefix that an orchestrator derived from the name of a Service."""
+    return tuple(
+        name
+        for name in sorted(environment)
+        if name.startswith(PREFIX) and _SERVICE_LINK.fullmatch(name.removeprefix(PREFIX))
+    )
+
+
+def remarks(mistakes: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:
+    """What a host should log about the variables when it loads the plugin, a line each.
+
+    Parameters
+    ----------
+    mistakes : as `Settings.read` found them
+    """
+    said = [f"{mistake}. A start that serves MiniMax-M3 ends with this" for mistake in mistakes]
+    for first in service_links(environment)[:1]:
+        more = len(service_links(environment)) - 1
+        others = f" and {more} more" if more else ""
+        said.append(
+            f"ignored: {first}{others}. Kubernetes sets them for a Service whose name begins "
+            "with m3-plugin; enableServiceLinks: false turns that off"
+        )
+    return said
+
+
+def _choice(
+    given: Mapping[str, str], name: str, choices: tuple[str, ...], mistakes: list[str]
+) -> str:
+    """One of a variable's values; the first of them if it is not set or set to anything else."""
     value = given.get(name) or choices[0]
-    if value not in choices:
-        raise ValueError(f"{PREFIX}{name} must be one of {', '.join(choices)}; got {value!r}")
-    return value
+    if value in choices:
+        return value
+    mistakes.append(f"{PREFIX}{name} must be one of {', '.join(choices)}; got {value!r}")
+    return choices[0]
 
 
-def _flag(given: Mapping[str, str], name: str) -> bool:
+def _flag(given: Mapping[str, str], name: str, mistakes: list[str]) -> bool:
     value = given.get(name, "").strip().lower()
     if value not in _FLAGS:
-        raise ValueError(f"{PREFIX}{name} must be 0 or 1; got {given[name]!r}")
-    return _FLAGS[value]
+        mistakes.append(f"{PREFIX}{name} must be 0 or 1; got {given[name]!r}")
+    return _FLAGS.get(value, False)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, cast
+
+import torch
 
 from m3_kernels import native_build
 
@@ -86,13 +89,24 @@ def implementation_for(op: str, *, backend: Backend, device_type: str) -> Implem
     raise ValueError(f"{op}: backend must be 'auto' or one of {known}; got {backend!r}")
 
 
+@cache
+def _triton_is_installed() -> bool:
+    """Asked for by every call of an op, and the search walks folders."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _compiler_refusal() -> str | None:
     """Why Triton kernels cannot be compiled for a GPU.
 
     Asks no GPU: a host's parent process chooses kernels before CUDA may be started. What the
-    device itself cannot do is refused when its session is made.
+    device itself cannot do is refused when its session is made. ROCm calls its devices "cuda" too.
     """
-    if importlib.util.find_spec("triton") is None:
+    if torch.version.hip is not None:
+        return (
+            f"this torch is built for ROCm (HIP {torch.version.hip}), and the kernels were only "
+            "ever compiled for NVIDIA GPUs"
+        )
+    if not _triton_is_installed():
         return "Triton is not installed; torch's CUDA wheels bring it (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU; unset it"
@@ -101,7 +115,7 @@ def _compiler_refusal() -> str | None:
 
 def _interpreter_refusal() -> str | None:
     """Why Triton kernels cannot run on a CPU, or None within Triton's interpreter."""
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") != "1":
         return (

@@ -2,10 +2,15 @@
 
 The kernels have a plain C interface and include no torch header, so they compile in seconds, fit
 any torch, and are called through ctypes, which releases the interpreter lock.
+
+A library is code: it is loaded only from a folder and a file that belong to this user and that
+nobody else can write. Where the user's cache is no such folder, a private temporary one is used and
+removed when the process ends.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import hashlib
@@ -13,10 +18,16 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
+import stat
+import struct
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +58,9 @@ COMPILE_FLAGS = (
 )
 COMPILERS = ("g++", "c++", "clang++")
 COMPILE_TIMEOUT_SECONDS = 300
+# Longer than any compilation: who still waits then waits for something else.
+LOCK_TIMEOUT_SECONDS = 600
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 DTYPE_CODES = {
     torch.float32: 0,
@@ -148,47 +162,105 @@ def library() -> ctypes.CDLL:
     NativeUnavailableError : no compiler, a failed build, or a library that does not load
     """
     compiler = _find_compiler()
-    name = f"{_fingerprint(compiler)}.so"
-    folder = _cache_folder()
-    if folder is None:
-        # Never load code from a shared temporary folder: a private one, for this process only.
-        folder = Path(tempfile.mkdtemp(prefix="m3-plugin-native-"))
-    path = folder / name
-    with open(folder / f"{name}.lock", "w") as lock:
-        # Several workers start at once; one compiles, the others wait and find the result.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _compile(compiler, path)
-    _expose_openmp()
     try:
-        loaded = ctypes.CDLL(str(path))
+        loaded = _built_and_loaded(compiler, f"{_fingerprint(compiler)}.so")
     except OSError as error:
-        raise NativeUnavailableError(f"the C++ kernels do not load: {error}") from error
+        # a full disk, a file system without locks: other kernels serve, with this reason
+        raise NativeUnavailableError(f"the C++ kernels cannot be built or kept: {error}") from error
     for function in FUNCTIONS:
         getattr(loaded, function).restype = ctypes.c_int64
     return loaded
 
 
-def _find_compiler() -> str:
-    """Absolute path of the C++ compiler: `CXX` if set, else the first one found."""
-    wanted = os.environ.get("CXX")
+def _built_and_loaded(compiler: Sequence[str], name: str) -> ctypes.CDLL:
+    """The library of that name, compiled if it is not there, and again if it cannot be loaded.
+
+    Raises
+    ------
+    NativeUnavailableError : the build failed, or even a fresh library does not load
+    OSError : the folder cannot be used
+    """
+    folder = _cache_folder()
+    if folder is None:
+        # Never load code from a shared temporary folder: a private one, for this process only.
+        folder = _private_folder()
+    path = folder / name
+    _expose_openmp()
+    with _locked(folder / f"{name}.lock"):
+        # Several workers start at once; one compiles, the others wait and find the result.
+        try:
+            if (kept := _load(path)) is not None:
+                return kept
+        except _UnusableError as error:
+            # not by this user, or cut short by a full disk: it would stay so for ever
+            logger.warning("%s; it is not used, but compiled again", error)
+            path.unlink()
+        _compile(compiler, path)
+        try:
+            fresh = _load(path)
+        except _UnusableError as error:
+            raise NativeUnavailableError(f"the C++ kernels do not load: {error}") from error
+        assert fresh is not None
+        return fresh
+
+
+class _UnusableError(RuntimeError):
+    """A library is there and must or can not be loaded; the message says why."""
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    """The library in that file, None if there is no such file.
+
+    Raises
+    ------
+    _UnusableError : not this user's own, or no whole library.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    if (distrust := _distrust(path, found, is_kind=stat.S_ISREG)) is not None:
+        raise _UnusableError(distrust)
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) == 64 and header[:5] == b"\x7fELF\x02":
+        # Linkers write the table of sections last. A library that lacks its end may load, and end
+        # the process when it is first called.
+        (table,) = struct.unpack_from("=Q", header, 0x28)
+        entry_size, entries = struct.unpack_from("=HH", header, 0x3A)
+        if found.st_size < table + entry_size * entries:
+            raise _UnusableError(f"{path} is cut short ({found.st_size:,} bytes)")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _UnusableError(str(error)) from error
+
+
+def _find_compiler() -> tuple[str, ...]:
+    """The C++ compiler as a command: `CXX` ("ccache g++" too) if set, else the first one found."""
+    wanted = os.environ.get("CXX", "").strip()
     candidates = (wanted,) if wanted else COMPILERS
     for candidate in candidates:
-        found = shutil.which(candidate)
-        if found:
-            return found
+        try:
+            program, *arguments = shlex.split(candidate)
+        except ValueError as error:
+            raise NativeUnavailableError(f"CXX={candidate!r} is no command: {error}") from error
+        if found := shutil.which(program):
+            return (found, *arguments)
     raise NativeUnavailableError(f"no C++ compiler found (looked for {', '.join(candidates)})")
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: Sequence[str]) -> str:
     """Hash of everything the machine code depends on, `-march=native` included."""
     try:
         version = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, timeout=30, check=True
+            [*compiler, "--version"], capture_output=True, text=True, timeout=30, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise NativeUnavailableError(f"{compiler} --version failed: {error}") from error
-    parts = [version, " ".join(COMPILE_FLAGS), platform.machine(), _cpu_features()]
+        command = " ".join(compiler)
+        raise NativeUnavailableError(f"{command} --version failed: {error}") from error
+    # the arguments too: "g++ -m32" has the version of g++
+    parts = [version, *compiler[1:], " ".join(COMPILE_FLAGS), platform.machine(), _cpu_features()]
     digest = hashlib.sha256("\0".join(parts).encode())
     for source in (HEADER, *SOURCES):
         digest.update(source.read_bytes())
@@ -206,44 +278,152 @@ def _cpu_features() -> str:
 
 
 def _cache_folder() -> Path | None:
-    """The user's folder for compiled kernels, created if need be; None if it cannot be written."""
+    """The user's folder for compiled kernels, made if need be; None, with a log line, if unsafe."""
     base = os.environ.get("XDG_CACHE_HOME")
+    folder = None
     try:
-        folder = (Path(base) if base else Path.home() / ".cache") / "m3-plugin" / "native"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
+        above = Path(base) if base else Path.home() / ".cache"
+        above.mkdir(parents=True, exist_ok=True)
+        # whoever can write to the first could put another folder in the second one's place
+        parent, folder = above / "m3-plugin", above / "m3-plugin" / "native"
+        distrust = _made_private(parent) or _made_private(folder)
+        if distrust is None and not os.access(folder, os.W_OK):
+            distrust = f"{folder} cannot be written"
+    except (OSError, RuntimeError) as error:
+        distrust = f"the cache of compiled kernels cannot be used: {error}"
+    if distrust is not None:
+        logger.warning("%s; this process compiles the C++ kernels for itself", distrust)
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    return folder
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _made_private(folder: Path) -> str | None:
+    """Make a folder that only this user may write to; why it is none, if it cannot be had."""
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if own and found.st_mode & _WRITABLE_BY_OTHERS:
+        # as the umask of many systems makes it; the files in it are looked at one by one
+        folder.chmod(0o700)
+        found = folder.lstat()
+    return _distrust(folder, found, is_kind=stat.S_ISDIR)
+
+
+@cache
+def _private_folder() -> Path:
+    """A folder of this process alone, removed when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="m3-plugin-native-"))
+    owner = os.getpid()
+
+    def remove() -> None:
+        # a forked worker must not take the folder from its parent
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def _distrust(path: Path, found: os.stat_result, *, is_kind: Callable[[int], bool]) -> str | None:
+    """Why code below or in `path` could be somebody else's, None if it is this user's own.
+
+    Parameters
+    ----------
+    found : its `lstat`: links are not followed, what they point to may be exchanged
+    is_kind : `stat.S_ISDIR` or `stat.S_ISREG`
+    """
+    if not is_kind(found.st_mode):
+        return f"{path} is a link or of another kind than it should be"
+    if found.st_uid != os.geteuid():
+        return f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}"
+    if found.st_mode & _WRITABLE_BY_OTHERS:
+        return f"others may write to {path} (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file of this user, and of nobody else, while the context lasts.
+
+    Raises
+    ------
+    NativeUnavailableError : another process held it for `LOCK_TIMEOUT_SECONDS`.
+    OSError : it is a link, or the file system has no locks.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    lock = os.open(path, flags, 0o600)
+    try:
+        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise NativeUnavailableError(
+                        f"another process held {path} for {LOCK_TIMEOUT_SECONDS} s; end it"
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        # which ends the lock too
+        os.close(lock)
+
+
+def _compile(compiler: Sequence[str], target: Path) -> None:
     """Compile and link next to `target`, then move it in place in one step."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [str(Path(scratch) / f"{source.parent.name}.o") for source in SOURCES]
-        processes = [
-            _start([compiler, *COMPILE_FLAGS, f"-I{PACKAGE}", "-c", str(source), "-o", output])
-            for source, output in zip(SOURCES, objects, strict=True)
-        ]
-        for process in processes:
-            _finish(process)
+        with _compilers() as started:
+            for source, output in zip(SOURCES, objects, strict=True):
+                flags = [*COMPILE_FLAGS, f"-I{PACKAGE}", "-c", str(source), "-o", output]
+                started.append(_start([*compiler, *flags]))
+            for process in started:
+                _finish(process)
         # Linked without -fopenmp on purpose: the runtime must be the one torch has already loaded.
         # A second one would keep its own threads spinning next to torch's.
         built = Path(scratch) / target.name
-        _finish(_start([compiler, "-shared", *objects, "-o", str(built)]))
+        with _compilers() as started:
+            started.append(_start([*compiler, "-shared", *objects, "-o", str(built)]))
+            _finish(started[0])
+        built.chmod(0o700)
         os.replace(built, target)
     logger.info(
         "compiled the C++ kernels with %s in %.1f s: %s",
-        compiler,
+        " ".join(compiler),
         time.monotonic() - start,
         target,
     )
 
 
+@contextmanager
+def _compilers() -> Iterator[list[subprocess.Popen[str]]]:
+    """Compilers that are started within; what still runs at its end, after a failure, is ended."""
+    started: list[subprocess.Popen[str]] = []
+    try:
+        yield started
+    finally:
+        for process in started:
+            if process.poll() is None:
+                # g++ only drives other programs, which would go on
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
 def _start(command: list[str]) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd="/",
+            start_new_session=True,
         )
     except OSError as error:
         raise NativeUnavailableError(f"{command[0]} does not start: {error}") from error
@@ -253,7 +433,6 @@ def _finish(process: subprocess.Popen[str]) -> None:
     try:
         output, _ = process.communicate(timeout=COMPILE_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
-        process.kill()
         raise NativeUnavailableError(f"the C++ compiler took over {error.timeout:.0f} s") from error
     if process.returncode != 0:
         message = " | ".join(line for line in output.splitlines() if "error" in line.lower())

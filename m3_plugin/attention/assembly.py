@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cache
 
 import torch
 
 from m3_kernels.sparse_attention import flashinfer_refusal
+from m3_kernels.testing.cases import PageLayout
 from m3_kernels.tuning import arch_of
+from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.attention.backends import KernelChoice, choose_kernels, require_served
 from m3_plugin.attention.batch import StepCapacity
 from m3_plugin.attention.observers import ExportedStatistics, TimedSession
@@ -31,6 +34,8 @@ def make_session(
     index_dtype: torch.dtype,
     tensor_parallel_size: int,
     capacity: StepCapacity,
+    pages: tuple[PageLayout, ...] = ("planes",),
+    beside: MSASession | None = None,
 ) -> MSASession | None:
     """The MSA session of one worker, None for a model without sparse layers.
 
@@ -44,6 +49,8 @@ def make_session(
     dtype : of activations
     cache_dtype, index_dtype : of the pages of K and V, and of index keys
     capacity : the largest step of the host
+    pages : how the host lays out K and V, one way or another (`m3_kernels.testing.cases.Case`)
+    beside : the session of a target whose draft this one is for; they share their scratch
 
     Raises
     ------
@@ -86,10 +93,24 @@ def make_session(
                 "M3_PLUGIN_TIMINGS=1 reads the wall clock around each kernel, which on a GPU says "
                 "how long its launch takes; unset it, or serve on a CPU"
             )
-        try_kernels(config.msa, shape, kernels=replace(kernels, prefill=None), device=device)
+        try_kernels(
+            config.msa,
+            shape,
+            kernels=replace(kernels, prefill=None, refused=()),
+            device=device,
+            pages=pages,
+            decode_rows=capacity.decode_rows,
+            max_seq_len=capacity.max_seq_len,
+        )
         if device.type == "cuda":
             kernels = with_flashinfer(config.msa, shape, kernels=kernels, device=device)
-        workspace = allocate_workspace(config.msa, shape, capacity, device=device)
+        workspace = allocate_workspace(
+            config.msa,
+            shape,
+            capacity,
+            device=device,
+            beside=None if beside is None else beside.workspace,
+        )
         logger.info("m3-plugin: %s", workspace.describe())
     session = (TimedSession if settings.timings else MSASession)(
         config.msa, kernels=kernels, scale=config.head_dim**-0.5, workspace=workspace
@@ -102,10 +123,24 @@ def make_session(
     return session
 
 
+@cache
 def try_kernels(
-    msa: MSAConfig, shape: LayerShape, *, kernels: KernelChoice, device: torch.device
+    msa: MSAConfig,
+    shape: LayerShape,
+    *,
+    kernels: KernelChoice,
+    device: torch.device,
+    pages: tuple[PageLayout, ...] = ("planes",),
+    decode_rows: int = DECODE_ROWS,
+    max_seq_len: int | None = None,
 ) -> None:
-    """Run the self-test of `self_test` on the layers that will be served.
+    """Run the self-test of `self_test` on the layers that will be served, once per process.
+
+    A draft of the target's geometry is served by kernels that have passed.
+
+    Parameters
+    ----------
+    pages, decode_rows, max_seq_len : as in `make_session`, of its capacity
 
     Raises
     ------
@@ -125,6 +160,9 @@ def try_kernels(
         kv_dtype=shape.cache_dtype,
         index_dtype=shape.index_dtype,
         device=device,
+        pages=pages,
+        decode_rows=decode_rows,
+        max_seq_len=max_seq_len,
     )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     require_right(findings, kernels=kernels, device=name)

@@ -79,8 +79,15 @@ def choose_kernels(device_type: str, requested: KernelFamily = "auto") -> Kernel
 
     Raises
     ------
-    NoKernelError : the requested family, or every family, is refused; all reasons are named.
+    NoKernelError : the requested family, or every family, is refused; all reasons are named. ROCm
+        is refused whatever is requested, with what to use there.
     """
+    if device_type == "cuda" and torch.version.hip is not None:
+        raise NoKernelError(
+            f"ROCm (HIP {torch.version.hip}) is not supported: the MSA kernels were only ever "
+            "compiled for NVIDIA GPUs. Use the host's own MiniMax-M3 there: leave the plugin out, "
+            "or set M3_PLUGIN_DISABLE=1"
+        )
     candidates = m3_kernels.kernel_families(device_type)
     if requested == "flashinfer" and device_type != "cuda":
         raise NoKernelError(

@@ -7,10 +7,14 @@ from typing import Literal
 
 from torch import Tensor
 
+from m3_kernels.work_plan import DECODE_ROWS
+
 
 @dataclass(frozen=True)
 class MSABatch:
-    """One scheduler step, as views of the host's own metadata; nothing is copied.
+    """One scheduler step, in tensors of the host's own metadata where it has them.
+
+    vLLM's are taken as they are; SGLang keeps some of them otherwise, and those are made per step.
 
     Row i of request r is the query at position `seq_lens[r] - q_len[r] + i`; rows at or past
     `cu_seqlens_q[-1]` are padding. Decode, verify, prefill and chunked prefill rows may be mixed.
@@ -65,16 +69,21 @@ class StepCapacity:
     max_requests : requests in one step, padded ones included
     max_rows : query rows in one step, padding included
     max_seq_len : keys of one request
+    decode_rows : query rows of a request that decodes: 1, and those it drafts; requests of more
+        rows are prefill. Scratch grows with it, so a host that drafts less says so
     """
 
     max_requests: int
     max_rows: int
     max_seq_len: int
+    decode_rows: int = DECODE_ROWS
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "max_rows", "max_seq_len"):
+        for name in ("max_requests", "max_rows", "max_seq_len", "decode_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.decode_rows > DECODE_ROWS:
+            raise ValueError(f"decode_rows must be at most {DECODE_ROWS}; got {self.decode_rows}")
 
     def require(self, batch: MSABatch) -> None:
         """Refuse a step that is larger than what was announced.

@@ -3,13 +3,19 @@
 Off unless `M3_PLUGIN_RECORD_BLOCKS` names a folder. Every record reads values of the device, so a
 server that records is slower, and steps replayed from a CUDA graph are not seen: record with eager
 execution.
+
+What a prompt looks at says something about the prompt, so folder and files are this user's alone.
+A worker's file ends at `MAX_BYTES`, and where it cannot be written; requests go on.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,7 +30,11 @@ if TYPE_CHECKING:
     from m3_plugin.attention.batch import MSABatch
     from m3_plugin.model.config import MSAConfig
 
+logger = logging.getLogger(__name__)
+
 FILE_PATTERN = "selection-*.jsonl"
+# Of one worker's file: about 1 GiB, twenty minutes of the released model's steps at 1 MB each.
+MAX_BYTES = 2**30
 # Rows of one step that are kept; the rows of a tile of prefill are kept together.
 ROWS_PER_STEP = 64
 
@@ -41,26 +51,37 @@ class SelectionRecorder:
 
     Parameters
     ----------
-    folder : created if it is not there; workers share it
+    folder : created, for this user alone, if it is not there; workers share it
     rows_per_step : at most so many rows of a step are kept, whole tiles of `TILE_ROWS` positions of
         a request, as a kernel for prefill takes them, evenly spaced
+    max_bytes : the file ends before it would get longer
 
     Raises
     ------
     ValueError : rows_per_step leaves no room for one tile
     """
 
-    def __init__(self, folder: Path, msa: MSAConfig, *, rows_per_step: int = ROWS_PER_STEP) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        msa: MSAConfig,
+        *,
+        rows_per_step: int = ROWS_PER_STEP,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         if rows_per_step < TILE_ROWS:
             raise ValueError(
                 f"rows_per_step must be at least {TILE_ROWS}, the rows of a tile; "
                 f"got {rows_per_step}"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
         self.msa = msa
         self.rows_per_step = rows_per_step
-        self._file: IO[str] | None = None
+        self.max_bytes = max_bytes
+        self._file: IO[bytes] | None = None
+        self._size = 0
+        self._ended = False
         self._batch: MSABatch | None = None
         self._sample = torch.empty(0, dtype=torch.long)
         self._step = -1
@@ -73,6 +94,8 @@ class SelectionRecorder:
         ----------
         block_ids : int32 [num_kv_heads, rows, topk], -1 where nothing was chosen
         """
+        if self._ended:
+            return
         if block_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             # nothing may be read back while a graph is captured, and its values mean nothing
             return
@@ -93,21 +116,52 @@ class SelectionRecorder:
         self._write({"step": self._step, "layer": self._layer, **line, "ids": ids})
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._file is None:
-            # opened by the process that runs the layers, not by the one that built the session
-            name = FILE_PATTERN.replace("*", f"{os.getpid()}-{next(_numbers)}")
-            self._file = (self.folder / name).open("w")
-            rules = {
-                "plugin": __version__,
-                "block_size": self.msa.block_size,
-                "topk": self.msa.topk_blocks,
-                "num_init_blocks": self.msa.num_init_blocks,
-                "num_local_blocks": self.msa.num_local_blocks,
-            }
-            self._file.write(json.dumps(rules) + "\n")
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        """Append a line, or end the recording: what is recorded must never end a request."""
+        try:
+            if self._file is None:
+                # opened by the process that runs the layers, not by the one that built the session
+                self._file = self._open()
+                self._append(
+                    {
+                        "plugin": __version__,
+                        "block_size": self.msa.block_size,
+                        "topk": self.msa.topk_blocks,
+                        "num_init_blocks": self.msa.num_init_blocks,
+                        "num_local_blocks": self.msa.num_local_blocks,
+                    }
+                )
+            self._append(line)
+        except OSError as error:
+            self._end(str(error))
+
+    def _open(self) -> IO[bytes]:
+        """A file that was not there: process ids come again after a restart of a container."""
+        own = f"{os.getpid()}-{next(_numbers)}-{secrets.token_hex(4)}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.fdopen(os.open(self.folder / FILE_PATTERN.replace("*", own), flags, 0o600), "wb")
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._ended or self._file is None:
+            return
+        text = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        if self._size + len(text) > self.max_bytes:
+            self._end(f"its file has reached {self.max_bytes:,} bytes")
+            return
+        self._file.write(text)
         # a server is ended by a signal: what is not written by then is lost
         self._file.flush()
+        self._size += len(text)
+
+    def _end(self, reason: str) -> None:
+        self._ended = True
+        # what the layers hold of the last step is not needed any more
+        self._batch = None
+        logger.warning("m3-plugin: chosen blocks are no longer recorded: %s", reason)
+        if self._file is not None:
+            # tries once more to write what could not be written
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
 
 
 def _sample_rows(batch: MSABatch, *, limit: int, block_size: int) -> tuple[Tensor, list[list[int]]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
-from m3_kernels.testing.cases import Case, Inputs, build, whole_storage
+from m3_kernels.testing.cases import Case, Inputs, PageLayout, build, whole_storage
 from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
 from m3_kernels.testing.projections import (
     EPS,
@@ -88,8 +88,14 @@ def self_test(
     device: torch.device,
     kv_dtype: torch.dtype | None = None,
     index_dtype: torch.dtype | None = None,
+    pages: tuple[PageLayout, ...] = ("planes",),
+    decode_rows: int = DECODE_ROWS,
+    max_seq_len: int | None = None,
 ) -> tuple[Finding, ...]:
-    """Decode, verify and prefill of the served geometry against the oracle; about a second.
+    """Decode, verify and prefill of the served geometry against the oracle.
+
+    About a second, if Triton has compiled the kernels on this machine before; about a minute if it
+    has to.
 
     With a prefill of another library only the steps it takes part in, on pages as hosts lay them
     out, and chunk by chunk as well.
@@ -103,6 +109,10 @@ def self_test(
     dtype : of activations
     kv_dtype, index_dtype : of the pages of K and V, of index keys; pages of 8 bits are tried as
         such, all others in `dtype`
+    pages : how the host lays out K and V; every kind of step is tried on the first and the last
+    decode_rows : query rows of a request of decode kind (`StepCapacity`)
+    max_seq_len : keys of the longest request the host serves, which decides which kernels it needs;
+        None for those of the steps alone
     """
     budget = msa.topk_blocks * msa.block_size
     geometry = Case(
@@ -121,24 +131,40 @@ def self_test(
         kv_dtype=kv_dtype if kv_dtype in FP8_DTYPES else None,
         index_dtype=index_dtype if index_dtype in LOW_PRECISION_DTYPES else None,
     )
-    # Each phase beyond the budget, where selection decides, and across the end of a block.
-    steps = {
-        "decode": ((budget + 3 * msa.block_size, 1), (msa.block_size - 1, 1), (0, 1)),
-        "verify": ((budget + 2 * msa.block_size - 2, 4), (msa.block_size, 3)),
-        "prefill": ((budget + msa.block_size - 5, DECODE_ROWS + 4), (0, DECODE_ROWS + 1)),
+    # Each kind of step beyond the budget, where selection decides, and across the end of a block.
+    steps: dict[str, tuple[tuple[int, int], ...]] = {
+        "decode": ((budget + 3 * msa.block_size, 1), (msa.block_size - 1, 1), (0, 1))
     }
-    cases = [replace(geometry, name=name, requests=requests) for name, requests in steps.items()]
+    for rows in (2, 4, DECODE_ROWS):
+        if rows <= decode_rows:
+            requests = ((budget + 2 * msa.block_size - 2, rows), (msa.block_size, rows - 1))
+            steps[f"verify {rows} rows"] = requests
+    steps["prefill"] = ((budget + msa.block_size - 5, DECODE_ROWS + 4), (0, DECODE_ROWS + 1))
+    # Kernels for short and for long contexts, and every layout, without every pair of them.
+    bounds = dict.fromkeys([(pages[0], None), (pages[-1], max_seq_len)])
+    runs = [
+        (replace(geometry, name=f"{name} on {layout} pages", requests=step, pages=layout), bound)
+        for name, step in steps.items()
+        for layout, bound in bounds
+    ]
     if kernels.prefill is not None:
         mixed = ((budget + 5, 1), *steps["prefill"], (budget + msa.block_size - 1, 2), (0, 1))
-        cases = [
-            replace(geometry, name=f"{name} on {pages} pages", requests=requests, pages=pages)
-            for pages in PREFILL_PAGES
-            for name, requests in (("prefill", steps["prefill"]), ("mixed", mixed))
+        runs = [
+            (replace(geometry, name=f"{name} on {layout} pages", requests=step, pages=layout), None)
+            for layout in PREFILL_PAGES
+            for name, step in (("prefill", steps["prefill"]), ("mixed", mixed))
         ]
     return tuple(
         finding
-        for case in cases
-        for finding in verify_case(case, kernels=kernels, device=device, repeats=1)
+        for case, bound in runs
+        for finding in verify_case(
+            case,
+            kernels=kernels,
+            device=device,
+            repeats=1,
+            decode_rows=decode_rows,
+            max_seq_len=bound,
+        )
     )
 
 
@@ -169,6 +195,8 @@ def verify_case(
     device: torch.device,
     repeats: int = 0,
     graph: bool = False,
+    decode_rows: int = DECODE_ROWS,
+    max_seq_len: int | None = None,
 ) -> tuple[Finding, ...]:
     """Run one case through a session and compare every part with the oracle.
 
@@ -177,12 +205,20 @@ def verify_case(
     device : where the kernels run; the oracle runs on the CPU
     repeats : further runs, which must give the same bits
     graph : capture a run of other lengths in a CUDA graph, replay it on this case, compare bits
+    decode_rows : query rows of a request of decode kind (`StepCapacity`)
+    max_seq_len : the bound of lengths that kernels are told; None for the longest of the case
     """
     host_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"), torch.inference_mode():
-            run = _CaseRun(case, kernels=kernels, device=device)
+            run = _CaseRun(
+                case,
+                kernels=kernels,
+                device=device,
+                decode_rows=decode_rows,
+                max_seq_len=max_seq_len,
+            )
             findings = [run.queries(), run.cache(), run.selection(), run.attention(), run.whole()]
             if repeats:
                 findings.append(run.repeats(repeats))
@@ -198,13 +234,26 @@ def verify_case(
 class _CaseRun:
     """One case on one device, its session, and the results later comparisons build on."""
 
-    def __init__(self, case: Case, *, kernels: KernelChoice, device: torch.device) -> None:
+    def __init__(
+        self,
+        case: Case,
+        *,
+        kernels: KernelChoice,
+        device: torch.device,
+        decode_rows: int,
+        max_seq_len: int | None,
+    ) -> None:
         self.case = case
+        self.decode_rows = decode_rows
         self.device = device
         self.inputs = build(case)
         self.moved = self.inputs.to(device)
-        self.session = session_for(case, kernels=kernels, device=device)
+        self.session = session_for(
+            case, kernels=kernels, device=device, decode_rows=decode_rows, max_seq_len=max_seq_len
+        )
         self.batch = _batch(self.moved)
+        if max_seq_len is not None:
+            self.batch = replace(self.batch, max_seq_len=max_seq_len)
         self.plan = self.session.plan(self.batch)
         chosen = self.session.select(self.plan, self.moved.index_q, caches=_caches(self.moved))
         # a workspace keeps one layer's choice
@@ -327,7 +376,7 @@ class _CaseRun:
         for request, (first, last) in enumerate(pairwise(moved.cu_seqlens_q.tolist())):
             rows = slice(first + left_out, last)
             count = last - rows.start
-            if count <= DECODE_ROWS:
+            if count <= self.decode_rows:
                 continue
             batch = replace(
                 self.batch,
@@ -446,8 +495,15 @@ class _Step:
         return out
 
 
-def session_for(case: Case, *, kernels: KernelChoice, device: torch.device) -> MSASession:
-    """A session just large enough for a case."""
+def session_for(
+    case: Case,
+    *,
+    kernels: KernelChoice,
+    device: torch.device,
+    decode_rows: int = DECODE_ROWS,
+    max_seq_len: int | None = None,
+) -> MSASession:
+    """A session just large enough for a case; the last two as in `StepCapacity`."""
     rules = MSAConfig(
         num_index_heads=case.num_kv_heads,
         index_dim=case.index_dim,
@@ -472,7 +528,9 @@ def session_for(case: Case, *, kernels: KernelChoice, device: torch.device) -> M
             StepCapacity(
                 max_requests=max(1, len(case.requests)),
                 max_rows=max(1, case.num_rows + case.padding_rows),
-                max_seq_len=max([1, *(cached + rows for cached, rows in case.requests)]),
+                max_seq_len=max_seq_len
+                or max([1, *(cached + rows for cached, rows in case.requests)]),
+                decode_rows=decode_rows,
             ),
             device=device,
         )

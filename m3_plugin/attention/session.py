@@ -169,6 +169,8 @@ class MSASession:
         self.kernels = kernels
         self.scale = scale
         self.workspace = workspace
+        # layouts of pages on which every kernel was run (`m3_plugin.attention.warm_up`)
+        self.warmed: set[tuple[object, ...]] = set()
         # off by default because counting costs time
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None
@@ -185,6 +187,14 @@ class MSASession:
         """
         work = None if self.workspace is None else self.workspace.plan(batch)
         return MSAPlan(batch=batch, work=work)
+
+    def replan(self, plan: MSAPlan) -> None:
+        """Plan a step again after its lengths have changed in place, as they do while drafting.
+
+        Writes where the plan lies and looks at nothing on the host, so that a graph may hold it.
+        """
+        if self.workspace is not None:
+            self.workspace.plan(plan.batch)
 
     def run(
         self,
@@ -264,8 +274,8 @@ class MSASession:
             eps=norms.eps,
             cos_sin=cos_sin,
             slot_mapping=plan.batch.slot_mapping,
-            q_out=self.workspace.q[:rows] if self.workspace else None,
-            index_q_out=self.workspace.index_q[:rows] if self.workspace else None,
+            q_out=self.workspace.scratch.q[:rows] if self.workspace else None,
+            index_q_out=self.workspace.scratch.index_q[:rows] if self.workspace else None,
             k_scale=caches.k_scale,
             v_scale=caches.v_scale,
             index_k_scales=caches.index_k_scales,
@@ -292,7 +302,7 @@ class MSASession:
             index_k_scales=caches.index_k_scales,
             out=self.workspace.ids(index_q.shape[0]) if self.workspace else None,
             plan=plan.work,
-            workspace=self.workspace.scores if self.workspace else None,
+            workspace=self.workspace.scratch.scores if self.workspace else None,
             backend=self.kernels.family,
         )
 
@@ -319,7 +329,7 @@ class MSASession:
             v_scale=caches.v_scale,
             out=out,
             plan=plan.work,
-            workspace=self.workspace.attention if self.workspace else None,
+            workspace=self.workspace.scratch.attention if self.workspace else None,
             prefill=self._prefill(caches),
             backend=self.kernels.family,
         )

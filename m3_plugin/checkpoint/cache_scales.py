@@ -118,6 +118,34 @@ class CacheScales:
 
         return CacheScales(own(self.k), own(self.v))
 
+    def in_place_of(self, old: CacheScales, *, layer: str) -> CacheScales:
+        """These values in the memory of a serving layer's scales, which kernels go on reading.
+
+        A half that did not come stays as it is.
+
+        Parameters
+        ----------
+        old : what the layer serves with, of the same rank
+        layer : its name, for errors
+
+        Raises
+        ------
+        ValueError : the layer has unit scale, or one scale for all heads, since the server began.
+        """
+
+        def kept(was: Tensor | None, new: Tensor | None) -> Tensor | None:
+            if new is None:
+                return was
+            if was is None or new.numel() not in (1, was.numel()):
+                served = "unit scale" if was is None else "one scale for all heads"
+                raise ValueError(
+                    f"{layer} keeps its fp8 cache with {served} since the server began, and "
+                    f"cannot take {new.numel()} while it serves; start the server with them"
+                )
+            return was.copy_(new)
+
+        return CacheScales(kept(old.k, self.k), kept(old.v, self.v))
+
 
 def require_cache_scales(headers: Iterable[TensorHeader], *, num_kv_heads: int) -> None:
     """Refuse stored scales of a wrong shape or dtype, and half a pair.

@@ -2,13 +2,18 @@
 
 Both hosts fuse the same projections and give every parameter a `weight_loader`; they differ in the
 names of the fused parameters and of the routed experts, which they hand in.
+
+The first load of a model must be whole. What changes weights while they serve is in
+`m3_plugin.checkpoint.updates`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,18 +21,24 @@ from torch import Tensor, nn
 
 from m3_plugin.checkpoint.cache_scales import CacheScales, cache_scale_name
 from m3_plugin.checkpoint.headers import indexed_tensors, shard_files
-from m3_plugin.checkpoint.names import TensorLedger, is_mtp_tensor
+from m3_plugin.checkpoint.names import TensorLedger, is_mtp_tensor, tensor_shape
 from m3_plugin.checkpoint.plan import (
     WeightPlan,
     plan_checkpoint,
     require_in_proportion,
 )
-from m3_plugin.checkpoint.stream import Dequantiser
+from m3_plugin.checkpoint.stream import SAFETENSORS_NAMES, Dequantiser
+from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import ModelNotFound, find_model
+from m3_plugin.quantization.dialects import PLAIN
+from m3_plugin.quantization.formats import require_part
 from m3_plugin.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# Channels of an expert that a host's kernels take at once: a rank's part is rounded up to them.
+EXPERT_TILE = 128
 
 _EXPERT_NAME = re.compile(r"(experts\.\d+\.w[123]\.)")
 
@@ -36,9 +47,16 @@ Shard = str | int
 
 @runtime_checkable
 class FinishesLoading(Protocol):
-    """A module that has something to do once all its tensors are there."""
+    """A module that has something to do once the tensors of a load are there."""
 
     def finish_loading(self) -> None: ...
+
+
+@runtime_checkable
+class ReopensLoading(FinishesLoading, Protocol):
+    """A module whose `finish_loading` must be undone before a later load writes into it."""
+
+    def start_loading(self) -> None: ...
 
 
 @runtime_checkable
@@ -46,8 +64,31 @@ class TakesCacheScales(Protocol):
     """An attention module that stores K and V by itself, at the checkpoint's name for it."""
 
     def take_cache_scales(self, scales: CacheScales) -> None:
-        """Scales of the whole layer, for all ranks; called once, without any for unit scale."""
+        """Scales of the whole layer, for all ranks; without any it has unit scale.
+
+        Called after the first load, and after later ones with which scales of the layer came.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a tensor goes: the host's parameter, and the arguments of its `weight_loader`.
+
+    Attributes
+    ----------
+    parameter : its name
+    arguments, keywords : after parameter and tensor
+    """
+
+    parameter: str
+    arguments: tuple[object, ...] = ()
+    keywords: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> str:
+        """The host's module that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
 
 
 class WeightLoader:
@@ -56,6 +97,7 @@ class WeightLoader:
     Parameters
     ----------
     model : the host's causal LM (holding `model` and `lm_head`)
+    config : what the checkpoint says of itself
     expected : modules that must be found (`text_modules`, `mtp_modules`)
     fused : checkpoint projection -> (the host's fused parameter, shard within it)
     experts : (parameter prefix, checkpoint prefix "experts.7.w1.", expert, shard) of each expert's
@@ -65,12 +107,15 @@ class WeightLoader:
     is_foreign : whether a tensor belongs to another model altogether
     rename : the host's spelling of a suffix
     dequantiser : turns quantised weights into plain ones on the way; None leaves them to the host
+    optional : of `expected`, modules that the host need not read for this rank
+    witness : sees every tensor as it is stored
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
+        config: M3Config,
         expected: frozenset[str],
         fused: Mapping[str, tuple[str, Shard]],
         experts: Iterable[tuple[str, str, int, str]],
@@ -79,9 +124,12 @@ class WeightLoader:
         is_foreign: Callable[[str], bool] = is_mtp_tensor,
         rename: Callable[[str], str] = lambda name: name,
         dequantiser: Dequantiser | None = None,
+        optional: frozenset[str] = frozenset(),
+        witness: ExpertWitness | None = None,
     ) -> None:
         self.model = model
-        self.ledger = TensorLedger(expected)
+        self.config = config
+        self.ledger = TensorLedger(expected, optional)
         self.parameters = dict(model.named_parameters())
         self.loaded: set[str] = set()
         self.cache_scales: dict[str, CacheScales] = {}
@@ -95,6 +143,7 @@ class WeightLoader:
         self.is_foreign = is_foreign
         self.rename = rename
         self.dequantiser = dequantiser
+        self.witness = witness
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Load one tensor; `name` is relative to the text model (`model...` or `lm_head...`).
@@ -104,28 +153,95 @@ class WeightLoader:
         ValueError : the model has no parameter for a tensor the config promises; a cache scale
             that is none.
         """
+        plain = self.take(name, tensor)
+        if plain is not None:
+            self.write(*plain)
+
+    def take(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """Account for one tensor; what is to be written of it, None if nothing (yet).
+
+        Tensors of other stages or models are passed over, cache scales kept until `finish`, parts
+        of a quantised weight until it is whole, if it becomes a plain one.
+        """
         if self.is_foreign(name) or self._is_cache_scale(name, tensor):
-            return
+            return None
         if not self.ledger.add(name) or self.is_elsewhere(name):
-            return
-        if self.dequantiser is not None:
-            plain = self.dequantiser.take(name, tensor)
-            if plain is None:
-                return
-            name, tensor = plain
+            return None
+        if self.witness is not None:
+            self.witness.see(name, tensor)
+        return (name, tensor) if self.dequantiser is None else self.dequantiser.take(name, tensor)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Hand a tensor that `take` returned to the loader of the host's parameter."""
+        self._load_parameter(name, self.destination(name), tensor)
+
+    def destination(self, name: str) -> Destination:
+        """Where a tensor of the checkpoint goes."""
         name = self.rename(name)
         if expert := _EXPERT_NAME.search(name):
             prefix, expert_id, shard = self.experts[expert.group(1)]
             target = name.replace(expert.group(1), prefix)
-            self._load_parameter(name, target, tensor, target, shard_id=shard, expert_id=expert_id)
-        elif fused := self.fused_name.search(name):
+            return Destination(target, (target,), {"shard_id": shard, "expert_id": expert_id})
+        if fused := self.fused_name.search(name):
             module, part = self.fused[fused.group(1)]
-            self._load_parameter(name, self.fused_name.sub(f".{module}.", name), tensor, part)
-        else:
-            self._load_parameter(name, name, tensor)
+            return Destination(self.fused_name.sub(f".{module}.", name), (part,))
+        return Destination(name)
 
-    def finish(self) -> set[str]:
+    def require_known(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        """Refuse a tensor that is none of this model's, or of another shape; nothing is written.
+
+        Parameters
+        ----------
+        name : relative to the text model
+        shape, dtype : as stored, dtype by safetensors' name of it
+
+        Raises
+        ------
+        ValueError : names the tensor, and what its shape must be.
+        """
+        if self.is_foreign(name):
+            return
+        scale = cache_scale_name(name)
+        if scale is not None and self.ledger.knows_attention(scale.attention):
+            heads = self.config.num_key_value_heads
+            if scale.what != "unused" and math.prod(shape) not in (1, heads):
+                raise ValueError(
+                    f"tensor {name} must hold one scale or one for each of the {heads} KV heads; "
+                    f"got shape {list(shape)}"
+                )
+            return
+        module = self.ledger.module_of(name)
+        if module is None:
+            if self.ledger.is_unread(name):
+                return
+            raise ValueError(
+                f"tensor {name} belongs to no module of this model; send tensors by the names the "
+                "checkpoint has for them"
+            )
+        quantization = self.config.quantization
+        weight = PLAIN if quantization is None else quantization.format_of(module)
+        if weight != PLAIN:
+            parts = weight.parts(*tensor_shape(self.config, module))
+            require_part(weight, parts, tensor=name, dtype=dtype, shape=shape)
+            return
+        if name not in (module, f"{module}.weight"):
+            raise ValueError(
+                f"tensor {name} is no part of {module}, which this model holds unquantised; send "
+                "its plain weight"
+            )
+        wanted = tensor_shape(self.config, module)
+        if shape != wanted:
+            raise ValueError(
+                f"tensor {name} must have shape {list(wanted)} in this model; got {list(shape)}"
+            )
+
+    def finish(self, *, partial: bool = False) -> set[str]:
         """Check completeness and let the modules bring their weights into kernel order.
+
+        Parameters
+        ----------
+        partial : an update of a model that has all its weights, as trainers send them: some of the
+            tensors, of which each must be known
 
         Returns
         -------
@@ -135,18 +251,29 @@ class WeightLoader:
         ------
         ValueError : tensors missing or left over (`TensorLedger.require_complete`).
         """
-        if self.dequantiser is not None:
-            self.dequantiser.require_complete()
-        self.ledger.require_complete()
-        self._hand_out_cache_scales()
-        for module in self.model.modules():
-            if isinstance(module, FinishesLoading):
+        if not partial:
+            self._require_whole_weights()
+            self.ledger.require_complete()
+        self._hand_out_cache_scales(partial=partial)
+        for name, module in self.model.named_modules():
+            if isinstance(module, FinishesLoading) and (not partial or self._wrote_into(name)):
                 module.finish_loading()
+        if partial:
+            # last: what was written before must serve
+            self.ledger.require_complete(partial=True)
+            self._require_whole_weights()
         return self.loaded
 
-    def _load_parameter(
-        self, name: str, target: str, tensor: Tensor, *args: object, **kwargs: object
-    ) -> None:
+    def _require_whole_weights(self) -> None:
+        if self.dequantiser is not None:
+            self.dequantiser.require_complete()
+
+    def _wrote_into(self, module: str) -> bool:
+        prefix = f"{module}." if module else ""
+        return any(parameter.startswith(prefix) for parameter in self.loaded)
+
+    def _load_parameter(self, name: str, destination: Destination, tensor: Tensor) -> None:
+        target = destination.parameter
         if target not in self.parameters:
             raise ValueError(
                 f"checkpoint tensor {name} has no counterpart in the model "
@@ -154,7 +281,7 @@ class WeightLoader:
             )
         parameter = self.parameters[target]
         loader = getattr(parameter, "weight_loader", self.default_loader)
-        loader(parameter, tensor, *args, **kwargs)
+        loader(parameter, tensor, *destination.arguments, **destination.keywords)
         self.loaded.add(target)
 
     def _is_cache_scale(self, name: str, tensor: Tensor) -> bool:
@@ -167,11 +294,13 @@ class WeightLoader:
             self.cache_scales[scale.attention] = scales.with_scale(scale, tensor, tensor=name)
         return True
 
-    def _hand_out_cache_scales(self) -> None:
+    def _hand_out_cache_scales(self, *, partial: bool) -> None:
         """Each layer its scales: those that store by themselves, and those of the host's own."""
+        if partial and not self.cache_scales:
+            return
         waiting = dict(self.cache_scales)
         for name, module in self.model.named_modules():
-            if isinstance(module, TakesCacheScales):
+            if isinstance(module, TakesCacheScales) and (name in waiting or not partial):
                 module.take_cache_scales(waiting.pop(name, CacheScales()))
         unplaced = [name for name, scales in waiting.items() if not self._to_host(name, scales)]
         found = len(self.cache_scales)
@@ -198,7 +327,8 @@ class WeightLoader:
             if scale is not None:
                 # one scale for all heads must not saturate any
                 one = self.parameters[target].numel() == 1
-                self._load_parameter(target, target, scale.max().reshape(1) if one else scale)
+                value = scale.max().reshape(1) if one else scale
+                self._load_parameter(target, Destination(target), value)
         return True
 
 
@@ -243,6 +373,22 @@ def plan_before_loading(
     )
 
 
+def expert_share(intermediate_size: int, *, ranks: int) -> float:
+    """Part of a layer's routed experts that one of so many ranks holds, padding included.
+
+    Hosts that cut experts by channels round each rank's up to whole tiles, 192 to 256.
+
+    Parameters
+    ----------
+    intermediate_size : channels of an expert
+    ranks : that share the experts of a layer, by channels or expert by expert
+    """
+    if ranks == 1:
+        return 1.0
+    own = -(-intermediate_size // ranks)
+    return -(-own // EXPERT_TILE) * EXPERT_TILE / intermediate_size
+
+
 def require_expert_bytes(
     plan: WeightPlan | None, experts: nn.Module, *, layer: str, share: float
 ) -> None:
@@ -276,6 +422,11 @@ def chosen_dequantiser(config: M3Config) -> Dequantiser | None:
     return Dequantiser(config)
 
 
+def stored_as(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    """Shape of a tensor, and what safetensors calls its dtype."""
+    return tuple(tensor.shape), SAFETENSORS_NAMES.get(tensor.dtype, str(tensor.dtype))
+
+
 def interleave_gate_up(w13: Tensor) -> Tensor:
     """[experts, gates | ups, hidden] -> [experts, gate 0, up 0, gate 1, ..., hidden].
 
@@ -284,3 +435,10 @@ def interleave_gate_up(w13: Tensor) -> Tensor:
     experts, rows, hidden = w13.shape
     halves = w13.view(experts, 2, rows // 2, hidden)
     return halves.transpose(1, 2).reshape(experts, rows, hidden).contiguous()
+
+
+def separate_gate_up(w13: Tensor) -> Tensor:
+    """Undo `interleave_gate_up`: [experts, gate 0, up 0, ..., hidden] -> gates, then ups."""
+    experts, rows, hidden = w13.shape
+    pairs = w13.view(experts, rows // 2, 2, hidden)
+    return pairs.transpose(1, 2).reshape(experts, rows, hidden).contiguous()

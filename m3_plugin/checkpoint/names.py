@@ -19,6 +19,7 @@ MTP_PREFIX = "model.mtp.layers."
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _MTP = re.compile(r"(^|\.)mtp\.")
 _INDEX_BRANCH = re.compile(r"(.+\.self_attn)\.index_[qk]_(?:proj|norm)\.")
 _MTP_LAYER = re.compile(r"(?:^|\.)mtp\.layers\.(\d+)\.")
@@ -159,9 +160,39 @@ def linear_shape(config: M3Config, module: str) -> tuple[int, int]:
     return shapes[projection]
 
 
+def tensor_shape(config: M3Config, module: str) -> tuple[int, ...]:
+    """Shape of the plain weight of any module of the text model or its draft.
+
+    Parameters
+    ----------
+    module : one of `text_modules` or `mtp_modules`
+    """
+    own = module.rpartition(".")[2]
+    if own in ("q_norm", "k_norm"):
+        return (config.head_dim,)
+    if own in ("index_q_norm", "index_k_norm"):
+        assert config.msa is not None
+        return (config.msa.index_dim,)
+    if own.endswith(("norm", "layernorm")):
+        return (config.hidden_size,)
+    if own == "gate":
+        return (config.num_experts, config.hidden_size)
+    if own == "e_score_correction_bias":
+        return (config.num_experts,)
+    if own == "embed_tokens":
+        return (config.vocab_size, config.hidden_size)
+    return linear_shape(config, module)
+
+
 def layer_of(name: str) -> int | None:
     """Decoder layer a tensor belongs to, None outside the layers."""
     match = _LAYER.match(name)
+    return int(match.group(1)) if match else None
+
+
+def expert_of(module: str) -> int | None:
+    """Routed expert a module belongs to, None outside the routed experts."""
+    match = _EXPERT.search(module)
     return int(match.group(1)) if match else None
 
 
@@ -172,25 +203,34 @@ class TensorLedger:
     A tensor belongs to module M when it is named M or M.<suffix>: quantised checkpoints add scales
     beside (or instead of) `weight`, and which suffixes exist is the quantisation's own affair.
 
+    Modules of `optional` may be there or not: experts of other ranks, which a host need not read.
+
     Index branches are not read, and not left over, where the config declares every layer dense: so
     the same files can be served both ways and compared.
     """
 
     expected: frozenset[str]
+    optional: frozenset[str] = frozenset()
     seen: set[str] = field(default_factory=set)
     leftover: list[str] = field(default_factory=list)
 
     def add(self, name: str) -> bool:
         """Record one tensor; False when the model has no module that reads it."""
-        for module in (name, name.rpartition(".")[0]):
-            if module in self.expected:
-                self.seen.add(module)
-                return True
-        if not self._is_unread(name):
+        module = self.module_of(name)
+        if module is not None:
+            self.seen.add(module)
+            return True
+        if not self.is_unread(name):
             self.leftover.append(name)
         return False
 
-    def _is_unread(self, name: str) -> bool:
+    def module_of(self, name: str) -> str | None:
+        """The expected module a tensor belongs to, None if there is none."""
+        parents = (name, name.rpartition(".")[0])
+        return next((module for module in parents if module in self.expected), None)
+
+    def is_unread(self, name: str) -> bool:
+        """Whether a tensor is of an index branch in a model whose layers are all dense."""
         branch = _INDEX_BRANCH.match(name)
         if branch is None or not self.knows_attention(branch.group(1)):
             return False
@@ -200,14 +240,18 @@ class TensorLedger:
         """Whether the config has an attention module of that name, which itself has no weight."""
         return f"{module}.k_proj" in self.expected
 
-    def require_complete(self) -> None:
+    def require_complete(self, *, partial: bool = False) -> None:
         """Refuse a checkpoint with tensors missing or left over.
+
+        Parameters
+        ----------
+        partial : more of it may come later, so that none counts as missing
 
         Raises
         ------
         ValueError : names the first few of either and counts the rest.
         """
-        missing = sorted(self.expected - self.seen)
+        missing = [] if partial else sorted(self.expected - self.optional - self.seen)
         problems = []
         if missing:
             problems.append(f"missing {_sample(missing)}")

@@ -2,32 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from m3_plugin import __version__
-from m3_plugin.cli import bench, evaluate
+from m3_plugin.cli import help as texts
+from m3_plugin.cli.bench import bench_cpu, bench_kernels, bench_serve
 from m3_plugin.cli.blocks import blocks
 from m3_plugin.cli.check import check
 from m3_plugin.cli.demo import demo
 from m3_plugin.cli.doctor import doctor
+from m3_plugin.cli.evaluate.needle import needle
 from m3_plugin.cli.fit import fit_command
+from m3_plugin.cli.leftovers import uninstall_leftovers
 from m3_plugin.cli.tiny import tiny
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-    help="MiniMax-M3 and its block-sparse attention for an existing vLLM or SGLang.",
+
+def _group(summary: str) -> typer.Typer:
+    return typer.Typer(
+        cls=texts.Group,
+        help=summary,
+        no_args_is_help=True,
+        context_settings=dict(texts.SETTINGS),
+        pretty_exceptions_show_locals=False,
+    )
+
+
+def _add(group: typer.Typer, words: str, command: Callable[..., Any]) -> None:
+    notes = texts.NOTES[words]
+    group.command(
+        words.split()[-1],
+        cls=texts.Command,
+        context_settings=dict(texts.SETTINGS),
+        short_help=notes.summary,
+        epilog=notes.text(),
+    )(command)
+
+
+app = _group(
+    "MiniMax-M3 and its block-sparse attention for a vLLM or SGLang that you already have.\n\n"
+    "First hour: doctor, fit, the command that fit prints, check, eval needle."
 )
-app.command()(check)
-app.command()(blocks)
-app.command()(demo)
-app.command()(doctor)
-app.command("fit")(fit_command)
-app.command()(tiny)
-app.add_typer(evaluate.app, name="eval", help="Ask a server questions with known answers.")
-app.add_typer(bench.app, name="bench", help="Measure kernels and servers on this machine.")
+evaluate_app = _group("Is a running server right? Ask it what is known.")
+bench_app = _group("How fast are a server and the kernels?")
+
+_add(app, "doctor", doctor)
+_add(app, "fit", fit_command)
+_add(app, "check", check)
+app.add_typer(evaluate_app, name="eval")
+_add(evaluate_app, "eval needle", needle)
+app.add_typer(bench_app, name="bench")
+_add(bench_app, "bench serve", bench_serve)
+_add(bench_app, "bench kernels", bench_kernels)
+_add(bench_app, "bench cpu", bench_cpu)
+_add(app, "demo", demo)
+_add(app, "tiny", tiny)
+_add(app, "blocks", blocks)
+_add(app, "uninstall-leftovers", uninstall_leftovers)
 
 
 def _print_version(wanted: bool) -> None:
@@ -43,4 +76,14 @@ def main(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
     ] = False,
 ) -> None:
-    """MiniMax-M3 and its block-sparse attention for an existing vLLM or SGLang."""
+    """Commands around MiniMax-M3 on vLLM and SGLang."""
+
+
+@evaluate_app.callback()
+def _about_eval() -> None:
+    """Is a running server right? Ask it what is known."""
+
+
+@bench_app.callback()
+def _about_bench() -> None:
+    """How fast are a server and the kernels?"""

@@ -1,4 +1,4 @@
-"""`python -m m3_plugin.cli`, for environments whose scripts are not on the path."""
+"""`python -P -m m3_plugin.cli`, for environments whose scripts are not on the path."""
 
 from m3_plugin.cli import app
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from m3_plugin.cli.outputs import JsonOption, PlotOption
+from m3_plugin.cli.exits import environment
+from m3_plugin.cli.options import JsonOption, OutputOption, PlotOption
+from m3_plugin.cli.outputs import deliver
 
 if TYPE_CHECKING:
     from m3_plugin.cli.blocks_summary import LayerSummary, Summary
@@ -28,33 +29,36 @@ class Phase(StrEnum):
 
 
 def blocks(
-    folder: Annotated[Path, typer.Argument(help="The folder M3_PLUGIN_RECORD_BLOCKS named.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder that M3_PLUGIN_RECORD_BLOCKS named for the server.")
+    ],
     phase: Annotated[
-        Phase, typer.Option(help="Rows alone in their step, or the others.")
+        Phase,
+        typer.Option(help="prefill: rows of prompts; decode: rows of generated tokens; all: both."),
     ] = Phase.all,
-    json_file: JsonOption = None,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """Heat map of layers against context, share of local and early blocks, overlaps, unions."""
+    """Show which blocks of the context the sparse layers read while a server recorded them.
+
+    Per layer: how often each block is chosen, how much of the choice is the newest blocks or block
+    0, how much of it the next token and the other heads share, and how many blocks neighbouring
+    rows of a prompt read together.
+    """
     from m3_plugin.cli.blocks_summary import NoRecords, summarise
 
-    try:
-        with Console(stderr=True).status(Text(f"reading {folder}")):
-            summary = summarise(folder, phase=phase.value)
-    except (NoRecords, ValueError) as error:
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
-    console = Console(stderr=json_file == "-")
-    _print(summary, console)
-    if json_file is not None:
-        text = json.dumps(asdict(summary))
-        if json_file == "-":
-            typer.echo(text)
-        else:
-            Path(json_file).write_text(text + "\n")
+    with (
+        environment(NoRecords, ValueError, OSError),
+        Console(stderr=True).status(Text(f"reading {folder}")),
+    ):
+        summary = summarise(folder, phase=phase.value)
+    if not as_json:
+        _print(summary, Console())
+    deliver("blocks", asdict(summary), as_json=as_json, output=output)
     if plot is not None:
         _plot(summary, plot, title=f"{phase.value} rows" if phase != Phase.all else "all rows")
-        console.print(f"picture: {plot}", markup=False)
+        Console(stderr=True).print(f"picture: {plot}", markup=False)
 
 
 def mean_heat(layer: LayerSummary) -> list[float]:
@@ -63,7 +67,7 @@ def mean_heat(layer: LayerSummary) -> list[float]:
 
 
 def _print(summary: Summary, console: Console) -> None:
-    console = console if console.is_terminal else Console(width=100, stderr=console.stderr)
+    console = console if console.is_terminal else Console(width=100)
     beyond, rows = summary.rows_beyond_budget, summary.rows
     table = Table(
         title=f"{beyond:,} sampled rows beyond the budget (of {rows:,}), "

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from m3_plugin.cli.bench.report import (
-    deliver,
     gpu_facts,
     headline,
     machine_facts,
     progress_bar,
     table_of,
 )
-from m3_plugin.cli.outputs import JsonOption
+from m3_plugin.cli.exits import Exit, environment, fail
+from m3_plugin.cli.options import Device, JsonOption, OutputOption
+from m3_plugin.cli.outputs import deliver
 
 if TYPE_CHECKING:
     import torch
@@ -79,38 +80,40 @@ class CheckReport:
 
 def check(
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")
+        Device | None, typer.Option(help="Default: cuda if there is a GPU, else cpu.")
     ] = None,
-    only: Annotated[str, typer.Option(help="Only cases whose name holds this text.")] = "",
+    only: Annotated[str, typer.Option(help="Run only cases whose name contains this text.")] = "",
     family: Annotated[
-        str | None, typer.Option(help="Only this kernel family; default: all that can run.")
+        str | None,
+        typer.Option(help="Run one kernel family: triton, native, torch, flashinfer."),
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(help="Runs that must be bit-equal; default: 200 on cuda, 3 on cpu."),
+        typer.Option(
+            min=0, help="Repetitions that must give the same bits; default: 200 on cuda, 3 on cpu."
+        ),
     ] = None,
-    json_file: JsonOption = None,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
 ) -> None:
-    """Compare every kernel with the oracle on this device; ends with 1 if anything is wrong."""
+    """Are the kernels right on this machine? Compare each with a slow reference.
+
+    Needs no host and no weights. Whether a running server is right is what `eval needle` asks.
+    """
     import torch
 
     from m3_kernels.tuning import arch_of
 
-    console = Console(stderr=json_file == "-")
-    device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    device_type = (device or (Device.cuda if torch.cuda.is_available() else Device.cpu)).value
+    with environment(LookupError, RuntimeError):
         chosen = [] if family == "flashinfer" else _families(device_type, family)
-    except (LookupError, RuntimeError) as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
     on_gpu = device_type == "cuda"
     arch = arch_of(torch.device(device_type)) if on_gpu else None
     flashinfer, refusal = flashinfer_choice(arch)
     if flashinfer is not None and family in (None, "flashinfer"):
         chosen.append(flashinfer)
     elif family == "flashinfer":
-        console.print(f"flashinfer refused: {refusal}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2)
+        fail(f"flashinfer refused: {refusal}", Exit.ENVIRONMENT)
     report = CheckReport(
         machine=machine_facts() | (gpu_facts() if on_gpu else {}),
         device=device_type,
@@ -128,8 +131,7 @@ def check(
         )
     ]
     if not work:
-        console.print(f"no case has {only!r} in its name", style="red", markup=False)
-        raise typer.Exit(2)
+        raise typer.BadParameter(f"no case has {only!r} in its name", param_hint="--only")
     with progress_bar() as progress:
         task = progress.add_task("", total=len(work))
         for choice, case in work:
@@ -139,10 +141,19 @@ def check(
             )
             progress.advance(task)
     report.ok = all(result.ok for result in report.results)
-    _print(report, console)
-    deliver(report, console, json_file=json_file)
-    if not report.ok:
-        raise typer.Exit(1)
+    if not as_json:
+        _print(report, Console())
+    deliver("check", as_dict(report), as_json=as_json, output=output)
+    raise typer.Exit(Exit.of(report.ok))
+
+
+def as_dict(report: CheckReport) -> dict[str, Any]:
+    """JSON form; a result's `id` is its family and case, the same in every run."""
+    results = [
+        {"id": f"{result.family}.{result.case}", "ok": result.ok, **asdict(result)}
+        for result in report.results
+    ]
+    return asdict(report) | {"results": results}
 
 
 def _families(device_type: str, requested: str | None) -> list[KernelChoice]:
@@ -151,6 +162,7 @@ def _families(device_type: str, requested: str | None) -> list[KernelChoice]:
     Raises
     ------
     NoKernelError, LookupError : nothing to check; all reasons are named.
+    typer.BadParameter : no family has that name.
     """
     import torch
 
@@ -166,7 +178,9 @@ def _families(device_type: str, requested: str | None) -> list[KernelChoice]:
     if requested is not None:
         families = tuple(entry for entry in families if entry.name == requested)
         if not families:
-            raise LookupError(f"--family {requested!r} does not exist on {device_type!r}")
+            raise typer.BadParameter(
+                f"{requested!r} does not exist on {device_type!r}", param_hint="--family"
+            )
     able = [entry for entry in families if entry.refusal is None and entry.name != "reference"]
     if not able:
         reasons = "; ".join(f"{entry.name}: {entry.refusal or 'the oracle'}" for entry in families)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +22,14 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from m3_plugin.cli.host_metrics import exposition, settled, total
+from m3_plugin.cli.exits import Exit, environment
+from m3_plugin.cli.fit import commands_for
+from m3_plugin.cli.host_metrics import exposition, openai_client, settled, total
 from m3_plugin.cli.hosts import MAX_MODEL_LEN, MODEL_NAME, Host, host_to_start
+from m3_plugin.cli.options import FrameworkOption, JsonOption, OutputOption, in_a_folder
+from m3_plugin.cli.outputs import deliver
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
 
 
@@ -80,40 +84,50 @@ class Answer:
 
 
 def demo(
-    host_name: Annotated[
-        str | None,
-        typer.Option("--host", help="vllm or sglang; the one that is installed by default."),
-    ] = None,
+    framework: FrameworkOption = None,
     long_tokens: Annotated[
         int, typer.Option(min=2048, max=MAX_MODEL_LEN - 1024, help="Tokens of the long prompt.")
     ] = 16384,
     speculative: Annotated[
         bool,
-        typer.Option("--speculative", help="Serve again, drafting with the MTP module; compare."),
+        typer.Option("--speculative", help="Serve a second time with drafts (MTP), and compare."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
     log: Annotated[
-        Path | None, typer.Option(help="Write the server's log to this file and keep it.")
+        Path | None,
+        typer.Option(
+            help="Write the server's log to this file and keep it; with --speculative the second "
+            "server's to FILE.speculative.",
+            callback=in_a_folder,
+        ),
     ] = None,
 ) -> None:
-    """Serve the constructed checkpoint on a real vLLM or SGLang and check its answers over HTTP."""
+    """See it work: serve a tiny M3 here, ask it questions with known answers, compare.
+
+    Needs a host, and no weights, GPU or network.
+    """
     # progress goes to stderr so that --json leaves nothing but JSON on stdout
     console = Console(stderr=True)
-    try:
-        host = host_to_start(host_name)
+    with environment(LookupError, ServerFailed):
+        host = host_to_start(framework)
         answers, drafted = _run(
             host, long_tokens=long_tokens, speculative=speculative, log=log, console=console
         )
-    except (LookupError, ServerFailed) as failure:
-        console.print(str(failure), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
     right = all(answer.right for answer in (*answers, *drafted))
-    if as_json:
-        report = {"right": right, "answers": [_as_dict(a) for a in answers]}
-        typer.echo(json.dumps(report | {"speculative": [_as_dict(a) for a in drafted]}))
-    else:
+    if not as_json:
         _report(answers, drafted, host=host, right=right)
-    raise typer.Exit(0 if right else 1)
+    deliver("demo", as_dict(answers, drafted, right=right), as_json=as_json, output=output)
+    raise typer.Exit(Exit.of(right))
+
+
+def as_dict(answers: list[Answer], drafted: list[Answer], *, right: bool) -> dict[str, Any]:
+    """JSON form; `speculative` is empty where nothing was drafted."""
+    return {
+        "right": right,
+        "answers": [_as_dict(answer) for answer in answers],
+        "speculative": [_as_dict(answer) for answer in drafted],
+    }
 
 
 def _run(
@@ -130,9 +144,15 @@ def _run(
         for options in [(), drafting] if speculative else [()]:
             scratch = Path(folder) / ("speculative" if options else "plain")
             scratch.mkdir()
-            with _served(host, checkpoint, options, scratch, log=log, console=console) as ask:
+            kept = _log_of(log, speculative=bool(options))
+            with _served(host, checkpoint, options, scratch, log=kept, console=console) as ask:
                 runs.append([ask(question) for question in _questions(long_tokens)])
         return runs[0], runs[1] if speculative else []
+
+
+def _log_of(log: Path | None, *, speculative: bool) -> Path | None:
+    """A log of its own for each of the two servers."""
+    return log.with_name(f"{log.name}.speculative") if log and speculative else log
 
 
 @contextmanager
@@ -263,9 +283,7 @@ def _drafts(
 
 
 def _ask(url: str, question: Question, *, host: Host) -> Answer:
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
+    client = openai_client(url, timeout_s=1800)
     before = _read_counters(url, host=host)
     start = time.perf_counter()
     stream = client.chat.completions.create(
@@ -349,6 +367,7 @@ def _share(blocks: tuple[int, int]) -> str:
 
 def _as_dict(answer: Answer) -> dict[str, Any]:
     return {
+        "id": answer.label.replace(" ", "_"),
         **asdict(answer),
         "right": answer.right,
         "acceptance": answer.acceptance,
@@ -370,11 +389,10 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
     for answer in answers:
         decode = answer.decode_ms_per_token
         table.add_row(
-            f"{answer.label}\n[dim]{answer.asked}[/dim]",
-            answer.expected,
-            f"[green]{answer.received}[/green]"
-            if answer.right
-            else f"[red]{answer.received or '(nothing)'}[/red]",
+            Text(answer.label + "\n").append(answer.asked, style="dim"),
+            Text(answer.expected),
+            # a wrong answer may hold anything, what means a colour too
+            Text(answer.received or "(nothing)", style="green" if answer.right else "red"),
             f"{answer.prompt_tokens:,}",
             f"{answer.cached_tokens:,}",
             f"{_share(answer.prefill_blocks)} | {_share(answer.decode_blocks)}",
@@ -392,8 +410,11 @@ def _report(answers: list[Answer], drafted: list[Answer], *, host: Host, right: 
         "\n\nThe Triton kernels have not run on a GPU yet: at start they are compared with the\n"
         "oracle, and nothing is served if they are wrong. There, `m3-plugin check` says more."
     )
-    title = "the released weights on GPUs"
-    console.print(Panel(host.gpu_command + note, title=title, expand=False, highlight=False))
+    commands = commands_for("MiniMaxAI/MiniMax-M3-MXFP8", "H100", tp_size=8, context=131_072)
+    title = "the released weights on 8 x H100; for other machines: m3-plugin fit"
+    console.print(
+        Panel(Text(commands[host.title] + note), title=title, expand=False, highlight=False)
+    )
 
 
 def _comparison(answers: list[Answer], drafted: list[Answer]) -> Table:
@@ -413,7 +434,7 @@ def _comparison(answers: list[Answer], drafted: list[Answer]) -> Table:
             for answer in (plain, other)
         ]
         table.add_row(
-            other.label,
+            Text(other.label),
             f"{other.accepted} of {other.drafted}",
             f"{plain.tokens_per_step:.1f} | {other.tokens_per_step:.1f}",
             " | ".join(times),

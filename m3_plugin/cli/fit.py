@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from m3_plugin.cli.exits import Exit, call, environment
+from m3_plugin.cli.options import JsonOption, OutputOption
+from m3_plugin.cli.outputs import deliver
+from m3_plugin.quantization.chips import DEQUANTISED
+from m3_plugin.sizing.fit import GIB, RESERVE, UTILIZATION
 
 if TYPE_CHECKING:
     from m3_plugin.sizing.cache_bytes import CacheDType
@@ -45,17 +51,25 @@ class Sizing:
 
     Attributes
     ----------
+    served : the model as a host's command line must name it
+    downloaded : whether its files are on this machine
+    text_only : whether the servers take no images and videos
     weights_run : host -> how it holds them on this machine; empty for a card not in the table
     dequantised : bytes of the same weights in 16 bits; None of an unquantised checkpoint
+    dequantised_fit : what fits beside those
     alternatives : (K/V dtype, index dtype) to what would fit with these
     """
 
     model: str
+    served: str
+    downloaded: bool
+    text_only: bool
     machine: Machine
     storage: str
     weights: Weights
     weights_run: dict[str, str]
     dequantised: Weights | None
+    dequantised_fit: Fit | None
     kv_dtype: CacheDType
     index_dtype: CacheDType
     fit: Fit
@@ -68,33 +82,45 @@ class Sizing:
 
 
 def fit_command(
-    model: Annotated[str, typer.Option(help="A checkpoint folder, a config.json, or an id.")],
-    gpu: Annotated[str, typer.Option(help="H100, H200, A100-80GB, B200, ...; CPU for none.")],
-    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel ranks, one card each.")] = 8,
+    model: Annotated[
+        str, typer.Option(help="A checkpoint folder, a config.json, or a repository id.")
+    ],
+    gpu: Annotated[
+        str, typer.Option(help="The GPU: H100, H200, A100-80GB, B200, ...; CPU for none.")
+    ],
+    tp: Annotated[int, typer.Option(min=1, help="How many GPUs share the model.")] = 8,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=1, help="GiB of one card (or of the machine), if not in the table."),
+        typer.Option(min=1, help="GiB of one GPU that is not in our table, or of the CPU."),
     ] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="Storage of K and V.")] = "bf16",
-    index_cache_dtype: Annotated[str, typer.Option(help="Storage of the index keys.")] = "bf16",
+    kv_cache_dtype: Annotated[str, typer.Option(help="How K and V are cached: bf16, fp8.")] = (
+        "bf16"
+    ),
+    index_cache_dtype: Annotated[
+        str, typer.Option(help="How the index keys are cached: bf16, int8.")
+    ] = "bf16",
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per request; default: as many as fit.")
+        int | None,
+        typer.Option(min=1, help="Tokens of one request, answer included. Default: all that fit."),
     ] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Serve no images and videos.")
+    ] = False,
     utilization: Annotated[
-        float, typer.Option(min=0.1, max=1, help="Share of the memory the server may use.")
-    ] = 0.9,
+        float, typer.Option(min=0.1, max=1, help="Share of the memory that the server may use.")
+    ] = UTILIZATION,
     reserve: Annotated[
-        float, typer.Option(min=0, help="GiB per rank for activations, graphs, communication.")
-    ] = 6.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+        float, typer.Option(min=0, help="GiB of each GPU for everything but weights and cache.")
+    ] = RESERVE / GIB,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
 ) -> None:
-    """Weights, cache, longest context and launch commands from the config; exit 0 if it fits.
+    """Does MiniMax-M3 fit on these GPUs, with how much context, and which command serves it?
 
-    Computed, not measured: --reserve and --utilization are allowances.
+    Computed from the checkpoint's config, not measured: --reserve and --utilization are allowances.
+    Needs no GPU, no weights and no network.
     """
-    from m3_plugin.model.released import ModelNotFound
-
-    try:
+    with call("", LookupError, ValueError):
         machine = _machine(
             gpu, gpu_memory, tp_size=tp, utilization=utilization, reserve=int(reserve * 2**30)
         )
@@ -104,16 +130,12 @@ def fit_command(
             kv_dtype=_cache_dtype(kv_cache_dtype, "--kv-cache-dtype"),
             index_dtype=_cache_dtype(index_cache_dtype, "--index-cache-dtype"),
             context=max_model_len,
+            text_only=text_only,
         )
-    except (ModelNotFound, LookupError, ValueError) as error:
-        message = error.args[0] if error.args else str(error)
-        Console(stderr=True).print(message, style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
-    if as_json:
-        typer.echo(json.dumps(as_dict(sizing), indent=1))
-    else:
+    if not as_json:
         _print(sizing)
-    raise typer.Exit(0 if sizing.fits else 1)
+    deliver("fit", as_dict(sizing), as_json=as_json, output=output)
+    raise typer.Exit(Exit.of(sizing.fits))
 
 
 def size(
@@ -123,20 +145,23 @@ def size(
     kv_dtype: CacheDType,
     index_dtype: CacheDType,
     context: int | None,
+    text_only: bool = False,
 ) -> Sizing:
     """Work everything out.
 
     Raises
     ------
-    ModelNotFound, ValueError : no such model, or one that cannot be served or sized.
+    typer.Exit : no such model, or a config.json that cannot be read or served.
+    ValueError : it cannot be split over so many ranks, or has no such context.
     """
     from m3_plugin.model.config import M3Config
-    from m3_plugin.model.released import find_model
+    from m3_plugin.model.released import ModelNotFound, find_model
     from m3_plugin.quantization.chips import how_weights_run
     from m3_plugin.sizing.fit import fit, weight_bytes
 
-    source = find_model(model)
-    config = M3Config.from_hf(source.config)
+    with environment(ModelNotFound, ValueError):
+        source = find_model(model)
+        config = M3Config.from_hf(source.config)
     if context is not None and context > config.max_position_embeddings:
         raise ValueError(
             f"--max-model-len must be at most the model's {config.max_position_embeddings:,} "
@@ -144,10 +169,18 @@ def size(
         )
     loaded = weight_bytes(config, source.config, tp_size=machine.tp_size)
 
-    def with_cache(kv: CacheDType, index: CacheDType) -> Fit:
+    wide = (
+        None
+        if config.quantization is None
+        else weight_bytes(
+            replace(config, quantization=None), source.config, tp_size=machine.tp_size
+        )
+    )
+
+    def with_cache(kv: CacheDType, index: CacheDType, weights: Weights = loaded) -> Fit:
         return fit(
             config,
-            loaded,
+            weights,
             memory=machine.memory,
             utilization=machine.utilization,
             reserve=machine.reserve,
@@ -160,17 +193,18 @@ def size(
     pairs = cast("list[tuple[CacheDType, CacheDType]]", list(_ALTERNATIVES))
     return Sizing(
         model=model,
+        # a config.json names its folder
+        served=str(source.folder) if Path(model).expanduser().is_file() else model,
+        downloaded=source.folder is not None,
+        text_only=text_only,
         machine=machine,
         storage=str(config.quantization or "bf16"),
         weights=loaded,
         weights_run=how_weights_run(config.quantization, arch=machine.arch)
         if machine.arch is not None or machine.name == CPU
         else {},
-        dequantised=None
-        if config.quantization is None
-        else weight_bytes(
-            replace(config, quantization=None), source.config, tp_size=machine.tp_size
-        ),
+        dequantised=wide,
+        dequantised_fit=None if wide is None else with_cache(kv_dtype, index_dtype, wide),
         kv_dtype=kv_dtype,
         index_dtype=index_dtype,
         fit=with_cache(kv_dtype, index_dtype),
@@ -178,46 +212,158 @@ def size(
     )
 
 
+def download_command(sizing: Sizing) -> str | None:
+    """How to fetch the files first; None if they are here."""
+    return None if sizing.downloaded else f"hf download {sizing.served}"
+
+
 def launch_commands(sizing: Sizing) -> dict[str, str]:
-    """How to start each host with these numbers; none for caches the plugin cannot be told of."""
-    machine, context = sizing.machine, sizing.fit.context
-    on_cpu = machine.name == CPU
-    if (sizing.kv_dtype, sizing.index_dtype) not in (_STORED_ON_CPU if on_cpu else _STORED):
+    """How to start each host with these numbers, once the files are downloaded.
+
+    Returns
+    -------
+    dict : host -> command; empty for caches that no server can be told to keep
+    """
+    if not _is_stored(sizing):
         return {}
-    variable = "M3_PLUGIN_INDEX_KEYS=int8 \\\n" if sizing.index_dtype == "int8" else ""
-    cache = ""
-    if sizing.kv_dtype == "fp8":
-        # the kernels read e4m3 from this capability on
-        e4m3 = machine.arch is None or machine.arch >= _FIRST_WITH_E4M3
-        cache = f"--kv-cache-dtype {'fp8_e4m3' if e4m3 else 'fp8_e5m2'} "
-    if on_cpu:
-        space = math.floor(sizing.fit.budget / 2**30)
-        return {
-            "vLLM": f"{variable}VLLM_CPU_KVCACHE_SPACE={space} "
-            "VLLM_CPU_OMP_THREADS_BIND=nobind \\\npython -m vllm.entrypoints.openai.api_server \\\n"
-            f"    --model {sizing.model} --max-model-len {context} {_VLLM_PARSERS}",
-            "SGLang": f"{variable}python -m sglang.launch_server --device cpu \\\n"
-            f"    --model-path {sizing.model} --context-length {context} \\\n"
-            f"    --max-total-tokens {sizing.fit.tokens} {_SGLANG_PARSERS}",
-        }
-    used = machine.memory * machine.utilization
-    # SGLang's share is weights and cache alone
-    static = math.floor(100 * (used - machine.reserve) / machine.memory) / 100
+    makers = {"vLLM": _vllm_command, "SGLang": _sglang_command}
     return {
-        "vLLM": f"{variable}vllm serve {sizing.model} --tensor-parallel-size {machine.tp_size} \\\n"
-        f"    --max-model-len {context} --gpu-memory-utilization {machine.utilization:g}"
-        f" \\\n    {cache}{_VLLM_PARSERS}",
-        "SGLang": f"{variable}python -m sglang.launch_server --model-path {sizing.model} \\\n"
-        f"    --tp {machine.tp_size} --context-length {context} "
-        f"--mem-fraction-static {static:g} \\\n"
-        f"    {cache}--attention-backend msa {_SGLANG_PARSERS}",
+        host: make(sizing, _fit_on(sizing, host), _variables(sizing, host))
+        for host, make in makers.items()
+        if _fit_on(sizing, host).requests > 0
     }
 
 
+def _is_stored(sizing: Sizing) -> bool:
+    """Whether a server can be told to keep such caches."""
+    known = _STORED_ON_CPU if sizing.machine.name == CPU else _STORED
+    return (sizing.kv_dtype, sizing.index_dtype) in known
+
+
+def _is_widened(sizing: Sizing, host: str) -> bool:
+    """Whether this host can hold the weights in 16 bits only."""
+    return sizing.weights_run.get(host) == DEQUANTISED
+
+
+def _fit_on(sizing: Sizing, host: str) -> Fit:
+    widened = sizing.dequantised_fit if _is_widened(sizing, host) else None
+    return sizing.fit if widened is None else widened
+
+
+def _variables(sizing: Sizing, host: str) -> list[str]:
+    found: list[str] = list(_VARIABLES)
+    if _is_widened(sizing, host):
+        found.append("M3_PLUGIN_DEQUANTIZE=1")
+    if sizing.index_dtype == "int8":
+        found.append("M3_PLUGIN_INDEX_KEYS=int8")
+    return found
+
+
+def _cache_option(sizing: Sizing) -> list[str]:
+    if sizing.kv_dtype != "fp8":
+        return []
+    # the kernels read e4m3 from this capability on
+    e4m3 = sizing.machine.arch is None or sizing.machine.arch >= _FIRST_WITH_E4M3
+    return [f"    --kv-cache-dtype {'fp8_e4m3' if e4m3 else 'fp8_e5m2'}"]
+
+
+def _vllm_command(sizing: Sizing, fit: Fit, variables: list[str]) -> str:
+    machine = sizing.machine
+    if machine.name == CPU:
+        space = math.floor(fit.budget / GIB)
+        start = [
+            f"VLLM_CPU_KVCACHE_SPACE={space} VLLM_CPU_OMP_THREADS_BIND=nobind",
+            f"python -P -m vllm.entrypoints.openai.api_server --model {sizing.served}",
+            f"    --max-model-len {fit.context}",
+        ]
+    else:
+        start = [
+            f"vllm serve {sizing.served} --tensor-parallel-size {machine.tp_size}",
+            f"    --max-model-len {fit.context} --gpu-memory-utilization {machine.utilization:g}",
+        ]
+    media = []
+    if sizing.text_only:
+        media = ["    --language-model-only"]
+    elif fit.context > _PROFILED_CONTEXT:
+        media = ["    --skip-mm-profiling"]
+    return _lines(
+        *(*variables, _VLLM_METRICS), *start, *_cache_option(sizing), *media, _VLLM_PARSERS
+    )
+
+
+def _sglang_command(sizing: Sizing, fit: Fit, variables: list[str]) -> str:
+    machine = sizing.machine
+    program = f"python -P -m sglang.launch_server --model-path {sizing.served}"
+    if machine.name == CPU:
+        start = [
+            f"{program} --device cpu",
+            f"    --context-length {fit.context} --max-total-tokens {fit.tokens}",
+        ]
+    else:
+        used = machine.memory * machine.utilization
+        # SGLang's share is weights and cache alone
+        static = math.floor(100 * (used - machine.reserve) / machine.memory) / 100
+        start = [
+            f"{program} --tp {machine.tp_size}",
+            f"    --context-length {fit.context} --mem-fraction-static {static:g}",
+            "    --attention-backend msa",
+        ]
+    return _lines(*variables, *start, *_cache_option(sizing), _SGLANG_PARSERS)
+
+
+def _lines(*parts: str) -> str:
+    """Variables on lines of their own, the options below the program."""
+    return " \\\n".join(parts)
+
+
+def remarks(sizing: Sizing) -> list[str]:
+    """What to know about options in the commands, or about some that are not in them."""
+    if not _is_stored(sizing):
+        return [
+            "no command: servers store K and V in bf16, on a GPU in fp8 too, and index keys in "
+            "bf16 or int8"
+        ]
+    found = []
+    commands = launch_commands(sizing)
+    for host in sizing.weights_run:
+        if host not in commands and sizing.dequantised is not None:
+            found.append(
+                f"no command for {host}: there the weights are held in 16 bits, "
+                f"{_gib(sizing.dequantised.per_rank)} per rank, which leaves too little for "
+                "requests of this length"
+            )
+    if sizing.text_only:
+        found.append(
+            "--language-model-only: vLLM loads no vision tower and refuses images and videos. "
+            "SGLang has the option too and refuses it for MiniMax-M3: there the tower is loaded"
+        )
+    elif "--skip-mm-profiling" in commands.get("vLLM", ""):
+        found.append(
+            "--skip-mm-profiling: vLLM would set memory aside for one video as long as the whole "
+            "context. Without that, very long videos may run out of memory. If you serve text "
+            "alone, give --text-only here"
+        )
+    return found
+
+
+def commands_for(model: str, gpu: str, *, tp_size: int, context: int) -> dict[str, str]:
+    """The commands for a card in the table, as `fit` prints them."""
+    machine = _machine(gpu, None, tp_size=tp_size, utilization=UTILIZATION, reserve=RESERVE)
+    return launch_commands(
+        size(model, machine, kv_dtype="bf16", index_dtype="bf16", context=context)
+    )
+
+
+# A server that is not ours, or asks the network for files it has, is noticed at its start.
+_VARIABLES: tuple[str, ...] = ("M3_PLUGIN_REQUIRED=1", "HF_HUB_OFFLINE=1")
+# an empty folder, by which vLLM collects the metrics of its workers, ours among them
+_VLLM_METRICS = 'PROMETHEUS_MULTIPROC_DIR="$(mktemp -d)"'
+# beyond this, vLLM's recipe for MiniMax-M3 leaves the profile of a video of that length out
+_PROFILED_CONTEXT = 32_768
 _VLLM_PARSERS = (
-    "--enable-auto-tool-choice --tool-call-parser minimax_m3 --reasoning-parser minimax_m3"
+    "    --enable-auto-tool-choice --tool-call-parser minimax_m3 --reasoning-parser minimax_m3"
 )
-_SGLANG_PARSERS = "--tool-call-parser minimax-m3 --reasoning-parser minimax-m3"
+_SGLANG_PARSERS = "    --tool-call-parser minimax-m3 --reasoning-parser minimax-m3 --enable-metrics"
 # K and V, and index keys, as a server's options can ask for them; the numbers of others say what
 # they would give.
 _STORED = (("bf16", "bf16"), ("bf16", "int8"), ("fp8", "bf16"), ("fp8", "int8"))
@@ -244,7 +390,9 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         "index_dtype": sizing.index_dtype,
         "fit": _fit_dict(sizing.fit),
         "alternatives": alternatives,
+        "download": download_command(sizing),
         "commands": launch_commands(sizing) if sizing.fits else {},
+        "remarks": remarks(sizing) if sizing.fits else [],
     }
 
 
@@ -307,9 +455,9 @@ def _print(sizing: Sizing) -> None:
         "= cache": _gib(fit.budget),
         "cache per token": f"{fit.cache.kv:,} B K and V + {fit.cache.index:,} B index keys "
         f"({fit.cache.index / fit.cache.total:.0%})",
-        "tokens": f"{fit.tokens:,}",
-        "longest context": f"{fit.longest_context:,}",
-        f"requests of {fit.context:,}": f"{fit.requests:,}",
+        "tokens of all requests together": f"{fit.tokens:,}",
+        "longest single request": f"{fit.longest_context:,} tokens, prompt and answer",
+        f"requests of {fit.context:,} tokens at once": f"{fit.requests:,}",
     }
     if sizing.dequantised is not None:
         wide = sizing.dequantised
@@ -318,7 +466,10 @@ def _print(sizing: Sizing) -> None:
         table.add_row(name, value)
     console.print(table)
     others = Table(title="with other cache dtypes")
-    for heading in ("K and V", "index keys", "bytes per token", "tokens", "longest", "requests"):
+    for heading in (
+        *("K and V", "index keys", "bytes per token"),
+        *("tokens of all\nrequests", "longest single\nrequest", "requests at once"),
+    ):
         others.add_column(heading, justify="right")
     for (kv, index), other in sizing.alternatives.items():
         others.add_row(
@@ -334,15 +485,15 @@ def _print(sizing: Sizing) -> None:
         console.print(_shortage(sizing), style="red", markup=False)
         return
     commands = launch_commands(sizing)
-    if not commands:
-        console.print(
-            "no command: servers store K and V in bf16, on a GPU in fp8 too, and index keys in "
-            "bf16 or int8"
-        )
+    if commands and not sizing.downloaded:
+        console.print("\n[bold]first[/], once per machine")
+        typer.echo(download_command(sizing))
     for host, command in commands.items():
         console.print(f"\n[bold]{host}[/]")
         # as one line breaks it, so that it can be copied
         typer.echo(command)
+    for remark in remarks(sizing):
+        console.print(f"\n{remark}", markup=False, highlight=False)
 
 
 def _shortage(sizing: Sizing) -> str:

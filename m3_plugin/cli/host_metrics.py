@@ -4,9 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from m3_plugin.host.children import is_loopback
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 _Counters = TypeVar("_Counters")
+
+
+def openai_client(url: str, *, timeout_s: float, api_key: str | None = None) -> OpenAI:
+    """A client of a server's OpenAI API that asks no proxy for this machine itself.
+
+    Parameters
+    ----------
+    url : of the server, without "/v1"
+    timeout_s : of one request
+    api_key : that the server asks for, if it does
+    """
+    from openai import DefaultHttpxClient, OpenAI
+
+    return OpenAI(
+        base_url=f"{url}/v1",
+        # the client insists on a key, whether or not the server does
+        api_key=api_key or "none",
+        max_retries=0,
+        http_client=DefaultHttpxClient(timeout=timeout_s, trust_env=not is_loopback(url)),
+        timeout=timeout_s,
+    )
 
 
 def exposition(url: str) -> str:
@@ -14,7 +40,7 @@ def exposition(url: str) -> str:
     import httpx
 
     try:
-        reply = httpx.get(f"{url}/metrics", timeout=60)
+        reply = httpx.get(f"{url}/metrics", timeout=60, trust_env=not is_loopback(url))
     except httpx.HTTPError:
         return ""
     return reply.text if reply.status_code == httpx.codes.OK else ""

@@ -1,44 +1,58 @@
-"""Files a command writes at its end, refused at its start if they could not be written."""
+"""The JSON of a command: one envelope for all, on stdout and in files."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Any
 
 import typer
 
-_Target = TypeVar("_Target", str, Path)
+from m3_plugin import __version__
+
+SCHEMAS = Path(__file__).parent / "schemas"
 
 
-def in_a_folder(target: _Target | None) -> _Target | None:
-    """The target itself; "-" is stdout.
+def envelope(command: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as it leaves the command.
 
-    Raises
-    ------
-    typer.BadParameter : its folder is not there, or it is a folder itself.
+    Parameters
+    ----------
+    command : its words joined by dashes, "bench-cpu"; `schemas/<command>.json` describes the body
+
+    Returns
+    -------
+    dict : `schema` and `version` first; numbers that JSON cannot hold (NaN, infinities) are null
     """
-    if target is None or str(target) == "-":
-        return target
-    path = Path(target)
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent} to write {path.name} into")
-    if path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder; name a file in it")
-    return target
+    head = {"schema": f"m3-plugin/{command}/1", "version": __version__}
+    return head | {name: _finite(value) for name, value in body.items()}
 
 
-def _picture(target: Path | None) -> Path | None:
-    if target is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter("matplotlib is not installed: pip install matplotlib")
-    return in_a_folder(target)
+def deliver(
+    command: str, body: Mapping[str, Any], *, as_json: bool, output: Path | None = None
+) -> None:
+    """Print and write what was asked for.
+
+    Parameters
+    ----------
+    command, body : as for `envelope`
+    as_json : on stdout, where then nothing else may be
+    output : a file
+    """
+    text = json.dumps(envelope(command, body), indent=1, allow_nan=False)
+    if as_json:
+        typer.echo(text)
+    if output is not None:
+        output.write_text(text + "\n")
 
 
-JsonOption = Annotated[
-    str | None,
-    typer.Option("--json", help="Write the results as JSON; - for stdout.", callback=in_a_folder),
-]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option("--plot", help="Write a picture (needs matplotlib).", callback=_picture),
-]
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value

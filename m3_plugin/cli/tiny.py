@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from m3_plugin.cli.exits import call, environment
 from m3_plugin.cli.hosts import require_libraries
+from m3_plugin.cli.options import JsonOption, OutputOption
+from m3_plugin.cli.outputs import deliver
 
 
 class Kind(StrEnum):
@@ -55,35 +57,41 @@ def tiny(
     folder: Annotated[Path, typer.Argument(help="Folder to write, created if it is not there.")],
     kind: Annotated[
         Kind,
-        typer.Option(help="constructed: its answers are known; random: for comparing numbers."),
+        typer.Option(help="constructed: its answers are known; random: to compare numbers with."),
     ] = Kind.constructed,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Default: bfloat16 for constructed, float32 for random."),
     ] = None,
     topk: Annotated[
-        int | None, typer.Option(help="Constructed: blocks a query may see. Default: 4.")
+        int | None,
+        typer.Option(help="Of a constructed one: blocks a token may read. Default: 4."),
     ] = None,
-    preset: Annotated[Preset | None, typer.Option(help="Random: sizes. Default: engine.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random: seed. Default: 0.")] = None,
+    preset: Annotated[
+        Preset | None, typer.Option(help="Of a random one: its sizes. Default: engine.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a random one: seed. Default: 0.")] = None,
     dense: Annotated[
-        bool, typer.Option("--dense", help="Declare every layer dense, with the same weights.")
+        bool, typer.Option("--dense", help="Without sparse layers, with the same weights.")
     ] = False,
     quant: Annotated[
-        Quant | None,
-        typer.Option(help="Quantised like a published checkpoint: its names, dtypes and config."),
+        Quant | None, typer.Option(help="Quantised as published checkpoints of this kind are.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a checkpoint that lies in the folder.")
+        bool, typer.Option("--force", help="Replace the checkpoint that is in the folder.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
 ) -> None:
-    """Write a tiny MiniMax-M3 checkpoint that loads wherever the published one does."""
+    """Write a tiny MiniMax-M3 checkpoint, which loads wherever the published one does."""
     _refuse_foreign_options(kind, topk=topk, preset=preset, seed=seed)
-    console = Console(stderr=True)
-    try:
+    with (
+        environment(LookupError, OSError),
+        # what is in the way is named, and so is --force
+        call("", FileExistsError, NotADirectoryError, ValueError),
+    ):
         require_libraries("safetensors", "tokenizers", "transformers")
-        with console.status(Text(f"writing {folder}")):
+        with Console(stderr=True).status(Text(f"writing {folder}")):
             if kind is Kind.constructed:
                 summary = _constructed(folder, dtype=dtype, topk=topk, dense=dense, force=force)
             else:
@@ -92,14 +100,9 @@ def tiny(
                 )
             if quant is not None:
                 summary |= _quantise(folder, quant)
-    except (LookupError, OSError, ValueError) as error:
-        # markup off: paths may hold brackets
-        console.print(str(error), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
-    if as_json:
-        typer.echo(json.dumps(summary))
-    else:
+    if not as_json:
         _report(summary)
+    deliver("tiny", summary, as_json=as_json, output=output)
 
 
 def _refuse_foreign_options(

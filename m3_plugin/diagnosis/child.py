@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from m3_plugin.host.children import child_environment, python
 
 _MARK = "M3-PLUGIN-FACTS "
 
@@ -23,13 +24,13 @@ def answer(facts: Mapping[str, Any]) -> None:
 
 
 def ask(module: str, *arguments: str, timeout_s: float = 300) -> tuple[dict[str, Any], str]:
-    """Run `python -m module` and return the facts it answers with, and all it wrote.
+    """Run `python -P -m module` and return the facts it answers with, and all it wrote.
 
     Raises
     ------
     ChildFailed : no answer, because it ended early or the time ran out.
     """
-    command = [sys.executable, "-m", module, *arguments]
+    command = python("-m", module, *arguments)
     try:
         done = subprocess.run(
             command,
@@ -39,7 +40,7 @@ def ask(module: str, *arguments: str, timeout_s: float = 300) -> tuple[dict[str,
             timeout=timeout_s,
             check=False,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+            env=child_environment({"PYTHONFAULTHANDLER": "1"}),
         )
     except subprocess.TimeoutExpired:
         raise ChildFailed(f"no answer within {timeout_s:.0f} s") from None

@@ -1,4 +1,4 @@
-"""Device, Triton, kernels and their self-test; `python -m m3_plugin.diagnosis.device` answers."""
+"""Device, Triton, kernels, their self-test; `python -P -m m3_plugin.diagnosis.device` answers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def facts(device_type: str | None = None) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"torch": torch.__version__, "cuda_build": torch.version.cuda}
+    found["rocm_build"] = torch.version.hip
     found["driver"] = _driver()
     found["triton"] = _triton()
     found["gpus"] = []
@@ -43,7 +44,8 @@ def facts(device_type: str | None = None) -> dict[str, Any]:
                 )
         except RuntimeError as error:
             found["cuda_error"] = str(error).splitlines()[0]
-    serving = device_type or ("cuda" if found["gpus"] else "cpu")
+    has_gpus = bool(found["gpus"]) or torch.version.hip is not None
+    serving = device_type or ("cuda" if has_gpus else "cpu")
     return found | _kernels(serving, is_there=serving == "cpu" or bool(found["gpus"]))
 
 
@@ -93,8 +95,15 @@ def _kernels(device_type: str, *, is_there: bool) -> dict[str, Any]:
     return found
 
 
-def examine(report: Report, wanted: str | None = None, *, timeout_s: float = 300) -> None:
-    """Add what the child found; `wanted` is the device type that is meant to serve, if any."""
+def examine(
+    report: Report, wanted: str | None = None, *, timeout_s: float = 300
+) -> dict[str, Any] | None:
+    """Add what the child found, and return it; None if it could not answer.
+
+    Parameters
+    ----------
+    wanted : the device type that is meant to serve, if any
+    """
     try:
         found, _ = ask(MODULE, *filter(None, [wanted]), timeout_s=timeout_s)
     except ChildFailed as failure:
@@ -104,16 +113,26 @@ def examine(report: Report, wanted: str | None = None, *, timeout_s: float = 300
             str(failure),
             status="failure",
             advice="torch or the kernels cannot even be loaded here: run "
-            f"`python -m {MODULE}` to see the whole message, then reinstall the host",
+            f"`python -P -m {MODULE}` to see the whole message, then reinstall the host",
         )
-        return
+        return None
     _examine_gpus(report, found)
     _examine_triton(report, found)
     _examine_kernels(report, found)
+    return found
 
 
 def _examine_gpus(report: Report, found: Mapping[str, Any]) -> None:
     build = f"CUDA {found['cuda_build']}" if found["cuda_build"] else "CPU build"
+    if found["rocm_build"]:
+        report.add(
+            SECTION,
+            "torch",
+            f"{found['torch']} (ROCm, HIP {found['rocm_build']})",
+            status="failure",
+            advice="AMD GPUs are not served by the plugin: use the host's own MiniMax-M3 there",
+        )
+        return
     report.add(SECTION, "torch", f"{found['torch']} ({build})")
     report.add(SECTION, "NVIDIA driver", found["driver"] or "none", status="note")
     if "cuda_error" in found:
@@ -127,7 +146,8 @@ def _examine_gpus(report: Report, found: Mapping[str, Any]) -> None:
         )
     elif found["gpus"]:
         for number, gpu in enumerate(found["gpus"]):
-            report.add(SECTION, f"GPU {number}", f"{gpu['name']}, {gpu['arch']}, {gpu['gib']} GiB")
+            value = f"{gpu['name']}, {gpu['arch']}, {gpu['gib']} GiB"
+            report.add(SECTION, f"GPU {number}", value, id=f"gpu.{number}")
     elif found["device_type"] == "cuda":
         report.add(
             SECTION,
@@ -146,7 +166,7 @@ def _examine_gpus(report: Report, found: Mapping[str, Any]) -> None:
             advice="install the host's CUDA build of torch, or look at CUDA_VISIBLE_DEVICES",
         )
     else:
-        report.add(SECTION, "GPU", "none; the CPU would serve", status="note")
+        report.add(SECTION, "GPU", "none: a server would run on the CPU", status="note")
 
 
 def _examine_triton(report: Report, found: Mapping[str, Any]) -> None:
@@ -186,11 +206,24 @@ def _examine_kernels(report: Report, found: Mapping[str, Any]) -> None:
             "self-test",
             found["self_test_error"],
             status="failure",
-            advice="these kernels do not give the reference's numbers on this machine: do not "
-            "serve with them; force another family with M3_PLUGIN_KERNELS and report this",
+            advice=_when_wrong(found["device_type"]),
         )
     elif "self_test" in found:
         report.add("kernels", "self-test", found["self_test"])
+
+
+def _when_wrong(device_type: str) -> str:
+    """What to do about kernels that do not give the reference's numbers."""
+    # on a GPU there is one family of kernels, on a CPU there are several
+    way_out = (
+        "M3_PLUGIN_DISABLE=1 serves with the host's own MiniMax-M3"
+        if device_type == "cuda"
+        else "M3_PLUGIN_KERNELS=torch takes slower ones, M3_PLUGIN_DISABLE=1 the host's own M3"
+    )
+    return (
+        "these kernels do not give the reference's numbers on this machine: do not serve with "
+        f"them. {way_out}. Please report what m3-plugin check --json prints"
+    )
 
 
 def self_test(device_type: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from m3_plugin import __version__
 from m3_plugin.diagnosis.child import ChildFailed, ask
 from m3_plugin.diagnosis.findings import Report
-from m3_plugin.settings import Settings
+from m3_plugin.settings import Settings, remarks, service_links
 
 PLUGIN_NAME = "m3"
 
@@ -53,7 +53,11 @@ def installed_version(host: HostEntry) -> str | None:
 def examine_settings(report: Report) -> None:
     """The plugin itself and its environment variables."""
     report.add("plugin", "version", __version__)
-    given = {name: value for name, value in os.environ.items() if name.startswith("M3_PLUGIN_")}
+    given = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("M3_PLUGIN_") and name not in service_links()
+    }
     said = ", ".join(f"{name}={value}" for name, value in sorted(given.items())) or "none set"
     try:
         settings = Settings.from_environment()
@@ -63,7 +67,7 @@ def examine_settings(report: Report) -> None:
             "variables",
             str(error),
             status="failure",
-            advice="a server would refuse to start: correct or unset it",
+            advice="a server of MiniMax-M3 would not start: correct or unset it",
         )
         return
     if settings.disable:
@@ -76,6 +80,8 @@ def examine_settings(report: Report) -> None:
         )
         return
     report.add("plugin", "variables", said)
+    for remark in remarks(()):
+        report.add("plugin", "service links", remark, status="note")
     if not settings.required:
         report.add(
             "plugin",
@@ -83,6 +89,7 @@ def examine_settings(report: Report) -> None:
             "not set",
             status="note",
             advice="with 1 a server stops instead of running the host's own M3 unnoticed",
+            id="plugin.required",
         )
 
 
@@ -127,7 +134,7 @@ def _examine_host(report: Report, host: HostEntry, *, timeout_s: float) -> None:
             str(failure),
             status="failure",
             advice=f"{host.title} cannot be imported or ends while it loads plugins: run "
-            f"`python -m {entry.module}.probe` for the whole message",
+            f"`python -P -m {entry.module}.probe` for the whole message",
         )
         return
     _examine_facts(report, host, facts, output)
@@ -181,14 +188,27 @@ def examine_allow_list(report: Report, host: HostEntry) -> bool:
     return not hidden
 
 
+def _section_id(host: HostEntry) -> str:
+    return host.title.lower()
+
+
 def _examine_facts(report: Report, host: HostEntry, facts: Mapping[str, Any], output: str) -> None:
     """What the host's own registry said after loading plugins."""
     refusal = facts["refusal"]
-    window = f"tested: {facts['window'][0]} up to, not including, {facts['window'][1]}"
-    if refusal is None:
-        report.add(host.title, "version", f"{facts['version']} ({window})")
+    window = f"{facts['window'][0]} up to, not including, {facts['window'][1]}"
+    if refusal is None and facts["tested"]:
+        report.add(host.title, "version", f"{facts['version']}: tested")
+    elif refusal is None:
+        report.add(
+            host.title,
+            "version",
+            f"{facts['version']}: accepted, not tested",
+            status="note",
+            advice=f"accepted is {window}; the test suite did not run on this release: run "
+            "m3-plugin eval needle against the server before it gets traffic",
+        )
     else:
-        allowed = Settings.from_environment().allow_untested
+        allowed = Settings.read()[0].allow_untested
         report.add(
             host.title,
             "version",
@@ -196,7 +216,7 @@ def _examine_facts(report: Report, host: HostEntry, facts: Mapping[str, Any], ou
             status="warning" if allowed else "failure",
             advice="M3_PLUGIN_ALLOW_UNTESTED=1 is set: watch the first answers"
             if allowed
-            else f"pip install a release inside {window}, or M3_PLUGIN_ALLOW_UNTESTED=1",
+            else f"pip install a release from {window}, or M3_PLUGIN_ALLOW_UNTESTED=1",
         )
     said = [line for line in output.splitlines() if "NOT ACTIVE" in line]
     for architecture, (resolved, ours) in facts["architectures"].items():
@@ -209,6 +229,7 @@ def _examine_facts(report: Report, host: HostEntry, facts: Mapping[str, Any], ou
             resolved,
             status="ok" if ours else "failure",
             advice="" if ours else advice,
+            id=f"{_section_id(host)}.architecture.{architecture}",
         )
     for name, value in facts["details"].items():
         report.add(host.title, name, value)

@@ -53,8 +53,16 @@ def examine_model(report: Report, name: str) -> M3Config | None:
             advice="give a checkpoint folder, its config.json, or a published id",
         )
         return None
-    where = str(source.folder) if source.folder else "not downloaded: the published description"
-    report.add(SECTION, "found", where)
+    if source.folder is None:
+        report.add(
+            SECTION,
+            "found",
+            "not downloaded: what is published about it was looked at, and none of its files",
+            status="warning",
+            advice=f"hf download {name}, then ask again",
+        )
+    else:
+        report.add(SECTION, "found", str(source.folder))
     _examine_keys(report, source.config)
     try:
         config = M3Config.from_hf(source.config)
@@ -71,8 +79,6 @@ def examine_model(report: Report, name: str) -> M3Config | None:
     _report_config(report, config)
     if source.folder is not None:
         _examine_files(report, source, config)
-    else:
-        report.add(SECTION, "files", "not looked at", status="note")
     return config
 
 

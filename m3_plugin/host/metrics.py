@@ -1,7 +1,8 @@
 """The plugin's metrics in the host's own `/metrics`: both hosts collect prometheus_client.
 
 `m3_plugin:info` is 1 with version, device and kernels as labels; where it is absent, the host's own
-MiniMax-M3 serves. `m3_plugin:kernels_refused` is 1 for each better kernel family that cannot run.
+MiniMax-M3 serves. `m3_plugin:kernels_refused` is 1 for each better kernel family that cannot run,
+with a code for the reason; the reason itself, which may hold paths, is in the log alone.
 `m3_plugin:requests_refused_total` counts requests with parts that MiniMax-M3 cannot take.
 `m3_plugin:msa_rows_total` and `msa_blocks_*_total` count what MSA layers read, under
 `M3_PLUGIN_STATISTICS=1`; `m3_plugin:msa_seconds_total` how long they took, and
@@ -14,6 +15,7 @@ folder.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
@@ -22,6 +24,35 @@ from m3_plugin import __version__
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Gauge
+
+
+logger = logging.getLogger(__name__)
+
+# Words of a reason -> its code, the first that is found. `/metrics` asks nobody for a password, and
+# every new value of a label is a new time series.
+_REFUSALS = {
+    "ROCm": "rocm",
+    "computes on CPU tensors only": "device",
+    "no C++ compiler": "no_compiler",
+    "is no command": "no_compiler",
+    "do not compile": "build_failed",
+    "compiler took over": "build_failed",
+    "--version failed": "build_failed",
+    "does not start": "build_failed",
+    "cannot be built or kept": "cache",
+    "another process held": "cache",
+    "do not load": "not_loadable",
+    "not installed": "not_installed",
+    "its test failed": "self_test",
+    "TRITON_INTERPRET": "interpreter",
+}
+OTHER_REFUSAL = "unsupported"
+REFUSAL_CODES = frozenset({*_REFUSALS.values(), OTHER_REFUSAL})
+
+
+def refusal_code(reason: str) -> str:
+    """One of `REFUSAL_CODES` for why a kernel family cannot run."""
+    return next((code for words, code in _REFUSALS.items() if words in reason), OTHER_REFUSAL)
 
 
 @cache
@@ -119,4 +150,5 @@ def export_presence(kernels: str, *, refused: Iterable[tuple[str, str]], device_
         return
     info.labels(version=__version__, device=device_type, kernels=kernels).set(1)
     for family, reason in refused:
-        refusals.labels(kernels=family, reason=reason).set(1)
+        logger.warning("m3-plugin: kernels %s are refused: %s", family, reason)
+        refusals.labels(kernels=family, reason=refusal_code(reason)).set(1)

@@ -6,6 +6,7 @@ exactly like one that works. Adapters therefore decide here, log here, and fail 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from packaging.version import Version
@@ -20,14 +21,25 @@ class PluginRefusal(RuntimeError):
 
 @dataclass(frozen=True)
 class TestedWindow:
-    """Host releases the test suite runs on: `minimum` <= release < `below`."""
+    """Host releases that are accepted: `minimum` <= release < `below`.
+
+    Attributes
+    ----------
+    tested : those the test suite really ran on; a release is one of them with any patch or build
+    """
 
     package: str
     minimum: str
     below: str
+    tested: tuple[str, ...] = ()
 
     # pytest would otherwise try to collect a class called Test*
     __test__ = False
+
+    def was_tested(self, version: str) -> bool:
+        """Whether the test suite ran on this release."""
+        found = Version(version).release
+        return any(found[: len(t)] == t for t in (Version(name).release for name in self.tested))
 
     def refusal(self, version: str) -> str | None:
         """Why `version` is outside the window, None when it is inside."""
@@ -39,6 +51,23 @@ class TestedWindow:
             f"[{self.minimum}, {self.below}); install a tested release, or set "
             "M3_PLUGIN_ALLOW_UNTESTED=1 to run anyway"
         )
+
+
+def stands_aside(*, logger: str) -> bool:
+    """Whether `M3_PLUGIN_DISABLE=1` keeps the plugin out; says so, on the logger of that name.
+
+    Raises
+    ------
+    ValueError : the plugin is required too.
+    """
+    settings, _ = Settings.read()
+    if settings.disable:
+        logging.getLogger(logger).warning(
+            "m3-plugin %s is NOT ACTIVE, the host's own MiniMax-M3 will be used: "
+            "M3_PLUGIN_DISABLE=1",
+            __version__,
+        )
+    return settings.disable
 
 
 def require_tested(window: TestedWindow, version: str, *, settings: Settings) -> None:

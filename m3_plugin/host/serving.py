@@ -1,6 +1,7 @@
 """Start a host's real HTTP server as a child process, wait until it answers, and stop it for sure.
 
-Used by the demo, the benchmarks and the tests; listens on loopback only.
+Used by the demo, the benchmarks and the tests; listens on loopback only. Nothing outlives the
+process that started it: signals that end it stop the server; where it is killed, a watchdog does.
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-LOOPBACK = "127.0.0.1"
+from m3_plugin.host.children import LOOPBACK, child_environment, python
 
+_PROC = Path("/proc")
+_LISTENING = "0A"
+# Waits until the other end of its input is closed, as it is when this process is gone in whatever
+# way, and ends the group of the server.
+_WATCHDOG = 'read -r _; kill -s TERM -- "-$1"; sleep 5; kill -s KILL -- "-$1"'
+# Straight to loopback, whatever proxy the shell names.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")
 
@@ -61,14 +69,14 @@ def vllm_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list
     """
     module = "vllm.entrypoints.openai.api_server"
     endpoint = ["--host", LOOPBACK, "--port", str(port)]
-    return [sys.executable, "-m", module, "--model", str(model), *endpoint, *options]
+    return python("-m", module, "--model", str(model), *endpoint, *options)
 
 
 def sglang_command(model: Path, *, port: int, options: Sequence[str] = ()) -> list[str]:
     """Command line of SGLang's OpenAI server in the running interpreter's environment."""
     endpoint = ["--host", LOOPBACK, "--port", str(port)]
-    launcher = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    return [*launcher, *endpoint, *options]
+    module = "sglang.launch_server"
+    return python("-m", module, "--model-path", str(model), *endpoint, *options)
 
 
 class ServerProcess:
@@ -91,6 +99,7 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.url = f"http://{LOOPBACK}:{port}"
+        self.port = port
         self.log = log
         self._stack = contextlib.ExitStack()
         with log.open("wb") as output:
@@ -100,14 +109,23 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
+                env=child_environment(environment),
                 start_new_session=True,
             )
+        self._watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCHDOG, "m3-plugin-watchdog", str(self.process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            # neither Ctrl-C nor the end of a terminal reaches it
+            start_new_session=True,
+        )
 
     def wait_until_ready(
         self, *, timeout_s: float = 600.0, on_wait: Callable[[str], None] | None = None
     ) -> None:
-        """Return once `/health` answers.
+        """Return once `/health` answers, from a process that was started here.
 
         Parameters
         ----------
@@ -116,7 +134,7 @@ class ServerProcess:
 
         Raises
         ------
-        ServerFailed : the process ended, or the time ran out.
+        ServerFailed : the process ended, the time ran out, or somebody else's server has the port.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -130,7 +148,12 @@ class ServerProcess:
                     reason=reason,
                 )
             if self._answers():
-                return
+                if (stranger := listener_outside(self.port, session=self.process.pid)) is None:
+                    return
+                raise ServerFailed(
+                    f"{self.url} is answered by {stranger}, which was not started here: another "
+                    "process took the port first; try again"
+                )
             if on_wait is not None:
                 on_wait(self.log_tail(lines=1))
             time.sleep(0.5)
@@ -150,6 +173,10 @@ class ServerProcess:
                 self.process.wait(grace_s)
         self._signal(signal.SIGKILL)
         self.process.wait()
+        self._watchdog.kill()
+        self._watchdog.wait()
+        if self._watchdog.stdin is not None:
+            self._watchdog.stdin.close()
 
     def __enter__(self) -> ServerProcess:
         # a terminated process must stop its server as an interrupted one does
@@ -167,7 +194,7 @@ class ServerProcess:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as reply:
+            with _OPENER.open(f"{self.url}/health", timeout=2) as reply:
                 return reply.status == 200
         except (urllib.error.URLError, OSError):
             return False
@@ -177,22 +204,76 @@ class ServerProcess:
             os.killpg(self.process.pid, number)
 
 
+def listener_outside(port: int, *, session: int) -> str | None:
+    """Who listens on a loopback port and does not belong to a session; None if nobody does.
+
+    A free port may be taken by anybody before a server binds it, and whoever does so would be asked
+    the questions and give the answers. None too where the system has no `/proc` to look into.
+    """
+    sockets = _listening_sockets(port)
+    if not sockets:
+        return None
+    for process in _PROC.glob("[0-9]*"):
+        if sockets & _sockets_of(process) and _session_of(process) == session:
+            return None
+    return f"a process of another session (sockets {', '.join(sorted(sockets))})"
+
+
+def _listening_sockets(port: int) -> set[str]:
+    """Inodes of the sockets that listen on a port."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (_PROC / "net" / table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                found.add(fields[9])
+    return found
+
+
+def _sockets_of(process: Path) -> set[str]:
+    """Inodes of a process's sockets, as far as they may be seen."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for link in (process / "fd").iterdir():
+            # descriptors close while they are looked at
+            with contextlib.suppress(OSError):
+                target = os.readlink(link)
+                if target.startswith("socket:["):
+                    found.add(target.removeprefix("socket:[").removesuffix("]"))
+    return found
+
+
+def _session_of(process: Path) -> int | None:
+    try:
+        # after the name, which may hold anything: state, parent, group, session
+        return int((process / "stat").read_text().rpartition(")")[2].split()[3])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 @contextlib.contextmanager
 def terminate_as_exit() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, as Ctrl-C does, so that what was started is stopped.
+    """Let SIGTERM, and SIGHUP of a lost terminal, unwind the stack as Ctrl-C does.
 
-    Only where nobody else decided, and in the main thread, the only one that may.
+    So that what was started is stopped. Only where nobody else decided (`nohup` ignores SIGHUP),
+    and in the main thread, the only one that may.
     """
-    alone = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not alone or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    ending = (signal.SIGTERM, signal.SIGHUP)
+    free = [number for number in ending if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        free = []
 
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    for number in free:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)

@@ -16,8 +16,8 @@ still fails with torchvision's own message about its missing operators.
 vLLM's API server imports transformers before it loads any plugin, so the hook has to be in place
 when the interpreter starts:
 
-    python -m m3_plugin.host.torchvision_ops --install      # into the environment of this python
-    python -m m3_plugin.host.torchvision_ops --remove
+    python -P -m m3_plugin.host.torchvision_ops --install      # into the environment of this python
+    python -P -m m3_plugin.host.torchvision_ops --remove
 
 The installer writes a ``.pth`` file and a copy of this module, which imports nothing but ``sys``
 when python starts. To be deleted when a torchvision that matches CPU torch is to be had from the
@@ -76,7 +76,7 @@ def install(directory: str | None = None) -> list[str]:
     """
     from pathlib import Path
 
-    copy, pth = _hook_files(directory)
+    copy, pth = hook_files(directory)
     copy.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     pth.write_text(f"import {_COPY}; {_COPY}.declare_missing_ops()\n", encoding="utf-8")
     return [str(copy), str(pth)]
@@ -85,13 +85,14 @@ def install(directory: str | None = None) -> list[str]:
 def remove(directory: str | None = None) -> list[str]:
     """Undo `install`; returns the files that were there."""
     # The .pth first: without its module it would complain at every start.
-    removed = [file for file in reversed(_hook_files(directory)) if file.exists()]
+    removed = [file for file in reversed(hook_files(directory)) if file.exists()]
     for file in removed:
         file.unlink()
     return [str(file) for file in removed]
 
 
-def _hook_files(directory: str | None):
+def hook_files(directory: str | None = None):
+    """The module and the .pth that `install` writes, whether they are there or not."""
     import sysconfig
     from pathlib import Path
 
@@ -102,7 +103,7 @@ def _hook_files(directory: str | None):
 def _main() -> None:
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m m3_plugin.host.torchvision_ops")
+    parser = argparse.ArgumentParser(prog="python -P -m m3_plugin.host.torchvision_ops")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--install", action="store_true", help="hook into every start of python")
     action.add_argument("--remove", action="store_true", help="take the hook out again")

@@ -11,10 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from m3_plugin.model.known_keys import require_known_keys
 from m3_plugin.quantization.dialects import Quantization, read_quantization
+from m3_plugin.untrusted import shown
 
 # The page of every paged host holds one sparse block; kernels and cache layouts rely on it.
 PAGED_BLOCK_SIZE = 128
+# Far above any M3 (60 layers, 128 experts): names of every weight are made from these numbers.
+MAX_LAYERS = 512
+MAX_EXPERTS = 1024
 
 Dialect = Literal["hub", "transformers"]
 
@@ -103,11 +108,12 @@ class M3Config:
 
         Raises
         ------
-        ValueError : a value M3 cannot be served with; the message names key, rule and value.
+        ValueError : a value M3 cannot be served with, or a key that nobody here knows; the message
+            names key, rule and value.
         """
         text = _as_mapping(config.get("text_config"), key="text_config") or config
         fields = _Fields(text)
-        num_layers = fields.positive_int("num_hidden_layers")
+        num_layers = fields.positive_int("num_hidden_layers", limit=MAX_LAYERS)
         num_heads = fields.positive_int("num_attention_heads")
         num_kv_heads = fields.positive_int("num_key_value_heads")
         head_dim = fields.positive_int("head_dim")
@@ -120,7 +126,7 @@ class M3Config:
         _require_text_variant(fields)
         dialect: Dialect = "transformers" if "layer_types" in text else "hub"
         sparse_layers = _sparse_layers(fields, num_layers=num_layers)
-        num_experts = fields.positive_int("num_local_experts")
+        num_experts = fields.positive_int("num_local_experts", limit=MAX_EXPERTS)
         experts_per_token = fields.positive_int("num_experts_per_tok")
         _require(
             experts_per_token <= num_experts,
@@ -133,7 +139,7 @@ class M3Config:
             config.get("quantization_config") or text.get("quantization_config"),
             key="quantization_config",
         )
-        return cls(
+        read = cls(
             dialect=dialect,
             vocab_size=fields.positive_int("vocab_size"),
             hidden_size=fields.positive_int("hidden_size"),
@@ -161,9 +167,12 @@ class M3Config:
             sparse_layers=sparse_layers,
             moe_layers=_moe_layers(fields, num_layers=num_layers),
             msa=_msa_config(fields, num_kv_heads=num_kv_heads) if any(sparse_layers) else None,
-            num_mtp_modules=fields.integer("num_mtp_modules", 0),
+            num_mtp_modules=fields.integer("num_mtp_modules", 0, limit=MAX_LAYERS),
             quantization=read_quantization(quantization),
         )
+        # last, because a wrong value is better named by the rule for it
+        require_known_keys(config)
+        return read
 
     def require_paged_host(self) -> None:
         """Refuse a block size that no paged host stores: page and sparse block must be one thing.
@@ -191,11 +200,12 @@ class _Fields:
         value = self.values.get(key)
         return default if value is None else value
 
-    def positive_int(self, key: str) -> int:
-        return _positive_int(self.values.get(key), key=key)
+    def positive_int(self, key: str, *, limit: int | None = None) -> int:
+        number = _positive_int(self.values.get(key), key=key)
+        return _limited(number, key=key, limit=limit)
 
-    def integer(self, key: str, default: int) -> int:
-        return _integer(self.get(key, default), key=key)
+    def integer(self, key: str, default: int, *, limit: int | None = None) -> int:
+        return _limited(_integer(self.get(key, default), key=key), key=key, limit=limit)
 
     def number(self, key: str, default: float) -> float:
         return _number(self.get(key, default), key=key)
@@ -211,7 +221,7 @@ class _Fields:
 
 def _require(ok: bool, *, key: str, rule: str, value: object) -> None:
     if not ok:
-        raise ValueError(f"config key {key!r} must be {rule}; got {value!r}")
+        raise ValueError(f"config key {key!r} must be {rule}; got {shown(value)}")
 
 
 def _as_mapping(value: object, *, key: str) -> Mapping[str, Any] | None:
@@ -223,10 +233,16 @@ def _as_mapping(value: object, *, key: str) -> Mapping[str, Any] | None:
 
 
 def _integer(value: object, *, key: str) -> int:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    _require(ok, key=key, rule="an integer, zero or positive", value=value)
+    ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    _require(ok, key=key, rule="an integer, zero or positive, below 2**31", value=value)
     assert isinstance(value, int)
     return value
+
+
+def _limited(number: int, *, key: str, limit: int | None) -> int:
+    ok = limit is None or number <= limit
+    _require(ok, key=key, rule=f"at most {limit} for any MiniMax-M3", value=number)
+    return number
 
 
 def _positive_int(value: object, *, key: str) -> int:
@@ -236,8 +252,9 @@ def _positive_int(value: object, *, key: str) -> int:
 
 
 def _number(value: object, *, key: str) -> float:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    _require(ok, key=key, rule="a positive number", value=value)
+    # infinity too is JSON for Python
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+    _require(ok, key=key, rule="a positive number below 1e30", value=value)
     assert isinstance(value, int | float)
     return float(value)
 
@@ -254,7 +271,8 @@ def _layer_types(value: object, *, key: str, length: int, names: Mapping[str, bo
     _require(ok, key=key, rule=f"a list of {length} layer types", value=value)
     assert isinstance(value, Sequence)
     for index, name in enumerate(value):
-        _require(name in names, key=f"{key}[{index}]", rule=f"one of {sorted(names)}", value=name)
+        known = isinstance(name, str) and name in names
+        _require(known, key=f"{key}[{index}]", rule=f"one of {sorted(names)}", value=name)
     return tuple(names[name] for name in value)
 
 

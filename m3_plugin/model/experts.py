@@ -1,15 +1,18 @@
 """What MiniMax-M3's experts must compute, and how to tell a host's kernel that does not.
 
-Expert kernels have lost the SwiGLU clamp, or read gate and up rows in another order, without a
-word. Both adapters probe the first MoE layer once its weights are final, on one token: against the
-weights as they were loaded where those can be read (`routed_output`, SGLang), and by how the output
-grows with the input where they are packed or sharded beyond recognition (`grows_unclamped`).
+Expert kernels have lost the SwiGLU clamp, alpha or the "+ 1", or read gate and up rows in another
+order, without a word; some only for large batches, where a host takes another kernel. Both adapters
+prove the first MoE layer once its weights are final, at several numbers of rows: by value where the
+answer is known (`KnownExperts`), elsewhere by how the output grows with the input
+(`grows_unclamped`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,22 +21,124 @@ from m3_plugin.model.config import M3Config
 
 # Inputs of the growth probe: far below the clamp to far above it, whatever the weights' scale.
 PROBE_MAGNITUDES = tuple(4.0**power for power in range(3, 10))
-# bf16 kernels stay below 1 %; a lost "+ 1", clamp or row order is off by tens of per cent.
-PROOF_TOLERANCE = 0.03
+# Rows asked at once: of one request that decodes, of a batch of them, of a prompt's chunk.
+PROBE_ROWS = (1, 64, 4096)
+# Largest relative error by bits of the stored weights, for kernels may round activations alike.
+# bf16 kernels stay below 1 %, 8 bits below 6 %; a lost "+ 1", clamp or row order is off by half and
+# more.
+PROOF_TOLERANCE = {16: 0.03, 8: 0.12, 4: 0.35}
+_TOKENS = 4
 
 
-def probe_token(config: M3Config, *, magnitude: float) -> Tensor:
+@dataclass(frozen=True)
+class KnownExperts:
+    """Weights of the experts 0 to `num_experts_per_token` - 1 of one layer, this rank's part.
+
+    Attributes
+    ----------
+    w13 : floating [experts, 2 * intermediate, hidden], all gate rows, then all up rows
+    w2 : floating [experts, hidden, intermediate]
+    bits : of a stored weight: 16, 8 or 4
+    """
+
+    w13: Tensor
+    w2: Tensor
+    bits: int
+
+    def tokens(self, config: M3Config, *, dtype: torch.dtype) -> Tensor:
+        """Different inputs, fp32 [tokens, hidden] as a kernel of that dtype receives them.
+
+        Half of them give gates around 1, where alpha and the "+ 1" count, half beyond the clamp.
+        """
+        seeds = range(_TOKENS)
+        tokens = torch.cat([probe_token(config, magnitude=1.0, seed=seed) for seed in seeds])
+        gates = (tokens @ self.w13[0].float().T).square().mean().sqrt()
+        unit = 1 / float(gates) if gates > 0 else 1.0
+        sizes = torch.tensor([1.0, 3 * config.swiglu_limit] * (_TOKENS // 2))
+        return (tokens * unit * sizes[:, None]).to(dtype).float()
+
+    def answer(self, tokens: Tensor, config: M3Config) -> Tensor:
+        """The mean of the experts by the book: fp32 [tokens, hidden]."""
+        return routed_output(tokens, self.w13, self.w2, config)
+
+
+@dataclass(frozen=True)
+class ExpertProbe:
+    """Refuses expert kernels that do not compute SwiGLU-OAI.
+
+    Attributes
+    ----------
+    config : the model
+    host : whose kernels they are
+    remedy : the option that chooses others
+    answer : the kernel: fp32 [rows, hidden] -> [rows, hidden]. By value it must give the mean of
+        the first `num_experts_per_token` experts; by growth any experts
+    dtype : of activations
+    rows : numbers of rows to ask
+    """
+
+    config: M3Config
+    host: str
+    remedy: str
+    answer: Callable[[Tensor], Tensor]
+    dtype: torch.dtype
+    rows: tuple[int, ...] = PROBE_ROWS
+
+    def prove(self, known: KnownExperts | None, *, layout: str = "") -> None:
+        """Ask the kernel, with each number of rows.
+
+        Parameters
+        ----------
+        known : the experts' weights; None to prove the clamp alone
+        layout : what the host was told to use, for the error
+
+        Raises
+        ------
+        ValueError : it answers wrongly.
+        """
+        for rows in self.rows:
+            if known is None:
+                norms = [self._norm(size, rows=rows) for size in PROBE_MAGNITUDES]
+                require_clamped(norms, config=self.config, host=self.host, remedy=self.remedy)
+            else:
+                self._require_value(known, rows=rows, layout=layout)
+
+    def _require_value(self, known: KnownExperts, *, rows: int, layout: str) -> None:
+        tokens = known.tokens(self.config, dtype=self.dtype)
+        # each of the tokens is asked for, one by one if need be
+        repeats = -(-rows // len(tokens))
+        wanted = known.answer(tokens, self.config).repeat(repeats, 1)
+        answers = [self.answer(part) for part in tokens.repeat(repeats, 1).split(rows)]
+        found = torch.cat([answer.float().cpu() for answer in answers])
+        size = wanted.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        error = float(((found - wanted).norm(dim=1) / size).max())
+        tolerance = PROOF_TOLERANCE[known.bits]
+        if not error <= tolerance:
+            where = f" in the {layout} layout" if layout else ""
+            raise ValueError(
+                f"{self.host}'s expert kernel does not compute MiniMax-M3's SwiGLU-OAI "
+                f"(relative error {error:.3g} on {rows} rows{where}, at most {tolerance} is "
+                f"rounding); choose another one with {self.remedy}"
+            )
+
+    def _norm(self, magnitude: float, *, rows: int) -> float:
+        token = probe_token(self.config, magnitude=magnitude)
+        # the last row: a kernel for many rows has them in tiles
+        return float(self.answer(token.expand(rows, -1))[-1].float().norm())
+
+
+def probe_token(config: M3Config, *, magnitude: float, seed: int = 0) -> Tensor:
     """The same random token each time, fp32 on CPU [1, hidden_size], scaled."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return magnitude * torch.randn(1, config.hidden_size, generator=generator, device="cpu")
 
 
 def expert_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> Tensor:
-    """One expert by the book (m3-spec, SwiGLU-OAI), fp32 [1, hidden_size].
+    """One expert by the book (m3-spec, SwiGLU-OAI), fp32 [tokens, hidden_size].
 
     Parameters
     ----------
-    token : fp32 [1, hidden_size]
+    token : fp32 [tokens, hidden_size]
     w13 : fp32 [2 * intermediate, hidden_size], all gate rows, then all up rows
     w2 : fp32 [hidden_size, intermediate]
     """
@@ -45,11 +150,11 @@ def expert_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> T
 
 
 def routed_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> Tensor:
-    """The mean of the first `num_experts_per_token` experts, fp32 [1, hidden_size].
+    """The mean of the first `num_experts_per_token` experts, fp32 [tokens, hidden_size].
 
     Parameters
     ----------
-    token : [1, hidden_size], any float dtype
+    token : [tokens, hidden_size], any float dtype
     w13, w2 : stacked weights [num_experts, ...] as in `expert_output`, any float dtype
     """
     ids = range(config.num_experts_per_token)

@@ -87,7 +87,8 @@ class VisionConfig:
         for holder, key in ((vision, "hidden_act"), (config, "projector_hidden_act")):
             if (activation := _get(holder, key, "gelu")) != "gelu":
                 raise ValueError(f"config key {key!r} must be 'gelu'; got {activation!r}")
-        merge = _get(vision, "img_token_compression_config", {})
+        top = _get(config, "img_token_compression_config", {})
+        merge = _get(vision, "img_token_compression_config", top)
         hidden_size = _require_int(vision, "hidden_size")
         num_heads = _require_int(vision, "num_attention_heads")
         if hidden_size % num_heads:
@@ -96,7 +97,7 @@ class VisionConfig:
                 f"got {hidden_size} and {num_heads}"
             )
         text_hidden_size = _require_int(text, "hidden_size")
-        return cls(
+        read = cls(
             hidden_size=hidden_size,
             intermediate_size=_require_int(vision, "intermediate_size"),
             num_layers=_require_int(vision, "num_hidden_layers"),
@@ -123,6 +124,13 @@ class VisionConfig:
                 _get(vision, "rope_theta", cls.rope_theta),
             ),
         )
+        for key in ("spatial_merge_size", "temporal_patch_size"):
+            if (value := _get(top, key, getattr(read, key))) != getattr(read, key):
+                raise ValueError(
+                    f"config key 'img_token_compression_config.{key}' must be the vision part's "
+                    f"{getattr(read, key)}; got {value!r}"
+                )
+        return read
 
 
 def split_segments(grids: Sequence[Sequence[int]], *, segment_patches: int) -> list[Grid]:

@@ -8,6 +8,7 @@ none of them can express (embedding, norms, router, vision) is never quantised i
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
@@ -27,8 +28,12 @@ from m3_plugin.quantization.formats import (
     Plain,
     WeightFormat,
 )
+from m3_plugin.quantization.patterns import compiled
+from m3_plugin.untrusted import printable, shown
 
 KEY = "quantization_config"
+# All of a model's names take about a second.
+MATCHING_SECONDS = 60
 PLAIN = Plain()
 
 # The linear weights of the text model and of its MTP modules; everything else is stored plain by
@@ -55,6 +60,11 @@ class Names:
 
     patterns: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for pattern in self.patterns:
+            if pattern.startswith("re:"):
+                compiled(pattern[3:])
+
     @cached_property
     def _plain(self) -> dict[int, frozenset[str]]:
         """Names without wildcard by their number of components: a table of all experts is long."""
@@ -68,10 +78,15 @@ class Names:
     def _wild(self) -> tuple[re.Pattern[str], ...]:
         """Globs and regular expressions, both matched from the start of a name."""
         return tuple(
-            re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
+            compiled(pattern[3:]) if pattern.startswith("re:") else re.compile(translate(pattern))
             for pattern in self.patterns
             if _is_wild(pattern)
         )
+
+    @cached_property
+    def _spent(self) -> list[float]:
+        """Seconds that comparing took so far."""
+        return [0.0]
 
     def __contains__(self, module: object) -> bool:
         """Whether the set holds a module, named relative to the text model."""
@@ -82,8 +97,17 @@ class Names:
             # transformers 5 says model.language_model.layers
             f"model.language_model.{module.removeprefix('model.')}",
         )
-        if any(pattern.match(name) for pattern in self._wild for name in (module, *spellings)):
-            return True
+        if self._wild:
+            began = time.perf_counter()
+            found = any(p.match(name) for p in self._wild for name in (module, *spellings))
+            self._spent[0] += time.perf_counter() - began
+            if self._spent[0] > MATCHING_SECONDS:
+                raise ValueError(
+                    f"config key '{KEY}' holds patterns that take over {MATCHING_SECONDS} s to be "
+                    f"compared with the model's names: {shown(self.patterns)}; write them simpler"
+                )
+            if found:
+                return True
         return any(
             ".".join(parts[first : first + length]) in names
             # every run of the module's own name is a run of these
@@ -165,7 +189,71 @@ def read_quantization(config: Mapping[str, Any] | None) -> Quantization | None:
         "fp8": _read_fp8,
     }
     _require(method in tuple(readers), "quant_method", f"one of {', '.join(readers)}", method)
-    return readers[str(method)](config)
+    quantization = readers[str(method)](config)
+    _require_known(config, _KNOWN[str(method)])
+    return quantization
+
+
+def _keys(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+# Keys of each method that are read here, or that say how the weights were found and how activations
+# may be quantised: neither is part of what is stored. A key on no list may be, and is refused.
+_KNOWN: Mapping[str, frozenset[str]] = {
+    "mxfp8": _keys(
+        "activation_scheme fmt scale_fmt weight_block_size ignored_layers modules_to_not_convert"
+    ),
+    "fp8": _keys(
+        "activation_scheme fmt scale_fmt weight_block_size ignored_layers modules_to_not_convert"
+    ),
+    "modelopt": _keys(
+        """
+        quant_algo kv_cache_quant_algo kv_cache_scheme producer quantized_layers ignore
+        exclude_modules group_size quantization config_groups
+        """
+    ),
+    "quark": _keys(
+        """
+        quant_mode export global_quant_config layer_quant_config layer_type_quant_config
+        kv_cache_quant_config algo_config exclude version
+        """
+    ),
+    "compressed-tensors": _keys(
+        """
+        format quantization_status version global_compression_ratio kv_cache_scheme config_groups
+        ignore
+        """
+    ),
+    "gptq": _keys(
+        """
+        bits group_size desc_act sym lm_head checkpoint_format pack_dtype meta dynamic
+        modules_to_not_convert damp_percent true_sequential static_groups quantizer
+        """
+    ),
+    "auto-round": _keys(
+        """
+        autoround_version bits data_type group_size sym desc_act iters packing_format
+        block_name_to_quantize extra_config act_bits act_data_type act_dynamic act_group_size
+        act_sym lr minmax_lr nsamples seqlen batch_size low_gpu_mem_usage enable_quanted_input
+        enable_minmax_tuning amp gradient_accumulate_steps scale_dtype super_bits super_group_size
+        """
+    ),
+}
+# What hosts add to any of them.
+_ADDED = _keys("quant_method packed_modules_mapping quantization_config_file")
+
+
+def _require_known(config: Mapping[str, Any], known: frozenset[str]) -> None:
+    for key, value in config.items():
+        says_nothing = value is None or value in ({}, [], (), "")
+        _require(
+            says_nothing or key in known | _ADDED,
+            key,
+            f"left out, as nothing is known of it ({config.get('quant_method')} has "
+            f"{', '.join(sorted(known))})",
+            value,
+        )
 
 
 def _read_mxfp8(config: Mapping[str, Any]) -> Quantization:
@@ -174,7 +262,7 @@ def _read_mxfp8(config: Mapping[str, Any]) -> Quantization:
     _require(block in (None, [1, MX_GROUP]), "weight_block_size", f"[1, {MX_GROUP}]", block)
     scale = config.get("scale_fmt")
     _require(scale in (None, "ue8m0"), "scale_fmt", "'ue8m0'", scale)
-    return Quantization("mxfp8", _everything(Mxfp8()), _names(config, "ignored_layers"))
+    return Quantization("mxfp8", _everything(Mxfp8()), _names(config, _kept_key(config)))
 
 
 def _read_fp8(config: Mapping[str, Any]) -> Quantization:
@@ -187,8 +275,12 @@ def _read_fp8(config: Mapping[str, Any]) -> Quantization:
         ok = isinstance(block, Sequence) and len(block) == 2 and all(_is_size(b) for b in block)
         _require(ok, "weight_block_size", "two positive integers", block)
         weight = Fp8Block(*block)
-    key = "ignored_layers" if config.get("ignored_layers") else "modules_to_not_convert"
-    return Quantization("fp8", _everything(weight), _names(config, key))
+    return Quantization("fp8", _everything(weight), _names(config, _kept_key(config)))
+
+
+def _kept_key(config: Mapping[str, Any]) -> str:
+    """Exporters of the fp8 family say either."""
+    return "ignored_layers" if config.get("ignored_layers") else "modules_to_not_convert"
 
 
 def _read_modelopt(config: Mapping[str, Any]) -> Quantization:
@@ -415,6 +507,6 @@ def _mapping(config: Mapping[str, Any], key: str, *, prefix: str = "") -> Mappin
 def _require(ok: bool, key: str, rule: str, value: object) -> None:
     if not ok:
         raise ValueError(
-            f"config key '{KEY}.{key}' must be {rule}; got {value!r}. M3_PLUGIN_DISABLE=1 leaves "
-            "the checkpoint to the host's own model"
+            f"config key '{KEY}.{printable(key)}' must be {rule}; got {shown(value)}. "
+            "M3_PLUGIN_DISABLE=1 leaves the checkpoint to the host's own model"
         )

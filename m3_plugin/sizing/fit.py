@@ -15,8 +15,12 @@ from m3_plugin.model.config import PAGED_BLOCK_SIZE, M3Config, local_heads
 from m3_plugin.quantization.dialects import PLAIN, Quantization
 from m3_plugin.quantization.formats import stored_bytes
 from m3_plugin.sizing.cache_bytes import CacheBytes, CacheDType, cache_bytes_per_token
+from m3_plugin.untrusted import shown
 
 GIB = 2**30
+# What a server may use of a device, and what it needs beside weights and cache: allowances.
+UTILIZATION = 0.9
+RESERVE = 6 * GIB
 
 Split = Literal["ranks", "kv heads", "none"]
 
@@ -123,14 +127,17 @@ def vision_weights(config: Mapping[str, Any]) -> Iterator[Weight]:
     vision = config.get("vision_config")
     if not vision:
         return
-    hidden = (config.get("text_config") or config)["hidden_size"]
-    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    if not isinstance(vision, Mapping):
+        raise ValueError(f"config key 'vision_config' must be a mapping; got {shown(vision)}")
+    text = config.get("text_config") or config
+    hidden = _length(text, "hidden_size")
+    width, inner = _length(vision, "hidden_size"), _length(vision, "intermediate_size")
     compression = vision.get("img_token_compression_config") or {}
-    frames = compression.get("temporal_patch_size", 2)
-    merged = compression.get("spatial_merge_size", 2) ** 2
-    pixels = vision.get("num_channels", 3) * frames * vision.get("patch_size", 14) ** 2
-    layers = vision["num_hidden_layers"]
-    middle = config.get("projector_hidden_size", hidden)
+    frames = _length(compression, "temporal_patch_size", 2)
+    merged = _length(compression, "spatial_merge_size", 2) ** 2
+    pixels = _length(vision, "num_channels", 3) * frames * _length(vision, "patch_size", 14) ** 2
+    layers = _length(vision, "num_hidden_layers")
+    middle = _length(config, "projector_hidden_size", hidden)
     yield Weight("", (width, pixels), "none", plain_bytes=4)
     yield Weight("", (width,), "none", copies=2)
     # weights with their biases: four projections, two of the MLP, two norms
@@ -141,6 +148,17 @@ def vision_weights(config: Mapping[str, Any]) -> Iterator[Weight]:
     yield Weight("", (middle, width + 1), "none")
     yield Weight("", (middle, merged * hidden + 1), "none")
     yield Weight("", (hidden, middle + 1), "none", copies=2)
+
+
+def _length(config: object, key: str, default: int | None = None) -> int:
+    """A positive integer of the vision part, whatever stands there."""
+    value = config.get(key, default) if isinstance(config, Mapping) else None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ValueError(
+            f"config key {key!r} of the vision part must be a positive integer below 2**31; got "
+            f"{shown(value if isinstance(config, Mapping) else config)}"
+        )
+    return value
 
 
 def weight_bytes(config: M3Config, hf_config: Mapping[str, Any], *, tp_size: int) -> Weights:

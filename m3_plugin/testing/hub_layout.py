@@ -7,6 +7,7 @@ test checkpoints of this package share. Whatever loads the published repository 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -315,22 +316,64 @@ def is_float32_tensor(name: str) -> bool:
     )
 
 
+# Says that a folder was made here; `_is_ours` says which files in it.
+MARKER = ".m3-plugin-checkpoint"
+_WRITTEN = frozenset(
+    {
+        MARKER,
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "processor_config.json",
+    }
+)
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
 def prepare_folder(path: str | Path, *, force: bool) -> Path:
-    """Make `path` an empty folder. One that holds files is refused unless `force` empties it."""
+    """Make `path` an empty folder. One that holds files is refused unless `force` empties it.
+
+    Raises
+    ------
+    FileExistsError : it holds files, and `force` is not given, or it or one of them was not written
+        here; nothing is deleted then.
+    """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} exists and is not a folder")
-    if folder.exists() and any(folder.iterdir()):
-        if not force:
-            raise FileExistsError(
-                f"{folder} is not empty; choose another folder or replace it with --force"
-            )
-        if not (folder / "config.json").exists():
-            # Only an earlier checkpoint is emptied, never what lies at a mistyped path.
-            raise FileExistsError(f"{folder} holds no config.json, so it is not replaced")
-        shutil.rmtree(folder)
+    held = sorted(folder.iterdir()) if folder.exists() else []
+    if held and not force:
+        raise FileExistsError(
+            f"{folder} is not empty; choose another folder or replace it with --force"
+        )
+    if held and not (folder / MARKER).is_file():
+        # Only an earlier checkpoint of ours is emptied, never a real one or what lies at a mistyped
+        # path.
+        raise FileExistsError(
+            f"{folder} was not written by m3-plugin (it has no {MARKER}), so it is not replaced; "
+            "delete it yourself, or choose another folder"
+        )
+    if foreign := [file.name for file in held if not _is_ours(file)]:
+        raise FileExistsError(
+            f"{folder} also holds {', '.join(foreign[:3])}, which m3-plugin did not write, so it "
+            "is not replaced; move that away, or choose another folder"
+        )
+    for file in held:
+        file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("m3-plugin wrote this checkpoint and may replace it\n")
     return folder
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file of a marked folder is one of those that are written here."""
+    named = file.name in _WRITTEN or _SHARD.fullmatch(file.name) is not None
+    return named and file.is_file() and not file.is_symlink()
 
 
 def write_checkpoint(

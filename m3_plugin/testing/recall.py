@@ -4,8 +4,8 @@ Both see the same tokens through the same embedding, so that nothing but the sto
 projections, or how the second one's index keys are cached, can make a difference. On random weights
 scores have no structure and near ties are many: a lower bound for a trained model.
 
-    python -m m3_plugin.testing.recall PLAIN QUANTISED
-    python -m m3_plugin.testing.recall PLAIN PLAIN int8
+    python -P -m m3_plugin.testing.recall PLAIN QUANTISED
+    python -P -m m3_plugin.testing.recall PLAIN PLAIN int8
 """
 
 from __future__ import annotations

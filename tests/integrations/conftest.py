@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 
 from m3_plugin.host.torchvision_ops import declare_missing_ops
+from tests.integrations import starts
 from tests.integrations.quantised import QuantisedCheckpoints
 
 declare_missing_ops()
+starts.count_processes()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what the run started, beside pytest's own list of the longest tests."""
+    if starts.started:
+        terminalreporter.section("host starts")
+        for line in starts.report():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

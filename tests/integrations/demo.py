@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+
+from tests.planted import plant, ran
+from tests.plugin.cli.schemas import checked
 
 
 def check_demo(host: str, *, speculative: bool = False) -> None:
     """Run the demo and compare its JSON report with what is known beforehand."""
-    options = ["--host", host, "--json", "--long-tokens", "4096"]
+    options = ["--framework", host, "--json", "--long-tokens", "4096"]
     options += ["--speculative"] if speculative else []
-    command = [sys.executable, "-m", "m3_plugin.cli", "demo", *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    command = [sys.executable, "-P", "-m", "m3_plugin.cli", "demo", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        witness = Path(folder) / "witness"
+        plant(Path(folder) / "here", witness=witness)
+        result = subprocess.run(
+            command,
+            cwd=Path(folder) / "here",
+            capture_output=True,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+        assert ran(witness) == []
     assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    report = checked("demo", result.stdout)
     assert report["right"] is True
     answers = {answer["label"]: answer for answer in report["answers"]}
     assert all(answer["received"] == answer["expected"] for answer in answers.values())

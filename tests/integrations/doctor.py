@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +11,33 @@ import pytest
 
 from m3_plugin.diagnosis import Finding, Report
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts
+from tests.planted import plant, ran
+from tests.plugin.cli.schemas import checked
 
 ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 
 
-def check_served(host: str, checkpoint: Path) -> None:
+def check_served(host: str, checkpoint: Path, folder: Path) -> None:
     """The whole command, as typed by a user: the plugin serves, and exit code and JSON say so."""
-    command = [sys.executable, "-m", "m3_plugin.cli", "doctor", "--json", "--host", host]
+    doctor = (sys.executable, "-P", "-m", "m3_plugin.cli", "doctor")
+    command = [*doctor, "--json", "--framework", host]
+    # stands in a copy of the checkpoint in which modules lie
+    here = Path(shutil.copytree(checkpoint, folder / "checkpoint"))
+    witness = folder / "witness"
+    plant(here, witness=witness)
     done = subprocess.run(
-        [*command, "--model", str(checkpoint)],
+        [*command, "--model", "."],
+        cwd=here,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
-    found = json.loads(done.stdout)
+    assert ran(witness) == []
+    found = checked("doctor", done.stdout)
     failures = [f for f in found["findings"] if f["status"] == "failure"]
     assert failures == []
-    assert found["served_by_us"] is True
+    assert found["ok"] is True
     assert done.returncode == 0
     values = {f["name"]: f["value"] for f in found["findings"]}
     assert all(f"m3_{host}." in values[name] for name in ARCHITECTURES)

@@ -3,6 +3,10 @@
 One process per engine keeps a host's process-wide state (distributed groups, compiled ops, caches)
 apart between configurations, and lets the plugin be found the way users get it: through its entry
 point, by the host's own loader.
+
+Importing a host takes most of an engine's start, so it is done once, in a server from which engines
+are forked: it has imported the host and nothing else, and no plugin is loaded there. Variables that
+an import reads need a process from nothing and get one.
 """
 
 from __future__ import annotations
@@ -10,13 +14,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
+from tests.integrations import starts
+
 START_TIMEOUT_S = 300
 _TAIL = 6000
+_READ_BY_IMPORTS = ("PYTHONPATH", "TRITON_INTERPRET", "PROMETHEUS_MULTIPROC_DIR")
 
 
 class EnginePipe:
@@ -28,6 +35,7 @@ class EnginePipe:
     ----------
     serve : ends in `answer_requests`
     environment : variables of the new process, over those of this one
+    preload : modules of the host that engines share
     log : file to which the process writes, quoted in errors
     """
 
@@ -36,21 +44,27 @@ class EnginePipe:
         serve: Callable[..., None],
         *arguments: Any,
         environment: Mapping[str, str],
+        preload: Sequence[str] = (),
         log: Path | None = None,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        fresh = any(name in environment for name in _READ_BY_IMPORTS)
+        context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
+        context.set_forkserver_preload(list(preload))
         self._pipe, child = context.Pipe()
         self._log = log
         saved = dict(os.environ)
         os.environ.update(environment)
         try:
             # not a daemon: engines have children of their own
-            self._process = context.Process(target=serve, args=(child, *arguments))
+            self._process = context.Process(
+                target=_serve_in, args=(dict(os.environ), serve, child, *arguments)
+            )
             self._process.start()
         finally:
             os.environ.clear()
             os.environ.update(saved)
         child.close()
+        starts.count("engine")
         try:
             self._receive(START_TIMEOUT_S)
         except BaseException:
@@ -99,6 +113,15 @@ class EnginePipe:
 
     def _tail(self) -> str:
         return self.log_text()[-_TAIL:]
+
+
+def _serve_in(
+    environment: Mapping[str, str], serve: Callable[..., None], pipe: Connection, *arguments: Any
+) -> None:
+    # a forked process has the variables of the first engine
+    os.environ.clear()
+    os.environ.update(environment)
+    serve(pipe, *arguments)
 
 
 class EngineError(RuntimeError):

@@ -21,6 +21,7 @@ from m3_plugin.cli.blocks_summary import summarise
 from m3_plugin.host.serving import ServerProcess
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations.server import MODEL
+from tests.plugin.cli.schemas import checked
 
 _FOLDER = "selection"
 
@@ -51,7 +52,7 @@ class InsightCases:
         grid = ("--needles", "constructed", "--contexts", "1400,3000", "--depths", "0,50,100")
         result = eval_needle(server.url, output, *grid)
         assert result.exit_code == 0, result.output
-        results = json.loads(output.read_text())["results"]
+        results = checked("eval-needle", output.read_text())["results"]
         assert len(results) == 6
         assert all(r["received"] == r["expected"] and r["right"] for r in results)
         assert all(abs(r["found_at"] - r["depth"]) < 0.15 for r in results)
@@ -113,8 +114,10 @@ class InsightCases:
         table = tmp_path / "rows.csv"
         load = ("--contexts", "700", "--output-tokens", "4", "--requests", "2")
         served = ("--url", server.url, "--model", MODEL, "--tokenizer", str(constructed_checkpoint))
-        result = CliRunner().invoke(app, ["bench", "serve", *served, *load, "--csv", str(table)])
+        files = ("--csv", str(table), "--json")
+        result = CliRunner().invoke(app, ["bench", "serve", *served, *load, *files])
         assert result.exit_code == 0, result.output
+        assert len(checked("bench-serve", result.stdout)["rows"]) == 1
         (row,) = csv.DictReader(table.open())
         assert (row["server"], row["context"], row["requests"]) == ("m3-plugin", "700", "2")
         measured = ("ttft_ms", "tpot_ms", "output_tokens_per_s", "step_ms", "select_ms")

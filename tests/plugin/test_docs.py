@@ -20,7 +20,10 @@ from tests.integrations.parser_corpus import CASES, MODES, STREAMED, Mode
 
 DOCS = Path(__file__).parents[2] / "docs"
 LM_EVAL = DOCS.parent / ".venv" / "lm-eval"
-GUIDES = ("install", "operations", "sizing", "troubleshooting", "parsers")
+GUIDES = (
+    *("install", "deploy", "operations", "commands", "evaluation", "benchmarks", "sizing"),
+    *("troubleshooting", "parsers", "glossary"),
+)
 TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 PARSERS = (("vllm", "0.32.0"), ("sglang", "0.5.23"), ("sglang", "0.5.22"))
 GIB = 2**30
@@ -139,7 +142,7 @@ def test_the_recipe_for_ruler_is_what_lm_eval_understands(monkeypatch: pytest.Mo
         pytest.skip("no .venv/lm-eval: run make test")
     monkeypatch.syspath_prepend(LM_EVAL)
     harness = importlib.import_module("lm_eval._cli.harness")
-    text = (DOCS / "operations.md").read_text().replace("\\\n", " ")
+    text = (DOCS / "evaluation.md").read_text().replace("\\\n", " ")
     (line,) = re.findall(r"^lm_eval run .*$", text, re.MULTILINE)
     monkeypatch.setattr("sys.argv", shlex.split(line))
     parsed = vars(harness.HarnessCLI().parse_args())
@@ -191,3 +194,19 @@ def test_what_hosts_parse_is_documented_as_it_is_tested(rows: list[list[str]]) -
     names = {case.name for case in CASES}
     documented = [row for row in table_rows("parsers", "") if row[0] in names]
     assert [row for row in documented if len(row) == len(rows[0])] == rows
+
+
+@pytest.mark.parametrize("host", ["vllm", "sglang"])
+def test_the_accepted_releases_are_the_same_everywhere(host: str) -> None:
+    """Change log, install page and README say what the adapter accepts."""
+    root = DOCS.parent
+    source = (root / "integrations" / host / f"m3_{host}" / "compat.py").read_text()
+    ((low, below),) = re.findall(r'minimum="([\d.]+)",\s+below="([\d.]+)"', source)
+    *front, last = below.split(".")
+    accepted = f"{low} to {'.'.join([*front, str(int(last) - 1)])}"
+    title = TITLES[host]
+    latest = (root / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert f"| {title} | {accepted} |" in latest
+    assert f"| {title} | {accepted} |" in (DOCS / "install.md").read_text()
+    assert f"{title} {accepted}" in (root / "README.md").read_text()
+    assert f"{host}>={low},<{below}" in (root / "pyproject.toml").read_text()

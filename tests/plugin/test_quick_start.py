@@ -17,8 +17,8 @@ KEPT = re.compile(r"PIP_\w+|SSL_\w+|CURL_CA_BUNDLE|REQUESTS_CA_BUNDLE|(?i:\w+_pr
 
 
 def quick_start() -> list[str]:
-    """The commands of the README's first block, and the variant named below it."""
-    section = (REPOSITORY / "README.md").read_text().partition("## Two commands")[2]
+    """The two commands that the README gives as proof, and the variant named below it."""
+    section = (REPOSITORY / "README.md").read_text().partition("## Two commands as proof")[2]
     section = section.partition("\n## ")[0]
     fenced = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     lines = [line.partition("#")[0].strip() for block in fenced for line in block.splitlines()]

@@ -10,11 +10,16 @@ def register() -> None:
 
     Raises
     ------
-    SystemExit : `M3_PLUGIN_REQUIRED=1` and the registration failed, or a misspelt variable.
+    SystemExit : `M3_PLUGIN_REQUIRED=1` and the registration failed or is disabled.
     """
     from m3_sglang.exits import ending_the_process
 
     with ending_the_process():
+        from m3_plugin.host.presence import stands_aside
+
+        # before anything of ours is imported that could fail: it must keep a broken plugin out
+        if stands_aside(logger="m3_sglang.registration"):
+            return
         from m3_sglang.registration import register_with_sglang
 
         register_with_sglang()

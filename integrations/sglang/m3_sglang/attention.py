@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -164,15 +165,40 @@ class M3SparseAttention(_M3AttentionBase):
         self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
         self.total_kv_heads = config.num_key_value_heads
         self.cache_scales = CacheScales()
+        self.scales_are_read = False
 
     def take_cache_scales(self, scales: CacheScales) -> None:
-        """Keep this rank's part of the layer's scales for an fp8 cache; the backend asks for it."""
-        self.cache_scales = scales.of_rank(
+        """Keep this rank's part of the layer's scales for an fp8 cache; the backend asks for it.
+
+        Where they are read already, by graphs too, new ones are written in the place of the old.
+
+        Raises
+        ------
+        ValueError : weights with scales follow weights that had none.
+        """
+        own = scales.of_rank(
             num_kv_heads=self.total_kv_heads,
             rank=tensor_parallel_rank(),
             size=tensor_parallel_size(),
             device=self.q_norm.get_parameter("weight").device,
         )
+        if not self.scales_are_read:
+            self.cache_scales = own
+            return
+        for old, new in ((self.cache_scales.k, own.k), (self.cache_scales.v, own.v)):
+            if old is not None:
+                old.copy_(torch.ones_like(old) if new is None else new)
+            elif new is not None:
+                raise ValueError(
+                    "these weights have scales for an fp8 KV cache, those that the server was "
+                    "started with had none; restart it with these"
+                )
+
+    def scales_for(self, cache_dtype: torch.dtype) -> CacheScales:
+        """Scales of this rank's pages; tensors that stay, whatever is loaded later."""
+        scales = self.cache_scales.for_pages(cache_dtype)
+        self.scales_are_read = cache_dtype.itemsize == 1
+        return scales
 
     def head_norms(self) -> HeadNorms:
         """The norms of q, k, index q and index k."""

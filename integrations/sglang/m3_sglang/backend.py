@@ -20,8 +20,14 @@ from m3_plugin.host.presence import PluginRefusal, attestation
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_plugin.settings import Settings
 from m3_sglang.attention import M3SparseAttention
-from m3_sglang.batch import UniformStep, msa_batch, uniform_step
-from m3_sglang.compat import read_config, read_draft_config, sglang_version
+from m3_sglang.batch import UniformStep, captured_step, msa_batch
+from m3_sglang.compat import (
+    read_config,
+    read_draft_config,
+    resolved,
+    sglang_version,
+    tensor_parallel_size,
+)
 from m3_sglang.graphs import GraphBuffers
 from m3_sglang.options import require_served
 from m3_sglang.plain_dense import PlainDenseBackend
@@ -94,7 +100,34 @@ def dense_backend_name(runner: Any) -> str:
         return "torch_native"
     from sglang.srt.arg_groups.overrides import get_default_attn_backend
 
-    return get_default_attn_backend(runner.server_args, False, runner.model_config)
+    name = get_default_attn_backend(runner.server_args, False, runner.model_config)
+    if resolved(runner.server_args).speculative_algorithm is not None:
+        name = _speculating_name() or name
+    # SGLang applies these two rules by the name that was asked for, which is ours
+    if name == "fa3" and runner.kv_cache_dtype == torch.float8_e5m2:
+        return "triton"
+    if name == "trtllm_mha" and not has_grouped_heads(runner.model_config):
+        return "fa4"
+    return name
+
+
+def _speculating_name() -> str | None:
+    """What SGLang chooses on this chip without speculation; None for any other chip's choice.
+
+    With pages of several tokens it leaves these backends out because of draft trees. Ours are
+    chains, and its own provider for M3 keeps them.
+    """
+    from sglang.srt.runtime_context import get_platform
+
+    if get_platform().is_hopper_with_cuda_12_3:
+        return "fa3"
+    return "trtllm_mha" if get_platform().is_sm100 else None
+
+
+def has_grouped_heads(model_config: Any) -> bool:
+    """Whether several query heads share a KV head on each rank, which trtllm_mha needs here."""
+    size = tensor_parallel_size()
+    return model_config.num_attention_heads // size > model_config.get_num_kv_heads(size)
 
 
 class M3AttentionBackend(AttentionBackend):
@@ -109,6 +142,9 @@ class M3AttentionBackend(AttentionBackend):
     ------
     PluginRefusal : SGLang is only half ours (model, hook or pool are its own).
     """
+
+    # a trial step of more requests than the pool has would be larger than our workspace
+    extend_dummy_seqs_capped_by_req_pool = True
 
     def __init__(self, runner: Any, *, dense: AttentionBackend) -> None:
         super().__init__()
@@ -126,6 +162,8 @@ class M3AttentionBackend(AttentionBackend):
         self.dense = dense
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
+        # SGLang reads it where it knows no lengths
+        self.max_context_len = self.req_to_token.shape[1]
         self.session = session
         self.plan: MSAPlan | None = None
         self.caches: dict[int, MSACaches] = {}
@@ -179,7 +217,7 @@ class M3AttentionBackend(AttentionBackend):
         ------
         NotImplementedError : requests bring lengths of their own.
         """
-        step = uniform_step(forward_batch)
+        step = captured_step(forward_batch)
         if step is None:
             raise NotImplementedError(
                 f"m3-plugin captures no graph of {forward_batch.forward_mode.name} steps: they "
@@ -231,6 +269,11 @@ class M3AttentionBackend(AttentionBackend):
     ) -> None:
         self.dense.update_verify_buffers_to_fill_after_draft(spec_info, cuda_graph_bs)
 
+    @property
+    def needs_cpu_seq_lens(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # each step's copy of the lengths to the host waits for the device; MSA layers need none
+        return self.dense.needs_cpu_seq_lens
+
     def support_triton(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.dense.support_triton()
 
@@ -269,9 +312,10 @@ class M3AttentionBackend(AttentionBackend):
         if not save_kv_cache:
             raise NotImplementedError("an MSA layer always stores its keys before reading them")
         q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        out = torch.empty_like(q)
         if self.plan is None:
-            return None, out.flatten(1)
+            # an idle rank's rows may still meet those of others
+            return None, torch.zeros_like(q).flatten(1)
+        out = torch.empty_like(q)
         self.session.run(
             self.plan,
             q,
@@ -293,7 +337,7 @@ class M3AttentionBackend(AttentionBackend):
         """
         if layer_id not in self.caches:
             k_pages = paged(self.pool.get_key_buffer(layer_id))
-            scales = self.layers[layer_id].cache_scales.for_pages(k_pages.dtype)
+            scales = self.layers[layer_id].scales_for(k_pages.dtype)
             index_k_pages = paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1)
             index_k_scales = None
             if index_k_pages.dtype == torch.int8:

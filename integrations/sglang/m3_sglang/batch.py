@@ -48,6 +48,18 @@ def uniform_step(forward_batch: ForwardBatch, *, drafted: int = 0) -> UniformSte
     return None
 
 
+def captured_step(forward_batch: ForwardBatch) -> UniformStep | None:
+    """The step as a graph of it is captured; None for steps of which none can be.
+
+    A graph of the draft model's extend step gives every request the same rows; eager ones may give
+    each its own.
+    """
+    if not forward_batch.forward_mode.is_draft_extend_v2():
+        return uniform_step(forward_batch)
+    assert forward_batch.input_ids is not None
+    return UniformStep(query_len=len(forward_batch.input_ids) // forward_batch.batch_size, unseen=0)
+
+
 def msa_batch(
     forward_batch: ForwardBatch,
     *,
@@ -84,7 +96,7 @@ def msa_batch(
         max_query_len, unseen = max((int(n) for n in host_lengths), default=0), 0
     slots = forward_batch.out_cache_loc if slot_mapping is None else slot_mapping
     assert slots is not None
-    max_seq_len = _max_seq_len(forward_batch) + unseen
+    max_seq_len = _max_seq_len(forward_batch, capacity=req_to_token.shape[1], unseen=unseen)
     return MSABatch(
         cu_seqlens_q=cu_seqlens_q,
         seq_lens=(forward_batch.seq_lens + unseen).to(torch.int32),
@@ -112,9 +124,12 @@ def page_table(req_to_token: Tensor, rows: Tensor, *, max_seq_len: int) -> Tenso
     return (first_slots // PAGED_BLOCK_SIZE).to(torch.int32)
 
 
-def _max_seq_len(forward_batch: Any) -> int:
-    """Longest request of the step, from the host's mirror of the lengths."""
+def _max_seq_len(forward_batch: Any, *, capacity: int, unseen: int) -> int:
+    """No less than the longest request of the step, from the host's mirror of the lengths.
+
+    A step without the mirror gets the capacity, for to ask the device would be to wait for it.
+    """
     lengths = forward_batch.seq_lens_cpu
     if lengths is None:
-        lengths = forward_batch.seq_lens.cpu()
-    return int(lengths.max()) if len(lengths) else 0
+        return capacity
+    return (int(lengths.max()) if len(lengths) else 0) + unseen

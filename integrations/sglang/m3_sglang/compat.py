@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from typing import Any
 
 from packaging.version import Version
@@ -10,13 +11,37 @@ from packaging.version import Version
 from m3_plugin.host.presence import TestedWindow
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_config
+from m3_plugin.model.taking import why_not_taken
 
 _ORIGINAL_HEADS = {
     "num_attention_heads": "original_num_attention_heads",
     "num_key_value_heads": "original_total_num_kv_heads",
 }
 
-SGLANG_WINDOW = TestedWindow(package="sglang", minimum="0.5.19", below="0.5.24")
+# Keys which SGLang writes into a config beside what config.json says; those of heads and sizes it
+# pads on a CPU begin with "original_".
+_WRITTEN = frozenset(
+    {
+        "context_len",
+        "v_head_dim",
+        "swa_head_dim",
+        "swa_v_head_dim",
+        "encoder_only",
+        "language_only",
+        "language_model_only",
+        "ple_offload_embedding",
+        "ple_offload_backend",
+        "ple_offload_dir",
+    }
+)
+_WRITTEN_IN_VISION = frozenset({"head_dim", "num_dummy_heads"})
+
+SGLANG_WINDOW = TestedWindow(
+    package="sglang",
+    minimum="0.5.19",
+    below="0.5.24",
+    tested=("0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"),
+)
 
 
 def sglang_version() -> str:
@@ -25,10 +50,18 @@ def sglang_version() -> str:
 
 
 def device_type() -> str:
-    """`torch.device.type` SGLang would choose by itself on this machine."""
-    from sglang.srt.utils import is_cuda
+    """`torch.device.type` SGLang would choose by itself on this machine.
 
-    return "cuda" if is_cuda() else "cpu"
+    "cuda" is ROCm's name for its devices too, which the choice of kernels refuses.
+    """
+    from sglang.srt import utils
+
+    if utils.is_cuda() or utils.is_hip():
+        return "cuda"
+    # no kernels of ours: not to be taken for a CPU. `is_musa` came in after the oldest release
+    others = ("xpu", "npu", "hpu", "musa")
+    asked = ((name, getattr(utils, f"is_{name}", None)) for name in others)
+    return next((name for name, is_there in asked if is_there is not None and is_there()), "cpu")
 
 
 def _is_older_than(release: str) -> bool:
@@ -57,8 +90,21 @@ def speculation_is_tested() -> bool:
     return not _is_older_than("0.5.23")
 
 
+def deep_gemm_is_the_default(device: str) -> bool:
+    """Whether SGLang gives MXFP8 experts to DeepGEMM here: it does on SM100 and SM103."""
+    from sglang.srt.utils import is_cuda
+
+    if not is_cuda() or device == "cpu":
+        return False
+    import torch
+
+    return torch.cuda.get_device_capability()[0] == 10
+
+
 def needs_weight_only_mxfp8(device: str) -> bool:
-    """Whether SGLang refuses MXFP8 here: it does on CPUs and on NVIDIA chips before SM100.
+    """Whether SGLang cannot serve MXFP8 here: its kernels are for chips of SM100 and SM103 alone.
+
+    It refuses older chips and CPUs, and gives the experts to kernels of SM100 on later ones.
 
     Parameters
     ----------
@@ -70,7 +116,44 @@ def needs_weight_only_mxfp8(device: str) -> bool:
         return device == "cpu"
     import torch
 
-    return torch.cuda.get_device_capability() < (10, 0)
+    return torch.cuda.get_device_capability()[0] != 10
+
+
+def expert_offset(layer: type, beta: float) -> dict[str, Any]:
+    """The argument that tells expert kernels what they add to `up`, which some take to be 0.
+
+    Before 0.5.22 there is none, and no kernel that would need it.
+    """
+    known = "gemm1_beta" in inspect.signature(layer.__init__).parameters
+    return {"gemm1_beta": beta} if known else {}
+
+
+def resolved(server_args: Any) -> Any:
+    """What SGLang has decided so far, by the names of its arguments; read-only.
+
+    Up to 0.5.21 it writes its decisions into the record. Later the record stays what the operator
+    gave, and decisions lie beside it.
+    """
+    try:
+        from sglang.srt.arg_groups.overrides import resolving_view
+    except ImportError:
+        return server_args
+    return resolving_view(server_args)
+
+
+def leave_prefill_graphs_out(server_args: Any) -> None:
+    """Declare that steps of prompts stay out of CUDA graphs, which SGLang captures by default.
+
+    A declaration of its own: SGLang does not take this one from what override providers return.
+    """
+    config = getattr(resolved(server_args), "cuda_graph_config", None)
+    if config is None or config.prefill.backend == "disabled":
+        return
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    graphs = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
+    declare_resolution(server_args, "m3-plugin", cuda_graph_config=graphs)
 
 
 def tensor_parallel_size() -> int:
@@ -116,8 +199,13 @@ def read_draft_config(hf_config: Any) -> M3Config:
     return config
 
 
+def why_left_alone(hf_config: Any, *, draft: bool) -> str | None:
+    """Why a model of one of our architectures is not ours to serve; None if it is."""
+    return why_not_taken(_values(hf_config), draft=draft)
+
+
 def _values(hf_config: Any) -> dict[str, Any]:
-    """The config as config.json has it.
+    """The config as config.json has it, without what SGLang writes into it for itself.
 
     On CPU, SGLang writes more heads into the config than the checkpoint has when the ranks exceed
     them, and keeps the true numbers beside. ModelOpt's method it names after the format it found
@@ -128,6 +216,14 @@ def _values(hf_config: Any) -> dict[str, Any]:
     for key, original in _ORIGINAL_HEADS.items():
         if original in text:
             text[key] = text[original]
+    for section, written in (
+        (values, _WRITTEN),
+        (text, _WRITTEN),
+        (values.get("vision_config"), _WRITTEN_IN_VISION),
+    ):
+        if isinstance(section, dict):
+            for key in [k for k in section if k in written or k.startswith("original_")]:
+                del section[key]
     quantization = values.get("quantization_config")
     if quantization and str(quantization.get("quant_method")).startswith("modelopt_"):
         values["quantization_config"] = quantization | {"quant_method": "modelopt"}

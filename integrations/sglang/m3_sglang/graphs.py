@@ -7,7 +7,7 @@ inside the graph, so that a replay needs nothing from the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class GraphBuffers:
     seq_lens : int32 [requests]
     page_table : int32 [requests, max_pages]
     slot_mapping : int64 [rows]
+    starts : by query length, int32 [requests + 1], first row of each request and the end of all. A
+        graph holds no more than an address of it, so it must stay as long as the graphs
     """
 
     req_to_token: Tensor
@@ -35,6 +37,7 @@ class GraphBuffers:
     seq_lens: Tensor
     page_table: Tensor
     slot_mapping: Tensor
+    starts: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def allocate(cls, req_to_token: Tensor, *, num_reqs: int, num_rows: int) -> GraphBuffers:
@@ -51,10 +54,12 @@ class GraphBuffers:
 
     def batch(self, step: UniformStep, *, num_reqs: int) -> MSABatch:
         """Views for a graph of `num_reqs` requests; what a host integer bounds is at its limit."""
+        if step.query_len not in self.starts:
+            self.starts[step.query_len] = uniform_starts(
+                len(self.seq_lens), query_len=step.query_len, device=self.seq_lens.device
+            )
         return MSABatch(
-            cu_seqlens_q=uniform_starts(
-                num_reqs, query_len=step.query_len, device=self.seq_lens.device
-            ),
+            cu_seqlens_q=self.starts[step.query_len][: num_reqs + 1],
             seq_lens=self.seq_lens[:num_reqs],
             page_table=self.page_table[:num_reqs],
             slot_mapping=self.slot_mapping[: num_reqs * step.query_len],

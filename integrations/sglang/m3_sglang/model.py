@@ -15,18 +15,24 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_spec
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
-from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.checkpoint.loading import (
+    WeightLoader,
+    expert_share,
+    plan_before_loading,
+    require_expert_bytes,
+)
 from m3_plugin.checkpoint.plan import WeightPlan
+from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.host.presence import PluginRefusal
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.rope import RowAngles
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
-from m3_sglang.compat import read_config, tensor_parallel_size
+from m3_sglang.compat import read_config, tensor_parallel_rank, tensor_parallel_size
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.rope import make_rope
 from m3_sglang.speculation import prepare_speculation
+from m3_sglang.updates import ServedWeights
 from m3_sglang.weights import FUSED, text_weight_loader
 
 if TYPE_CHECKING:
@@ -146,7 +152,7 @@ class M3Model(nn.Module):
             )
             if config.moe_layers[index]:
                 # before the next layer takes as much memory again
-                share = 1 / tensor_parallel_size()
+                share = expert_share(config.intermediate_size, ranks=tensor_parallel_size())
                 experts = layer.block_sparse_moe.experts
                 require_expert_bytes(plan, experts, layer=f"model.layers.{index}", share=share)
             self.layers.append(layer)
@@ -167,7 +173,11 @@ class M3Model(nn.Module):
         """Hidden states after the final norm, and the streams an EAGLE3 head has asked for."""
         if self.is_sparse:
             require_our_backend()
-        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        if input_embeds is None:
+            hidden_states = self.embed_tokens(input_ids)
+        else:
+            # a request's own come in bf16, whatever the model's dtype
+            hidden_states = input_embeds.to(self.norm.weight.dtype)
         cos_sin = self.angles(positions)
         residual = None
         captured = []
@@ -190,6 +200,7 @@ class M3CausalLM(nn.Module):
     config : SGLang's config of the whole checkpoint or of its text part
     quant_config : SGLang's
     prefix : of the text model's names in the checkpoint, which quantisation refers to
+    is_root : whether SGLang loads it by itself, not as part of a model with images
     """
 
     # SGLang's quantisation maps its fused names back to the checkpoint's through this
@@ -200,11 +211,18 @@ class M3CausalLM(nn.Module):
     }
 
     def __init__(
-        self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
+        self,
+        config: Any,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        *,
+        is_root: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
         self.quant_config = quant_config
+        # trainers update a model that is loaded with some of its tensors at a time
+        self.is_loaded = False
         self.m3_config = read_config(config)
         if self.m3_config.msa is None:
             logger.warning("m3-plugin: no layer of this checkpoint is sparse; MSA is not used")
@@ -225,9 +243,14 @@ class M3CausalLM(nn.Module):
             prefix=f"{dot}lm_head",
         )
         routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
-        if routed is not None:
-            self.expert_proof = ExpertProof(routed)
+        self.expert_proof = None if routed is None else ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+        # last: it looks at all others once they are loaded
+        self.served = (
+            ServedWeights(self, text=self.weight_loader, after_first=self.end_first_load)
+            if is_root
+            else None
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -270,16 +293,27 @@ class M3CausalLM(nn.Module):
         self.model.captured_layers = tuple(wanted)
 
     def weight_loader(self) -> WeightLoader:
-        """A loader for the text model; feed it every text tensor, then call `finish`."""
-        return text_weight_loader(self, config=self.m3_config)
+        """A loader for the text model's tensors."""
+        witness = None
+        if self.expert_proof is not None and not self.is_loaded:
+            first = self.m3_config.moe_layers.index(True)
+            witness = ExpertWitness(
+                self.m3_config,
+                experts=f"model.layers.{first}.block_sparse_moe.experts",
+                rank=tensor_parallel_rank(),
+                size=tensor_parallel_size(),
+            )
+        return text_weight_loader(self, config=self.m3_config, witness=witness)
+
+    def end_first_load(self, loader: WeightLoader) -> None:
+        """Give the proof of the experts what it compares the kernel with."""
+        if self.expert_proof is not None and loader.witness is not None:
+            self.expert_proof.known = loader.witness.testimony()
+        self.is_loaded = True
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loader = self.weight_loader()
-        for name, tensor in weights:
-            # the released checkpoint may be served as a text model; its vision part is then unused
-            if not name.startswith(VISION_PREFIXES):
-                loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return loader.finish()
+        assert self.served is not None
+        return self.served.load(weights)
 
 
 def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan | None:

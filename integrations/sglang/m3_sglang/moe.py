@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
@@ -19,16 +20,10 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import interleave_gate_up
+from m3_plugin.checkpoint.loading import interleave_gate_up, separate_gate_up
 from m3_plugin.model.config import M3Config
-from m3_plugin.model.experts import (
-    PROBE_MAGNITUDES,
-    PROOF_TOLERANCE,
-    probe_token,
-    require_clamped,
-    routed_output,
-)
-from m3_sglang.compat import tensor_parallel_size
+from m3_plugin.model.experts import ExpertProbe, KnownExperts
+from m3_sglang.compat import expert_offset, tensor_parallel_size
 from m3_sglang.quantization import Mxfp8ExpertsMethod
 
 # SGLang's activations add a fixed 1 to `up`.
@@ -95,7 +90,6 @@ class M3MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.proof: ExpertProof | None = None
         self.tp_size = tensor_parallel_size()
         self.gate = ReplicatedLinear(
             config.hidden_size,
@@ -123,11 +117,13 @@ class M3MoE(nn.Module):
             gemm1_clamp_limit=config.swiglu_limit,
             gate_up_interleaved=False,
             prefix=f"{prefix}.experts",
+            **expert_offset(FusedMoE, config.swiglu_beta),
         )
         # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
         # say nothing when told that they are not: the rows are interleaved after loading.
         ours = isinstance(self.experts.quant_method, Mxfp8ExpertsMethod)
         self.interleave = device_type == "cpu" and not ours
+        self.is_interleaved = False
         self.topk = TopK(
             top_k=config.num_experts_per_token,
             renormalize=True,
@@ -159,25 +155,31 @@ class M3MoE(nn.Module):
         total = routed * factor if shared is None else torch.add(shared, routed, alpha=factor)
         return tensor_model_parallel_all_reduce(total) if self.tp_size > 1 else total
 
+    def start_loading(self) -> None:
+        """Bring the experts' gate and up rows into the order of the checkpoint again."""
+        if not self.is_interleaved:
+            return
+        weight = self.experts.get_parameter("w13_weight")
+        weight.data = separate_gate_up(weight.data)
+        self.is_interleaved = False
+
     def finish_loading(self) -> None:
         """Bring the experts' gate and up rows into the order the activation expects."""
-        if self.proof is not None:
-            self.proof.expect(self.experts)
         if not self.interleave:
             return
         weight = self.experts.get_parameter("w13_weight")
         weight.data = interleave_gate_up(weight.data)
+        self.is_interleaved = True
 
 
 class ExpertProof(nn.Module):
-    """Refuses an expert kernel that does not compute SwiGLU-OAI, once the weights are in place.
+    """Refuses expert kernels that do not compute SwiGLU-OAI, once the weights are in place.
 
     SGLang has a dozen of them, and one that knows the activation only in another row order, or
-    without the clamp, says nothing. So what the first MoE layer's experts make of a token is
-    worked out from the weights as they were loaded, and compared with what the kernel makes of it.
-
-    Experts stored quantised mean nothing without their scales; for them only the clamp is proved,
-    by how the output grows with the input.
+    without the clamp, says nothing. So what the first MoE layer's experts make of tokens is worked
+    out from the weights as the checkpoint has them, and compared with the kernels' answer: for one
+    row and for many, for which SGLang may take another kernel or another layout. Without those
+    weights (a dummy load) the clamp alone is proved.
 
     A module of its own, attached last: SGLang calls `quant_method.process_weights_after_loading`
     of each module in order, so this one runs when every kernel has its final weights.
@@ -187,63 +189,59 @@ class ExpertProof(nn.Module):
         super().__init__()
         # in a tuple so that the experts are not registered, and loaded, twice
         self._moe = (moe,)
-        self.expected: Tensor | None = None
+        self.known: KnownExperts | None = None
         # SGLang builds a model under its activations' dtype
         self.dtype = torch.get_default_dtype()
         self.quant_method = _RunProof()
-        moe.proof = self
-
-    def expect(self, experts: nn.Module) -> None:
-        """Work out the answer from weights in the checkpoint's row order."""
-        weights = dict(experts.named_parameters(recurse=False))
-        if "w13_weight" not in weights:
-            return
-        w13, w2 = weights["w13_weight"], weights["w2_weight"]
-        if not (w13.dtype.is_floating_point and w13.dtype.itemsize >= 2):
-            return
-        # rounded as the kernel will receive it
-        token = self._token().to(dtype=self.dtype, device=w13.device)
-        self.expected = routed_output(token, w13, w2, self._moe[0].config)
 
     def run(self) -> None:
-        """Compare the kernel's answer with the expected one.
+        """Ask the kernels, in every layout that SGLang may choose.
 
         Raises
         ------
-        ValueError : they differ by more than rounding in the weights' dtype explains.
+        ValueError : one of them answers wrongly.
         """
-        config = self._moe[0].config
-        if self.expected is None:
-            norms = [
-                float(self._answer(probe_token(config, magnitude=size)).norm())
-                for size in PROBE_MAGNITUDES
-            ]
-            require_clamped(norms, config=config, host="SGLang", remedy="--moe-runner-backend")
-            return
-        error = float((self._answer(self._token()) - self.expected).norm() / self.expected.norm())
-        self.expected = None
-        if not error <= PROOF_TOLERANCE:
-            raise ValueError(
-                "SGLang's expert kernel does not compute MiniMax-M3's SwiGLU-OAI "
-                f"(relative error {error:.3g} on one token, at most {PROOF_TOLERANCE} is "
-                "rounding); choose another one with --moe-runner-backend"
-            )
+        probe = ExpertProbe(
+            config=self._moe[0].config,
+            host="SGLang",
+            remedy="--moe-runner-backend",
+            answer=self._answer,
+            dtype=self.dtype,
+        )
+        for layout, chosen in expert_layouts(self._moe[0].experts):
+            with chosen:
+                probe.prove(self.known, layout=layout)
+        # a proof is for the weights that are loaded first; updates keep their kernels
+        self.known = None
 
-    def _token(self) -> Tensor:
-        """[1, hidden]: large enough for gates and ups of either sign to meet the clamp."""
-        return probe_token(self._moe[0].config, magnitude=4.0)
-
-    def _answer(self, token: Tensor) -> Tensor:
-        """The mean of the first experts as the kernel computes it, fp32 [1, hidden]."""
+    def _answer(self, tokens: Tensor) -> Tensor:
+        """The mean of the first experts as the kernel computes it, [rows, hidden]."""
         moe = self._moe[0]
-        count = moe.config.num_experts_per_token
+        rows, count = len(tokens), moe.config.num_experts_per_token
         device = next(moe.gate.parameters()).device
-        token = token.to(dtype=self.dtype, device=device)
-        ids = torch.arange(count, dtype=torch.int32, device=device)[None]
+        tokens = tokens.to(dtype=self.dtype, device=device).contiguous()
+        ids = torch.arange(count, dtype=torch.int32, device=device).repeat(rows, 1)
         weights = torch.full_like(ids, 1 / count, dtype=torch.float32)
-        logits = torch.zeros(1, moe.config.num_experts, device=device)
+        logits = torch.zeros(rows, moe.config.num_experts, device=device)
         with activations_as_is(device.type):
-            return moe.experts(token, StandardTopKOutput(weights, ids, logits)).float()
+            return moe.experts(tokens, StandardTopKOutput(weights, ids, logits))
+
+
+def expert_layouts(experts: nn.Module) -> list[tuple[str, AbstractContextManager[Any]]]:
+    """Layouts SGLang may choose between from call to call, each with what makes it choose that one.
+
+    DeepGEMM's kernel takes rows padded per expert ("masked") where that fits into free memory, and
+    "compact" ones elsewhere; the two have activations of their own.
+    """
+    runner = getattr(experts, "runner_backend", None)
+    if runner is None or not runner.is_deep_gemm():
+        return [("", nullcontext())]
+    from sglang.srt.environ import envs
+
+    setting = getattr(envs, "SGLANG_DEEPGEMM_STANDARD_LAYOUT", None)
+    if setting is None or setting.get().lower() != "auto":
+        return [("", nullcontext())]
+    return [(layout, setting.override(layout)) for layout in ("masked", "compact")]
 
 
 def activations_as_is(device_type: str) -> AbstractContextManager[None]:

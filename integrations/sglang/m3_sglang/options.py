@@ -9,11 +9,29 @@ from typing import Any
 from m3_plugin.checkpoint.headers import read_checkpoint
 from m3_plugin.checkpoint.names import require_mtp_modules
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
-from m3_sglang.compat import needs_triton_on_cpu, sglang_version, speculation_is_tested
+from m3_plugin.settings import Settings
+from m3_sglang.compat import (
+    leave_prefill_graphs_out,
+    needs_triton_on_cpu,
+    resolved,
+    sglang_version,
+    speculation_is_tested,
+)
 
 BACKEND_NAME = "msa"
 
-# server argument -> (values that are served, what to do about any other)
+_OFF = (False, None)
+_ONE = (1, None)
+_DATA_PARALLEL = "data parallel attention is not supported; several servers behind a router are"
+_CONTEXT_PARALLEL = "context parallelism is not supported with MSA layers"
+_EXPERTS = "expert parallelism is not supported yet"
+_POOL = "MSA layers need SGLang's cache pool for MiniMax-M3, one buffer per layer"
+_OFFLOAD = "MSA layers were never run with it"
+_PREFILL_GRAPHS = "steps of prompts stay eager"
+_ELSEWHERE = "it is another model's"
+
+# server argument -> (values that are served, what to do about any other). Every argument of every
+# tested SGLang is judged in tests/integrations/sglang/judged_arguments.py.
 _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "page_size": (
         (None, PAGED_BLOCK_SIZE),
@@ -28,22 +46,80 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
         "drafts are chains; a tree's keys would have to move between slots, which SGLang's cache "
         "pool for MiniMax-M3 cannot do",
     ),
-    "enable_multi_layer_eagle": (
-        (False, None),
-        "one MTP module is applied again for every further token",
-    ),
-    "pp_size": ((1,), "pipeline parallelism is not supported yet"),
-    "ep_size": ((1,), "expert parallelism is not supported yet"),
-    "moe_a2a_backend": ((None, "none"), "expert parallelism is not supported yet"),
-    "enable_dp_attention": ((False, None), "data parallel attention is not supported yet"),
-    "enable_hisparse": ((False, None), "HiSparse is not supported"),
-    "enable_hierarchical_cache": ((False, None), "HiCache was never run with MSA layers"),
+    "enable_multi_layer_eagle": (_OFF, "one MTP module is applied again for every further token"),
+    "speculative_adaptive": (_OFF, "the number of drafted tokens is settled when a server starts"),
+    "speculative_token_map": ((None,), "the draft has the target's whole vocabulary"),
+    "speculative_draft_window_size": ((None,), "the draft attends as the target does"),
+    "speculative_draft_sink_size": ((None,), "the draft attends as the target does"),
+    "speculative_moe_a2a_backend": ((None, "none"), "expert parallelism is not supported yet"),
+    "decoupled_spec_role": ((None, "null"), "target and draft run in one worker"),
+    "pp_size": (_ONE, "pipeline parallelism is not supported yet"),
+    "ep_size": (_ONE, _EXPERTS),
+    "moe_a2a_backend": ((None, "none"), _EXPERTS),
+    "enable_eplb": (_OFF, _EXPERTS),
+    "ep_num_redundant_experts": ((0, None), _EXPERTS),
+    "elastic_ep_backend": ((None, "none"), _EXPERTS),
+    "enable_elastic_expert_backup": (_OFF, _EXPERTS),
+    "enable_paged_experts": (_OFF, _EXPERTS),
+    "kt_weight_path": ((None,), _EXPERTS),
+    "attn_dp_size": (_ONE, _DATA_PARALLEL),
+    "enable_dp_attention": (_OFF, _DATA_PARALLEL),
+    "enable_dp_lm_head": (_OFF, _DATA_PARALLEL),
+    "moe_dp_size": (_ONE, _DATA_PARALLEL),
+    "dwdp_size": (_ONE, _DATA_PARALLEL),
+    "attn_cp_size": (_ONE, _CONTEXT_PARALLEL),
+    "dcp_size": (_ONE, _CONTEXT_PARALLEL),
+    "enable_prefill_cp": (_OFF, _CONTEXT_PARALLEL),
+    "enable_cp_decode_attn_tp": (_OFF, _CONTEXT_PARALLEL),
+    "enable_cp_tp_group_sharing": (_OFF, _CONTEXT_PARALLEL),
+    "enable_kv_cache_sharding": (_OFF, "each rank keeps the index keys of its own KV heads"),
+    "enable_attn_tp_input_scattered": (_OFF, "attention reads whole rows on every rank"),
+    "enable_layernorm_sp": (_OFF, "norms read whole rows on every rank"),
+    "shared_experts_tp_size": ((None,), "shared experts are cut like routed ones"),
+    "enable_shared_experts_attn_tp": (_OFF, "shared experts are cut like routed ones"),
+    "enable_dense_mlp_attn_tp": (_OFF, "dense layers are cut over all ranks"),
+    "moe_dense_tp_size": ((None,), "dense layers are cut over all ranks"),
+    "enable_pdmux": (_OFF, "prompts and decoding share one workspace and one stream"),
+    "enable_two_batch_overlap": (_OFF, "two-batch overlap is not supported"),
+    "enable_single_batch_overlap": (_OFF, "single-batch overlap is not supported"),
+    "enable_hisparse": (_OFF, "HiSparse is not supported"),
+    "enable_hierarchical_cache": (_OFF, "HiCache was never run with MSA layers"),
+    "enable_lmcache": (_OFF, _POOL),
+    "enable_flexkv": (_OFF, _POOL),
+    "enable_unified_memory": (_OFF, _POOL),
+    "enable_unified_cache_external_linker": (_OFF, _POOL),
+    "enable_page_major_kv_layout": (_OFF, _POOL),
+    "prefill_only_disable_kv_cache": (_OFF, "MSA layers read keys from the cache alone"),
     "disaggregation_mode": ((None, "null"), "disaggregation was never run with MSA layers"),
-    "enable_two_batch_overlap": ((False, None), "two-batch overlap is not supported"),
-    "cuda_graph_backend_prefill": (
-        (None, "disabled"),
-        "steps of prompts stay eager",
+    "disaggregation_decode_enable_offload_kvcache": (_OFF, _POOL),
+    "enable_pd_role_switch": (_OFF, "disaggregation was never run with MSA layers"),
+    "encoder_only": (_OFF, "the vision tower runs beside the text model"),
+    "language_only": (_OFF, "the vision tower runs beside the text model"),
+    "mm_enable_dp_encoder": (_OFF, "every rank runs the whole vision tower already"),
+    "enable_lora": (_OFF, "adapters are not supported yet"),
+    "lora_paths": ((None, [], ()), "adapters are not supported yet"),
+    "uno_lora_path": ((None,), "adapters are not supported yet"),
+    "is_embedding": (_OFF, "the model generates; it has no pooled output"),
+    "enable_deterministic_inference": (
+        _OFF,
+        "MSA layers give the same bits in every batch, but SGLang does not take their backend",
     ),
+    "rl_on_policy_target": ((None,), "it needs deterministic inference"),
+    "enable_torch_compile": (_OFF, "our layers were never compiled"),
+    "debug_cuda_graph": (_OFF, "it needs breakable graphs"),
+    "cpu_offload_gb": ((0, None), _OFFLOAD),
+    "offload_group_size": ((-1, 0, None), _OFFLOAD),
+    "enable_fused_moe_sum_all_reduce": (
+        _OFF,
+        "the routed and the shared experts are summed over ranks in one step",
+    ),
+    "enable_mis": (_OFF, "an MSA layer's rows see a prefix each"),
+    "enable_return_indexer_topk": (_OFF, "M3_PLUGIN_RECORD_BLOCKS writes them to files"),
+    "dllm_algorithm": ((None,), _ELSEWHERE),
+    "enable_amd_monokernel": (_OFF, _ELSEWHERE),
+    "enable_nvidia_megakernel": (_OFF, _ELSEWHERE),
+    "use_ray": (_OFF, "Ray's scheduler processes load no plugins"),
+    "cuda_graph_backend_prefill": ((None, "disabled"), _PREFILL_GRAPHS),
     "kv_cache_dtype": (
         ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
         "the kernels read K and V in the model's dtype, bf16 or fp8",
@@ -63,10 +139,14 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError : an argument asks for what is not served; names argument, rule and value.
+    ValueError : an argument asks for what is not served, or an `M3_PLUGIN_` variable is misspelt;
+        names argument, rule and value.
     """
+    # only here is it known that M3 is served
+    Settings.from_environment()
     require_served(server_args)
     overrides: dict[str, Any] = {"page_size": PAGED_BLOCK_SIZE}
+    leave_prefill_graphs_out(server_args)
     given = (
         server_args.attention_backend,
         server_args.prefill_attention_backend,
@@ -80,23 +160,48 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
 def require_served(server_args: Any) -> None:
     """Refuse what the plugin cannot do truly; an argument this SGLang does not know passes.
 
+    What SGLang made of the operator's options is read, so that an option's old name counts as well.
+
     Raises
     ------
     ValueError : names the argument, what it may be and what it is.
     """
-    on_cpu = _SERVED_ON_CPU if server_args.device == "cpu" else {}
+    found = resolved(server_args)
+    on_cpu = _SERVED_ON_CPU if found.device == "cpu" else {}
     for name, (served, advice) in (_SERVED | on_cpu).items():
-        value = getattr(server_args, name, served[0])
-        if value not in served:
-            wanted = " or ".join(str(choice) for choice in served)
-            raise ValueError(
-                f"m3-plugin: --{name.replace('_', '-')} must be {wanted} for MiniMax-M3; "
-                f"got {value!r}: {advice}"
-            )
+        _require(name, getattr(found, name, served[0]), served, advice)
+    _require_prefill_graphs(server_args)
+    _require_kept_weights(found)
     if server_args.device == "cpu" and needs_triton_on_cpu():
         require_interpreted_steps(server_args)
     if server_args.speculative_algorithm is not None:
         require_draft(server_args)
+
+
+def _require(name: str, value: object, served: tuple[object, ...], advice: str) -> None:
+    if value not in served:
+        wanted = " or ".join(str(choice) for choice in served)
+        raise ValueError(
+            f"m3-plugin: --{name.replace('_', '-')} must be {wanted} for MiniMax-M3; "
+            f"got {value!r}: {advice}"
+        )
+
+
+def _require_prefill_graphs(server_args: Any) -> None:
+    """Refuse a graph of prompts that was asked for in the option which describes all graphs."""
+    given = getattr(server_args, "cuda_graph_config", None)
+    prefill = given.get("prefill") if isinstance(given, dict) else getattr(given, "prefill", None)
+    backend = prefill.get("backend") if isinstance(prefill, dict) else None
+    if backend is not None:
+        _require("cuda_graph_config prefill.backend", backend, ("disabled",), _PREFILL_GRAPHS)
+
+
+def _require_kept_weights(found: Any) -> None:
+    """Refuse to give the weights' memory back without a copy: no update sends all it holds."""
+    if getattr(found, "enable_memory_saver", False):
+        kept = getattr(found, "enable_weights_cpu_backup", False)
+        advice = "beside --enable-memory-saver; rotation angles and cache scales are in no update"
+        _require("enable_weights_cpu_backup", kept, (True,), advice)
 
 
 def require_interpreted_steps(server_args: Any) -> None:

@@ -1,4 +1,4 @@
-"""`python -m m3_sglang.probe`: load plugins as SGLang does and tell what its registries answer."""
+"""`python -P -m m3_sglang.probe`: load plugins as SGLang does, tell what its registries answer."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def facts() -> dict[str, Any]:
     return {
         "version": sglang_version(),
         "window": [SGLANG_WINDOW.minimum, SGLANG_WINDOW.below],
+        "tested": SGLANG_WINDOW.was_tested(sglang_version()),
         "refusal": SGLANG_WINDOW.refusal(sglang_version()),
         "architectures": {name: resolve(name, hooked=hooked) for name in ARCHITECTURES},
         "details": {"device": device_type(), "page size": str(PAGED_BLOCK_SIZE)},

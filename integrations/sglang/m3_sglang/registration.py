@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -11,17 +12,20 @@ from typing import Any
 
 from m3_kernels.index_pages import bytes_per_token
 from m3_plugin.attention.backends import choose_kernels
-from m3_plugin.host.presence import PluginRefusal, absence, attestation, require_tested
+from m3_plugin.host.presence import PluginRefusal, attestation, require_tested
 from m3_plugin.model.released import misnamed_model
-from m3_plugin.settings import Settings
+from m3_plugin.model.taking import refusal, stands_aside
+from m3_plugin.settings import Settings, remarks
 from m3_sglang.compat import (
     SGLANG_WINDOW,
+    deep_gemm_is_the_default,
     device_type,
     needs_vision_config_attributes,
     needs_weight_only_mxfp8,
     read_config,
     read_draft_config,
     sglang_version,
+    why_left_alone,
 )
 from m3_sglang.options import BACKEND_NAME, m3_defaults
 
@@ -29,12 +33,20 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 DRAFT_ARCHITECTURE = "MiniMaxM3MTP"
+# Where SGLang's own classes are; it has none for the draft.
+SGLANGS_OWN = {
+    "MiniMaxM3SparseForCausalLM": "sglang.srt.models.minimax_m3",
+    "MiniMaxM3SparseForConditionalGeneration": "sglang.srt.models.minimax_m3_vl",
+}
 DRAFT_MODEL_TYPE = "minimax_m3_mtp"
 MODEL_PACKAGE = "m3_sglang.models"
 PROCESSOR_PACKAGE = "m3_sglang.processors"
 WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
+MODEL_CLASS = "sglang.srt.model_loader.utils.get_model_architecture"
+MEDIA_PROCESSOR = "sglang.srt.managers.multimodal_processor.get_mm_processor"
 QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
 DRAFT_CONFIG = "sglang.srt.configs.model_config.ModelConfig._config_draft_model"
+REQUEST_CHECK = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 INDEX_POOL = "sglang.srt.configs.model_config.is_minimax_sparse"
 INDEX_DTYPE = "sglang.srt.mem_cache.memory_pool.get_minimax_sparse_index_dtype"
 INDEX_WIDTH = "sglang.srt.configs.model_config.get_minimax_sparse_attention_config"
@@ -46,15 +58,16 @@ CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_
 def register_with_sglang() -> None:
     """Register everything of ours, once per process.
 
+    SGLang loads plugins for every model, so a misspelt `M3_PLUGIN_` variable is only warned of
+    here; `m3_defaults` ends the start of an M3, because what the user wanted is not known.
+
     Raises
     ------
-    SystemExit : a misspelt `M3_PLUGIN_` variable; what the user wanted is not known.
-    Exception : whatever else stopped the registration; `register` decides what becomes of it.
+    Exception : whatever stopped the registration; `register` decides what becomes of it.
     """
-    settings = _settings()
-    if settings.disable:
-        _say(absence("M3_PLUGIN_DISABLE=1"))
-        return
+    settings, mistakes = Settings.read()
+    for remark in remarks(mistakes):
+        logger.warning("m3-plugin: %s", remark)
     require_tested(SGLANG_WINDOW, sglang_version(), settings=settings)
     kernels = choose_kernels(device_type(), settings.kernels)
     _register_backend()
@@ -76,13 +89,6 @@ def register_with_sglang() -> None:
         logger.warning("m3-plugin: %s", misnamed)
 
 
-def _settings() -> Settings:
-    try:
-        return Settings.from_environment()
-    except ValueError as error:
-        raise SystemExit(f"m3-plugin: {error}") from error
-
-
 def _register_backend() -> None:
     """The backend's name for the registry and the command line, and our place in front of M3.
 
@@ -101,17 +107,79 @@ def _register_backend() -> None:
 
         return create_backend(runner)
 
+    HookRegistry.register(MODEL_CLASS, choose_model_class, HookType.AROUND)
+    HookRegistry.register(MEDIA_PROCESSOR, choose_media_processor, HookType.AROUND)
     HookRegistry.register(WRAPPER, wrap_attention_backend, HookType.AROUND)
     HookRegistry.register(DRAFT_CONFIG, configure_draft, HookType.AFTER)
     HookRegistry.register(INDEX_POOL, has_index_keys, HookType.AFTER)
+    HookRegistry.register(REQUEST_CHECK, check_embeddings, HookType.BEFORE)
     if needs_vision_config_attributes():
         HookRegistry.register(CPU_CONFIG, give_vision_config_attributes, HookType.BEFORE)
 
 
-def is_ours(hf_config: Any) -> bool:
-    """Whether the model of this config is M3 or its MTP module, as SGLang names architectures."""
-    architectures = hf_config.architectures or [None]
-    return architectures[0] in (*ARCHITECTURES, DRAFT_ARCHITECTURE)
+def is_ours(hf_config: Any, *, draft: bool = False) -> bool:
+    """Whether the model of this config is M3 or its MTP module, and one that we serve exactly.
+
+    Parameters
+    ----------
+    hf_config : of the model
+    draft : the model is to be the MTP module, whatever architecture the config names
+    """
+    architecture = (hf_config.architectures or [None])[0]
+    if architecture not in (*ARCHITECTURES, DRAFT_ARCHITECTURE):
+        return False
+    draft = draft or architecture == DRAFT_ARCHITECTURE
+    return why_left_alone(hf_config, draft=draft) is None
+
+
+def choose_model_class(original: Any, model_config: Any) -> tuple[Any, str]:
+    """AROUND hook: our class where we read every key of the config, SGLang's own elsewhere.
+
+    SGLang chooses by the architecture's name, and successors of M3 keep the name.
+
+    Raises
+    ------
+    ValueError : not ours to serve, and SGLang has no class of its own or the plugin is required.
+    """
+    model, architecture = original(model_config)
+    if not model.__module__.startswith(f"{MODEL_PACKAGE}."):
+        return model, architecture
+    draft = model.__name__ == DRAFT_ARCHITECTURE
+    reason = why_left_alone(model_config.hf_config, draft=draft)
+    if reason is None:
+        return model, architecture
+    required = Settings.from_environment().required
+    own = None if required else _sglangs_own(model.__name__)
+    if own is None:
+        raise refusal("SGLang", reason, required=required)
+    _say_once(stands_aside("SGLang", reason))
+    return own, architecture
+
+
+@cache
+def _say_once(line: str) -> None:
+    logger.warning("%s", line)
+
+
+def _sglangs_own(architecture: str) -> Any:
+    """SGLang's class for an architecture, None if it has none."""
+    module = SGLANGS_OWN.get(architecture)
+    if module is None:
+        return None
+    return getattr(importlib.import_module(module), architecture)
+
+
+def choose_media_processor(original: Any, hf_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND hook: SGLang's own processor of images for models that are SGLang's."""
+    architecture = (hf_config.architectures or [None])[0]
+    if architecture in ARCHITECTURES and not is_ours(hf_config):
+        from sglang.srt.managers.multimodal_processor import PROCESSOR_MAPPING, import_processors
+
+        if any(
+            found.__module__.startswith(PROCESSOR_PACKAGE) for found in PROCESSOR_MAPPING.values()
+        ):
+            import_processors("sglang.srt.multimodal.processors", overwrite=True)
+    return original(hf_config, *args, **kwargs)
 
 
 def wrap_attention_backend(original: Any, runner: Any, full_attn_backend: Any) -> Any:
@@ -132,7 +200,7 @@ def configure_draft(result: None, model_config: Any) -> None:
     further token, so the first one is taken of a checkpoint with several.
     """
     hf_config = model_config.hf_config
-    if not model_config.is_draft_model or not is_ours(hf_config):
+    if not model_config.is_draft_model or not is_ours(hf_config, draft=True):
         return
     text = getattr(hf_config, "text_config", hf_config)
     hf_config.architectures = [DRAFT_ARCHITECTURE]
@@ -149,6 +217,23 @@ def configure_draft(result: None, model_config: Any) -> None:
 def has_index_keys(result: bool, hf_config: Any) -> bool:
     """AFTER hook: the MTP module needs the pool that keeps index keys, as M3 does."""
     return result or (hf_config.architectures or [None])[0] == DRAFT_ARCHITECTURE
+
+
+def check_embeddings(manager: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE hook: a request's own embeddings are as wide as the model; others end a scheduler.
+
+    Raises
+    ------
+    ValueError : they are not; SGLang answers with it.
+    """
+    rows = getattr(request, "input_embeds", None)
+    config = manager.model_config.hf_config
+    if not rows or not is_ours(config):
+        return
+    width = getattr(config, "text_config", config).hidden_size
+    wrong = next((len(row) for row in rows if len(row) != width), None)
+    if wrong is not None:
+        raise ValueError(f"input_embeds must be rows of hidden_size={width} numbers; got {wrong}")
 
 
 def _register_int8_index_keys() -> None:
@@ -168,6 +253,8 @@ def index_keys_in_int8(result: Any, *args: Any, **kwargs: Any) -> Any:
 
 def with_room_for_scales(result: dict[str, Any], hf_config: Any) -> dict[str, Any]:
     """AFTER hook: what SGLang makes the pool from; the scales count as channels of the keys."""
+    if not is_ours(hf_config):
+        return result
     width = bytes_per_token(result["sparse_index_dim"])
     return dict(result) | {"sparse_index_dim": width}
 
@@ -196,6 +283,8 @@ def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
 
     SGLang's own provider takes a checkpoint at its word, and MXFP8 to expert kernels of SM100.
     """
+    if not is_ours(hf_config):
+        return {}
     quantization = read_config(hf_config).quantization
     if quantization is None:
         return {}
@@ -206,8 +295,27 @@ def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
             "moe_runner_backend": "triton" if runner == "auto" else runner,
         }
     if quantization.method == "mxfp8" and needs_weight_only_mxfp8(server_args.device):
+        workers = getattr(server_args, "tokenizer_worker_num", 1)
+        if workers > 1:
+            raise ValueError(
+                "m3-plugin: --tokenizer-worker-num must be 1 for MXFP8 on this chip; got "
+                f"{workers}: SGLang loads no plugins in these workers, and the method is ours"
+            )
         return {"quantization": MXFP8_METHOD, "moe_runner_backend": "triton"}
+    if quantization.method == "mxfp8" and runner == "auto":
+        return right_experts(server_args.device)
     return {}
+
+
+def right_experts(device: str) -> dict[str, Any]:
+    """The expert kernels of MXFP8 on SM100, where SGLang's default is wrong for long prompts."""
+    if not deep_gemm_is_the_default(device):
+        return {}
+    logger.info(
+        "m3-plugin: experts on flashinfer_trtllm_routed instead of SGLang's default deep_gemm, "
+        "whose layout for large batches leaves alpha and limit of MiniMax-M3's SwiGLU out"
+    )
+    return {"moe_runner_backend": "flashinfer_trtllm_routed"}
 
 
 def settle_quantization(original: Any, model_config: Any) -> None:
@@ -276,7 +384,27 @@ def _register_defaults() -> None:
     from sglang.srt.arg_groups.overrides import register_model_override
 
     for architecture in ARCHITECTURES:
-        register_model_override(architecture)(m3_defaults)
+        register_model_override(architecture)(defaults_if_ours)
+
+
+def defaults_if_ours(server_args: Any, hf_config: Any) -> dict[str, Any]:
+    """Override provider of SGLang: our defaults and refusals, for models that are ours.
+
+    Raises
+    ------
+    ValueError : an argument asks for what is not served; or int8 index keys are set, which SGLang's
+        pool would make room for and its own model not write.
+    """
+    if is_ours(hf_config):
+        return m3_defaults(server_args, hf_config)
+    settings = Settings.from_environment()
+    if settings.index_keys != "auto":
+        reason = why_left_alone(hf_config, draft=False)
+        raise ValueError(
+            f"m3-plugin: M3_PLUGIN_INDEX_KEYS={settings.index_keys} needs this plugin's model; "
+            f"leave it out: {stands_aside('SGLang', str(reason))}"
+        )
+    return {}
 
 
 def _register_models() -> None:

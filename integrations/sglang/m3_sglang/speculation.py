@@ -14,7 +14,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.speculative.eagle_utils import per_step_draft_out_cache_loc
 
 from m3_sglang import cpu_repairs
-from m3_sglang.backend import M3AttentionBackend, dense_backend, dense_backend_name
+from m3_sglang.backend import M3AttentionBackend, dense_backend_name
 from m3_sglang.batch import UniformStep, msa_batch
 from m3_sglang.options import BACKEND_NAME
 from m3_sglang.plain_dense import PlainDenseBackend
@@ -23,6 +23,26 @@ from m3_sglang.registration import apply_around, is_ours
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from torch import Tensor
+
+
+class NoDenseLayers(AttentionBackend):
+    """The dense backend of a draft model whose only layer is sparse: nothing to plan or keep."""
+
+    needs_cpu_seq_lens = False
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Nothing: no layer reads it."""
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing: no layer reads it."""
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Nothing: no layer reads it."""
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Nothing: no layer reads it."""
 
 
 class M3DraftBackends:
@@ -34,12 +54,12 @@ class M3DraftBackends:
     num_steps : tokens drafted per round; the first comes with the draft model's extend step
     """
 
-    needs_cpu_seq_lens = True
+    needs_cpu_seq_lens = False
 
     def __init__(self, runner: Any, *, num_steps: int) -> None:
         self.num_steps = num_steps
         self.attn_backends = [
-            M3AttentionBackend(runner, dense=dense_backend(runner)) for _ in range(num_steps - 1)
+            M3AttentionBackend(runner, dense=NoDenseLayers()) for _ in range(num_steps - 1)
         ]
 
     def slots(self, forward_batch: ForwardBatch) -> Tensor:
@@ -118,7 +138,7 @@ def create_draft_extend_backend(original: Callable[[Any], Any], factory: Any) ->
     """AROUND hook on `DraftBackendFactory.create_draft_extend_backend`."""
     runner = factory.draft_model_runner
     if is_ours(runner.model_config.hf_config):
-        return _named(M3AttentionBackend(runner, dense=dense_backend(runner)))
+        return _named(M3AttentionBackend(runner, dense=NoDenseLayers()))
     if torch.device(runner.device).type == "cpu":
         return _named(PlainDenseBackend(runner))
     return original(_with_dense_name(factory))

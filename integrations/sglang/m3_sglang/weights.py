@@ -10,6 +10,7 @@ from torch import nn
 
 from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_dequantiser
 from m3_plugin.checkpoint.names import MTP_PREFIX, is_mtp_tensor, mtp_modules, text_modules
+from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.model.config import M3Config
 
 FUSED: dict[str, tuple[str, Shard]] = {
@@ -23,15 +24,18 @@ FUSED: dict[str, tuple[str, Shard]] = {
 }
 
 
-def text_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
+def text_weight_loader(
+    model: nn.Module, *, config: M3Config, witness: ExpertWitness | None
+) -> WeightLoader:
     """A loader for our causal LM.
 
     Parameters
     ----------
     model : our causal LM
     config : what the checkpoint promises
+    witness : keeps what the proof of its experts needs
     """
-    return _weight_loader(model, config=config, expected=text_modules(config))
+    return _weight_loader(model, config=config, expected=text_modules(config), witness=witness)
 
 
 def mtp_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
@@ -56,9 +60,11 @@ def _weight_loader(
     config: M3Config,
     expected: frozenset[str],
     is_foreign: Callable[[str], bool] = is_mtp_tensor,
+    witness: ExpertWitness | None = None,
 ) -> WeightLoader:
     return WeightLoader(
         model,
+        config=config,
         expected=expected,
         fused=FUSED,
         experts=FusedMoE.make_expert_params_mapping(
@@ -70,4 +76,5 @@ def _weight_loader(
         default_loader=default_weight_loader,
         dequantiser=chosen_dequantiser(config),
         is_foreign=is_foreign,
+        witness=witness,
     )

@@ -7,6 +7,11 @@ def register() -> None:
     vLLM swallows an exception raised while *importing* an entry point and lets one raised here end
     the process, so this module imports nothing and all work happens inside the call.
     """
+    from m3_plugin.host.presence import stands_aside
+
+    # before anything of ours is imported that could fail: it must keep a broken plugin out
+    if stands_aside(logger="vllm.m3_plugin"):
+        return
     from m3_vllm.registration import register_with_vllm
 
     register_with_vllm()

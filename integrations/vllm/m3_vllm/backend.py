@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -15,12 +17,19 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from m3_plugin.attention.batch import MSABatch
 from m3_plugin.attention.session import MSAPlan
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
-from m3_vllm.compat import device_type
+from m3_vllm.compat import device_major, device_type
+
+logger = init_logger("vllm.m3_plugin.backend")
+
+# What serves the dense layers where vLLM's own choice has no pages of 128 tokens, in this order.
+_DENSE_FALLBACKS = ("FLASH_ATTN", "TRITON_ATTN")
 
 
 @dataclass
@@ -54,6 +63,8 @@ class M3MetadataBuilder(AttentionMetadataBuilder[M3Metadata]):
 
     # Row counts and addresses are fixed by vLLM's persistent buffers for uniform batches.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    # All steps of a draft go into one graph, then.
+    supports_draft_decode_metadata_update = True
 
     def __init__(
         self,
@@ -74,11 +85,15 @@ class M3MetadataBuilder(AttentionMetadataBuilder[M3Metadata]):
     ) -> M3Metadata:
         return M3Metadata(plan=self.session.plan(msa_batch(common_attn_metadata)))
 
+    def update_draft_decode_metadata(self, metadata: M3Metadata) -> None:
+        self.session.replan(metadata.plan)
+
 
 class M3IndexMetadataBuilder(AttentionMetadataBuilder[M3IndexMetadata]):
     """Reports only where the index-key cache stores, for the check in the attention op."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_draft_decode_metadata_update = True
 
     def __init__(
         self,
@@ -96,6 +111,10 @@ class M3IndexMetadataBuilder(AttentionMetadataBuilder[M3IndexMetadata]):
         fast_build: bool = False,
     ) -> M3IndexMetadata:
         return M3IndexMetadata(slot_mapping=common_attn_metadata.slot_mapping)
+
+    def update_draft_decode_metadata(self, metadata: M3IndexMetadata) -> None:
+        # vLLM writes the slots where this points
+        return
 
 
 class _M3PagedBackend(AttentionBackend):
@@ -121,11 +140,14 @@ class _M3PagedBackend(AttentionBackend):
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
         # The kernels take any strides. Yet pipeline stages must all name the same layouts, and a
         # stage may hold MSA layers only, so the dense backend's wish is repeated where it has one.
-        if device_type() != "cpu":
-            return None
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+        if device_type() == "cpu":
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        return CPUAttentionBackend.supported_kv_cache_layouts()
+            return CPUAttentionBackend.supported_kv_cache_layouts()
+        if device_major() == 10:
+            # as FlashInfer, the dense layers' default there, which need not be installed
+            return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+        return None
 
 
 class M3SparseBackend(_M3PagedBackend):
@@ -157,3 +179,57 @@ class M3IndexBackend(_M3PagedBackend):
     @staticmethod
     def get_builder_cls() -> type[M3IndexMetadataBuilder]:
         return M3IndexMetadataBuilder
+
+
+def dense_backend_problem(backend: Any, *, cache_dtype: str) -> str | None:
+    """Why a dense attention backend cannot work beside MSA pages, None if it can.
+
+    Both kinds of layer share a KV cache group and so its kernel page: a backend of smaller pages
+    could cut ours into several, but MSA cannot read them.
+
+    Parameters
+    ----------
+    backend : vLLM's `AttentionBackend` class
+    cache_dtype : of the dense layers' cache, as in `--kv-cache-dtype`
+    """
+    sizes = backend.get_supported_kernel_block_sizes()
+    if sizes and not any(
+        PAGED_BLOCK_SIZE % s.base == 0 if isinstance(s, MultipleOf) else s == PAGED_BLOCK_SIZE
+        for s in sizes
+    ):
+        return f"has no pages of {PAGED_BLOCK_SIZE} tokens, which MSA needs (it has {sizes})"
+    if not backend.supports_kv_cache_dtype(cache_dtype):
+        return f"cannot read a {cache_dtype} KV cache"
+    return None
+
+
+def dense_backend(vllm_config: VllmConfig, *, head_dim: int) -> type[AttentionBackend]:
+    """The backend of the dense layers: vLLM's choice, or the next one if that has no such pages.
+
+    vLLM chooses before it knows the page, and on some machines a backend of small pages:
+    FlashInfer, wherever its kernels for Blackwell cannot be used.
+
+    Raises
+    ------
+    ValueError : the user named one that has no such pages, or nothing else can run.
+    """
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    chosen = get_attn_backend(
+        head_size=head_dim, dtype=vllm_config.model_config.dtype, kv_cache_dtype=cache_dtype
+    )
+    problem = dense_backend_problem(chosen, cache_dtype=cache_dtype)
+    if problem is None:
+        return chosen
+    said = f"the dense layers' attention backend {chosen.get_name()} {problem}"
+    attention = vllm_config.attention_config
+    if attention.backend is None and not attention.backend_per_kind:
+        for name in _DENSE_FALLBACKS:
+            with suppress(ImportError):
+                other = getattr(AttentionBackendEnum, name).get_class()
+                if dense_backend_problem(other, cache_dtype=cache_dtype) is None:
+                    logger.warning("m3-plugin: %s; %s takes its place", said, name)
+                    return other
+    raise ValueError(
+        f"{said}; name another with --attention-backend, such as "
+        f"{' or '.join(_DENSE_FALLBACKS)}, or leave it out"
+    )

@@ -7,12 +7,18 @@ prefix-cached, preempted and evicted in lock-step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed.kv_transfer import (
+    get_kv_transfer_group,
+    has_kv_transfer_group,
+    is_v1_kv_transfer_group,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op, kv_cache_dtype_str_to_dtype
@@ -26,6 +32,7 @@ from vllm.v1.kv_cache_interface import (
 
 from m3_kernels.index_pages import bytes_per_token, split_pages
 from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession
+from m3_plugin.attention.warm_up import warm_up
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.settings import Settings
 from m3_vllm.backend import M3IndexBackend, M3IndexMetadata, M3Metadata, M3SparseBackend
@@ -42,7 +49,11 @@ _FP8_DTYPES = {
 }
 
 
-_INDEX_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+_INDEX_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
 
 
 def index_dtype(vllm_config: VllmConfig) -> torch.dtype:
@@ -95,21 +106,42 @@ def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
 
 
 class M3IndexCache(nn.Module, AttentionLayerBase):
-    """Index-key pages of one MSA layer: [pages, 128, index_dim], one vector per token.
+    """Index-key pages of one MSA layer, one vector per token.
 
     int8 keys bring a scale each, which vLLM takes for two further channels.
+
+    Attributes
+    ----------
+    keys : [pages, 128, index_dim], views of `kv_cache`; empty before one is bound
+    scales : of int8 keys, else None
     """
 
     supports_dcp = False
 
-    def __init__(self, *, prefix: str, index_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, *, prefix: str, index_dim: int, dtype: torch.dtype, on_bound: Callable[[], None]
+    ) -> None:
         super().__init__()
         self.prefix = prefix
+        self.on_bound = on_bound
         self.dtype = dtype
         self.width = bytes_per_token(index_dim) if dtype == torch.int8 else index_dim
         self.kv_cache = torch.tensor([])
-        self.scales: Tensor | None = None
         _register_layer(prefix, self)
+
+    @property
+    def kv_cache(self) -> Tensor:
+        """What vLLM has bound, empty before. Setting it lets go of everything made of the old one.
+
+        vLLM sets it to take a cache away; a view that stayed would keep the whole allocation.
+        """
+        return self._pages
+
+    @kv_cache.setter
+    def kv_cache(self, pages: Tensor) -> None:
+        self._pages = pages
+        self.keys = pages
+        self.scales: Tensor | None = None
 
     def get_attn_backend(self) -> type[M3IndexBackend]:
         return M3IndexBackend
@@ -125,10 +157,12 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        # vLLM hands out [pages, 1, page_size, width]
-        self.kv_cache = kv_cache.squeeze(1)
+        # [pages, 1, page_size, width], as connectors read and write it
+        self.kv_cache = kv_cache
+        self.keys = kv_cache.squeeze(1)
         if self.dtype == torch.int8 and kv_cache.numel():
-            self.kv_cache, self.scales = split_pages(self.kv_cache)
+            self.keys, self.scales = split_pages(self.keys)
+        self.on_bound()
 
 
 class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
@@ -159,14 +193,28 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
         self.layer_name = prefix
         self.dtype = cache_dtype(vllm_config)
         self.index_cache = M3IndexCache(
+            on_bound=self.warm_up,
             prefix=f"{prefix}.index_cache",
             index_dim=session.msa.index_dim,
             dtype=index_dtype(vllm_config),
         )
-        self.scales = CacheScales()
-        self.caches: MSACaches | None = None
+        # Buffers, of which vLLM keeps a copy while a server sleeps without its weights.
+        self.k_scale: Tensor | None
+        self.v_scale: Tensor | None
+        self.register_buffer("k_scale", None, persistent=False)
+        self.register_buffer("v_scale", None, persistent=False)
         self.kv_cache = torch.tensor([])
         _register_layer(prefix, self)
+
+    @property
+    def kv_cache(self) -> Tensor:
+        """What vLLM has bound, empty before; setting it lets go of the views of the old one."""
+        return self._pages
+
+    @kv_cache.setter
+    def kv_cache(self, pages: Tensor) -> None:
+        self._pages = pages
+        self.caches: MSACaches | None = None
 
     def get_attn_backend(self) -> type[M3SparseBackend]:
         return M3SparseBackend
@@ -186,21 +234,38 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         # [pages, kv heads, page_size, K | V]: two strided views, no copy
         self.kv_cache = kv_cache if kv_cache.numel() == 0 else kv_cache.view(self.dtype)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Have every kernel compiled for these pages, once both of this layer's caches are there.
+
+        vLLM binds caches before it captures graphs and before it serves, the one for measuring
+        graphs among them.
+        """
+        if self.kv_cache.numel() and self.index_cache.kv_cache.numel():
+            warm_up(self.session, self.paged_caches())
+
+    @property
+    def scales(self) -> CacheScales:
+        """What an fp8 cache's numbers are multiplied with, of this rank's heads."""
+        return CacheScales(self.k_scale, self.v_scale)
 
     def set_scales(self, scales: CacheScales) -> None:
-        """What an fp8 cache's numbers are multiplied with, of this rank's heads."""
-        self.scales = scales
+        """Set `scales`, where captured graphs read the ones before if they are as many."""
+        self.k_scale = _kept_in_place(self.k_scale, scales.k)
+        self.v_scale = _kept_in_place(self.v_scale, scales.v)
         self.caches = None
 
     def paged_caches(self) -> MSACaches:
         """The three page tensors as the kernels want them, views of vLLM's allocation."""
-        if self.caches is None or self.caches.k_pages.data_ptr() != self.kv_cache.data_ptr():
+        index_pages = self.index_cache.keys
+        if self.caches is None or self.caches.index_k_pages is not index_pages:
             k_pages, v_pages = self.kv_cache.split(self.head_dim, dim=-1)
             scales = self.scales.for_pages(k_pages.dtype)
             self.caches = MSACaches(
                 k_pages=k_pages,
                 v_pages=v_pages,
-                index_k_pages=self.index_cache.kv_cache,
+                index_k_pages=index_pages,
                 k_scale=scales.k,
                 v_scale=scales.v,
                 index_k_scales=self.index_cache.scales,
@@ -236,6 +301,13 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
             self.layer_name,
         )
         return out
+
+
+def _kept_in_place(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """New values in the old tensor's memory, in their own if the old one does not fit."""
+    if old is None or new is None or old.shape != new.shape or old.device != new.device:
+        return new
+    return old.copy_(new)
 
 
 def _register_layer(prefix: str, layer: AttentionLayerBase) -> None:
@@ -283,6 +355,12 @@ def m3_msa_attention(
             f"{layer_name}: vLLM placed the index-key cache in another KV cache group than K/V; "
             "their pages would no longer belong together"
         )
+    connector = connector_of_step()
+    index_layer = layer.index_cache
+    if connector is not None:
+        # selection reads every index key, and attention any page it chooses
+        connector.wait_for_layer_load(index_layer.prefix)
+        connector.wait_for_layer_load(layer_name)
     rows = slots.shape[0]
     layer.session.run(
         metadata.plan,
@@ -297,6 +375,20 @@ def m3_msa_attention(
         out=out[:rows],
     )
     out[rows:].zero_()
+    if connector is not None:
+        connector.save_kv_layer(layer_name, layer.kv_cache, metadata)
+        connector.save_kv_layer(index_layer.prefix, index_layer.kv_cache, index_metadata)
+
+
+def connector_of_step() -> Any:
+    """The connector that moves caches layer by layer in this step, None without one.
+
+    vLLM's own layers are decorated (`maybe_transfer_kv_layer`); ours have two caches each.
+    """
+    if not has_kv_transfer_group() or not is_v1_kv_transfer_group():
+        return None
+    connector: Any = get_kv_transfer_group()
+    return connector if connector.has_connector_metadata() else None
 
 
 def _m3_msa_attention_fake(

@@ -42,6 +42,7 @@ from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
+    InputProcessingContext,
     PromptReplacement,
     PromptUpdate,
     PromptUpdateDetails,
@@ -69,6 +70,7 @@ from m3_plugin.model.media import (
     upright_rgb,
 )
 from m3_plugin.model.vision import M3Vision
+from m3_vllm.front_end import export_from_front_end
 
 # vLLM's own M3 registers a video loader for the same processor when it is imported, which the host
 # may do late (warm-up, drafting); imported first, it cannot replace ours. A release without it has
@@ -161,7 +163,15 @@ def _entry(holder: Any, key: str) -> Any:
 
 
 class M3ProcessingInfo(BaseProcessingInfo):
-    """What vLLM may expect of M3's inputs: modalities, processor, upper bounds of token counts."""
+    """What vLLM may expect of M3's inputs: modalities, processor, upper bounds of token counts.
+
+    The API server makes one even for a server without images and videos, so it says there that the
+    plugin serves.
+    """
+
+    def __init__(self, ctx: InputProcessingContext) -> None:
+        super().__init__(ctx)
+        export_from_front_end()
 
     def get_hf_processor(self, **kwargs: object) -> MiniMaxM3VLProcessor:
         return self.ctx.get_hf_processor(MiniMaxM3VLProcessor, **kwargs)

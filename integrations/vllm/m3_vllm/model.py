@@ -18,10 +18,10 @@ from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     MinimaxM3QKVParallelLinearWithIndexer,
@@ -36,9 +36,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle3, SupportsPP
 from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
     PPMissingLayer,
-    WeightsMapper,
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
@@ -49,13 +47,19 @@ from vllm.sequence import IntermediateTensors
 
 from m3_plugin.attention.session import HeadNorms, MSASession
 from m3_plugin.checkpoint.cache_scales import CacheScales
-from m3_plugin.checkpoint.loading import WeightLoader, plan_before_loading, require_expert_bytes
-from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, is_mtp_tensor
+from m3_plugin.checkpoint.loading import (
+    WeightLoader,
+    expert_share,
+    plan_before_loading,
+    require_expert_bytes,
+)
+from m3_plugin.checkpoint.names import is_mtp_tensor
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import attestation
 from m3_plugin.model.config import M3Config, local_heads
 from m3_plugin.model.rope import RowAngles
-from m3_plugin.model.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
+from m3_plugin.model.vision import M3Vision, VisionConfig
+from m3_vllm.backend import dense_backend
 from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.compat import vllm_version
 from m3_vllm.media import (
@@ -65,9 +69,11 @@ from m3_vllm.media import (
     M3ProcessingInfo,
 )
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
+from m3_vllm.norms import HiddenNorm, add_and_norm
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import prepare_speculation, require_aux_layers
-from m3_vllm.weights import fused_projections, text_weight_loader
+from m3_vllm.updates import ServedWeights
+from m3_vllm.weights import fused_projections, text_weight_loader, unread_experts
 
 logger = init_logger("vllm.m3_plugin.model")
 
@@ -122,11 +128,13 @@ class _M3AttentionBase(nn.Module):
             config.hidden_size,
             bias=False,
             quant_config=vllm_config.quant_config,
+            # each rank's part; `M3DecoderLayer` sums them where it normalises
+            reduce_results=False,
             prefix=f"{prefix}.o_proj",
         )
         self.eps = config.rms_norm_eps
-        self.q_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
-        self.k_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
+        self.q_norm = HiddenNorm(self.head_dim, eps=self.eps)
+        self.k_norm = HiddenNorm(self.head_dim, eps=self.eps)
 
 
 class M3DenseAttention(_M3AttentionBase):
@@ -150,6 +158,7 @@ class M3DenseAttention(_M3AttentionBase):
             num_kv_heads=self.num_kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=vllm_config.quant_config,
+            attn_backend=dense_backend(vllm_config, head_dim=self.head_dim),
             prefix=f"{prefix}.attn",
         )
         self.rotary_emb = get_rope(
@@ -240,13 +249,14 @@ class M3SparseAttention(_M3AttentionBase):
                 disable_tp=True,
                 prefix=f"{prefix}.index_proj",
             )
-        self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
-        self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
+        self.index_q_norm = HiddenNorm(msa.index_dim, eps=self.eps)
+        self.index_k_norm = HiddenNorm(msa.index_dim, eps=self.eps)
         tp_size = get_tensor_model_parallel_world_size()
         first_head = get_tensor_model_parallel_rank() * msa.num_index_heads // tp_size
         self.first_index_channel = first_head * msa.index_dim
         self.main_split_sizes = [self.q_size, self.kv_size, self.kv_size]
         self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
+        self.has_scales = False
         self.attn = M3SparseCacheLayer(
             session=session,
             num_kv_heads=self.num_kv_heads,
@@ -256,14 +266,16 @@ class M3SparseAttention(_M3AttentionBase):
 
     def take_cache_scales(self, scales: CacheScales) -> None:
         """Keep this rank's part of the layer's scales for an fp8 cache."""
-        self.attn.set_scales(
-            scales.of_rank(
-                num_kv_heads=self.total_kv_heads,
-                rank=get_tensor_model_parallel_rank(),
-                size=get_tensor_model_parallel_world_size(),
-                device=self.q_norm.get_parameter("weight").device,
-            )
+        own = scales.of_rank(
+            num_kv_heads=self.total_kv_heads,
+            rank=get_tensor_model_parallel_rank(),
+            size=get_tensor_model_parallel_world_size(),
+            device=self.q_norm.get_parameter("weight").device,
         )
+        if self.has_scales:
+            own = own.in_place_of(self.attn.scales, layer=self.attn.layer_name)
+        self.attn.set_scales(own)
+        self.has_scales = True
 
     def head_norms(self) -> HeadNorms:
         """The norms of q, k, index q and index k."""
@@ -307,6 +319,8 @@ class M3DecoderLayer(nn.Module):
     layer : which of the config's layers this is
     session : runs the MSA layers of this worker; None if the model has none
     prefix : the layer's name in the checkpoint
+    reduces : whether what the layer adds is summed over ranks; if not, `partial` says that whoever
+        reads it has to, which one kernel does together with the next norm
     """
 
     def __init__(
@@ -317,6 +331,7 @@ class M3DecoderLayer(nn.Module):
         session: MSASession | None,
         vllm_config: VllmConfig,
         prefix: str,
+        reduces: bool = True,
     ) -> None:
         super().__init__()
         if config.sparse_layers[layer]:
@@ -333,18 +348,23 @@ class M3DecoderLayer(nn.Module):
         feed_forward_prefix = f"{prefix}.{self.feed_forward_name}"
         if config.moe_layers[layer]:
             self.block_sparse_moe = M3MoE(
-                config, quant_config=vllm_config.quant_config, prefix=feed_forward_prefix
+                config,
+                quant_config=vllm_config.quant_config,
+                reduce_results=reduces,
+                prefix=feed_forward_prefix,
             )
+            self.partial = self.block_sparse_moe.partial
         else:
             self.mlp = M3MLP(
                 config,
                 intermediate_size=config.dense_intermediate_size,
                 quant_config=vllm_config.quant_config,
-                reduce_results=True,
+                reduce_results=reduces,
                 prefix=feed_forward_prefix,
             )
-        self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.partial = not reduces
+        self.input_layernorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -352,22 +372,28 @@ class M3DecoderLayer(nn.Module):
         cos_sin: Tensor,
         hidden_states: Tensor,
         residual: Tensor | None,
+        *,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """[tokens, hidden] -> what the layer adds to the stream, and the stream before that.
 
         Parameters
         ----------
         cos_sin : of the positions (`RowAngles`), for an MSA layer
+        partial : whether `hidden_states` are this rank's part of what the layer before adds
         """
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
         else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+            hidden_states, residual = add_and_norm(
+                hidden_states, residual, self.input_layernorm, partial=partial
+            )
         hidden_states = self.self_attn(positions, cos_sin, hidden_states)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        hidden_states, residual = add_and_norm(
+            hidden_states, residual, self.post_attention_layernorm, partial=True
+        )
         feed_forward = getattr(self, self.feed_forward_name)
-        assert residual is not None
         return feed_forward(hidden_states), residual
 
 
@@ -388,9 +414,12 @@ def require_planned(
     parallel = vllm_config.parallel_config
     # redundant experts of a load balancer are no part of the files
     if not parallel.enable_eplb:
-        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+        share = expert_share(
+            layer.block_sparse_moe.config.intermediate_size,
+            ranks=parallel.tensor_parallel_size * parallel.data_parallel_size,
+        )
         experts = layer.block_sparse_moe.experts
-        require_expert_bytes(plan, experts, layer=name, share=1 / ranks)
+        require_expert_bytes(plan, experts, layer=name, share=share)
 
 
 @support_torch_compile
@@ -407,6 +436,8 @@ class M3Model(nn.Module, EagleModelMixin):
         super().__init__()
         config = read_config(vllm_config)
         self.m3_config = config
+        # vLLM reads hidden_size of it where streams of an EAGLE3 head cross pipeline stages
+        self.config = vllm_config.model_config.hf_text_config
         plan = read_plan(vllm_config, vllm_config.model_config, config)
         self.session = worker_session(config, vllm_config)
         # on the last stage a draft model may share it
@@ -429,7 +460,7 @@ class M3Model(nn.Module, EagleModelMixin):
         )
         self.angles = RowAngles.of(config)
         if get_pp_group().is_last_rank:
-            self.norm: nn.Module = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm: nn.Module = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
         else:
             self.norm = PPMissingLayer()
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
@@ -447,6 +478,8 @@ class M3Model(nn.Module, EagleModelMixin):
             session=self.session,
             vllm_config=vllm_config,
             prefix=prefix,
+            # what crosses to another pipeline stage is whole
+            reduces=get_pp_group().world_size > 1,
         )
         if self.m3_config.moe_layers[index]:
             require_planned(layer, plan, vllm_config=vllm_config, name=f"model.layers.{index}")
@@ -478,22 +511,34 @@ class M3Model(nn.Module, EagleModelMixin):
             hidden_states = intermediate_tensors.tensors["hidden_states"]
             residual = intermediate_tensors.tensors["residual"]
         cos_sin = self.angles(positions)
+        partial = False
         for index in range(self.start_layer, self.end_layer):
-            hidden_states, residual = self.layers[index](
-                positions, cos_sin, hidden_states, residual
+            layer = self.layers[index]
+            hidden_states, residual = layer(
+                positions, cos_sin, hidden_states, residual, partial=partial
             )
+            partial = bool(layer.partial)
+            if partial and index + 1 in self.aux_hidden_state_layers:
+                # an EAGLE3 head reads the whole stream, not this rank's part
+                hidden_states = tensor_model_parallel_all_reduce(hidden_states)
+                partial = False
             self._maybe_add_hidden_state(local, index + 1, hidden_states, residual)
         assert residual is not None
         if not get_pp_group().is_last_rank:
             passed_on = {"hidden_states": hidden_states, "residual": residual}
             return IntermediateTensors(passed_on | self.pack_local_aux_hidden_states(local))
-        hidden_states, _ = self.norm(hidden_states, residual)
+        hidden_states, _ = add_and_norm(hidden_states, residual, self.norm, partial=partial)
         streams += local
         return (hidden_states, streams) if streams else hidden_states
 
 
 class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
-    """Text model: decoder stack and output head."""
+    """Text model: decoder stack and output head.
+
+    Parameters
+    ----------
+    is_root : whether vLLM loads it by itself, not as part of a model with images
+    """
 
     # vLLM's quantisation maps its fused names back to the checkpoint's through this
     packed_modules_mapping: ClassVar = {
@@ -502,10 +547,11 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", is_root: bool = True) -> None:
         super().__init__()
         prepare_speculation(vllm_config)
         self.config = vllm_config.model_config.hf_text_config
+        self.parallel_config = vllm_config.parallel_config
         self.model = M3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         config = self.model.m3_config
         if get_pp_group().is_last_rank:
@@ -522,6 +568,12 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
         moe_layers = [module for module in self.model.modules() if isinstance(module, M3MoE)]
         if moe_layers:
             self.clamp_probe = ClampProbe(moe_layers[0], vllm_config=vllm_config)
+        # last: it looks at all others once they are loaded
+        self.served: ServedWeights | None = None
+        if is_root:
+            self.served = ServedWeights(
+                self, text=self.weight_loader, model_config=vllm_config.model_config
+            )
         self._attest()
 
     def _attest(self) -> None:
@@ -564,22 +616,19 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
         super().set_aux_hidden_state_layers(layers)
 
     def weight_loader(self) -> WeightLoader:
-        """A loader for this stage's tensors; feed it every text tensor, then call `finish`."""
+        """A loader for this stage's tensors."""
         return text_weight_loader(
             self,
             config=self.model.m3_config,
             layers=range(self.model.start_layer, self.model.end_layer),
             embedding=self.model.has_embedding,
             last_stage=get_pp_group().is_last_rank,
+            unread=unread_experts(self.model.m3_config, self.parallel_config),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loader = self.weight_loader()
-        for name, tensor in weights:
-            # the released checkpoint may be served as a text model; its vision part is then unused
-            if not name.startswith(VISION_PREFIXES):
-                loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return loader.finish()
+        assert self.served is not None
+        return self.served.load(weights)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -597,9 +646,17 @@ class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP, Suppo
             self.vision_tower = M3Vision(VisionConfig.from_hf(self.config))
         with self._mark_language_model(vllm_config):
             self.language_model = M3ForCausalLM(
-                vllm_config=vllm_config, prefix=maybe_prefix(prefix, "language_model")
+                vllm_config=vllm_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                is_root=False,
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.served = ServedWeights(
+            self,
+            text=self.language_model.weight_loader,
+            tower=self.vision_tower,
+            model_config=vllm_config.model_config,
+        )
 
     def forward(
         self,
@@ -619,15 +676,4 @@ class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP, Suppo
         self.language_model.set_aux_hidden_state_layers(layers)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        text = self.language_model.weight_loader()
-
-        def vision_tensors() -> Iterable[tuple[str, Tensor]]:
-            for name, tensor in weights:
-                if name.startswith(VISION_PREFIXES):
-                    yield name, tensor
-                else:
-                    text.load(name.removeprefix(TEXT_PREFIX), tensor)
-
-        mapper = WeightsMapper(orig_to_new_prefix=CHECKPOINT_PREFIXES)
-        loaded = AutoWeightsLoader(self).load_weights(vision_tensors(), mapper=mapper)
-        return loaded | {f"{TEXT_PREFIX}{name}" for name in text.finish()}
+        return self.served.load(weights)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMulWithClamp
@@ -18,7 +23,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from m3_plugin.checkpoint.loading import interleave_gate_up
 from m3_plugin.model.config import M3Config
-from m3_plugin.model.experts import PROBE_MAGNITUDES, probe_token, require_clamped
+from m3_plugin.model.experts import PROBE_ROWS, ExpertProbe
 from m3_vllm.compat import device_type
 
 logger = init_logger("vllm.m3_plugin.moe")
@@ -72,7 +77,12 @@ class M3MoE(nn.Module):
     """
 
     def __init__(
-        self, config: M3Config, *, quant_config: QuantizationConfig | None, prefix: str
+        self,
+        config: M3Config,
+        *,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+        reduce_results: bool = True,
     ) -> None:
         super().__init__()
         if get_tensor_model_parallel_world_size() > config.num_experts:
@@ -107,8 +117,8 @@ class M3MoE(nn.Module):
         if self.on_cpu:
             self._require_cpu_swiglu()
         # vLLM's CPU experts know only the activation that reads gate and up interleaved (so the
-        # rows are interleaved after loading), and only its grouped router adds the selection bias
-        # to sigmoid scores; one group holding every expert is plain top-k.
+        # rows are interleaved before they are packed), and only its grouped router adds the
+        # selection bias to sigmoid scores; one group holding every expert is plain top-k.
         routing = (
             {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
             if self.on_cpu
@@ -130,9 +140,17 @@ class M3MoE(nn.Module):
             router_logits_dtype=torch.float32,
             shared_experts=self.shared_experts,
             quant_config=quant_config,
+            reduce_results=reduce_results,
             prefix=f"{prefix}.experts",
             **routing,
         )
+        if self.on_cpu:
+            pack_interleaved(self.experts)
+
+    @property
+    def partial(self) -> bool:
+        """Whether the output is this rank's part; vLLM sums it all the same where it has to."""
+        return self.experts.moe_config.skip_final_all_reduce
 
     def _require_cpu_swiglu(self) -> None:
         wanted = (self.config.swiglu_alpha, self.config.swiglu_limit, self.config.swiglu_beta)
@@ -146,22 +164,46 @@ class M3MoE(nn.Module):
         router_logits, _ = self.gate(hidden_states)
         return self.experts(hidden_states=hidden_states, router_logits=router_logits)
 
-    def finish_loading(self) -> None:
-        """Bring the experts' gate and up rows into the order the activation expects."""
-        if not self.on_cpu:
-            return
-        for name, weight in self.experts.named_parameters():
-            # quantised rows belong to scales; vLLM has no CPU kernel for them that we know of
-            if name.endswith("w13_weight") and weight.dtype.itemsize > 1:
-                weight.data = interleave_gate_up(weight.data)
+
+def pack_interleaved(experts: nn.Module) -> None:
+    """Have gate and up rows interleaved, as vLLM's CPU kernel reads them, before it packs them.
+
+    vLLM processes an expert layer after its first load, and again whenever it was reloaded, at
+    a moment of its own: the rows must change there and nowhere else. Reloaded experts it leaves
+    unpacked; they are packed here (docs/vllm.md, repairs of host code).
+    """
+    for layer in experts.modules():
+        # quantised rows belong to scales; vLLM has no CPU kernel for them that we know of
+        weight = dict(layer.named_parameters(recurse=False)).get("w13_weight")
+        if weight is not None and weight.dtype.itemsize > 1:
+            _pack_interleaved(layer)
+
+
+def _pack_interleaved(layer: Any) -> None:
+    method = layer.quant_method
+    process = method.process_weights_after_loading
+
+    def process_interleaved(layer: Any) -> None:
+        weight = layer.w13_weight
+        weight.data = interleave_gate_up(weight.data)
+        kernel = getattr(method, "moe_kernel", None)
+        plain = weight.data[:1].clone()
+        process(layer)
+        left_plain = layer.w13_weight.shape[1:] == plain.shape[1:] and torch.equal(
+            layer.w13_weight[:1], plain
+        )
+        if kernel is not None and left_plain:
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+    method.process_weights_after_loading = process_interleaved
 
 
 class ClampProbe(nn.Module):
     """Refuses an expert kernel that drops the SwiGLU clamp, once the weights are in place.
 
-    Kernels have lost the clamp before (garbled output on quantised checkpoints). One token at
-    several magnitudes tells, whatever backend vLLM picked, however the weights are quantised or
-    sharded, and without a reference (`m3_plugin.model.experts.grows_unclamped`).
+    Kernels have lost the clamp before (garbled output on quantised checkpoints), some for large
+    batches alone. Rows at several magnitudes tell, whatever backend vLLM picked, however weights
+    are quantised or sharded, and without a reference (`m3_plugin.model.experts.grows_unclamped`).
 
     Attached as the last module of the model: vLLM calls each module's
     `quant_method.process_weights_after_loading` in order, so this one runs after every expert
@@ -185,20 +227,25 @@ class ClampProbe(nn.Module):
         if self.vllm_config.parallel_config.data_parallel_size > 1:
             logger.info("clamp probe skipped: it would need every data parallel rank at once")
             return
-        require_clamped(
-            [self._output_norm(magnitude) for magnitude in PROBE_MAGNITUDES],
+        # vLLM runs no step of more rows
+        largest = self.vllm_config.scheduler_config.max_num_batched_tokens
+        ExpertProbe(
             config=self._moe[0].config,
             host="vLLM",
             remedy="--moe-backend",
-        )
+            answer=self._answer,
+            dtype=self.vllm_config.model_config.dtype,
+            rows=tuple(dict.fromkeys(min(rows, largest) for rows in PROBE_ROWS)),
+        ).prove(None)
 
-    def _output_norm(self, magnitude: float) -> float:
+    def _answer(self, rows: Tensor) -> Tensor:
         moe = self._moe[0]
-        probe = probe_token(moe.config, magnitude=magnitude)
-        hidden = probe.to(dtype=self.vllm_config.model_config.dtype, device=device_type())
-        logits = torch.zeros(1, moe.config.num_experts, device=hidden.device)
-        with set_forward_context(None, self.vllm_config, num_tokens=1):
-            return float(moe.experts(hidden_states=hidden, router_logits=logits).float().norm())
+        hidden = rows.to(dtype=self.vllm_config.model_config.dtype, device=device_type())
+        hidden = hidden.contiguous()
+        logits = torch.zeros(len(hidden), moe.config.num_experts, device=hidden.device)
+        with set_forward_context(None, self.vllm_config, num_tokens=len(hidden)):
+            output = moe.experts(hidden_states=hidden, router_logits=logits)
+        return tensor_model_parallel_all_reduce(output) if moe.partial else output
 
 
 class _RunClampProbe(QuantizeMethodBase):

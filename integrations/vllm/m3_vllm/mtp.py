@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -22,15 +21,19 @@ from vllm.model_executor.models.utils import _merge_multimodal_embeddings, maybe
 from vllm.sequence import IntermediateTensors
 
 from m3_plugin.attention.session import MSASession
+from m3_plugin.checkpoint.loading import WeightLoader
 from m3_plugin.checkpoint.names import TEXT_PREFIX, layer_prefixes, require_mtp_modules
 from m3_plugin.checkpoint.plan import WeightPlan
+from m3_plugin.checkpoint.updates import noting_names
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_config, mtp_input
 from m3_plugin.model.rope import RowAngles
 from m3_vllm.model import M3DecoderLayer, M3ForCausalLM, read_plan, require_planned
+from m3_vllm.norms import HiddenNorm
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import count_draft_modules
-from m3_vllm.weights import mtp_weight_loader
+from m3_vllm.updates import ServedWeights
+from m3_vllm.weights import mtp_weight_loader, unread_experts
 
 logger = init_logger("vllm.m3_plugin.mtp")
 
@@ -48,8 +51,8 @@ class M3MTPModule(nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        self.enorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.enorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = ReplicatedLinear(
             2 * config.hidden_size,
             config.hidden_size,
@@ -64,7 +67,7 @@ class M3MTPModule(nn.Module):
             vllm_config=vllm_config,
             prefix=f"{prefix}.transformer_layer",
         )
-        self.final_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.final_layernorm = HiddenNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, embeddings: Tensor, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor
@@ -128,6 +131,7 @@ class M3MTP(nn.Module):
         draft = vllm_config.speculative_config.draft_model_config
         self.config = draft.hf_config
         self.checkpoint = draft.model
+        self.parallel_config = vllm_config.parallel_config
         count = count_draft_modules(draft, load_format=str(vllm_config.load_config.load_format))
         self.m3_config = mtp_config(self.config.to_dict(), num_modules=count)
         self.m3_config.require_paged_host()
@@ -140,6 +144,7 @@ class M3MTP(nn.Module):
         # the target's, which vLLM sets after loading
         self.lm_head: nn.Module
         self.logits_processor = LogitsProcessor(self.m3_config.vocab_size)
+        self.served = ServedWeights(self, text=self.weight_loader, model_config=draft)
         logger.info(
             "m3-plugin: drafting with %d MTP module(s) from %s; MSA kernels: %s",
             count,
@@ -186,12 +191,22 @@ class M3MTP(nn.Module):
     def _module(self, step: int) -> M3MTPModule:
         return self.model.modules_in_order[step % len(self.model.modules_in_order)]
 
+    def weight_loader(self) -> WeightLoader:
+        """A loader for the modules' tensors; it passes over everything of the target's."""
+        return mtp_weight_loader(
+            self,
+            config=self.m3_config,
+            embedding=self.model.has_embedding,
+            unread=unread_experts(self.m3_config, self.parallel_config),
+        )
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        loader = mtp_weight_loader(self, config=self.m3_config, embedding=self.model.has_embedding)
-        names = []
-        for name, tensor in weights:
-            name = name.removeprefix(TEXT_PREFIX)
-            names.append(name)
-            loader.load(name, tensor)
-        require_mtp_modules(names, checkpoint=self.checkpoint)
-        return loader.finish()
+        if self.served.serves:
+            return self.served.load(weights)
+        names: list[str] = []
+        try:
+            return self.served.load(noting_names(weights, names))
+        finally:
+            # the clearer of two errors
+            own = [name.removeprefix(TEXT_PREFIX) for name in names]
+            require_mtp_modules(own, checkpoint=self.checkpoint)

@@ -1,4 +1,4 @@
-"""`python -m m3_vllm.probe`: load plugins as vLLM does and tell what its registry answers."""
+"""`python -P -m m3_vllm.probe`: load plugins as vLLM does and tell what its registry answers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def facts() -> dict[str, Any]:
     return {
         "version": vllm_version(),
         "window": [VLLM_WINDOW.minimum, VLLM_WINDOW.below],
+        "tested": VLLM_WINDOW.was_tested(vllm_version()),
         "refusal": VLLM_WINDOW.refusal(vllm_version()),
         "architectures": {name: resolve(ModelRegistry, name) for name in ARCHITECTURES},
         "details": {

@@ -17,6 +17,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from m3_vllm.registry import why_left_alone
+
 METHOD = "m3_dequantized"
 
 
@@ -30,7 +32,8 @@ def register_plain_weights(architectures: tuple[str, ...]) -> None:
             cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
         ) -> Any:
             found = getattr(hf_config, "architectures", None) or [None]
-            return METHOD if found[0] in architectures else None
+            ours = found[0] in architectures and why_left_alone(hf_config) is None
+            return METHOD if ours else None
 
 
 class PlainWeights(QuantizationConfig):

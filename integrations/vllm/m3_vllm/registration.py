@@ -12,8 +12,9 @@ from vllm.model_executor.models import ModelRegistry
 from m3_plugin.attention.backends import choose_kernels
 from m3_plugin.host.presence import absence, attestation, require_tested
 from m3_plugin.model.released import misnamed_model
-from m3_plugin.settings import Settings
+from m3_plugin.settings import Settings, remarks
 from m3_vllm.compat import VLLM_WINDOW, device_type, vllm_version
+from m3_vllm.registry import choose_by_config
 
 # Under vllm.* so that vLLM's own logging configuration shows it in every process.
 logger = init_logger("vllm.m3_plugin")
@@ -31,20 +32,21 @@ def register_with_vllm() -> None:
     """Register our classes for both M3 architectures, once per process.
 
     A refusal (untested vLLM, no kernels for this device) leaves vLLM's own classes in place and
-    logs why; under `M3_PLUGIN_REQUIRED=1` it ends the process. A misspelt `M3_PLUGIN_` variable
-    always ends it, because what the user wanted is not known.
+    logs why; under `M3_PLUGIN_REQUIRED=1` it ends the process. vLLM loads plugins for every model,
+    so a misspelt `M3_PLUGIN_` variable is only warned of here; `worker_session` ends the start of
+    an M3, because what the user wanted is not known.
 
     Raises
     ------
     Exception : whatever stopped the registration, when the plugin is required.
     """
-    settings = Settings.from_environment()
-    if settings.disable:
-        _say(absence("M3_PLUGIN_DISABLE=1"))
-        return
+    settings, mistakes = Settings.read()
+    for remark in remarks(mistakes):
+        logger.warning("m3-plugin: %s", remark)
     try:
         require_tested(VLLM_WINDOW, vllm_version(), settings=settings)
         kernels = choose_kernels(device_type(), settings.kernels)
+        choose_by_config(ModelRegistry, architectures=ARCHITECTURES, settings=settings)
         for architecture, path in ARCHITECTURES.items():
             ModelRegistry.register_model(architecture, path)
         if settings.dequantize:

@@ -6,12 +6,15 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
+from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.attention.assembly import make_session
 from m3_plugin.attention.batch import StepCapacity
 from m3_plugin.attention.session import MSASession
 from m3_plugin.model.config import M3Config
-from m3_vllm.caches import cache_dtype, index_dtype
+from m3_plugin.settings import Settings
+from m3_vllm.caches import M3SparseCacheLayer, cache_dtype, index_dtype
 from m3_vllm.compat import device_type
+from m3_vllm.options import require_served
 
 ATTENTION_OP = "vllm::m3_msa_attention"
 
@@ -21,15 +24,14 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
 
     Raises
     ------
-    ValueError : vLLM would run two micro-batches at once, and a session plans one.
+    ValueError : an option of vLLM's cannot be served (`m3_vllm.options`); an `M3_PLUGIN_` variable
+        is misspelt.
     """
+    # dense models of ours too: registration could not know that M3 is served
+    Settings.from_environment()
     if config.msa is None:
         return None
-    if vllm_config.parallel_config.use_ubatching:
-        raise ValueError(
-            "m3-plugin plans one step at a time: two micro-batches in flight would overwrite each "
-            "other's plan; start vLLM without --enable-dbo and --ubatch-size"
-        )
+    require_served(vllm_config, config)
     keep_attention_out_of_piecewise_graphs(vllm_config)
     return make_session(
         config,
@@ -39,7 +41,16 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
         index_dtype=index_dtype(vllm_config),
         tensor_parallel_size=get_tensor_model_parallel_world_size(),
         capacity=step_capacity(vllm_config),
+        # K beside V; the layout decides whether heads or slots lie side by side
+        pages=("packed-slots", "packed-heads"),
+        beside=_earlier_session(vllm_config),
     )
+
+
+def _earlier_session(vllm_config: VllmConfig) -> MSASession | None:
+    """The session of the target, if the model being built is its draft: it was built before."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return next((x.session for x in layers if isinstance(x, M3SparseCacheLayer)), None)
 
 
 def step_capacity(vllm_config: VllmConfig) -> StepCapacity:
@@ -53,6 +64,7 @@ def step_capacity(vllm_config: VllmConfig) -> StepCapacity:
         max_rows=max(scheduler.max_num_batched_tokens, captured),
         # the host's upper bound of a length runs ahead of it by the tokens that may be rejected
         max_seq_len=vllm_config.model_config.max_model_len + drafted + 1,
+        decode_rows=min(DECODE_ROWS, 1 + drafted),
     )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from m3_plugin.checkpoint.names import require_mtp_modules
-from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_vllm import cpu_repairs
+from m3_vllm.backend import dense_backend_problem
 from m3_vllm.compat import device_type
 
 
@@ -92,32 +90,13 @@ def _require_draft_cache(speculative: SpeculativeConfig, vllm_config: VllmConfig
     backend = speculative.attention_backend
     if backend is None:
         return
-    problem = draft_backend_problem(
-        backend.get_class(), block_size=cache.block_size, cache_dtype=got or wanted
-    )
+    problem = dense_backend_problem(backend.get_class(), cache_dtype=got or wanted)
     if problem:
         raise ValueError(
             f"the draft model's attention_backend {backend.name} {problem}; name another in "
             '--speculative-config, such as "attention_backend": "TRITON_ATTN", or leave it out to '
             "let vLLM choose"
         )
-
-
-def draft_backend_problem(backend: Any, *, block_size: int, cache_dtype: str) -> str | None:
-    """Why a dense draft model's attention backend cannot work beside MSA pages, None if it can.
-
-    Parameters
-    ----------
-    backend : vLLM's `AttentionBackend` class
-    block_size : tokens per page of the target, a multiple of 128
-    cache_dtype : of the draft's cache, as in `--kv-cache-dtype`
-    """
-    if not backend.supports_block_size(block_size):
-        sizes = backend.get_supported_kernel_block_sizes()
-        return f"has no pages of {PAGED_BLOCK_SIZE} tokens, which MSA needs (it has {sizes})"
-    if not backend.supports_kv_cache_dtype(cache_dtype):
-        return f"cannot read a {cache_dtype} KV cache"
-    return None
 
 
 def require_aux_layers(layers: tuple[int, ...], *, num_layers: int) -> None:

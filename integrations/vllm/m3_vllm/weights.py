@@ -6,11 +6,21 @@ from collections.abc import Callable
 from functools import cache
 
 from torch import nn
+from vllm.config import ParallelConfig
+from vllm.distributed import get_ep_group
 from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_mapping
+from vllm.model_executor.model_loader.ep_weight_filter import compute_local_expert_ids
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_dequantiser
-from m3_plugin.checkpoint.names import EMBEDDING, is_mtp_tensor, layer_of, mtp_modules, text_modules
+from m3_plugin.checkpoint.names import (
+    EMBEDDING,
+    expert_of,
+    is_mtp_tensor,
+    layer_of,
+    mtp_modules,
+    text_modules,
+)
 from m3_plugin.checkpoint.plan import index_is_alike
 from m3_plugin.model.config import M3Config
 from m3_plugin.settings import Settings
@@ -52,6 +62,7 @@ def text_weight_loader(
     layers: range,
     embedding: bool,
     last_stage: bool,
+    unread: frozenset[int] = frozenset(),
 ) -> WeightLoader:
     """A loader for one pipeline stage.
 
@@ -62,12 +73,17 @@ def text_weight_loader(
     layers : decoder layers of this stage
     embedding : whether the stage holds the embedding
     last_stage : whether it holds the final norm and the head
+    unread : experts whose files vLLM does not read for this rank (`unread_experts`)
     """
+    # a pooling model has none
+    has_head = any(name.startswith("lm_head.") for name, _ in model.named_parameters())
 
     def is_elsewhere(name: str) -> bool:
         layer = layer_of(name)
         if layer is not None:
             return layer not in layers
+        if name.startswith("lm_head.") and not has_head:
+            return True
         return not (embedding if name.startswith(EMBEDDING) else last_stage)
 
     return _weight_loader(
@@ -75,11 +91,18 @@ def text_weight_loader(
         config=config,
         fused=fused_projections(config),
         expected=text_modules(config),
+        unread=unread,
         is_elsewhere=is_elsewhere,
     )
 
 
-def mtp_weight_loader(model: nn.Module, *, config: M3Config, embedding: bool) -> WeightLoader:
+def mtp_weight_loader(
+    model: nn.Module,
+    *,
+    config: M3Config,
+    embedding: bool,
+    unread: frozenset[int] = frozenset(),
+) -> WeightLoader:
     """A loader for the MTP draft model, which passes over everything of the target's.
 
     Parameters
@@ -87,6 +110,7 @@ def mtp_weight_loader(model: nn.Module, *, config: M3Config, embedding: bool) ->
     model : our draft model
     config : the draft as a model of its own (`m3_plugin.model.mtp.mtp_config`)
     embedding : whether the draft holds an embedding of its own, as on a later pipeline stage
+    unread : as of `text_weight_loader`
     """
     expected = mtp_modules(config, num_modules=config.num_mtp_modules)
     if embedding:
@@ -100,8 +124,23 @@ def mtp_weight_loader(model: nn.Module, *, config: M3Config, embedding: bool) ->
         config=config,
         fused=fused_projections(config, draft=True),
         expected=expected,
+        unread=unread,
         is_foreign=is_foreign,
     )
+
+
+def unread_experts(config: M3Config, parallel: ParallelConfig) -> frozenset[int]:
+    """Experts of other ranks, which `--enable-ep-weight-filter` leaves in the files."""
+    if not (parallel.enable_expert_parallel and parallel.enable_ep_weight_filter):
+        return frozenset()
+    group = get_ep_group()
+    own = compute_local_expert_ids(
+        config.num_experts,
+        group.world_size,
+        group.rank_in_group,
+        placement=parallel.expert_placement_strategy,
+    )
+    return frozenset() if own is None else frozenset(range(config.num_experts)) - own
 
 
 def _weight_loader(
@@ -110,10 +149,12 @@ def _weight_loader(
     config: M3Config,
     fused: dict[str, tuple[str, Shard]],
     expected: frozenset[str],
+    unread: frozenset[int],
     **rules: Callable[[str], bool],
 ) -> WeightLoader:
     return WeightLoader(
         model,
+        config=config,
         expected=expected,
         fused=fused,
         experts=fused_moe_make_expert_params_mapping(
@@ -127,5 +168,6 @@ def _weight_loader(
         # vLLM's mxfp8 layers call the stored block scale by the name without "_inv"
         rename=lambda name: name.replace("weight_scale_inv", "weight_scale"),
         dequantiser=chosen_dequantiser(config),
+        optional=frozenset(module for module in expected if expert_of(module) in unread),
         **rules,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from m3_kernels.work_plan.interface import DECODE_ROWS
+from m3_kernels.work_plan import DECODE_ROWS
 
 
 @dataclass(frozen=True)

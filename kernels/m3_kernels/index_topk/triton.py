@@ -22,7 +22,7 @@ from m3_kernels.triton_shared import (
     require_e4m3,
 )
 from m3_kernels.tuning import arch_of, kernel_config
-from m3_kernels.work_plan.interface import DECODE_ROWS, WorkPlan, make_work_plan
+from m3_kernels.work_plan import WorkPlan, make_work_plan
 
 
 def index_topk_triton(
@@ -76,12 +76,13 @@ def index_topk_triton(
         )
     _check_plan(plan, num_reqs=num_reqs, rows=rows, page_size=page_size)
     max_blocks = plan.max_blocks
-    slots = decode_slots(plan.max_query_len)
+    slots = decode_slots(plan.max_query_len, decode_rows=plan.decode_rows)
     if workspace is None:
         workspace = allocate_index_topk_workspace(
             max_reqs=num_reqs,
             max_rows=rows,
             max_query_len=plan.max_query_len,
+            decode_rows=plan.decode_rows,
             max_seq_len=plan.max_seq_len,
             num_index_heads=heads,
             page_size=page_size,
@@ -142,7 +143,7 @@ def index_topk_triton(
         "num_local_blocks": num_local_blocks,
         "num_init_blocks": num_init_blocks,
         "HEADS": heads,
-        "DECODE_ROWS": DECODE_ROWS,
+        "DECODE_ROWS": plan.decode_rows,
         "PAGE_SIZE": page_size,
         "TOPK": topk,
         "TOPK_PAD": power_of_two(topk),
@@ -166,7 +167,7 @@ def index_topk_triton(
         num_stages=config["num_stages"],
     )
     index_select_kernel[(rows * heads,)](**choice, first_row=0, SLOTS=slots)
-    if plan.max_query_len <= DECODE_ROWS:
+    if plan.max_query_len <= plan.decode_rows:
         return
 
     config = kernel_config("index_topk_prefill_scores", arch=arch, **shape)
@@ -185,7 +186,7 @@ def index_topk_triton(
             end_row=end_row,
             num_reqs=num_reqs,
             **constants,
-            DECODE_ROWS=DECODE_ROWS,
+            DECODE_ROWS=plan.decode_rows,
             M=max(config["ITEMS"], power_of_two(heads)),
             KEYS=keys,
             num_warps=config["num_warps"],

@@ -13,7 +13,7 @@ from m3_kernels.index_topk.triton_scores import Keys, load_queries, score_blocks
 from m3_kernels.triton_shared import await_previous_launch
 
 
-@triton.jit(do_not_specialize=["score_stride"])
+@triton.jit(do_not_specialize=["score_stride", "table_stride"])
 def index_decode_scores_kernel(
     index_q,
     key_pages,

@@ -12,7 +12,7 @@ from m3_kernels.index_topk.triton_select import index_select_kernel
 from m3_kernels.testing.compile_gate import Variant
 from m3_kernels.tiles import keys_per_step
 from m3_kernels.tuning import kernel_config
-from m3_kernels.work_plan.interface import DECODE_ROWS
+from m3_kernels.work_plan import DECODE_ROWS
 
 HEADS = 4
 DIM = 128

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m3_kernels.tiles import power_of_two
-from m3_kernels.work_plan.interface import DECODE_ROWS
+from m3_kernels.work_plan import DECODE_ROWS
 
 # Rows of requests of prefill kind are scored in passes, so that scores never need more than this;
 # a pass of few rows would leave most of a GPU idle.
@@ -14,9 +14,9 @@ PREFILL_SCORE_BYTES = 256 * 2**20
 MIN_PASS_ROWS = 128
 
 
-def decode_slots(max_query_len: int) -> int:
+def decode_slots(max_query_len: int, *, decode_rows: int = DECODE_ROWS) -> int:
     """Rows of scores kept for each request of decode kind: a power of two, at most 8."""
-    return power_of_two(max(1, min(max_query_len, DECODE_ROWS)))
+    return power_of_two(max(1, min(max_query_len, decode_rows)))
 
 
 def allocate_index_topk_workspace(
@@ -28,6 +28,7 @@ def allocate_index_topk_workspace(
     num_index_heads: int,
     page_size: int,
     device: torch.device,
+    decode_rows: int = DECODE_ROWS,
 ) -> Tensor:
     """Scores of the largest step, fp32, one-dimensional; all layers may share them.
 
@@ -35,6 +36,7 @@ def allocate_index_topk_workspace(
     ----------
     max_reqs, max_rows, max_query_len, max_seq_len : of the largest step, as in its `WorkPlan`
     num_index_heads, page_size : geometry of the layer
+    decode_rows : query rows of a request of decode kind, as in its `WorkPlan`
 
     Returns
     -------
@@ -42,8 +44,8 @@ def allocate_index_topk_workspace(
     is more and the step can have so many.
     """
     row = num_index_heads * -(-max_seq_len // page_size)
-    numbers = max_reqs * decode_slots(max_query_len) * row
-    if max_query_len > DECODE_ROWS:
+    numbers = max_reqs * decode_slots(max_query_len, decode_rows=decode_rows) * row
+    if max_query_len > decode_rows:
         pass_rows = max(MIN_PASS_ROWS, PREFILL_SCORE_BYTES // (4 * max(row, 1)))
         numbers = max(numbers, min(max_rows, pass_rows) * row)
     return torch.empty(numbers, dtype=torch.float32, device=device)

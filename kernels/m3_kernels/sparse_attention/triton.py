@@ -25,7 +25,7 @@ from m3_kernels.triton_shared import (
     require_e4m3,
 )
 from m3_kernels.tuning import arch_of
-from m3_kernels.work_plan import DECODE_ROWS, TILE_ROWS, WorkPlan, make_work_plan
+from m3_kernels.work_plan import TILE_ROWS, WorkPlan, make_work_plan
 
 
 def sparse_attention_triton(
@@ -82,17 +82,23 @@ def sparse_attention_triton(
     served: dict[str, Any] = {
         "dtype": q.dtype,
         "kv_dtype": k_pages.dtype,
-        "max_query_len": plan.max_query_len,
+        "max_query_len": min(plan.max_query_len, plan.decode_rows),
         "arch": arch,
     }
     tiles = decode_tiles(
-        group=q_heads // kv_heads, head_dim=head_dim, page_size=page_size, topk=topk, **served
+        group=q_heads // kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        topk=topk,
+        decode_rows=plan.decode_rows,
+        **served,
     )
     units = num_reqs * tiles.row_groups * kv_heads
     if workspace is None:
         workspace = allocate_sparse_attention_workspace(
             max_reqs=num_reqs,
             max_query_len=plan.max_query_len,
+            decode_rows=plan.decode_rows,
             num_q_heads=q_heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -142,7 +148,7 @@ def sparse_attention_triton(
         **dependent_launch(q.device, arch),
     }
 
-    if prefill is not None and plan.max_query_len > DECODE_ROWS:
+    if prefill is not None and plan.max_query_len > plan.decode_rows:
         # First, because it may write rows of every request; the launch after it puts those of few
         # rows and those of none right.
         prefill(
@@ -171,6 +177,7 @@ def sparse_attention_triton(
         HEADS_PAD=power_of_two(q_heads),
         ROWS=tiles.rows,
         ROW_GROUPS=tiles.row_groups,
+        DECODE_ROWS=plan.decode_rows,
         SEGMENT_BLOCKS=tiles.segment_blocks,
         UNION=power_of_two(tiles.rows * tiles.segment_blocks),
         KEYS=tiles.keys,
@@ -180,9 +187,11 @@ def sparse_attention_triton(
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )
-    if prefill is not None or plan.max_query_len <= DECODE_ROWS:
+    if prefill is not None or plan.max_query_len <= plan.decode_rows:
         return
-    config = attention_config("sparse_attention_prefill", **served)
+    config = attention_config(
+        "sparse_attention_prefill", **{**served, "max_query_len": plan.max_query_len}
+    )
     keys = keys_per_step(page_size, config["MAX_KEYS"])
     max_tiles = (rows // TILE_ROWS + 2 * num_reqs) * (TILE_ROWS // config["ROWS"])
     sparse_attention_prefill_kernel[(kv_heads * max_tiles,)](

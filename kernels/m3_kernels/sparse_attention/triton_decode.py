@@ -37,9 +37,6 @@ from m3_kernels.sparse_attention.triton_walk import (
     pages_of,
 )
 from m3_kernels.triton_shared import await_previous_launch
-from m3_kernels.work_plan import DECODE_ROWS
-
-MAX_QUERY_LEN = tl.constexpr(DECODE_ROWS)
 
 
 @triton.jit
@@ -94,6 +91,7 @@ BATCH_SIZES = [
     "num_reqs",
     "num_rows",
     "ids_stride_head",
+    "table_stride",
     "lse_stride_row",
     "lse_stride_head",
 ]
@@ -145,6 +143,7 @@ def sparse_attention_decode_kernel(
     GROUP_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_GROUPS: tl.constexpr,
+    DECODE_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -196,7 +195,7 @@ def sparse_attention_decode_kernel(
     request = unit // (KV_HEADS * ROW_GROUPS)
     request_row = tl.load(cu_seqlens_q + request)
     query_len = tl.load(cu_seqlens_q + request + 1) - request_row
-    if (query_len <= group * ROWS) | (query_len > MAX_QUERY_LEN):
+    if (query_len <= group * ROWS) | (query_len > DECODE_ROWS):
         return
 
     # Rows of the tile, and what each of them chose.

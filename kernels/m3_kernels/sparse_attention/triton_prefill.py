@@ -47,7 +47,14 @@ def request_of(cum_tiles, tile, num_reqs):
     return low
 
 
-BATCH_SIZES = ["num_reqs", "max_tiles", "ids_stride_head", "lse_stride_row", "lse_stride_head"]
+BATCH_SIZES = [
+    "num_reqs",
+    "max_tiles",
+    "ids_stride_head",
+    "table_stride",
+    "lse_stride_row",
+    "lse_stride_head",
+]
 
 
 @triton.jit(do_not_specialize=BATCH_SIZES)

@@ -15,6 +15,7 @@ from m3_kernels.sparse_attention.workspace import (
 from m3_kernels.testing.compile_gate import TRITON_NAMES, Variant
 from m3_kernels.tiles import keys_per_step, power_of_two
 from m3_kernels.triton_shared import DOT_DTYPES
+from m3_kernels.work_plan import DECODE_ROWS
 
 KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, TOPK = 4, 16, 128, 128, 16
 # Lengths and strides of the batch, at any value.
@@ -58,6 +59,7 @@ def decode(arch: int, query_len: int, dtype: torch.dtype, pages: torch.dtype) ->
         "HEADS_PAD": power_of_two(KV_HEADS * GROUP),
         "ROWS": tiles.rows,
         "ROW_GROUPS": tiles.row_groups,
+        "DECODE_ROWS": DECODE_ROWS,
         "SEGMENT_BLOCKS": tiles.segment_blocks,
         "UNION": power_of_two(tiles.rows * tiles.segment_blocks),
         "CLEAR_ROWS": config["CLEAR_ROWS"],

@@ -61,24 +61,26 @@ def decode_tiles(
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
     arch: int,
+    decode_rows: int = DECODE_ROWS,
 ) -> DecodeTiles:
     """Tiles of the decode kernel.
 
     Parameters
     ----------
-    max_query_len : capped at DECODE_ROWS
+    max_query_len : capped at decode_rows
     group : query heads of a KV head
     dtype, kv_dtype : of q and of the pages
     arch : compute capability as major * 10 + minor
+    decode_rows : query rows of a request of decode kind, as in the step's `WorkPlan`
     """
+    query_len = min(max(max_query_len, 1), decode_rows)
     config = attention_config(
         "sparse_attention_decode",
         dtype=dtype,
         kv_dtype=kv_dtype,
-        max_query_len=max_query_len,
+        max_query_len=query_len,
         arch=arch,
     )
-    query_len = min(max(max_query_len, 1), DECODE_ROWS)
     rows = min(power_of_two(query_len), config["MAX_ROWS"])
     segment_blocks = min(config["SEGMENT_BLOCKS"], topk)
     return DecodeTiles(
@@ -135,13 +137,17 @@ def allocate_sparse_attention_workspace(
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
     device: torch.device,
+    decode_rows: int = DECODE_ROWS,
+    arch: int | None = None,
 ) -> SparseAttentionWorkspace:
     """A workspace that suffices for every step of at most `max_reqs` requests.
 
     Parameters
     ----------
-    max_query_len : query rows of a request; more than DECODE_ROWS ask for no more memory
+    max_query_len : query rows of a request; more than decode_rows ask for no more memory
     dtype, kv_dtype : of q and of the pages
+    decode_rows : query rows of a request of decode kind, as in the step's `WorkPlan`
+    arch : the chip whose tiles are used, major * 10 + minor; None for the device's own
     """
     tiles = decode_tiles(
         max_query_len=max_query_len,
@@ -151,7 +157,8 @@ def allocate_sparse_attention_workspace(
         topk=topk,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        arch=arch_of(device),
+        arch=arch_of(device) if arch is None else arch,
+        decode_rows=decode_rows,
     )
     units = max_reqs * tiles.row_groups * num_kv_heads
     partial = units * tiles.segments * tiles.partial_size

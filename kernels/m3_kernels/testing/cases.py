@@ -16,6 +16,7 @@ from torch import Tensor
 from m3_kernels.index_pages import bytes_per_token, split_pages
 
 INT32_MAX = 2**31 - 1
+PageLayout = Literal["planes", "packed-heads", "packed-slots", "separate"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,7 +54,7 @@ class Case:
     missing_keys: int = 0
     kv_dtype: torch.dtype | None = None
     index_dtype: torch.dtype | None = None
-    pages: Literal["planes", "packed-heads", "packed-slots", "separate"] = "planes"
+    pages: PageLayout = "planes"
     rotary_dim: int = 16
     seed: int = 0
 
@@ -298,7 +299,9 @@ def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
     def nans(*shape: int, dtype: torch.dtype | None) -> Tensor:
         return torch.full(shape, torch.nan).to(dtype or case.dtype)
 
-    index = nans(num_pages, size, case.index_dim + 8, dtype=case.index_dtype)
+    # Strides of every view are multiples of 16, as a host's are: of numbers, which decides how
+    # Triton compiles a kernel, and of bytes, which decides whether keys are read by descriptors.
+    index = nans(num_pages, size, case.index_dim + 16, dtype=case.index_dtype)
     if case.pages == "planes":
         fused = nans(num_pages, 2, size, heads, dim, dtype=case.kv_dtype)
         k_pages, v_pages = fused.transpose(2, 3).unbind(1)
@@ -338,7 +341,7 @@ def view_of_copy(view: Tensor, device: torch.device, copies: dict[int, Tensor]) 
 
 def padded(tensor: Tensor) -> Tensor:
     """The same values as a view whose neighbours in memory are NaN."""
-    larger = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan)
+    larger = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 16), torch.nan)
     larger[..., : tensor.shape[-1]] = tensor
     return larger[..., : tensor.shape[-1]]
 

@@ -4,15 +4,19 @@ Each op lists in `<op>/triton_variants.py` what it launches: `variants(arch)` gi
 the configuration chosen for that chip, with a budget of registers and shared memory and the
 instructions they must contain. Spilled registers are a fault everywhere.
 
-    python -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
-    python -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
-    python -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled*.md hold
+    python -P -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
+    python -P -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
+    python -P -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled*.md hold
+
+Most of a compile is spent behind Triton's front end. `--known FILE` names an earlier `--json`: a
+kernel whose fingerprint stands there is judged by the figures beside it, any other is compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -111,6 +115,46 @@ class Compiled:
     dependency: tuple[str, ...] = ()
 
 
+def fingerprint(variant: Variant, arch: int) -> str:
+    """Hash of all that decides a variant's machine code, so equal hashes mean equal code.
+
+    That is the IR of Triton's front end without its source lines, the options, the chip, and the
+    releases of Triton and of the assembler it brings along.
+
+    Raises
+    ------
+    RuntimeError, ValueError : as `compile_variant`
+    """
+    import triton
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas_version
+    from triton.compiler import make_backend
+
+    source = _source(variant)
+    target = GPUTarget("cuda", arch, 32)
+    backend: Any = make_backend(target)
+    options = backend.parse_options(dict(variant.options) | source.parse_options())
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = source.make_ir(
+        target,
+        options,
+        backend.get_codegen_implementation(options),
+        backend.get_module_map(),
+        context,
+    )
+    decisive = (
+        module.str_nodebug(),
+        sorted(variant.options.items()),
+        arch,
+        triton.__version__,
+        get_ptxas_version(arch),
+    )
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()
+
+
 def compile_variant(variant: Variant, arch: int) -> Compiled:
     """Compile for a chip (major * 10 + minor) that need not be here, and read the result.
 
@@ -121,6 +165,18 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     """
     import triton
     from triton.backends.compiler import GPUTarget
+
+    built: Any = triton.compile(
+        _source(variant), target=GPUTarget("cuda", arch, 32), options=dict(variant.options)
+    )
+    read = _read_cubin(
+        built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
+    )
+    return dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
+
+
+def _source(variant: Variant) -> Any:
+    """What Triton compiles: the kernel with the types and constants of its arguments."""
     from triton.compiler import ASTSource
 
     if os.environ.get("TRITON_INTERPRET") == "1" or not hasattr(variant.kernel, "arg_names"):
@@ -145,15 +201,7 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
         if aligned and name not in variant.unaligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
         signature[name] = kind
-    built: Any = triton.compile(
-        ASTSource(variant.kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options=dict(variant.options),
-    )
-    read = _read_cubin(
-        built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
-    )
-    return dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
+    return ASTSource(variant.kernel, signature, constants, attributes)
 
 
 def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
@@ -232,7 +280,49 @@ def _found(pattern: str, text: str) -> str:
     return match.group(1)
 
 
-def _markdown(results: Sequence[tuple[int, str, Variant, Compiled]]) -> str:
+@dataclass(frozen=True)
+class Judged:
+    """A variant on a chip, its fingerprint, and the figures of its machine code."""
+
+    op: str
+    arch: int
+    variant: Variant
+    fingerprint: str
+    compiled: Compiled
+    was_known: bool
+
+    def report(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {
+            "op": self.op,
+            "variant": self.variant.name,
+            "arch": self.arch,
+            "fingerprint": self.fingerprint,
+            **dataclasses.asdict(self.compiled),
+        }
+
+
+def read_known(path: Path) -> dict[str, Compiled]:
+    """Figures by fingerprint, from what `--json` printed; none from an empty file."""
+    names = [field.name for field in dataclasses.fields(Compiled)]
+    known = {}
+    text = path.read_text(encoding="utf-8")
+    for kernel in json.loads(text)["kernels"] if text else ():
+        figures = {name: kernel[name] for name in names}
+        figures["dependency"] = tuple(figures["dependency"])
+        known[kernel["fingerprint"]] = Compiled(**figures)
+    return known
+
+
+def judge(op: str, arch: int, variant: Variant, known: Mapping[str, Compiled]) -> Judged:
+    """Figures of a variant: those of equal machine code where they are known, else compiled now."""
+    key = fingerprint(variant, arch)
+    compiled = known.get(key)
+    made = compile_variant(variant, arch) if compiled is None else compiled
+    return Judged(op, arch, variant, key, made, was_known=compiled is not None)
+
+
+def _markdown(results: Sequence[Judged]) -> str:
     import triton
 
     lines = [
@@ -248,15 +338,16 @@ def _markdown(results: Sequence[tuple[int, str, Variant, Compiled]]) -> str:
         "| op | kernel | chip | warps | registers | shared KB | stack | instructions |",
         "|---|---|---|---:|---:|---:|---:|---|",
     ]
-    for arch, op, variant, compiled in sorted(results, key=lambda r: (OPS.index(r[1]), r[2].name)):
+    for made in sorted(results, key=lambda r: (OPS.index(r.op), r.variant.name)):
+        compiled = made.compiled
         counts = ", ".join(
             f"{name} {compiled.instructions[name]}"
             for name in INSTRUCTIONS
             if compiled.instructions[name]
         )
         lines.append(
-            f"| {op} | {variant.name} | sm_{arch} | {compiled.warps} | {compiled.registers} "
-            f"| {compiled.shared / 1024:.1f} | {compiled.stack} | {counts} |"
+            f"| {made.op} | {made.variant.name} | sm_{made.arch} | {compiled.warps} "
+            f"| {compiled.registers} | {compiled.shared / 1024:.1f} | {compiled.stack} | {counts} |"
         )
     return "\n".join(lines)
 
@@ -268,6 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS)
     parser.add_argument("--only", action="append", choices=OPS, metavar="OP")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="figures of an earlier --json")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="figures as JSON")
     output.add_argument(
@@ -277,23 +369,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import triton
 
+    known = read_known(options.known) if options.known else {}
     results = [
-        (arch, op, variant, compile_variant(variant, arch))
+        judge(op, arch, variant, known)
         for arch in options.arch or ARCHS
         for op in options.only or OPS
         for variant in op_variants(op, arch)
     ]
-    found = [line for arch, _, variant, made in results for line in faults(variant, made, arch)]
+    found = [line for r in results for line in faults(r.variant, r.compiled, r.arch)]
     if options.json:
-        report = [
-            {"op": op, "variant": variant.name, "arch": arch, **dataclasses.asdict(made)}
-            for arch, op, variant, made in results
-        ]
-        text = json.dumps({"triton": triton.__version__, "kernels": report, "faults": found})
+        report = {
+            "triton": triton.__version__,
+            "compiled": sum(not result.was_known for result in results),
+            "kernels": [result.report() for result in results],
+            "faults": found,
+        }
+        text = json.dumps(report, indent=1)
     elif options.markdown:
         text = _markdown(results)
     else:
-        text = f"Triton {triton.__version__}: {len(results)} kernels compiled, {len(found)} faults"
+        text = f"Triton {triton.__version__}: {len(results)} kernels judged, {len(found)} faults"
     sys.stdout.write(text + "\n")
     sys.stderr.write("".join(f"{line}\n" for line in found))
     return 1 if found else 0

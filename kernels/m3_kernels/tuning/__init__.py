@@ -43,9 +43,12 @@ def family_of(arch: int) -> int:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability as major * 10 + minor; a fixed one for the interpreter."""
-    if device.type == "cpu":
-        return INTERPRETER_ARCH
+    """Compute capability as major * 10 + minor; a fixed one for what is no GPU."""
+    return _arch_of_gpu(device) if device.type == "cuda" else INTERPRETER_ARCH
+
+
+@cache
+def _arch_of_gpu(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 
@@ -66,6 +69,13 @@ def kernel_config(kernel: str, *, arch: int, **shape: Shape) -> dict[str, Any]:
     ValueError : arch is below 80, or no default row fits the shape
     """
     shape = {"triton": triton_release(), **shape}
+    return dict(_config(kernel, arch, tuple(shape.items())))
+
+
+@cache
+def _config(kernel: str, arch: int, shape_items: tuple[tuple[str, Shape], ...]) -> dict[str, Any]:
+    """Looked up once: kernels ask for every launch."""
+    shape = dict(shape_items)
     default = _first_fitting(_rows("default")[kernel], shape)
     if default is None:
         raise ValueError(f"tuning/default.json has no row of {kernel!r} for {shape}")

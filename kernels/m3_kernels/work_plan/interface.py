@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,72 +9,10 @@ from torch import Tensor
 
 from m3_kernels import validation
 from m3_kernels.tuning import arch_of, kernel_config
-
-# Requests of at most this many query rows are of decode kind (verify included), others of prefill.
-DECODE_ROWS = 8
-
-# Query rows of one tile of a prefill request; tiles begin at positions that are multiples of it.
-TILE_ROWS = 8
+from m3_kernels.work_plan.plan import DECODE_ROWS, WorkPlan, WorkPlanBuffers
 
 # Programs of a plan on the CPU, where the interpreter runs them one after another.
 CPU_PROGRAMS = 4
-
-
-@dataclass(frozen=True)
-class WorkPlanBuffers:
-    """Memory of a plan, allocated once for the largest step; all int32.
-
-    Attributes
-    ----------
-    cum_blocks, cum_tiles : [max_reqs + 1]
-    range_start : [num_programs + 1]
-    range_request : [num_programs]
-    row_request : [max_rows]
-    """
-
-    cum_blocks: Tensor
-    cum_tiles: Tensor
-    range_start: Tensor
-    range_request: Tensor
-    row_request: Tensor
-
-
-@dataclass(frozen=True)
-class WorkPlan:
-    """How the kernels of one step share its work; the same for all layers.
-
-    Attributes
-    ----------
-    max_query_len : no request of the step has more query rows
-    max_seq_len : no sequence of the step is longer
-    page_size : tokens per page, which is the block
-    cum_blocks : int32 [R + 1], visible blocks of the requests of decode kind before request r
-    cum_tiles : int32 [R + 1], tiles of the requests of prefill kind before request r; a tile is
-        the rows of `TILE_ROWS` consecutive positions from a multiple of `TILE_ROWS` on
-    range_start : int32 [C + 1], program c takes blocks `range_start[c]:range_start[c + 1]` of the
-        flat list of (request of decode kind, block)
-    range_request : int32 [C], request of the first block of program c; R if it has none
-    row_request : int32 [T], request of each query row; R for padding
-    """
-
-    max_query_len: int
-    max_seq_len: int
-    page_size: int
-    cum_blocks: Tensor
-    cum_tiles: Tensor
-    range_start: Tensor
-    range_request: Tensor
-    row_request: Tensor
-
-    @property
-    def max_blocks(self) -> int:
-        """No sequence of the step has more blocks."""
-        return -(-self.max_seq_len // self.page_size)
-
-    @property
-    def num_programs(self) -> int:
-        """Programs that share the flat list of blocks."""
-        return self.range_request.shape[0]
 
 
 def allocate_work_plan(
@@ -122,6 +59,7 @@ def fill_work_plan(
     max_query_len: int,
     max_seq_len: int,
     page_size: int,
+    decode_rows: int = DECODE_ROWS,
     backend: Literal["auto", "triton", "reference"] = "auto",
 ) -> WorkPlan:
     """Plan a step, on its device and without waiting for it; may be captured in a CUDA graph.
@@ -135,6 +73,8 @@ def fill_work_plan(
     max_query_len : at least the largest number of query rows of a request
     max_seq_len : at least the largest of `seq_lens`; workspaces are sized by it
     page_size : tokens per page
+    decode_rows : requests of at most so many rows are of decode kind; for all steps that share a
+        workspace the same, since the kinds' bits agree to rounding only
     backend : "auto" is Triton on CUDA and plain torch elsewhere
 
     Raises
@@ -162,6 +102,8 @@ def fill_work_plan(
             raise ValueError(f"{name} must not be negative; got {value}")
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1; got {page_size}")
+    if not 1 <= decode_rows <= DECODE_ROWS:
+        raise ValueError(f"decode_rows must be 1 to {DECODE_ROWS}; got {decode_rows}")
     capacity = buffers.cum_blocks.shape[0] - 1, buffers.row_request.shape[0]
     if num_reqs > capacity[0] or num_rows > capacity[1]:
         raise ValueError(
@@ -179,6 +121,7 @@ def fill_work_plan(
         range_start=buffers.range_start,
         range_request=buffers.range_request,
         row_request=buffers.row_request[:num_rows],
+        decode_rows=decode_rows,
     )
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         from m3_kernels.work_plan.triton import fill_work_plan_triton as run

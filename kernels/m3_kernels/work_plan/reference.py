@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3_kernels.work_plan.interface import DECODE_ROWS, TILE_ROWS, WorkPlan
+from m3_kernels.work_plan.plan import TILE_ROWS, WorkPlan
 
 
 def fill_work_plan_reference(plan: WorkPlan, *, cu_seqlens_q: Tensor, seq_lens: Tensor) -> None:
@@ -13,12 +13,12 @@ def fill_work_plan_reference(plan: WorkPlan, *, cu_seqlens_q: Tensor, seq_lens: 
     lengths = seq_lens.long()
     query_lens = cu_seqlens_q.long().diff()
     blocks = torch.where(
-        (query_lens >= 1) & (query_lens <= DECODE_ROWS), -(-lengths // plan.page_size), 0
+        (query_lens >= 1) & (query_lens <= plan.decode_rows), -(-lengths // plan.page_size), 0
     )
     # Floor division: rows before position 0 have tiles too, so that every row has one.
     first = torch.div(lengths - query_lens, TILE_ROWS, rounding_mode="floor")
     last = torch.div(lengths - 1, TILE_ROWS, rounding_mode="floor")
-    tiles = torch.where(query_lens > DECODE_ROWS, last - first + 1, 0)
+    tiles = torch.where(query_lens > plan.decode_rows, last - first + 1, 0)
 
     zero = lengths.new_zeros(1)
     ends = blocks.cumsum(0)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m3_kernels.tuning import arch_of, kernel_config
-from m3_kernels.work_plan.interface import DECODE_ROWS, TILE_ROWS, WorkPlan
+from m3_kernels.work_plan.plan import TILE_ROWS, WorkPlan
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def fill_work_plan_triton(plan: WorkPlan, *, cu_seqlens_q: Tensor, seq_lens: Ten
         plan.num_programs,
         range_tiles,
         PAGE_SIZE=plan.page_size,
-        DECODE_ROWS=DECODE_ROWS,
+        DECODE_ROWS=plan.decode_rows,
         TILE_ROWS=TILE_ROWS,
         **config,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from m3_kernels.testing.compile_gate import Variant
 from m3_kernels.tuning import kernel_config
-from m3_kernels.work_plan.interface import DECODE_ROWS, TILE_ROWS
+from m3_kernels.work_plan.plan import DECODE_ROWS, TILE_ROWS
 from m3_kernels.work_plan.triton import work_plan_kernel
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,6 @@ from m3_plugin.cli.bench.report import (
     Curve,
     GateError,
     Panel,
-    deliver,
     headline,
     load_average,
     machine_facts,
@@ -26,7 +25,9 @@ from m3_plugin.cli.bench.report import (
     short,
     table_of,
 )
-from m3_plugin.cli.outputs import JsonOption, PlotOption
+from m3_plugin.cli.exits import Exit, fail
+from m3_plugin.cli.options import JsonOption, OutputOption, PlotOption
+from m3_plugin.cli.outputs import deliver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,24 +92,32 @@ class Report:
 
 def bench_cpu(
     contexts: Annotated[
-        str, typer.Option(help="Decode: keys in the cache, separated by commas.")
+        str, typer.Option(help="Decoding: tokens in the cache, with commas; empty for none.")
     ] = "8192,32768,131072",
     prefill_contexts: Annotated[
-        str, typer.Option(help="Prefill: context after the chunk; empty for no prefill.")
+        str,
+        typer.Option(help="Reading a prompt: tokens when a chunk was read; empty for none."),
     ] = "8192,32768",
-    prefill_rows: Annotated[int, typer.Option(help="Query rows of the prefill chunk.")] = 512,
-    rounds: Annotated[int, typer.Option(help="Timed decode runs of each method.")] = 15,
+    prefill_rows: Annotated[
+        int, typer.Option(min=1, help="Tokens of the prompt's last chunk, which is timed.")
+    ] = 512,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Timed runs of each method when decoding.")
+    ] = 15,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's own choice.")] = 0,
-    dense: Annotated[bool, typer.Option(help="Also run the dense peers.")] = True,
-    json_file: JsonOption = None,
+    dense: Annotated[bool, typer.Option(help="Time dense attention too.")] = True,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """One sparse layer of MiniMax-M3 in bf16 against dense attention over the same context."""
+    """How fast are the CPU kernels? One sparse layer in bf16 beside dense attention.
+
+    Results are compared first; nothing is timed that is wrong.
+    """
     import torch
 
     if threads > 0:
         torch.set_num_threads(threads)
-    console = Console(stderr=json_file == "-")
     decode_at = numbers(contexts, "--contexts")
     prefill_at = numbers(prefill_contexts, "--prefill-contexts")
     if any(context < prefill_rows for context in prefill_at):
@@ -130,11 +139,14 @@ def bench_cpu(
                     after_round=lambda task=task: progress.advance(task),
                 )
     except GateError as error:
-        console.print(f"no numbers: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
+        fail(f"no numbers: {error}", Exit.WRONG_RESULT)
     report.machine["load_average_after"] = load_average()
-    _print(report, console)
-    deliver(report, console, json_file=json_file, plot=plot, draw=_plot)
+    if not as_json:
+        _print(report, Console())
+    deliver("bench-cpu", asdict(report), as_json=as_json, output=output)
+    if plot is not None:
+        _plot(report, plot)
+        Console(stderr=True).print(f"picture: {plot}", markup=False)
 
 
 def measure(

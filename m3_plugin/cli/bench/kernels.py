@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,6 @@ from m3_plugin.cli.bench.report import (
     Curve,
     GateError,
     Panel,
-    deliver,
     gpu_facts,
     headline,
     machine_facts,
@@ -32,7 +31,9 @@ from m3_plugin.cli.bench.roofline import (
     floor_seconds,
     sparse_work,
 )
-from m3_plugin.cli.outputs import JsonOption, PlotOption
+from m3_plugin.cli.exits import Exit, fail
+from m3_plugin.cli.options import JsonOption, OutputOption, PlotOption
+from m3_plugin.cli.outputs import deliver
 
 if TYPE_CHECKING:
     import torch
@@ -129,29 +130,37 @@ def workload_of(row: Row) -> Workload:
 
 def bench_kernels(
     decode: Annotated[
-        str, typer.Option(help="Decode: batch x context, separated by commas.")
+        str,
+        typer.Option(help="Decoding: requests x tokens of each, with commas; empty for none."),
     ] = "1x8192,1x32768,1x131072,1x1048576,16x32768,16x131072,64x8192,64x131072",
     verify: Annotated[
-        str, typer.Option(help="Verify, 4 rows per request: batch x context.")
+        str, typer.Option(help="Verifying 3 drafts: requests x tokens; empty for none.")
     ] = "64x131072",
     prefill: Annotated[
-        str, typer.Option(help="Prefill: context after the chunk.")
+        str, typer.Option(help="Reading a prompt: tokens when a chunk was read; empty for none.")
     ] = "8192,32768,131072,1048576",
-    prefill_rows: Annotated[int, typer.Option(help="Query rows of the prefill chunk.")] = 8192,
-    rounds: Annotated[int, typer.Option(help="Timed replays of each method.")] = 20,
+    prefill_rows: Annotated[
+        int, typer.Option(min=1, help="Tokens of the prompt's last chunk, which is timed.")
+    ] = 8192,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each method.")] = 20,
     peers: Annotated[
-        str, typer.Option(help="Peers beside dense attention, of vllm, sglang and flashinfer.")
+        str,
+        typer.Option(help="Whose kernels to time too: vllm, sglang, flashinfer; empty for none."),
     ] = "vllm,sglang,flashinfer",
     peer_folder: Annotated[
-        Path | None, typer.Option(help="Folder with the peers' packages, if not installed.")
+        Path | None, typer.Option(help="A folder with their packages, if they are not installed.")
     ] = None,
-    json_file: JsonOption = None,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """One sparse layer of MiniMax-M3 in bf16 on this GPU, beside peers and the roofline."""
+    """How fast are the GPU kernels? One sparse layer in bf16 beside other kernels.
+
+    Each time is also compared with the least that the memory and the cores of this GPU allow.
+    Results are compared first; nothing is timed that is wrong.
+    """
     import torch
 
-    console = Console(stderr=json_file == "-")
     workloads = [
         *(Workload("decode", b, c) for b, c in _pairs(decode, "--decode")),
         *(
@@ -171,14 +180,11 @@ def bench_kernels(
     if unknown := sorted(set(wanted) - set(PEERS)):
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}", param_hint="--peers")
     if not torch.cuda.is_available():
-        console.print(
+        fail(
             f"bench kernels needs a CUDA device, and torch {torch.__version__} sees none. "
             "For the CPU kernels: m3-plugin bench cpu",
-            style="red",
-            markup=False,
-            highlight=False,
+            Exit.ENVIRONMENT,
         )
-        raise typer.Exit(2)
 
     from m3_plugin.attention.backends import choose_kernels
     from m3_plugin.cli.bench.clocks import GraphClock, copy_bandwidth, matmul_throughput
@@ -220,10 +226,14 @@ def bench_kernels(
                 after_round=lambda task=task: progress.advance(task),
             )
             torch.cuda.empty_cache()
-    print_report(report, console)
-    deliver(report, console, json_file=json_file, plot=plot, draw=plot_report)
-    if any(row.fault for row in report.rows if row.method in (OURS, OURS_INT8)):
-        raise typer.Exit(1)
+    if not as_json:
+        print_report(report, Console())
+    deliver("bench-kernels", asdict(report), as_json=as_json, output=output)
+    if plot is not None:
+        plot_report(report, plot)
+        Console(stderr=True).print(f"picture: {plot}", markup=False)
+    faults = [row.fault for row in report.rows if row.method in (OURS, OURS_INT8) and row.fault]
+    raise typer.Exit(Exit.of(not faults))
 
 
 def load_peers(wanted: Sequence[str], folder: Path | None) -> tuple[dict[str, Any], dict[str, str]]:

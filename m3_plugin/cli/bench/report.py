@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-_Report = TypeVar("_Report", bound="DataclassInstance")
 
 
 class GateError(RuntimeError):
@@ -149,32 +143,6 @@ def table_of(title: str, *, left: Sequence[str], right: Sequence[str]) -> Table:
     for heading in right:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def deliver(
-    report: _Report,
-    console: Console,
-    *,
-    json_file: str | None,
-    plot: Path | None = None,
-    draw: Callable[[_Report, Path], object] | None = None,
-) -> None:
-    """Write what was asked for.
-
-    Parameters
-    ----------
-    json_file : a file for the report, "-" for stdout
-    plot, draw : a file for the picture, and what draws it
-    """
-    if json_file is not None:
-        text = json.dumps(asdict(report), indent=1)
-        if json_file == "-":
-            typer.echo(text)
-        else:
-            Path(json_file).write_text(text + "\n")
-    if plot is not None and draw is not None:
-        draw(report, plot)
-        console.print(f"picture: {plot}", markup=False)
 
 
 def plot_panels(panels: Sequence[Panel], path: Path, *, title: str, unit: str) -> None:

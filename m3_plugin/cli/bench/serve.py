@@ -7,11 +7,10 @@ import json
 import re
 import secrets
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,6 @@ from rich.table import Table
 from m3_plugin.cli.bench.report import (
     Curve,
     Panel,
-    deliver,
     load_average,
     machine_facts,
     numbers,
@@ -31,6 +29,7 @@ from m3_plugin.cli.bench.report import (
     progress_bar,
     short,
 )
+from m3_plugin.cli.exits import environment
 from m3_plugin.cli.host_metrics import exposition, settled, total
 from m3_plugin.cli.hosts import (
     HOSTS,
@@ -40,7 +39,16 @@ from m3_plugin.cli.hosts import (
     host_to_start,
     installed_host,
 )
-from m3_plugin.cli.outputs import JsonOption, PlotOption, in_a_folder
+from m3_plugin.cli.options import (
+    ApiKeyOption,
+    FrameworkOption,
+    JsonOption,
+    OutputOption,
+    PlotOption,
+    in_a_folder,
+)
+from m3_plugin.cli.outputs import deliver
+from m3_plugin.host.children import child_environment, python
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, terminate_as_exit
 from m3_plugin.model.released import misnamed_model
 
@@ -127,6 +135,7 @@ class Server:
     url: str
     model: str
     tokenizer: str
+    api_key: str | None = field(default=None, repr=False)
 
 
 class ClientFailed(RuntimeError):
@@ -135,27 +144,43 @@ class ClientFailed(RuntimeError):
 
 def bench_serve(
     url: Annotated[
-        str | None, typer.Option(help="A running server; by default small ones are started.")
+        str | None,
+        typer.Option(help="A server you run, http://host:port; default: start small ones here."),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="vllm or sglang: whose client.")] = None,
-    model: Annotated[str | None, typer.Option(help="With --url: name of the served model.")] = None,
+    framework: FrameworkOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --url: the name under which the server has the model.")
+    ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="With --url: checkpoint folder or id of its tokenizer.")
+        str | None,
+        typer.Option(help="With --url: the tokenizer, as a checkpoint folder or a repository id."),
     ] = None,
+    api_key: ApiKeyOption = None,
     against: Annotated[
-        Against, typer.Option(help="Without --url: the host alone, else the model made dense.")
+        Against,
+        typer.Option(
+            help="Without --url, measure a second server too: host: without the plugin; dense: the "
+            "model without sparse layers; auto: the first of these that starts."
+        ),
     ] = Against.auto,
-    contexts: Annotated[str, typer.Option(help="Prompt tokens, with commas.")] = "1024,4096",
+    contexts: Annotated[
+        str, typer.Option(help="Lengths of the prompts in tokens, with commas.")
+    ] = "1024,4096",
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 16,
     requests: Annotated[int, typer.Option(min=1, help="Requests per context.")] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
-    json_file: JsonOption = None,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", help="Write the rows as CSV.", callback=in_a_folder)
+        Path | None,
+        typer.Option("--csv", help="Write the rows to this file as CSV.", callback=in_a_folder),
     ] = None,
     plot: PlotOption = None,
 ) -> None:
-    """Times per token against context, with `vllm bench serve` or `sglang.bench_serving`."""
+    """How fast is a server? Time to the first token and per token, by length of the prompt.
+
+    The requests are sent by the host's own client: `vllm bench serve` or `sglang.bench_serving`.
+    """
     console = Console(stderr=True)
     loads = [
         Load(context, output_tokens, requests, concurrency)
@@ -163,8 +188,15 @@ def bench_serve(
     ]
     if not loads:
         raise typer.BadParameter("at least one context is needed", param_hint="--contexts")
-    try:
-        chosen = installed_host(host) if url else host_to_start(host)
+    longest = max(load.context + load.output_tokens for load in loads)
+    if url is None and longest > MAX_MODEL_LEN - 64:
+        raise typer.BadParameter(
+            f"the servers started here have room for {MAX_MODEL_LEN - 64} tokens, answers "
+            f"included; got {longest}. Start your own and give its --url",
+            param_hint="--contexts",
+        )
+    with environment(LookupError, ServerFailed, ClientFailed):
+        chosen = installed_host(framework) if url else host_to_start(framework)
         report = ServeReport(machine_facts(), client=chosen.title, model=model or MODEL_NAME)
         if url is not None:
             if model is None or tokenizer is None:
@@ -173,17 +205,19 @@ def bench_serve(
                 raise typer.BadParameter(misnamed, param_hint="--tokenizer")
             address = url.rstrip("/").removesuffix("/v1")
             ours = "m3_plugin:info{" in exposition(address)
-            served = Server(_OURS if ours else _UNKNOWN, address, model, tokenizer)
+            name = _OURS if ours else _UNKNOWN
+            served = Server(name, address, model, tokenizer, api_key=api_key)
             report.rows += measure(served, loads, host=chosen)
         else:
             _measure_started(report, chosen, loads, against=against, console=console)
         report.left_out |= _unknown_shares(report.rows)
-    except (LookupError, ServerFailed, ClientFailed) as failure:
-        console.print(str(failure), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
     report.load_average_after = load_average()
-    _print(report, Console(stderr=json_file == "-"))
-    deliver(report, console, json_file=json_file, plot=plot, draw=_plot)
+    if not as_json:
+        _print(report, Console())
+    deliver("bench-serve", asdict(report), as_json=as_json, output=output)
+    if plot is not None:
+        _plot(report, plot)
+        console.print(f"picture: {plot}", markup=False)
     if csv_file is not None:
         write_csv(report.rows, csv_file)
 
@@ -299,7 +333,12 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
         result = Path(folder) / "result.json"
         with terminate_as_exit():
             done = subprocess.run(
-                command(server, load, result), capture_output=True, text=True, check=False
+                command(server, load, result),
+                capture_output=True,
+                text=True,
+                check=False,
+                # both clients read the key from here, where no list of processes shows it
+                env=child_environment({"OPENAI_API_KEY": server.api_key} if server.api_key else {}),
             )
         if done.returncode or not result.exists():
             tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
@@ -331,7 +370,7 @@ def run_client(server: Server, load: Load, *, host: Host) -> Row:
 
 def _vllm_client(server: Server, load: Load, result: Path) -> list[str]:
     return [
-        *(sys.executable, "-c", _VLLM_CLIENT),
+        *python("-c", _VLLM_CLIENT),
         *("--backend", "openai", "--base-url", server.url),
         *("--model", server.model, "--tokenizer", server.tokenizer),
         *("--dataset-name", "random", "--random-range-ratio", "0"),
@@ -345,7 +384,7 @@ def _vllm_client(server: Server, load: Load, result: Path) -> list[str]:
 
 def _sglang_client(server: Server, load: Load, result: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "sglang.bench_serving"),
+        *python("-m", "sglang.bench_serving"),
         *("--backend", "sglang-oai", "--base-url", server.url),
         *("--model", server.tokenizer, "--served-model-name", server.model),
         *("--tokenizer", server.tokenizer),
@@ -366,12 +405,6 @@ def _measure_started(
     report: ServeReport, host: Host, loads: list[Load], *, against: Against, console: Console
 ) -> None:
     """Ours, then the peer, on the constructed checkpoint; the random tokens find no facts in it."""
-    longest = max(load.context + load.output_tokens for load in loads)
-    if longest > MAX_MODEL_LEN - 64:
-        raise ServerFailed(
-            f"--contexts must leave room within {MAX_MODEL_LEN - 64} tokens on the servers started "
-            f"here; got {longest}. Start your own and give its --url"
-        )
     with _started(host, dense=False, console=console) as server:
         report.rows += measure(server(_OURS), loads, host=host)
     peers: dict[str, Callable[[], Any]] = {}
@@ -442,7 +475,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 def _print(report: ServeReport, console: Console) -> None:
     # a pipe or a log has no width of its own, and a narrow table cannot be read
-    console = console if console.is_terminal else Console(width=120, stderr=console.stderr)
+    console = console if console.is_terminal else Console(width=120)
     table = Table(title=f"{report.model}, measured by {report.client}'s client")
     for heading in ("context", "server", "first token", "per token", "p99", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "server" else "right")

@@ -19,9 +19,21 @@ from rich.table import Table
 
 from m3_plugin.cli.bench.report import numbers, progress_bar
 from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, Haystack, TextHaystack
-from m3_plugin.cli.hosts import host_to_start, require_libraries
-from m3_plugin.cli.outputs import PlotOption, in_a_folder
+from m3_plugin.cli.exits import Exit, call, environment
+from m3_plugin.cli.host_metrics import openai_client
+from m3_plugin.cli.hosts import MAX_MODEL_LEN, host_to_start, require_libraries
+from m3_plugin.cli.options import (
+    ApiKeyOption,
+    Framework,
+    FrameworkOption,
+    JsonOption,
+    PlotOption,
+    in_a_folder,
+)
+from m3_plugin.cli.outputs import deliver, envelope
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
+
+COMMAND = "eval-needle"
 
 
 class Needles(StrEnum):
@@ -60,6 +72,7 @@ class Grid:
 
     Parameters
     ----------
+    file : None to keep them in memory alone
     settings : what the results depend on; a file made with others is refused
 
     Raises
@@ -67,11 +80,11 @@ class Grid:
     ValueError : the file holds something else.
     """
 
-    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, file: Path | None, settings: dict[str, Any]) -> None:
         self.file = file
         self.settings = settings
         self.results: dict[Cell, Result] = {}
-        if not file.exists():
+        if file is None or not file.exists():
             return
         try:
             stored = json.loads(file.read_text())
@@ -88,52 +101,81 @@ class Grid:
     def add(self, result: Result) -> None:
         """Keep a result, in memory and on disk."""
         self.results[Cell(result.context, result.depth, result.seed)] = result
-        results = [asdict(result) for result in self.results.values()]
-        text = json.dumps({"settings": self.settings, "results": results}, indent=1)
+        if self.file is None:
+            return
+        body = as_dict(self.settings, list(self.results.values()))
+        text = json.dumps(envelope(COMMAND, body), indent=1)
         # replaced in one step: a run that is broken off leaves the old file or the new one
         part = self.file.with_suffix(f"{self.file.suffix}.part")
         part.write_text(text + "\n")
         os.replace(part, self.file)
 
 
+def as_dict(settings: dict[str, Any], results: list[Result]) -> dict[str, Any]:
+    """JSON form of what is known so far."""
+    return {
+        "right": all(result.right for result in results),
+        "settings": settings,
+        "results": [asdict(result) for result in results],
+    }
+
+
 def needle(
-    output: Annotated[
-        Path,
-        typer.Option(help="JSON file; an existing one is completed.", callback=in_a_folder),
-    ],
     url: Annotated[
         str | None,
-        typer.Option(help="A running server, http://host:port; by default one is started."),
+        typer.Option(
+            help="The server you run, http://host:port. Default: a tiny M3 is served on this "
+            "machine."
+        ),
     ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="vllm or sglang, for the server that is started.")
+    api_key: ApiKeyOption = None,
+    framework: FrameworkOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The name under which the server has the model. Default: its first."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Name the server gives its model.")] = None,
     needles: Annotated[
         Needles | None,
-        typer.Option(help="constructed: for the checkpoint of `m3-plugin tiny`; text: any other."),
+        typer.Option(
+            help="text: a number in English prose, for any model (default with --url); "
+            "constructed: for the checkpoint that `m3-plugin tiny` writes."
+        ),
     ] = None,
-    contexts: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "2048,4096,8192",
-    depths: Annotated[str, typer.Option(help="Percent of the context.")] = "0,25,50,75,100",
-    repeats: Annotated[int, typer.Option(min=1, help="Questions per cell.")] = 1,
+    contexts: Annotated[
+        str, typer.Option(help="Lengths of the prompts in tokens, with commas.")
+    ] = "2048,4096,8192",
+    depths: Annotated[
+        str, typer.Option(help="Where the fact is hidden, in percent of the prompt, with commas.")
+    ] = "0,25,50,75,100",
+    repeats: Annotated[int, typer.Option(min=1, help="Questions for each length and depth.")] = 1,
     prose: Annotated[
         Path | None,
         typer.Option(
-            help="A text file to hide text needles in.",
+            help="Hide the number in this text file instead of our prose.",
             exists=True,
             dir_okay=False,
             readable=True,
         ),
     ] = None,
+    as_json: JsonOption = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Keep the JSON in this file after every question; if it exists, go on with it.",
+            callback=in_a_folder,
+        ),
+    ] = None,
     plot: PlotOption = None,
     log: Annotated[
         Path | None,
-        typer.Option(help="Keep the started server's log here.", callback=in_a_folder),
+        typer.Option(help="Keep the started server's log in this file.", callback=in_a_folder),
     ] = None,
 ) -> None:
-    """Hide a fact at every depth of every context and ask for it; exit 0 if all was found.
+    """Is a running model right? Hide a fact in long prompts, at every depth, and ask for it.
 
-    Without --url, the constructed checkpoint is written and served on this machine.
+    A wrong selection of blocks shows here and nowhere else: short prompts do not need it.
     """
     console = Console(stderr=True)
     kind = needles or (Needles.constructed if url is None else Needles.text)
@@ -143,42 +185,56 @@ def needle(
         for depth in _percents(depths)
         for seed in range(repeats)
     ]
-    try:
+    _require_room(cells, kind=kind, ours=url is None)
+    with environment(LookupError, ServerFailed, ValueError):
         require_libraries("openai")
-        grid = Grid(output, {"needles": kind.value, "model": model, "prose": str(prose)})
+        with call("--output", ValueError):
+            grid = Grid(output, {"needles": kind.value, "model": model, "prose": str(prose)})
         missing = [cell for cell in cells if cell not in grid.results]
         hay = None if prose is None else _read(prose)
         if missing:
-            with _server(url, host=host, cells=cells, log=log, console=console) as address:
-                _ask_all(address, grid, missing, model=model, kind=kind, prose=hay)
-    except (LookupError, ServerFailed, ValueError) as failure:
-        console.print(str(failure), style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
+            with _server(url, framework=framework, log=log, console=console) as address:
+                asker = _Asker(address, model, api_key=api_key)
+                _ask_all(asker, grid, missing, kind=kind, prose=hay)
     results = [grid.results[cell] for cell in cells]
-    _print(results)
+    if not as_json:
+        _print(results)
+    body = as_dict(grid.settings, results)
+    # the file has these already, and those of earlier runs
+    deliver(COMMAND, body, as_json=as_json)
     if plot is not None:
         _plot(results, plot)
-    raise typer.Exit(0 if all(result.right for result in results) else 1)
+    raise typer.Exit(Exit.of(body["right"]))
+
+
+def _require_room(cells: list[Cell], *, kind: Needles, ours: bool) -> None:
+    """Refuse prompts too long for the server started here, or too short for a hidden fact."""
+    if not cells:
+        raise typer.BadParameter("at least one length is needed", param_hint="--contexts")
+    longest = max(cell.context for cell in cells)
+    if ours and longest > MAX_MODEL_LEN - 1024:
+        raise typer.BadParameter(
+            f"the server started here has room for {MAX_MODEL_LEN - 1024} tokens; got {longest}. "
+            "Start your own and give its --url",
+            param_hint="--contexts",
+        )
+    if kind is Needles.constructed:
+        shortest = min(cell.context for cell in cells)
+        with call("--contexts", ValueError):
+            ConstructedHaystack().question(context=shortest, depth=0.5, seed=0)
 
 
 @contextmanager
 def _server(
-    url: str | None, *, host: str | None, cells: list[Cell], log: Path | None, console: Console
+    url: str | None, *, framework: Framework | None, log: Path | None, console: Console
 ) -> Iterator[str]:
     """The given server, or one that serves the constructed checkpoint while the context lasts."""
     if url is not None:
         yield url.rstrip("/").removesuffix("/v1")
         return
-    from m3_plugin.cli.hosts import MAX_MODEL_LEN
     from m3_plugin.testing.constructed import ConstructedCheckpoint
 
-    longest = max(cell.context for cell in cells)
-    if longest > MAX_MODEL_LEN - 1024:
-        raise ValueError(
-            f"--contexts must be at most {MAX_MODEL_LEN - 1024} on the server that is started "
-            f"here; got {longest}. Start your own and give its --url"
-        )
-    chosen = host_to_start(host)
+    chosen = host_to_start(framework)
     with tempfile.TemporaryDirectory(prefix="m3-plugin-needle-") as folder:
         scratch = Path(folder)
         with console.status("writing the constructed checkpoint"):
@@ -196,17 +252,11 @@ def _server(
 
 
 def _ask_all(
-    url: str,
-    grid: Grid,
-    cells: list[Cell],
-    *,
-    model: str | None,
-    kind: Needles,
-    prose: str | None,
+    asker: _Asker, grid: Grid, cells: list[Cell], *, kind: Needles, prose: str | None
 ) -> None:
     from openai import APIConnectionError, APIStatusError
 
-    asker = _Asker(url, model)
+    url = asker.url
     try:
         haystack: Haystack = (
             ConstructedHaystack()
@@ -222,26 +272,26 @@ def _ask_all(
     except APIConnectionError as error:
         raise ServerFailed(f"no answer from {url}: {error}; is the server running?") from None
     except APIStatusError as error:
-        raise ServerFailed(
-            f"{url} refused a request: {error.message}. What was asked before is kept in "
-            f"{grid.file}"
-        ) from None
+        kept = f". What was asked before is kept in {grid.file}" if grid.file else ""
+        key = "; give its key with --api-key or OPENAI_API_KEY" if error.status_code == 401 else ""
+        raise ServerFailed(f"{url} refused a request: {error.message}{key}{kept}") from None
 
 
 def _read(prose: Path) -> str:
     try:
         return prose.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prose {prose} must be UTF-8 text: {error}") from None
+        raise typer.BadParameter(
+            f"{prose} must be UTF-8 text: {error}", param_hint="--prose"
+        ) from None
 
 
 class _Asker:
     """Chat requests to one model."""
 
-    def __init__(self, url: str, model: str | None) -> None:
-        from openai import OpenAI
-
-        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600, max_retries=0)
+    def __init__(self, url: str, model: str | None, *, api_key: str | None = None) -> None:
+        self.url = url
+        self.client = openai_client(url, timeout_s=3600, api_key=api_key)
         self._model = model
 
     @property

@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from m3_plugin.untrusted import read_json
+
 _HERE = Path(__file__).parent
 # What precedes the model in the hosts' command lines.
 _MODEL_OPTIONS = ("serve", "--model", "--model-path")
@@ -150,7 +152,7 @@ def read_config(path: Path) -> dict[str, Any]:
     ValueError : not a JSON object.
     """
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except OSError as error:
         raise ModelNotFound(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:

@@ -27,9 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "sglang: needs SGLang installed and runs a real engine or server"
     )
-    config.addinivalue_line(
-        "markers", "every_release: the few tests that run on every release of the tested window"
-    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import popen_fork
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ ENVIRONMENT = {
     # spinning worker threads starve each other on machines with few cores
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+PRELOAD = (
+    "sglang",
+    "sglang.srt.entrypoints.engine",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.model_executor.model_runner",
+)
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "device": "cpu",
@@ -93,10 +102,15 @@ class EngineProcess(EnginePipe):
 
         arguments = {"model_path": str(model), **OPTIONS, **options}
         variables = ENVIRONMENT | (environment or {})
+        if options.get("enable_metrics"):
+            # prometheus_client decides on import that processes share their values
+            folder = log.with_suffix(".metrics")
+            folder.mkdir(exist_ok=True)
+            variables["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         if needs_triton_on_cpu():
             variables["TRITON_INTERPRET"] = "1"
             arguments["disable_cuda_graph"] = True
-        super().__init__(_serve, log, arguments, environment=variables, log=log)
+        super().__init__(_serve, log, arguments, environment=variables, preload=PRELOAD, log=log)
 
     def generate(
         self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
@@ -133,6 +147,27 @@ class EngineProcess(EnginePipe):
         """Sum over its labels of a metric as SGLang's `/metrics` shows it; needs enable_metrics."""
         return self._call("metric", name)
 
+    def update_from_disk(self, folder: Path) -> tuple[bool, str]:
+        """SGLang's answer to `/update_weights_from_disk`."""
+        return self._call("update_from_disk", str(folder))
+
+    def update_from_tensors(
+        self, folder: Path, names: Sequence[str], *, bucket: int, cut: str = ""
+    ) -> list[tuple[bool, str]]:
+        """One update session with tensors of a folder; SGLang's answers, one per bucket.
+
+        Parameters
+        ----------
+        names : in the order in which they are sent
+        bucket : tensors per request
+        cut : one of them, sent without its last row
+        """
+        return self._call("update_from_tensors", str(folder), list(names), bucket, cut)
+
+    def update_from_group(self, folder: Path, names: Sequence[str]) -> tuple[bool, str]:
+        """The same over a gloo group in which the engine's parent is the trainer."""
+        return self._call("update_from_group", str(folder), list(names))
+
     def flush(self) -> bool:
         """Empty the radix cache; False if SGLang refuses because a request still runs."""
         return self._call("flush")
@@ -148,11 +183,30 @@ def _serve(pipe: Connection, log: Path, arguments: dict[str, Any]) -> None:
     def start() -> _Engine:
         from sglang import Engine
 
+        _fork_children()
         return _Engine(Engine(**arguments))
 
     engine = answer_requests(pipe, start)
     if engine is not None:
         engine.host.shutdown()
+
+
+def _fork_children() -> None:
+    """SGLang spawns its scheduler and detokenizer; here they inherit what is imported already.
+
+    The servers of the tests are processes of SGLang's own, whose children import and register all
+    anew.
+    """
+    how: Any = SpawnProcess
+    how._Popen = staticmethod(popen_fork.Popen)
+
+
+def checkpoint_tensors(folder: str | Path) -> dict[str, Any]:
+    """All tensors of a checkpoint."""
+    from safetensors.torch import load_file
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 class _Engine:
@@ -231,6 +285,62 @@ class _Engine:
         tables = [output["meta_info"]["output_token_ids_logprobs"][0] for output in outputs]
         found = [{token: logprob for logprob, token, *_ in table} for table in tables]
         return [[table[token] for token in token_ids] for table in found]
+
+    def update_from_disk(self, folder: str) -> tuple[bool, str]:
+        success, message, *_ = self.host.update_weights_from_disk(folder)
+        return success, message
+
+    def update_from_tensors(
+        self, folder: str, names: list[str], bucket: int, cut: str
+    ) -> list[tuple[bool, str]]:
+        tensors = checkpoint_tensors(folder)
+        if cut:
+            tensors[cut] = tensors[cut][:-1].clone()
+        self.host.begin_weight_update()
+        answers = []
+        for start in range(0, len(names), bucket):
+            sent = [(name, tensors[name]) for name in names[start : start + bucket]]
+            success, message = self.host.update_weights_from_tensor(sent)
+            answers.append((success, message))
+        self.host.end_weight_update()
+        return answers
+
+    def update_from_group(self, folder: str, names: list[str]) -> tuple[bool, str]:
+        from concurrent.futures import ThreadPoolExecutor
+
+        import torch
+        from sglang.srt.utils import init_custom_process_group
+        from sglang.srt.utils.network import get_open_port
+
+        port, group = get_open_port(), "trainer"
+        tensors = checkpoint_tensors(folder)
+        with ThreadPoolExecutor(1) as trainer:
+            joined = trainer.submit(
+                init_custom_process_group,
+                backend="gloo",
+                init_method=f"tcp://127.0.0.1:{port}",
+                world_size=2,
+                rank=0,
+                group_name=group,
+            )
+            self.host.init_weights_update_group("127.0.0.1", port, 1, 2, group, backend="gloo")
+            own = joined.result(60)
+            self.host.begin_weight_update()
+
+            def send() -> None:
+                for name in names:
+                    torch.distributed.broadcast(tensors[name], src=0, group=own)
+
+            sent = trainer.submit(send)
+            success, message = self.host.update_weights_from_distributed(
+                names,
+                [str(tensors[name].dtype).removeprefix("torch.") for name in names],
+                [list(tensors[name].shape) for name in names],
+                group_name=group,
+            )
+            sent.result(60)
+            self.host.end_weight_update()
+        return success, message
 
     def metric(self, name: str) -> float:
         from prometheus_client import CollectorRegistry

@@ -8,21 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-
-def forward_batch(mode: str, *, seq_lens: list[int], **fields: Any) -> Any:
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-
-    lengths = torch.tensor(seq_lens)
-    return ForwardBatch(
-        forward_mode=ForwardMode[mode],
-        batch_size=len(seq_lens),
-        input_ids=torch.zeros(1, dtype=torch.long),
-        req_pool_indices=torch.arange(len(seq_lens)),
-        seq_lens=lengths,
-        seq_lens_cpu=lengths,
-        seq_lens_sum=sum(seq_lens),
-        **fields,
-    )
+from tests.integrations.sglang.steps import forward_batch, verify_step
 
 
 def slots(*pages: int) -> torch.Tensor:
@@ -65,16 +51,6 @@ def test_chunk_behind_a_prefix_beside_a_decoding_request(mode: str) -> None:
     assert batch.cu_seqlens_q.tolist() == [0, 72, 73]
     assert batch.page_table.tolist() == [[5, 2], [7, 1]]
     assert (batch.max_query_len, batch.max_seq_len) == (72, 200)
-
-
-def verify_step(*, seq_lens: list[int], query_len: int, out_cache_loc: torch.Tensor) -> Any:
-    """A verify step as SGLang's EAGLE worker makes it: lengths without the drafted tokens."""
-    from sglang.srt.speculative.eagle_info import EagleVerifyInput
-
-    spec_info = EagleVerifyInput.create_idle_input(1, query_len - 1, query_len, "cpu")
-    return forward_batch(
-        "TARGET_VERIFY", seq_lens=seq_lens, spec_info=spec_info, out_cache_loc=out_cache_loc
-    )
 
 
 def test_verified_chain_crosses_a_page() -> None:

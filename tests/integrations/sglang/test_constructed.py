@@ -1,5 +1,4 @@
-"""The constructed checkpoint through the real engine: every bug of paging, selection, prefix reuse,
-batching or scheduling is a wrong word here."""
+"""The constructed checkpoint through the real engine: the cases of all hosts, and SGLang's own."""
 
 from __future__ import annotations
 
@@ -8,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from m3_plugin.testing.prompts import NeedlePrompt, needle_prompt
-from m3_plugin.testing.vocabulary import VOCABULARY
-from tests.integrations.sglang.engine import Completion, EngineProcess
-
-PAGE = 128
+from m3_plugin.testing.prompts import needle_prompt
+from tests.integrations.constructed import PAGE, ConstructedCases, answer, check
+from tests.integrations.sglang.engine import EngineProcess
 
 
 @pytest.fixture(scope="module")
@@ -37,83 +34,12 @@ def tight_engine(
         yield engine
 
 
-def answer(engine: EngineProcess, prompts: list[NeedlePrompt]) -> list[Completion]:
-    """Greedy answers to all prompts in one batch."""
-    return engine.generate(
-        [list(prompt.token_ids) for prompt in prompts],
-        max_tokens=[prompt.max_tokens for prompt in prompts],
-    )
+class TestConstructed(ConstructedCases):
+    """The cases of all hosts."""
 
-
-def check(prompts: list[NeedlePrompt], completions: list[Completion]) -> None:
-    """Compare word by word, so that a failure shows which hop went where."""
-    expected = [words(prompt.expected_ids) for prompt in prompts]
-    assert [words(c.token_ids) for c in completions] == expected
-
-
-def words(token_ids: tuple[int, ...] | list[int]) -> str:
-    return "".join(VOCABULARY.text_of(token) for token in token_ids)
-
-
-@pytest.mark.parametrize(
-    "num_tokens",
-    [
-        pytest.param(1400, marks=pytest.mark.every_release),
-        8192,
-        pytest.param(32768, marks=pytest.mark.extended),
-    ],
-)
-def test_chain_with_decoys(constructed_engine: EngineProcess, num_tokens: int) -> None:
-    prompt = needle_prompt(num_tokens, num_tokens=num_tokens)
-    completions = answer(constructed_engine, [prompt])
-    check([prompt], completions)
-    assert prompt.dense_answer not in (None, completions[0].text)
-
-
-def test_several_chains_at_once(constructed_engine: EngineProcess) -> None:
-    prompts = [
-        needle_prompt(seed, num_tokens=tokens)
-        for seed, tokens in enumerate((1400, 1407, 1408, 1409, 2047, 2048, 2049, 5000))
-    ]
-    check(prompts, answer(constructed_engine, prompts))
-
-
-@pytest.mark.every_release
-def test_same_prompt_twice_is_served_from_the_cache(constructed_engine: EngineProcess) -> None:
-    prompt = needle_prompt(501, num_tokens=3000)
-    first, second = (answer(constructed_engine, [prompt]) for _ in range(2))
-    constructed_engine.flush()
-    third = answer(constructed_engine, [prompt])
-    for completions in (first, second, third):
-        check([prompt], completions)
-    assert [c[0].num_cached_tokens for c in (first, second, third)] == [0, 2999 // PAGE * PAGE, 0]
-
-
-@pytest.mark.parametrize("shared", [0, 1, 127, 128, 129])
-def test_prefixes_around_a_page(constructed_engine: EngineProcess, shared: int) -> None:
-    """A hit is whole pages: `shared` tokens beyond three pages give three or four of them."""
-    prompt = needle_prompt(520, num_tokens=2000)
-    length = 3 * PAGE + shared
-    constructed_engine.flush()
-    constructed_engine.generate([list(prompt.token_ids[:length])], max_tokens=1)
-    completions = answer(constructed_engine, [prompt])
-    check([prompt], completions)
-    assert completions[0].num_cached_tokens == length // PAGE * PAGE
-
-
-def test_shared_prefix_with_different_tails(constructed_engine: EngineProcess) -> None:
-    """The same context asked for each link of its chain; all but the first reuse its pages."""
-    prompt = needle_prompt(502, num_tokens=4000)
-    tails = []
-    for hop in range(1, len(prompt.expected_ids) - 1):
-        key = next(w for w in VOCABULARY.words if w.id == prompt.expected_ids[hop - 1])
-        assert key.question_id is not None
-        tails.append((hop, [*prompt.token_ids[:-1], key.question_id]))
-    check([prompt], answer(constructed_engine, [prompt]))
-    outputs = constructed_engine.generate([ids for _, ids in tails], max_tokens=prompt.max_tokens)
-    for (hop, _), output in zip(tails, outputs, strict=True):
-        assert tuple(output.token_ids) == prompt.expected_ids[hop:]
-        assert output.num_cached_tokens == 3999 // PAGE * PAGE
+    @pytest.fixture(scope="class")
+    def engine(self, constructed_engine: EngineProcess) -> EngineProcess:
+        return constructed_engine
 
 
 def test_abort_frees_what_it_held_and_harms_nobody(constructed_engine: EngineProcess) -> None:

@@ -15,8 +15,8 @@ from tests.integrations.doctor import (
 )
 
 
-def test_the_plugin_serves(constructed_checkpoint: Path) -> None:
-    check_served("sglang", constructed_checkpoint)
+def test_the_plugin_serves(constructed_checkpoint: Path, tmp_path: Path) -> None:
+    check_served("sglang", constructed_checkpoint, tmp_path)
 
 
 def test_an_allow_list_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,4 +43,4 @@ def test_a_broken_triton_ends_the_host_and_not_the_doctor(
     break_triton(tmp_path, monkeypatch)
     (loads,) = failures("sglang")
     assert "libtriton is broken" in loads.value
-    assert "python -m m3_sglang.probe" in loads.advice
+    assert "python -P -m m3_sglang.probe" in loads.advice

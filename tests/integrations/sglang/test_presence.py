@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, sglang_command
+from m3_sglang.options import m3_defaults
 from tests.integrations.sglang.engine import ENVIRONMENT
 from tests.integrations.sglang.test_server import OPTIONS
+from tests.integrations.variables import (
+    check_contradiction,
+    check_disabled,
+    check_mistakes,
+    check_service_links,
+)
 
 LOAD = """
 from sglang.srt.plugins import load_plugins
@@ -81,18 +88,24 @@ def test_a_users_own_model_package_keeps_its_place(tmp_path: Path) -> None:
     assert "users_models.one" in result.stdout
 
 
-def test_disable_gives_the_host_alone_and_says_so() -> None:
+def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path) -> None:
     result = load_plugins(M3_PLUGIN_DISABLE="1")
-    assert result.returncode == 0, result.stderr
     assert "CHOICE False False" in result.stdout
     assert "HOOK False" in result.stdout
-    assert "NOT ACTIVE" in result.stdout + result.stderr
+    check_disabled(load_plugins, PYTHONPATH=broken_package(tmp_path, "m3_kernels"))
+    check_contradiction(load_plugins)
 
 
-def test_unknown_variable_is_an_error() -> None:
-    result = load_plugins(M3_PLUGIN_KERNEL="native")
-    assert result.returncode != 0
-    assert "M3_PLUGIN_KERNEL;" in result.stderr
+def test_variables_of_a_cluster_and_mistakes_end_no_other_models_start() -> None:
+    check_service_links(load_plugins)
+    check_mistakes(load_plugins)
+
+
+def test_a_mistake_ends_a_start_with_an_m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang asks for our defaults of an M3 alone; nothing else of the arguments counts before."""
+    monkeypatch.setenv("M3_PLUGIN_KERNEL", "native")
+    with pytest.raises(ValueError, match="unknown environment variable M3_PLUGIN_KERNEL;"):
+        m3_defaults(None, None)
 
 
 def test_broken_import_is_loud_or_fails_when_required(tmp_path: Path) -> None:

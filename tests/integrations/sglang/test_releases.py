@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from m3_plugin.attention.backends import NoKernelError, choose_kernels
 from m3_sglang import compat
 from m3_sglang.options import require_served
 from tests.integrations.sglang.test_batch import server_args
@@ -60,3 +62,14 @@ def test_older_linears_are_told_which_shard_a_rank_shares(
     sglang_is("0.5.21")
     rank, size = expected
     assert compat.partition_shared_by(ranks) == {"tp_rank": rank, "tp_size": size}
+
+
+@pytest.mark.parametrize(("found", "expected"), [("hip", "cuda"), ("xpu", "xpu"), ("npu", "npu")])
+def test_an_accelerator_without_our_kernels_is_not_taken_for_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, found: str, expected: str
+) -> None:
+    monkeypatch.setattr(f"sglang.srt.utils.is_{found}", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if found == "hip" else None)
+    assert compat.device_type() == expected
+    with pytest.raises(NoKernelError, match="ROCm" if found == "hip" else f"'{found}'"):
+        choose_kernels(compat.device_type())

@@ -11,8 +11,8 @@ import torch
 
 from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
 from tests.integrations import golden
+from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.sglang.engine import EngineProcess
-from tests.integrations.sglang.test_parity import LOGPROB_ATOL, random_prompt
 
 TWO_RANKS = {
     "tp_size": 2,

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from m3_plugin.testing.prompts import NeedlePrompt
 from tests.integrations.engine_pipe import EngineDiedError, EngineError, EnginePipe, answer_requests
 
 __all__ = ["Completion", "EngineDiedError", "EngineError", "EngineProcess", "Speculation"]
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     # spinning worker threads starve each other on machines with few cores
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+PRELOAD = ("vllm", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class EngineProcess(EnginePipe):
             "worker_extension_cls": "m3_vllm.worker.M3WorkerExtension",
             **options,
         }
-        super().__init__(_serve, arguments, environment=ENVIRONMENT | (environment or {}))
+        super().__init__(
+            _serve, arguments, environment=ENVIRONMENT | (environment or {}), preload=PRELOAD
+        )
 
     def generate(
         self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
@@ -98,6 +102,14 @@ class EngineProcess(EnginePipe):
         max_tokens : one number, or one per prompt
         """
         return self._call("generate", list(prompts), max_tokens, sampling)
+
+    def embed(self, prompt: list[int]) -> list[float]:
+        """The embedding of a prompt; the engine must be a pooling one."""
+        return self._call("embed", prompt)
+
+    def flush(self) -> bool:
+        """Empty the prefix cache; False if vLLM refuses because a request holds pages."""
+        return self._call("flush")
 
     def chat(self, messages: list[dict], *, max_tokens: int = 8, **options: Any) -> Completion:
         """One chat through the checkpoint's template, greedily."""
@@ -115,9 +127,24 @@ class EngineProcess(EnginePipe):
         outputs = self.generate(prompts, max_tokens=1, logprobs=-1)
         return [[output.logprobs[0][token] for token in token_ids] for output in outputs]
 
-    def abort_midway(self, prompts: Sequence[Any], *, steps: int, max_tokens: int) -> int:
-        """Start requests, run some engine steps, abort them all; returns tokens produced so far."""
-        return self._call("abort_midway", list(prompts), steps, max_tokens)
+    def abort_midway(
+        self, prompts: Sequence[Any], *, steps: int, max_tokens: int, beside: NeedlePrompt
+    ) -> tuple[list[int], Completion]:
+        """Start requests, run some engine steps, abort them while another one runs on to its end.
+
+        Parameters
+        ----------
+        prompts : lists of token ids, which are aborted
+        steps : engine steps before that
+        max_tokens : of each aborted request, more than it gets
+        beside : starts with them and is not aborted
+
+        Returns
+        -------
+        tokens that each aborted request had produced, and the other one's whole answer
+        """
+        ids = list(beside.token_ids)
+        return self._call("abort_midway", list(prompts), steps, max_tokens, ids, beside.max_tokens)
 
     def metric(self, name: str) -> float:
         """Sum of one of vLLM's own Prometheus counters in the engine process."""
@@ -161,23 +188,47 @@ class _Engine:
         steps = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
         return [step[token].logprob for token, step in steps]
 
+    def embed(self, prompt: list[int]) -> list[float]:
+        (output,) = self.llm.embed({"prompt_token_ids": prompt}, use_tqdm=False)
+        return output.outputs.embedding
+
+    def flush(self) -> bool:
+        return bool(self.llm.reset_prefix_cache())
+
     def chat(self, messages: list[dict], max_tokens: int, options: dict) -> Completion:
         params = _sampling(max_tokens, {})
         return _completion(self.llm.chat(messages, params, use_tqdm=False, **options)[0])
 
-    def abort_midway(self, prompts: list[Any], steps: int, max_tokens: int) -> int:
+    def abort_midway(
+        self,
+        prompts: list[Any],
+        steps: int,
+        max_tokens: int,
+        beside: list[int],
+        beside_max_tokens: int,
+    ) -> tuple[list[int], Completion]:
         engine = self.llm.llm_engine
+        latest: dict[str, Any] = {}
+
+        def step() -> None:
+            latest.update({output.request_id: output for output in engine.step()})
+
         names = [f"abort-{index}" for index in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
             engine.add_request(name, {"prompt_token_ids": prompt}, _sampling(max_tokens, {}))
-        produced = 0
+        other = {"prompt_token_ids": beside}
+        engine.add_request("beside", other, _sampling(beside_max_tokens, {}))
         for _ in range(steps):
-            outputs = engine.step()
-            produced = sum(len(o.outputs[0].token_ids) for o in outputs) or produced
+            step()
+        produced = [
+            len(latest[name].outputs[0].token_ids) if name in latest else 0 for name in names
+        ]
+        if "beside" in latest and latest["beside"].finished:
+            raise RuntimeError(f"the request beside had ended after {steps} steps: abort earlier")
         engine.abort_request(names)
         while engine.has_unfinished_requests():
-            engine.step()
-        return produced
+            step()
+        return produced, _completion(latest["beside"])
 
     def metric(self, name: str) -> float:
         return float(sum(m.value for m in self.llm.get_metrics() if m.name == name))

@@ -30,6 +30,25 @@ class SpeculationWorkerExtension(M3WorkerExtension):
         """Per step: the drafts of each request."""
         return self.recorded
 
+    def record_rows(self, enabled: bool) -> None:
+        """Keep how many rows each request has in every step from now on, or stop."""
+        runner = self.model_runner
+        if enabled:
+            plain = runner.execute_model
+            self.rows: list[list[int]] = []
+
+            def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+                self.rows.append(list(scheduler_output.num_scheduled_tokens.values()))
+                return plain(scheduler_output, *args, **kwargs)
+
+            runner.execute_model = execute_model
+        else:
+            del runner.execute_model
+
+    def recorded_rows(self) -> list[list[int]]:
+        """Per step with requests: the rows of each."""
+        return [rows for rows in self.rows if rows]
+
     def poison_uncommitted(self, enabled: bool, reach: int = 0) -> None:
         """Before each step, NaN into every slot at or past a request's committed tokens.
 

@@ -1,5 +1,4 @@
-"""The constructed checkpoint through the real engine: every bug of paging, selection, prefix reuse,
-batching or scheduling is a wrong word here."""
+"""The constructed checkpoint through the real engine: the cases of all hosts, and vLLM's own."""
 
 from __future__ import annotations
 
@@ -8,17 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from m3_plugin.testing.prompts import (
-    NeedlePrompt,
-    PicturePrompt,
-    colour_rgb,
-    needle_prompt,
-    picture_prompt,
-)
-from m3_plugin.testing.vocabulary import VOCABULARY
-from tests.integrations.vllm.engine import Completion, EngineProcess
-
-PAGE = 128
+from m3_plugin.testing.prompts import PicturePrompt, colour_rgb, needle_prompt, picture_prompt
+from tests.integrations.constructed import PAGE, ConstructedCases, answer, check
+from tests.integrations.vllm.engine import EngineProcess
 
 
 @pytest.fixture(scope="module")
@@ -33,32 +24,8 @@ def engine(constructed_checkpoint: Path) -> Iterator[EngineProcess]:
         yield engine
 
 
-def answer(engine: EngineProcess, prompts: list[NeedlePrompt]) -> list[Completion]:
-    """Greedy answers to all prompts in one batch."""
-    return engine.generate(
-        [list(prompt.token_ids) for prompt in prompts],
-        max_tokens=[prompt.max_tokens for prompt in prompts],
-    )
-
-
-def check(prompts: list[NeedlePrompt], completions: list[Completion]) -> None:
-    """Compare word by word, so that a failure shows which hop went where."""
-    expected = [words(prompt.expected_ids) for prompt in prompts]
-    assert [words(c.token_ids) for c in completions] == expected
-
-
-def words(token_ids: tuple[int, ...] | list[int]) -> str:
-    return "".join(VOCABULARY.text_of(token) for token in token_ids)
-
-
-@pytest.mark.parametrize(
-    "num_tokens", [1400, 8192, pytest.param(32768, marks=pytest.mark.extended)]
-)
-def test_chain_with_decoys(engine: EngineProcess, num_tokens: int) -> None:
-    prompt = needle_prompt(num_tokens, num_tokens=num_tokens)
-    completions = answer(engine, [prompt])
-    check([prompt], completions)
-    assert prompt.dense_answer not in (None, completions[0].text)
+class TestConstructed(ConstructedCases):
+    """The cases of all hosts."""
 
 
 def test_blocks_read_stay_within_the_budget(engine: EngineProcess) -> None:
@@ -75,43 +42,15 @@ def test_blocks_read_stay_within_the_budget(engine: EngineProcess) -> None:
     assert blocks["decode_blocks_visible"] == decode_steps * layers * groups * (8192 // PAGE + 1)
 
 
-def test_several_chains_at_once(engine: EngineProcess) -> None:
-    prompts = [
-        needle_prompt(seed, num_tokens=tokens)
-        for seed, tokens in enumerate((1400, 1407, 1408, 1409, 2047, 2048, 2049, 5000))
-    ]
-    check(prompts, answer(engine, prompts))
-
-
-def test_same_prompt_twice_is_served_from_the_cache(engine: EngineProcess) -> None:
-    prompt = needle_prompt(501, num_tokens=3000)
-    first, second = (answer(engine, [prompt]) for _ in range(2))
-    check([prompt], first)
-    check([prompt], second)
-    assert first[0].num_cached_tokens == 0
-    assert second[0].num_cached_tokens == (3000 - 1) // PAGE * PAGE
-
-
-def test_shared_prefix_with_different_tails(engine: EngineProcess) -> None:
-    """The same context asked for each link of its chain; all but the first reuse its pages."""
-    prompt = needle_prompt(502, num_tokens=4000)
-    tails = []
-    for hop in range(1, len(prompt.expected_ids) - 1):
-        key = next(w for w in VOCABULARY.words if w.id == prompt.expected_ids[hop - 1])
-        assert key.question_id is not None
-        tails.append((hop, [*prompt.token_ids[:-1], key.question_id]))
-    check([prompt], answer(engine, [prompt]))
-    outputs = engine.generate([ids for _, ids in tails], max_tokens=prompt.max_tokens)
-    for (hop, _), output in zip(tails, outputs, strict=True):
-        assert tuple(output.token_ids) == prompt.expected_ids[hop:]
-        assert output.num_cached_tokens == 3999 // PAGE * PAGE
-
-
 def test_abort_in_the_middle_leaves_others_right(engine: EngineProcess) -> None:
+    """Once inside a prompt and once when both answer, while another request decodes beside them."""
     prompts = [needle_prompt(seed, num_tokens=6000) for seed in (503, 504)]
     ids = [list(prompt.token_ids) for prompt in prompts]
-    engine.abort_midway(ids, steps=3, max_tokens=64)
-    engine.abort_midway(ids, steps=10, max_tokens=64)
+    for steps, seed in ((3, 505), (8, 506)):
+        other = needle_prompt(seed, num_tokens=1400)
+        produced, completion = engine.abort_midway(ids, steps=steps, max_tokens=64, beside=other)
+        assert (min(produced) > 0) == (steps > 3), produced
+        check([other], [completion])
     check(prompts, answer(engine, prompts))
 
 

@@ -32,8 +32,8 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def test_the_plugin_serves(constructed_checkpoint: Path) -> None:
-    check_served("vllm", constructed_checkpoint)
+def test_the_plugin_serves(constructed_checkpoint: Path, tmp_path: Path) -> None:
+    check_served("vllm", constructed_checkpoint, tmp_path)
 
 
 def test_an_allow_list_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:

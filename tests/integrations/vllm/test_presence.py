@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
+from vllm.config import VllmConfig
 
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, vllm_command
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.released import released_config
+from tests.integrations.variables import (
+    check_contradiction,
+    check_disabled,
+    check_mistakes,
+    check_service_links,
+)
 from tests.integrations.vllm.engine import ENVIRONMENT
 
 LOAD = """
@@ -51,16 +63,25 @@ def test_entry_point_registers_both_architectures_once(tmp_path: Path) -> None:
 
 
 def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path) -> None:
-    result = load_plugins(tmp_path, M3_PLUGIN_DISABLE="1")
-    assert result.returncode == 0, result.stderr
-    assert "CLASS m3_vllm" not in result.stdout
-    assert "NOT ACTIVE" in result.stdout + result.stderr
+    load = partial(load_plugins, tmp_path)
+    check_disabled(load, PYTHONPATH=break_kernels(tmp_path))
+    check_contradiction(load)
 
 
-def test_unknown_variable_is_an_error(tmp_path: Path) -> None:
-    result = load_plugins(tmp_path, M3_PLUGIN_KERNEL="native")
-    assert result.returncode != 0
-    assert "M3_PLUGIN_KERNEL;" in result.stderr
+def test_variables_of_a_cluster_and_mistakes_end_no_other_models_start(tmp_path: Path) -> None:
+    load = partial(load_plugins, tmp_path)
+    check_service_links(load)
+    check_mistakes(load)
+
+
+def test_a_mistake_ends_the_construction_of_an_m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else is asked of either argument, for a dense M3 too."""
+    from m3_vllm.session import worker_session
+
+    config = M3Config.from_hf(released_config())
+    monkeypatch.setenv("M3_PLUGIN_KERNEL", "native")
+    with pytest.raises(ValueError, match="unknown environment variable M3_PLUGIN_KERNEL;"):
+        worker_session(replace(config, msa=None), cast(VllmConfig, None))
 
 
 def test_impossible_kernels_fall_back_loudly_or_fail_when_required(tmp_path: Path) -> None:

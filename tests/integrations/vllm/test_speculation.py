@@ -261,7 +261,15 @@ class TestErringModule:
             needle_prompt(40 + i, num_tokens=tokens, hops=hops, decoys=False)
             for i, (tokens, hops) in enumerate([(300, 16), (1500, 6), (3000, 4)])
         ]
-        assert check(erring, chains).accepted > 0
+        erring.rpc("record_rows", True)
+        try:
+            assert check(erring, chains).accepted > 0
+            (steps,) = erring.rpc("recorded_rows")
+        finally:
+            erring.rpc("record_rows", False)
+        # drafts are verified in at most 1 + 5 rows, chunks end at pages
+        mixed = [rows for rows in steps if min(rows) in range(2, 7) and max(rows) >= PAGE]
+        assert mixed, steps
 
     def test_speculation_behind_a_prefix_hit(self, erring: EngineProcess) -> None:
         """vLLM gives the last block of a hit up when it drafts, to have the draft's state."""
@@ -273,8 +281,11 @@ class TestErringModule:
 
     def test_abort_leaves_the_others_right(self, erring: EngineProcess) -> None:
         chains = [needle_prompt(60 + i, num_tokens=600, hops=16, decoys=False) for i in range(2)]
-        assert erring.abort_midway(ids(chains), steps=4, max_tokens=16) > 0
-        check(erring, [needle_prompt(65, num_tokens=1700, hops=6), *chains])
+        other = needle_prompt(65, num_tokens=1700, hops=6)
+        produced, beside = erring.abort_midway(ids(chains), steps=4, max_tokens=16, beside=other)
+        assert sum(produced) > 0
+        assert tuple(beside.token_ids) == other.expected_ids
+        check(erring, [other, *chains])
 
     def test_rejected_slots_are_never_read(self, erring: EngineProcess) -> None:
         """NaN in every uncommitted slot before every step changes nothing; in a committed one, all.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
+from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.utils import select_common_block_size
 
+from m3_vllm.backend import M3SparseBackend, dense_backend_problem
 from m3_vllm.model import M3ForCausalLM, M3ForConditionalGeneration
 from m3_vllm.mtp import M3MTP
 from m3_vllm.registration import ARCHITECTURES
-from m3_vllm.speculation import draft_backend_problem, require_aux_layers, require_speculation
+from m3_vllm.speculation import require_aux_layers, require_speculation
 
 
 def vllm_config(**speculative: Any) -> Any:
@@ -65,23 +69,48 @@ def test_what_does_not_fit_is_refused_with_the_way_out(settings: dict, said: str
         require_speculation(vllm_config(**settings))
 
 
-def test_a_draft_backend_must_have_pages_of_128_tokens() -> None:
-    class Small(CPUAttentionBackend):
+def paged_by(*sizes: Any) -> type[CPUAttentionBackend]:
+    """A dense backend with kernels for these pages."""
+
+    class Backend(CPUAttentionBackend):
         @staticmethod
         def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list:
-            return [16, 32]
+            return list(sizes)
 
-    fits = {"block_size": 128, "cache_dtype": "auto"}
-    assert draft_backend_problem(CPUAttentionBackend, **fits) is None
-    # vLLM cuts a page into several of the backend's where it can
-    assert draft_backend_problem(Small, **fits) is None
+    return Backend
 
-    class Odd(Small):
-        @staticmethod
-        def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list:
-            return [48]
 
-    assert "has no pages of 128 tokens" in (draft_backend_problem(Odd, **fits) or "")
+@pytest.mark.parametrize(
+    ("sizes", "fits"),
+    [
+        ((16, 32, 64), False),
+        ((16, 32, 64, 128, 256), True),
+        ((MultipleOf(16),), True),
+        ((MultipleOf(48), 32), False),
+        ((), True),
+    ],
+)
+def test_a_dense_backend_must_have_pages_of_128_tokens(sizes: tuple, fits: bool) -> None:
+    """As vLLM itself finds once it divides groups into kernel pages, minutes later.
+
+    In front of that it allows 128 for FlashInfer, whose pages of 16 divide it.
+    """
+    backend = paged_by(*sizes)
+    problem = dense_backend_problem(backend, cache_dtype="auto")
+    assert (problem is None) is fits
+    if sizes:
+        outcome = nullcontext() if fits else pytest.raises(ValueError, match="No common block size")
+        with outcome:
+            select_common_block_size(128, [M3SparseBackend, backend])
+
+
+def test_a_draft_backend_of_small_pages_is_refused_before_vllm_knows_its_page() -> None:
+    """The page is 16, vLLM's default, until the layers have been asked."""
+    backend = SimpleNamespace(name="FLASHINFER", get_class=lambda: paged_by(16, 32, 64))
+    config = vllm_config(method="eagle3", attention_backend=backend)
+    config.cache_config.block_size = 16
+    with pytest.raises(ValueError, match="FLASHINFER has no pages of 128 tokens"):
+        require_speculation(config)
 
 
 @pytest.mark.parametrize("layers", [(1, 2, 2), (0, 2, 5), (-1, 1, 2)])

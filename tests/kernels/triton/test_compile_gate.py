@@ -10,8 +10,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from m3_kernels.testing.compile_gate import (
 
 # The release that torch 2.11 brings; `make test` puts it there.
 OLDER_TRITON = Path(__file__).parents[3] / ".venv" / "triton-3.6"
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
 
 
 def gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -44,63 +43,92 @@ def gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProce
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=3000,
     )
 
 
-def older_gate(arch: int) -> subprocess.CompletedProcess[str]:
-    """All kernels for one chip, compiled by the older Triton."""
-    return gate("--arch", str(arch), "--json", path=OLDER_TRITON)
+RELEASES = [
+    pytest.param("", id="triton"),
+    pytest.param(
+        "-triton-3.6",
+        id="older-triton",
+        marks=pytest.mark.skipif(
+            not OLDER_TRITON.exists(), reason="no .venv/triton-3.6: run make test"
+        ),
+    ),
+]
 
 
-Gates = dict[tuple[int, bool], Future[subprocess.CompletedProcess[str]]]
-
-# Of the chips that the older Triton is asked about these take long enough for the matrix: it reads
-# by pointers on sm_120 as on sm_80 and sm_89, and by descriptors on sm_90 as on sm_100.
-OLDER_IN_THE_MATRIX = (80, 89, 100)
+def figures(release: str) -> Path:
+    """What `make kernels-table` wrote about a release of Triton."""
+    return RESULTS / f"kernels-compiled{release}.json"
 
 
-@pytest.fixture(scope="module")
-def gates() -> Iterator[Gates]:
-    """Runs of the gate by (chip, older Triton), two at a time: compiling takes one core each."""
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        runs = {(arch, False): pool.submit(gate, "--arch", str(arch), "--json") for arch in ARCHS}
-        if OLDER_TRITON.exists():
-            for arch in set(ARCHS) - set(OLDER_IN_THE_MATRIX):
-                runs[arch, True] = pool.submit(older_gate, arch)
-        yield runs
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel(arch: int, gates: Gates) -> None:
-    done = gates[arch, False].result()
+def judged(release: str, *arguments: str) -> dict[str, Any]:
+    """The gate's report, after the checks that hold for all of its runs."""
+    done = gate("--json", *arguments, path=OLDER_TRITON if release else None)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
+    assert report["triton"].startswith("3.6") == bool(release)
     assert report["faults"] == []
     assert {kernel["op"] for kernel in report["kernels"]} == set(OPS)
-    for kernel in report["kernels"]:
-        assert kernel["stack"] == 0, kernel
+    assert {kernel["arch"] for kernel in report["kernels"]} == set(ARCHS)
+    assert all(kernel["stack"] == 0 for kernel in report["kernels"])
+    return report
 
 
-@pytest.mark.skipif(not OLDER_TRITON.exists(), reason="no .venv/triton-3.6: run make test")
-@pytest.mark.parametrize("arch", sorted(set(ARCHS) - set(OLDER_IN_THE_MATRIX)))
-def test_every_kernel_with_the_older_triton(arch: int, gates: Gates) -> None:
-    judge_older(gates[arch, True].result())
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_kernel(release: str) -> None:
+    """Those whose machine code is not on record are compiled, and then the record is old."""
+    report = judged(release, "--known", str(figures(release)))
+    record = json.loads(figures(release).read_text())
+    assert report["kernels"] == record["kernels"], "figures of older kernels: make kernels-table"
+    assert report["compiled"] == 0
 
 
 @pytest.mark.extended
-@pytest.mark.skipif(not OLDER_TRITON.exists(), reason="no .venv/triton-3.6: run make test")
-@pytest.mark.parametrize("arch", OLDER_IN_THE_MATRIX)
-def test_every_kernel_with_the_older_triton_on_the_other_chips(arch: int) -> None:
-    judge_older(older_gate(arch))
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_record_is_what_the_compiler_says(release: str) -> None:
+    record = json.loads(figures(release).read_text())
+    assert judged(release)["kernels"] == record["kernels"]
 
 
-def judge_older(done: subprocess.CompletedProcess[str]) -> None:
+def test_an_edited_kernel_is_compiled(tmp_path: Path) -> None:
+    """One constant is another: its figures are not taken from the record, all others are."""
+    known = json.loads(figures("").read_text())
+    plan = next(k for k in known["kernels"] if k["op"] == "work_plan" and k["arch"] == 90)
+    edited = tmp_path / "figures.json"
+    edited.write_text(
+        figures("").read_text().replace(plan["fingerprint"], "of the kernel before the edit")
+    )
+    done = gate("--json", "--arch", "90", "--only", "work_plan", "--known", str(edited))
     report = json.loads(done.stdout)
-    assert report["triton"].startswith("3.6")
-    assert report["faults"] == []
-    assert {kernel["op"] for kernel in report["kernels"]} == set(OPS)
-    assert all(kernel["stack"] == 0 for kernel in report["kernels"])
+    assert report["compiled"] == 1
+    assert report["kernels"] == [plan]
+
+
+def test_fingerprints_follow_what_decides_the_code() -> None:
+    """In a process that compiles: a constant, an option, a type, the chip; not the name."""
+    program = """
+import dataclasses
+from m3_kernels.testing.compile_gate import fingerprint
+from m3_kernels.work_plan.triton_variants import variants
+base = variants(90)[0]
+change = lambda **fields: fingerprint(dataclasses.replace(base, **fields), 90)
+name = next(iter(base.constexprs))
+pointer = next(k for k, v in base.signature.items() if v.startswith("*"))
+same = [fingerprint(base, 90), change(name="other")]
+others = [
+    fingerprint(base, 80),
+    change(options={**base.options, "num_warps": 8}),
+    change(unaligned=(pointer,)),
+    change(constexprs={**base.constexprs, name: base.constexprs[name] * 2}),
+]
+assert len({*same}) == 1 and len({*same, *others}) == 5, (same, others)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
 
 def variant(**changes: object) -> Variant:

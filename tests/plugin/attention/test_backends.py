@@ -9,6 +9,7 @@ import torch
 
 import m3_kernels
 from m3_kernels import KernelFamily
+from m3_kernels.capability import implementation_for
 from m3_plugin.attention.backends import KernelChoice, NoKernelError, choose_kernels, require_served
 
 
@@ -54,6 +55,20 @@ def test_cuda_takes_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(NoKernelError, match="TRITON_INTERPRET=1 is set"):
         choose_kernels("cuda")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "triton", "flashinfer"])
+def test_rocm_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, wanted: Any) -> None:
+    """Its devices are called "cuda" too; nothing of ours may take them over."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", "7.0.51831")
+    with pytest.raises(NoKernelError, match=r"ROCm \(HIP 7.0.51831\).*host's own MiniMax-M3"):
+        choose_kernels("cuda", wanted)
+    refusals = [family.refusal or "" for family in m3_kernels.kernel_families("cuda")]
+    assert "built for ROCm" in refusals[0]
+    assert all(refusals)
+    with pytest.raises(NotImplementedError, match="built for ROCm"):
+        implementation_for("op", backend="auto", device_type="cuda")
 
 
 def test_flashinfer_is_a_part_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from m3_plugin.cli import app
 from m3_plugin.cli.blocks_summary import NoRecords, Spread, summarise
 from m3_plugin.model.config import M3Config, MSAConfig
 from m3_plugin.model.released import released_config
+from tests.plugin.cli.schemas import checked
 
 RULES = MSAConfig(
     num_index_heads=2,
@@ -266,7 +270,7 @@ def test_nothing_recorded_says_how(tmp_path: Path) -> None:
     with pytest.raises(NoRecords, match="none beyond 384 tokens"):
         summarise(tmp_path)
     result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "longer prompt" in result.output
 
 
@@ -274,7 +278,7 @@ def test_nothing_recorded_says_how(tmp_path: Path) -> None:
 def test_files_that_are_no_recording_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "selection-1.jsonl").write_text(text)
     result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     said = " ".join(result.output.split())
     assert "selection-1.jsonl does not begin with a recording's header" in said
 
@@ -311,11 +315,11 @@ def test_picture_and_numbers(tmp_path: Path) -> None:
     picture = tmp_path / "blocks.png"
     numbers = tmp_path / "blocks.json"
     result = CliRunner().invoke(
-        app, ["blocks", str(tmp_path), "--plot", str(picture), "--json", str(numbers)]
+        app, ["blocks", str(tmp_path), "--plot", str(picture), "--output", str(numbers)]
     )
     assert result.exit_code == 0, result.output
     assert picture.stat().st_size > 1000
-    told = json.loads(numbers.read_text())
+    told = checked("blocks", numbers.read_text())
     assert told["layers"][1]["heat"][0][1] == 1.0
     assert told["prefill_tiles"] is None
     assert "neighbouring rows" not in result.output
@@ -325,12 +329,64 @@ def test_table_and_numbers_of_tiles(tmp_path: Path) -> None:
     recorder = SelectionRecorder(tmp_path, RULES)
     recorder.add(ids(AGREEING + APART, ROAMING + AGREEING), batch=step((512, 16)))
     numbers = tmp_path / "blocks.json"
-    result = CliRunner().invoke(app, ["blocks", str(tmp_path), "--json", str(numbers)])
+    result = CliRunner().invoke(app, ["blocks", str(tmp_path), "--output", str(numbers)])
     assert result.exit_code == 0, result.output
     assert "tiles of 8 neighbouring rows" in result.output
     (row,) = [line for line in result.output.splitlines() if line.startswith("│          all")]
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == ["all", "4", "4.0", "3.0, 4.0, 5.0", "1.70", "1.50, 1.80, 2.00", "1.62"]
-    told = json.loads(numbers.read_text())["prefill_tiles"]
+    told = checked("blocks", numbers.read_text())["prefill_tiles"]
     assert told["split"]["median"] == pytest.approx(1.8)
     assert told["split_of_sums"] == 26 / 16
+
+
+def test_a_recording_is_its_owners_alone(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        recorder = SelectionRecorder(tmp_path / "new", RULES)
+        recorder.add(ids([[0, 1, 4]], [[2, 3, 4]]), batch=step((600, 1)))
+    finally:
+        os.umask(umask)
+    (file,) = (tmp_path / "new").iterdir()
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_no_file_is_written_over_and_no_link_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a restart with the same process id, or where somebody knew the name."""
+    monkeypatch.setattr("m3_plugin.attention.recorder._numbers", itertools.repeat(0))
+    for _ in range(2):
+        SelectionRecorder(tmp_path, RULES).add(ids([[0, 1, 4]]), batch=step((600, 1)))
+    assert len(list(tmp_path.glob(FILE_PATTERN))) == 2
+    monkeypatch.setattr("m3_plugin.attention.recorder.secrets.token_hex", lambda size: "known")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f"selection-{os.getpid()}-0-known.jsonl").symlink_to(victim)
+    SelectionRecorder(tmp_path, RULES).add(ids([[0, 1, 4]]), batch=step((600, 1)))
+    assert victim.read_text() == "mine"
+    assert "no longer recorded" in caplog.text
+
+
+def test_a_recording_ends_at_its_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = SelectionRecorder(tmp_path, RULES, max_bytes=1000)
+    for position in range(600, 700):
+        recorder.add(ids([[0, 1, 4]], [[2, 3, 4]]), batch=step((position, 1)))
+    (file,) = tmp_path.glob(FILE_PATTERN)
+    assert 800 < file.stat().st_size <= 1000
+    assert file.read_bytes().endswith(b"\n")
+    assert caplog.text.count("no longer recorded: its file has reached 1,000 bytes") == 1
+    assert summarise(tmp_path, phase="decode").rows > 5
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags, mode: opened("/dev/full", os.O_WRONLY))
+    recorder = SelectionRecorder(tmp_path, RULES)
+    for position in (600, 601):
+        recorder.add(ids([[0, 1, 4]], [[2, 3, 4]]), batch=step((position, 1)))
+    assert caplog.text.count("no longer recorded") == 1
+    assert os.strerror(errno.ENOSPC) in caplog.text

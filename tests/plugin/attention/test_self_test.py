@@ -40,6 +40,7 @@ def found(kernels: KernelChoice | None = None, **changes: Any) -> tuple[Finding,
         "num_kv_heads": 2,
         "head_dim": 32,
         "rotary_dim": 16,
+        "decode_rows": 2,
         "dtype": torch.float16,
     }
     return self_test(

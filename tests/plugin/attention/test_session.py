@@ -233,9 +233,9 @@ def test_a_workspace_holds_the_largest_step_and_no_more() -> None:
     ids = small.ids(3)
     assert ids.shape == (KV_HEADS, 3, 4)
     assert ids.data_ptr() == small.ids(4).data_ptr()
-    assert small.ids(4).numel() == small.block_ids.numel()
-    assert small.q.shape == (4, HEADS, DIM)
-    assert small.index_q.shape == (4, KV_HEADS, DIM)
+    assert small.ids(4).numel() == small.scratch.block_ids.numel()
+    assert small.scratch.q.shape == (4, HEADS, DIM)
+    assert small.scratch.index_q.shape == (4, KV_HEADS, DIM)
     assert "2 requests, 4 rows, 512 tokens" in small.describe()
 
 

@@ -94,3 +94,24 @@ def test_a_rank_has_the_scales_of_its_own_heads(rank: int, size: int, own: list[
 def test_numbers_that_are_no_scale(number: float) -> None:
     with pytest.raises(ValueError, match="tensor k_scale scales an fp8 cache and must be positive"):
         scales(k_scale=torch.tensor([1.0, number]))
+
+
+def test_scales_of_a_serving_layer_change_in_its_own_memory() -> None:
+    served = CacheScales(torch.tensor([1.0, 2.0]), torch.tensor([3.0]))
+    new = CacheScales(k=torch.tensor([5.0, 6.0])).in_place_of(served, layer="x")
+    assert new.k is served.k
+    assert new.v is served.v
+    assert new.k is not None
+    assert new.v is not None
+    assert (new.k.tolist(), new.v.tolist()) == ([5, 6], [3])
+    CacheScales(k=torch.tensor([7.0])).in_place_of(served, layer="x")
+    assert new.k.tolist() == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("served", "said"),
+    [(CacheScales(), "unit scale"), (CacheScales(torch.ones(1), torch.ones(1)), "one scale")],
+)
+def test_scales_that_do_not_fit_a_serving_layer_are_refused(served: CacheScales, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"layers\.3 keeps its fp8 cache with {said}"):
+        CacheScales(k=torch.ones(2)).in_place_of(served, layer="layers.3")

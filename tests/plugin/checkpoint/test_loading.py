@@ -70,6 +70,7 @@ class Recorder(nn.Module):
 def loader(model: Recorder, **options: object) -> WeightLoader:
     return WeightLoader(
         model,
+        config=CONFIG,
         expected=text_modules(CONFIG),
         fused=FUSED,
         experts=EXPERTS,
@@ -211,3 +212,21 @@ def test_a_cache_scale_of_a_layer_that_is_not_there_is_left_over() -> None:
         target.load(name, torch.ones(1))
     with pytest.raises(ValueError, match=r"left over 1 tensor\(s\): model\.layers\.7"):
         target.finish()
+
+
+def test_an_update_of_a_loaded_model_brings_some_tensors(caplog: pytest.LogCaptureFixture) -> None:
+    """As trainers send them: what is missing stays as it is, what is unknown is refused."""
+    model = Recorder()
+    update = loader(model)
+    update.load("model.norm.weight", torch.ones(1))
+    assert update.finish(partial=True) == {"model.norm.weight"}
+    assert model.finished == 1
+    assert "scales for an fp8 KV cache" not in caplog.text
+    unknown = loader(Recorder())
+    unknown.load("model.norm.bias_of_nobody.weight", torch.ones(1))
+    with pytest.raises(ValueError, match="left over"):
+        unknown.finish(partial=True)
+    whole = loader(Recorder())
+    whole.load("model.norm.weight", torch.ones(1))
+    with pytest.raises(ValueError, match="missing"):
+        whole.finish()

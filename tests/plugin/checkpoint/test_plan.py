@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from m3_plugin.checkpoint.loading import expert_share
 from m3_plugin.checkpoint.names import TEXT_PREFIX, is_mtp_tensor, mtp_modules, text_modules
 from m3_plugin.checkpoint.plan import (
     WeightPlan,
@@ -463,3 +464,19 @@ class TestDraft:
             assert index_is_alike(config, dequantise=False, draft=True) is not apart
             assert index_is_alike(config, dequantise=True, draft=True)
             assert not index_is_alike(read_config(folder), dequantise=False)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 16])
+def test_experts_that_a_host_rounds_up_to_whole_tiles_are_let_through(
+    checkpoint: Callable[..., Path], ranks: int
+) -> None:
+    """192 channels of the released model's experts on 16 ranks become 256."""
+    found = plan(checkpoint("nvfp4"))
+    layer = "model.layers.1.block_sparse_moe.experts"
+    planned = sum(weight.planned_bytes for weight in found.weights if weight.layer == layer)
+    channels = 3072 // ranks
+    allocated = planned * (-(-channels // 128) * 128) // 3072
+    share = expert_share(3072, ranks=ranks)
+    require_in_proportion(found, {layer: allocated}, share=share)
+    with pytest.raises(ValueError, match="did not recognise"):
+        require_in_proportion(found, {layer: 2 * allocated}, share=share)

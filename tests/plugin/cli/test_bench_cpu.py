@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,28 @@ from typer.testing import CliRunner
 
 from m3_kernels import kernel_families
 from m3_kernels.testing.timing import Timing, time_interleaved
-from m3_plugin.cli import bench
+from m3_plugin.cli import app
 from m3_plugin.cli.bench import cpu
+from tests.plugin.cli.schemas import checked
 
-SMALL = ["cpu", "--contexts", "600,1024", "--prefill-contexts", "640", "--prefill-rows", "8"]
+SMALL = [
+    "bench",
+    "cpu",
+    "--contexts",
+    "600,1024",
+    "--prefill-contexts",
+    "640",
+    "--prefill-rows",
+    "8",
+]
 runner = CliRunner()
 
 
 def test_report(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    result = runner.invoke(bench.app, [*SMALL, "--rounds", "2", "--json", str(file)])
+    result = runner.invoke(app, [*SMALL, "--rounds", "2", "--output", str(file)])
     assert result.exit_code == 0, result.output
-    report = json.loads(file.read_text())
+    report = checked("bench-cpu", file.read_text())
     assert report["machine"]["threads"] == torch.get_num_threads()
     assert {"cpu", "commit", "torch", "kernels", "load_average_before"} <= set(report["machine"])
     rows = {(row["phase"], row["name"], row["context"]): row for row in report["rows"]}
@@ -38,16 +47,16 @@ def test_report(tmp_path: Path) -> None:
 
 
 def test_json_on_stdout_is_alone_there() -> None:
-    arguments = ["cpu", "--contexts", "256", "--prefill-contexts", "", "--rounds", "1"]
-    result = runner.invoke(bench.app, [*arguments, "--json", "-"])
-    assert {row["context"] for row in json.loads(result.stdout)["rows"]} == {256}
-    assert "decode of one sparse layer" in result.stderr
+    arguments = ["bench", "cpu", "--contexts", "256", "--prefill-contexts", "", "--rounds", "1"]
+    result = runner.invoke(app, [*arguments, "--json"])
+    assert {row["context"] for row in checked("bench-cpu", result.stdout)["rows"]} == {256}
+    assert "decode of one sparse layer" not in result.output
 
 
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "bench.png"
-    result = runner.invoke(bench.app, [*SMALL, "--rounds", "1", "--plot", str(file)])
+    result = runner.invoke(app, [*SMALL, "--rounds", "1", "--plot", str(file)])
     assert result.exit_code == 0, result.output
     assert file.read_bytes()[:4] == b"\x89PNG"
 
@@ -58,7 +67,7 @@ def test_no_numbers_when_the_methods_disagree(monkeypatch: pytest.MonkeyPatch) -
         return torch.zeros_like(layer.q)
 
     monkeypatch.setattr(cpu._Layer, "dense_bmm", wrong)
-    result = runner.invoke(bench.app, [*SMALL, "--rounds", "1"])
+    result = runner.invoke(app, [*SMALL, "--rounds", "1"])
     assert result.exit_code == 1
     assert "C++ and dense bmm differ" in result.output
     assert "median" not in result.output
@@ -73,7 +82,7 @@ def test_no_numbers_when_the_methods_disagree(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_refused_options(arguments: list[str], message: str) -> None:
-    result = runner.invoke(bench.app, ["cpu", *arguments])
+    result = runner.invoke(app, ["bench", "cpu", *arguments])
     assert result.exit_code == 2
     assert message in result.output
 

@@ -47,7 +47,9 @@ from m3_plugin.cli.bench.roofline import (
     floor_seconds,
     sparse_work,
 )
+from m3_plugin.cli.outputs import envelope
 from tests.kernels.flashinfer_wheel import WHEEL
+from tests.plugin.cli.schemas import checked
 
 runner = CliRunner()
 CPU = torch.device("cpu")
@@ -217,7 +219,8 @@ def report() -> bench.Report:
 
 
 def test_report(report: bench.Report) -> None:
-    restored = json.loads(json.dumps(asdict(report)))
+    body = envelope("bench-kernels", asdict(report))
+    restored = checked("bench-kernels", json.dumps(body))
     assert {row["method"] for row in restored["rows"]} == {
         "m3-plugin",
         "m3-plugin int8 index",
@@ -497,7 +500,7 @@ def test_flashinfer_says_why_it_takes_no_part(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so() -> None:
     result = runner.invoke(app, ["bench", "kernels"])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "needs a CUDA device" in result.output
     assert "bench cpu" in result.output
 
@@ -523,7 +526,7 @@ def test_this_gpu(tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
     arguments = ["--decode", "1x8192", "--verify", "2x8192", "--prefill", "8192", "--peers", ""]
     result = runner.invoke(
-        app, ["bench", "kernels", *arguments, "--rounds", "4", "--json", str(file)]
+        app, ["bench", "kernels", *arguments, "--rounds", "4", "--output", str(file)]
     )
     assert result.exit_code == 0, result.output
     assert all(row["median_us"] for row in json.loads(file.read_text())["rows"])

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,8 @@ from m3_plugin.cli.bench.serve import (
     write_csv,
 )
 from m3_plugin.cli.hosts import HOSTS
+from m3_plugin.cli.outputs import envelope
+from tests.plugin.cli.schemas import checked
 from tests.plugin.host.test_serving import is_alive
 
 SERVER = Server("m3-plugin", "http://127.0.0.1:9", "m3", "/nowhere")
@@ -251,10 +253,35 @@ def test_what_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ),
         (("--contexts", ""), "at least one context"),
         (("--contexts", "100000"), "Start your own"),
-        (("--host", "tgi"), "--host must be one of"),
+        (("--framework", "tgi"), "is not one of 'vllm', 'sglang'"),
     ],
 )
 def test_mistakes_are_named(options: tuple[str, ...], message: str) -> None:
     done = CliRunner().invoke(app, ["bench", "serve", *options])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_client_is_given_the_key_by_its_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no list of processes shows it; both hosts' clients read it there."""
+    seen = json.dumps(FOUND | {"median_ttft_ms": 1.0})
+    script = (
+        "import os, sys, pathlib; o = sys.argv; assert 'secret' not in ' '.join(o); "
+        "assert os.environ['OPENAI_API_KEY'] == 'secret'; "
+        "f = o[o.index('--result-dir') + 1] + '/' + o[o.index('--result-filename') + 1]; "
+        f"pathlib.Path(f).write_text({seen!r})"
+    )
+    monkeypatch.setattr(serve, "_VLLM_CLIENT", script)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = replace(SERVER, api_key="secret")
+    assert run_client(server, LOAD, host=HOSTS["vllm"]).ttft_ms == 1.0
+    assert "secret" not in repr(server)
+    with pytest.raises(ClientFailed, match="OPENAI_API_KEY"):
+        run_client(SERVER, LOAD, host=HOSTS["vllm"])
+
+
+def test_its_json_is_as_documented() -> None:
+    report = ServeReport({"cpu": "a cpu"}, "vLLM", "m3", [row("m3-plugin", 1024, 10.0)])
+    checked("bench-serve", json.dumps(envelope("bench-serve", asdict(report))))

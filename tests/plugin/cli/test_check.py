@@ -24,6 +24,7 @@ from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.self_test import Finding, phase_of
 from m3_plugin.cli import app
 from m3_plugin.cli.check import CaseResult, _cases, _run, flashinfer_choice, prefill_cases
+from tests.plugin.cli.schemas import checked
 
 runner = CliRunner()
 
@@ -34,11 +35,12 @@ def run(*arguments: str) -> Any:
 
 def test_report(tmp_path: Path) -> None:
     file = tmp_path / "check.json"
-    result = run("--only", "mixed", "--repeats", "2", "--json", str(file))
+    result = run("--only", "mixed", "--repeats", "2", "--output", str(file))
     assert result.exit_code == 0, result.output
     assert "all right" in result.output
-    report = json.loads(file.read_text())
+    report = checked("check", file.read_text())
     assert report["ok"] is True
+    assert len({entry["id"] for entry in report["results"]}) == len(report["results"])
     assert {"cpu", "torch", "commit"} <= set(report["machine"])
     ran = {(r["family"], r["case"]) for r in report["results"]}
     for family in ("native", "torch"):
@@ -52,8 +54,8 @@ def test_report(tmp_path: Path) -> None:
 
 
 def test_json_on_stdout_is_alone_there() -> None:
-    result = run("--only", "one-token", "--family", "torch", "--json", "-")
-    report = json.loads(result.stdout)
+    result = run("--only", "one-token", "--family", "torch", "--json")
+    report = checked("check", result.stdout)
     assert {entry["family"] for entry in report["results"]} == {"torch"}
 
 
@@ -83,7 +85,7 @@ def test_an_exception_of_a_kernel_is_wrong_and_the_rest_still_runs(
 
     monkeypatch.setattr(session_module, "index_topk", crashes)
     file = tmp_path / "check.json"
-    result = run("--only", "one-token", "--family", "torch", "--json", str(file))
+    result = run("--only", "one-token", "--family", "torch", "--output", str(file))
     assert result.exit_code == 1
     assert "RuntimeError: an illegal memory access" in result.output
     entries = {entry["dtype"]: entry for entry in json.loads(file.read_text())["results"]}
@@ -139,30 +141,30 @@ def test_chips_are_checked_with_the_caches_they_can_read() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so() -> None:
     result = runner.invoke(app, ["check", "--device", "cuda"])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "sees no CUDA device" in result.output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["--only", "no such case"], "no case has 'no such case'"),
-        (["--family", "cutlass"], "--family 'cutlass' does not exist on 'cpu'"),
-        (["--family", "reference"], "the oracle"),
+        (["--only", "no such case"], 2, "no case has 'no such case'"),
+        (["--family", "cutlass"], 2, "'cutlass' does not exist on 'cpu'"),
+        (["--family", "reference"], 3, "the oracle"),
     ],
 )
-def test_nothing_to_check_is_refused(arguments: list[str], message: str) -> None:
+def test_nothing_to_check_is_refused(arguments: list[str], status: int, message: str) -> None:
     result = run(*arguments)
-    assert result.exit_code == 2
+    assert result.exit_code == status
     assert message in result.output
 
 
 def test_the_triton_kernels_run_in_the_interpreter(tmp_path: Path) -> None:
     """In a process of its own, because Triton asks for its mode when it is imported."""
     file = tmp_path / "check.json"
-    arguments = ["--family", "triton", "--only", "verify", "--repeats", "1", "--json", str(file)]
+    arguments = ["--family", "triton", "--only", "verify", "--repeats", "1", "--output", str(file)]
     done = subprocess.run(
-        [sys.executable, "-m", "m3_plugin.cli", "check", "--device", "cpu", *arguments],
+        [sys.executable, "-P", "-m", "m3_plugin.cli", "check", "--device", "cpu", *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -186,7 +188,7 @@ def test_this_gpu() -> None:
 
 def test_flashinfer_is_asked_for_where_there_is_none() -> None:
     result = run("--family", "flashinfer")
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "flashinfer refused: it needs a GPU" in result.output
 
 

@@ -41,12 +41,17 @@ def said(output: str) -> str:
 
 
 WRITING = {
-    "check": ("--json",),
-    "blocks nowhere": ("--json", "--plot"),
-    "bench cpu": ("--json", "--plot"),
-    "bench kernels": ("--json", "--plot"),
-    "bench serve": ("--json", "--csv", "--plot"),
-    "eval needle --output needle.json": ("--output", "--plot", "--log"),
+    "check": ("--output",),
+    "doctor": ("--output",),
+    "fit --model MiniMaxAI/MiniMax-M3 --gpu H200": ("--output",),
+    "demo": ("--output",),
+    "tiny somewhere": ("--output",),
+    "uninstall-leftovers": ("--output",),
+    "blocks nowhere": ("--output", "--plot"),
+    "bench cpu": ("--output", "--plot"),
+    "bench kernels": ("--output", "--plot"),
+    "bench serve": ("--output", "--csv", "--plot"),
+    "eval needle": ("--output", "--plot", "--log"),
 }
 
 
@@ -69,9 +74,9 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(
 def test_a_picture_without_matplotlib_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("m3_plugin.cli.outputs.find_spec", lambda name: None)
+    monkeypatch.setattr("m3_plugin.cli.options.find_spec", lambda name: None)
     result = runner.invoke(app, ["bench", "cpu", "--plot", "picture.png"])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "pip install matplotlib" in said(result.output)
 
 
@@ -108,10 +113,11 @@ def test_other_names_are_left_alone(command: str) -> None:
     assert misnamed_model(command.split()) is None
 
 
-def test_unknown_host_is_named_with_the_known_ones() -> None:
-    result = runner.invoke(app, ["demo", "--host", "tgi"])
+@pytest.mark.parametrize("option", ["--framework", "--host"])
+def test_unknown_host_is_named_with_the_known_ones(option: str) -> None:
+    result = runner.invoke(app, ["demo", option, "tgi"])
     assert result.exit_code == 2
-    assert "--host must be one of vllm, sglang; got 'tgi'" in result.output
+    assert "'tgi' is not one of 'vllm', 'sglang'" in said(result.output)
 
 
 def test_a_host_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +172,7 @@ def test_no_server_is_started_where_a_variable_keeps_the_plugin_out(
     monkeypatch.setattr("m3_plugin.host.serving.subprocess.Popen", None)
     monkeypatch.setenv(variable, value)
     result = runner.invoke(app, STARTING[command])
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == 3, result.output
     assert wrong in said(result.output)
     assert advice in said(result.output)
 
@@ -187,6 +193,6 @@ def test_a_library_of_the_hosts_that_is_missing_is_named(
         "m3_plugin.cli.hosts.find_spec", lambda name: None if name == missing else there(name)
     )
     result = runner.invoke(app, command.split())
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert f"pip install {missing}" in said(result.output)
     assert list(tmp_path.iterdir()) == []

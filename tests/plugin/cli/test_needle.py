@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from m3_plugin.cli import app
 from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, TextHaystack
 from m3_plugin.cli.evaluate.needle import Cell, Grid, Result, _plot, shares
 from m3_plugin.testing.prompts import needle_prompt
+from tests.plugin.cli.schemas import checked
 
 runner = CliRunner()
 SETTINGS = {"needles": "text", "model": None, "prose": "None"}
@@ -101,21 +106,25 @@ def test_repeats_are_averaged_and_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "status", "message"),
     [
-        (("--url", "http://127.0.0.1:9"), "is the server running?"),
-        (("--depths", "120"), "must be within 0..100"),
-        (("--contexts", "many"), "not numbers"),
-        (("--contexts", "100000"), "Start your own"),
-        (("--host", "tgi"), "--host must be one of"),
-        (("--prose", "/nowhere/prose.txt"), "does not exist"),
-        (("--prose", sys.executable), "must be UTF-8 text"),
+        (("--url", "http://127.0.0.1:9"), 3, "is the server running?"),
+        (("--depths", "120"), 2, "must be within 0..100"),
+        (("--contexts", "many"), 2, "not numbers"),
+        (("--contexts", ""), 2, "at least one length"),
+        (("--contexts", "100000"), 2, "Start your own"),
+        (("--contexts", "100"), 2, "num_tokens must be at least"),
+        (("--framework", "tgi"), 2, "is not one of 'vllm', 'sglang'"),
+        (("--prose", "/nowhere/prose.txt"), 2, "does not exist"),
+        (("--prose", sys.executable), 2, "must be UTF-8 text"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+def test_mistakes_are_named(
+    tmp_path: Path, options: tuple[str, ...], status: int, message: str
+) -> None:
     done = runner.invoke(app, ["eval", "needle", "--output", str(tmp_path / "n.json"), *options])
-    assert done.exit_code == 2
-    assert message in " ".join(done.output.split())
+    assert done.exit_code == status
+    assert message in " ".join(done.output.replace("│", " ").split())
 
 
 def test_a_wrong_answer_fails_the_command(tmp_path: Path) -> None:
@@ -128,3 +137,57 @@ def test_a_wrong_answer_fails_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "expected '7'" in done.output
     assert len(json.loads(file.read_text())["results"]) == 2
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    """An OpenAI server that wants a key and knows one answer: the number in the prompt."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply({"object": "list", "data": [{"id": "m3", "object": "model"}]})
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = asked["messages"][0]["content"]
+            number = re.search(r" is (\d{7})\.", text)
+            message = {"role": "assistant", "content": number[1] if number else "none"}
+            usage = {"prompt_tokens": len(text) // 3, "completion_tokens": 1, "total_tokens": 9}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            self.reply({"id": "1", "object": "chat.completion", "created": 1, "model": "m3",
+                        "choices": [choice], "usage": usage})  # fmt: skip
+
+        def reply(self, body: dict) -> None:
+            allowed = self.headers["Authorization"] == "Bearer secret"
+            text = json.dumps(body if allowed else {"error": "Unauthorized"}).encode()
+            self.send_response(200 if allowed else 401)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_with_a_key(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    ask = ["eval", "needle", "--url", guarded, "--contexts", "900", "--depths", "50", "--json"]
+    refused = runner.invoke(app, ask)
+    assert refused.exit_code == 3
+    assert "give its key with --api-key or OPENAI_API_KEY" in " ".join(refused.stderr.split())
+    by_option = runner.invoke(app, [*ask, "--api-key", "secret"])
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    by_variable = runner.invoke(app, ask)
+    for result in (by_option, by_variable):
+        assert result.exit_code == 0, result.output
+        found = checked("eval-needle", result.stdout)
+        assert [entry["right"] for entry in found["results"]] == [True]
+        assert "secret" not in result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,12 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from m3_plugin.diagnosis import Finding, Report, device
 from m3_plugin.diagnosis.child import ChildFailed, ask
 from m3_plugin.diagnosis.findings import clean
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts, examine_settings
 from m3_plugin.diagnosis.model import examine_model
+from tests.plugin.cli.schemas import checked
 
 REPOSITORY = Path(__file__).parents[3]
 SOURCES = (".", "kernels", "integrations/vllm", "integrations/sglang")
@@ -63,16 +66,26 @@ def run(
 ) -> tuple[subprocess.CompletedProcess[str], Report]:
     """`m3-plugin doctor --json` of an environment."""
     done = subprocess.run(
-        [str(python), "-m", "m3_plugin.cli", "doctor", "--json", *options],
+        [str(python), "-P", "-m", "m3_plugin.cli", "doctor", "--json", *options],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
         env={**os.environ, **environment},
     )
-    found = json.loads(done.stdout)
-    assert (done.returncode == 0) == found["served_by_us"], done.stderr
+    found = checked("doctor", done.stdout)
+    assert all(is_documented(entry["id"]) for entry in found["findings"])
+    assert (done.returncode == 0) == found["ok"], done.stderr
     return done, Report([Finding(**entry) for entry in found["findings"]])
+
+
+def is_documented(identity: str) -> bool:
+    """Whether docs/commands.md has a row for an id, words in capitals standing for anything."""
+    table = (REPOSITORY / "docs" / "commands.md").read_text().partition("\nIds of `doctor`")[2]
+    ids = "\n".join(re.findall(r"^\|([^|]+)", table, re.MULTILINE))
+    listed = re.findall(r"`([A-Za-z_.]+)`", ids)
+    patterns = [re.sub(r"\b[A-Z]+\b", r"\\w+", entry.replace(".", r"\.")) for entry in listed]
+    return any(re.fullmatch(pattern, identity) for pattern in patterns)
 
 
 def test_without_any_host(without_hosts: Path, checkpoint: Path) -> None:
@@ -88,7 +101,7 @@ def test_without_any_host(without_hosts: Path, checkpoint: Path) -> None:
     "command",
     [
         ("demo",),
-        ("demo", "--host", "sglang"),
+        ("demo", "--framework", "sglang"),
         ("bench", "serve"),
         ("eval", "needle", "--output", "needle.json"),
     ],
@@ -98,14 +111,14 @@ def test_commands_that_start_a_server_need_a_host(
     without_hosts: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     done = subprocess.run(
-        [str(without_hosts), "-m", "m3_plugin.cli", *command],
+        [str(without_hosts), "-P", "-m", "m3_plugin.cli", *command],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 3, done.stderr
     said = " ".join(done.stderr.split())
     assert "is not installed beside m3-plugin: pip install 'm3-plugin[" in said
     assert list(tmp_path.iterdir()) == []
@@ -122,7 +135,7 @@ def test_broken_triton_and_an_absent_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     assert "nvidia-smi" in finding(report, "GPU").advice
     # nothing was run on a device that is not there
     assert "self-test" not in [f.name for f in report.findings]
-    assert not report.served_by_us
+    assert not report.ok
 
 
 def test_a_host_that_is_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +166,7 @@ def test_variables(
 def test_a_good_checkpoint_has_no_failures(checkpoint: Path) -> None:
     report = Report()
     assert examine_model(report, str(checkpoint)) is not None
-    assert report.served_by_us
+    assert report.ok
     assert "method mtp cannot work" in finding(report, "MTP weights", status="note").advice
     assert "as they are (F32)" in finding(report, "index projections", status="ok").value
 
@@ -163,7 +176,7 @@ def test_a_published_id_needs_no_network() -> None:
     config = examine_model(report, "MiniMaxAI/MiniMax-M3")
     assert config is not None
     assert config.num_sparse_layers == 57
-    assert report.served_by_us
+    assert report.ok
 
 
 def test_a_gateway_name_is_answered_with_the_published_one() -> None:
@@ -263,7 +276,7 @@ def test_keys_of_transformers_are_no_mistakes(damaged: Path) -> None:
     edit_config(damaged, lambda text: text.update(output_attentions=False))
     report = Report()
     examine_model(report, str(damaged))
-    assert report.served_by_us
+    assert report.ok
     assert "output_attentions" in finding(report, "other keys", status="note").value
 
 
@@ -312,3 +325,14 @@ def test_wrong_kernels_fail_the_self_test(monkeypatch: pytest.MonkeyPatch) -> No
 def test_both_hosts_are_known_by_their_plugin_groups() -> None:
     groups = {host.group for host in HOSTS.values()}
     assert groups == {"vllm.general_plugins", "sglang.srt.plugins"}
+
+
+def test_rocm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0.51831")
+    found = device.facts()
+    report = Report()
+    monkeypatch.setattr(device, "ask", lambda *arguments, **options: (found, ""))
+    device.examine(report)
+    assert "ROCm, HIP 7.0.51831" in finding(report, "torch", status="failure").value
+    assert "host's own MiniMax-M3" in finding(report, "torch").advice
+    assert "ROCm" in finding(report, "choice").value

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from m3_plugin.attention.backends import KernelChoice
@@ -35,3 +38,26 @@ def test_attestation_says_what_runs_and_what_was_refused() -> None:
     )
     assert "vLLM 0.32.0" in line
     assert "torch (best available on cpu; native refused: no compiler)" in line
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.31.0", True), ("0.32.0+cpu", True), ("0.32.5", True), ("0.33.0", False), ("0.3", False)],
+)
+def test_releases_that_the_suite_ran_on(version: str, tested: bool) -> None:
+    window = TestedWindow(package="host", minimum="0.31", below="0.34", tested=("0.31", "0.32"))
+    assert window.was_tested(version) is tested
+
+
+@pytest.mark.parametrize(
+    ("adapter", "matrices"),
+    [("vllm", ["VLLM_MATRIX"]), ("sglang", ["SGLANG_MATRIX", "SGLANG_OLDER"])],
+)
+def test_tested_releases_are_those_of_the_matrix(adapter: str, matrices: list[str]) -> None:
+    """What doctor calls tested is what `make test-matrix` runs; the adapters import their hosts."""
+    root = Path(__file__).parents[3]
+    source = (root / "integrations" / adapter / f"m3_{adapter}" / "compat.py").read_text()
+    tested = re.findall(r'"([\d.]+)"', source.partition("tested=(")[2].partition(")")[0])
+    makefile = (root / "Makefile").read_text()
+    run = [re.findall(rf"^{name} +\?= (.*)$", makefile, re.MULTILINE)[0] for name in matrices]
+    assert sorted(tested) == sorted(" ".join(run).split())

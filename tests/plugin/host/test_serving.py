@@ -9,9 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
-from m3_plugin.host.serving import ServerFailed, ServerProcess, named_error
+from m3_plugin.cli.host_metrics import exposition, openai_client
+from m3_plugin.host.children import is_loopback, python
+from m3_plugin.host.serving import (
+    ServerFailed,
+    ServerProcess,
+    free_port,
+    listener_outside,
+    named_error,
+)
 
 # A server with a child of its own, as the hosts have.
 SERVER = """
@@ -41,7 +50,7 @@ def is_alive(pid: int) -> bool:
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_stops_the_server_and_its_children(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "server.log"
     starter = subprocess.Popen(
@@ -56,15 +65,83 @@ def test_a_signal_stops_the_server_and_its_children(tmp_path: Path, number: sign
     child = int(log.read_text())
     starter.send_signal(number)
     assert starter.wait(60) != 0
+    # who is killed cannot wait: the watchdog asks first, and kills after 5 s
+    while number == signal.SIGKILL and (is_alive(server) or is_alive(child)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert not is_alive(server)
     assert not is_alive(child)
 
 
 def test_the_old_handler_comes_back(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with ServerProcess(["sleep", "300"], port=1, log=tmp_path / "server.log"):
-        pass
-    assert signal.getsignal(signal.SIGTERM) is before
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    with ServerProcess(["sleep", "300"], port=1, log=tmp_path / "server.log") as server:
+        watchdog = server._watchdog
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+    assert watchdog.returncode is not None
+
+
+# Answers /health as the hosts do, in a child of the process that is started, as SGLang's.
+ANSWERING = """
+import http.server, multiprocessing, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"m3_plugin:info 1")
+
+def serve():
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+
+process = multiprocessing.get_context("fork").Process(target=serve)
+process.start()
+process.join()
+"""
+
+
+@pytest.fixture
+def behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell whose proxy answers nothing."""
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_servers_own_answer_counts_whatever_the_proxy(
+    tmp_path: Path, behind_a_proxy: None
+) -> None:
+    port = free_port()
+    command = python("-c", ANSWERING, str(port))
+    with ServerProcess(command, port=port, log=tmp_path / "server.log") as server:
+        server.wait_until_ready(timeout_s=60)
+        assert exposition(server.url) == "m3_plugin:info 1"
+        client = openai_client(server.url, timeout_s=10)
+        assert client.get("/models", cast_to=httpx.Response).status_code == 200
+    assert not is_loopback("http://example.org:8000")
+    assert is_loopback("http://localhost:8000")
+
+
+def test_a_strangers_answer_does_not_count(tmp_path: Path) -> None:
+    """Somebody took the port between its choice and the server's start."""
+    port = free_port()
+    stranger = subprocess.Popen(python("-c", ANSWERING, str(port)), start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while listener_outside(port, session=1) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with (
+            ServerProcess(["sleep", "300"], port=port, log=tmp_path / "server.log") as server,
+            pytest.raises(ServerFailed, match="was not started here"),
+        ):
+            server.wait_until_ready(timeout_s=60)
+        assert listener_outside(port, session=stranger.pid) is None
+    finally:
+        os.killpg(stranger.pid, signal.SIGKILL)
+        stranger.wait()
+    assert listener_outside(port, session=1) is None
 
 
 def test_the_reason_is_the_last_error_that_points_at_no_other() -> None:

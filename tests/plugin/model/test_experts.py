@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import (
     PROBE_MAGNITUDES,
+    ExpertProbe,
+    KnownExperts,
     expert_output,
     grows_unclamped,
     probe_token,
@@ -90,3 +93,77 @@ def test_the_probe_tells_a_clamped_activation_from_one_without(config: M3Config)
 @pytest.mark.parametrize("sequence", [[0.0] * 7, [5.0, math.inf, math.nan]])
 def test_the_probe_refuses_nothing_it_cannot_judge(sequence: list[float]) -> None:
     assert not grows_unclamped(sequence)
+
+
+def plain_silu(tokens: Tensor, known: KnownExperts, config: M3Config) -> Tensor:
+    """What SGLang's DeepGEMM makes of experts in its layout for large batches."""
+    other = dataclasses.replace(config, swiglu_alpha=1.0, swiglu_limit=1e9, swiglu_beta=0.0)
+    return known.answer(tokens, other)
+
+
+MISTAKES: dict[str, dict[str, float]] = {
+    "no clamp": {"swiglu_limit": 1e9},
+    "no plus one": {"swiglu_beta": 0.0},
+    "plain alpha": {"swiglu_alpha": 1.0},
+}
+
+
+@pytest.fixture
+def known(config: M3Config) -> KnownExperts:
+    w13, w2 = weights(config)
+    count = config.num_experts_per_token
+    return KnownExperts(w13[:count], w2[:count], bits=16)
+
+
+def probe(config: M3Config, answer: Callable[[Tensor], Tensor]) -> ExpertProbe:
+    return ExpertProbe(
+        config=config, host="The host", remedy="--experts", answer=answer, dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_kernels_that_round_pass(config: M3Config, known: KnownExperts, bits: int) -> None:
+    noise = torch.Generator().manual_seed(9)
+
+    def answer(tokens: Tensor) -> Tensor:
+        out = known.answer(tokens, config)
+        size = {16: 0.01, 8: 0.06}[bits]
+        return out * (1 + size * torch.randn(out.shape, generator=noise))
+
+    probe(config, answer).prove(dataclasses.replace(known, bits=bits))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_mistake_is_seen_by_value(
+    config: M3Config, known: KnownExperts, mistake: str, bits: int
+) -> None:
+    wrong = dataclasses.replace(config, **MISTAKES[mistake])
+    with pytest.raises(ValueError, match=r"SwiGLU-OAI .* on 1 rows.*--experts"):
+        probe(config, lambda tokens: known.answer(tokens, wrong)).prove(
+            dataclasses.replace(known, bits=bits)
+        )
+
+
+def test_rows_in_another_order_are_seen(config: M3Config, known: KnownExperts) -> None:
+    swapped = dataclasses.replace(known, w13=known.w13.roll(known.w13.shape[1] // 2, dims=1))
+    with pytest.raises(ValueError, match="SwiGLU-OAI"):
+        probe(config, lambda tokens: swapped.answer(tokens, config)).prove(known)
+
+
+def test_a_kernel_that_is_wrong_for_large_batches_alone_is_refused(
+    config: M3Config, known: KnownExperts
+) -> None:
+    def answer(tokens: Tensor) -> Tensor:
+        if len(tokens) <= 64:
+            return known.answer(tokens, config)
+        return plain_silu(tokens, known, config)
+
+    with pytest.raises(ValueError, match="on 4096 rows in the compact layout"):
+        probe(config, answer).prove(known, layout="compact")
+    with pytest.raises(ValueError, match="does not apply swiglu_limit"):
+        probe(config, answer).prove(None)
+
+
+def test_a_right_kernel_passes_without_weights(config: M3Config, known: KnownExperts) -> None:
+    probe(config, lambda tokens: known.answer(tokens, config)).prove(None)

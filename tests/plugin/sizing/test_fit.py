@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from m3_plugin.checkpoint.headers import read_checkpoint
 from m3_plugin.checkpoint.names import text_modules
 from m3_plugin.cli import app
+from m3_plugin.cli.fit import commands_for
+from m3_plugin.cli.hosts import HOSTS
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import find_gpu, find_model, released_config, suggest
 from m3_plugin.quantization.formats import GptqInt4, PackedInt4
@@ -22,6 +24,7 @@ from m3_plugin.sizing.cache_bytes import cache_bytes_per_token
 from m3_plugin.sizing.fit import Weights, fit, text_weights, vision_weights, weight_bytes
 from m3_plugin.testing.quantised import RECIPES, QuantName, quantization_config
 from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
+from tests.plugin.cli.schemas import checked
 from tests.plugin.model.test_config import HUB
 
 runner = CliRunner()
@@ -105,7 +108,7 @@ def invoke(*options: str):
 
 
 def as_json(*options: str) -> dict:
-    return json.loads(invoke(*options, "--json").output)
+    return checked("fit", invoke(*options, "--json").stdout)
 
 
 def test_one_million_tokens_at_tp4_take_the_published_cache() -> None:
@@ -158,7 +161,7 @@ def test_int8_index_keys_are_asked_for_by_their_variable() -> None:
         assert found["commands"].keys() == {"vLLM", "SGLang"}
         for command in found["commands"].values():
             words = shlex.split(command.replace("\\\n", " "))
-            assert words[0] == "M3_PLUGIN_INDEX_KEYS=int8"
+            assert "M3_PLUGIN_INDEX_KEYS=int8" in words
             assert "--index-cache-dtype" not in words
         # 57 layers of 128 numbers and a scale
         assert found["fit"]["cache"]["index"] == 57 * 130
@@ -197,8 +200,6 @@ def test_what_does_not_fit_says_how_much_is_missing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model", "minimax/m3", "--gpu", "H200"), "did you mean MiniMaxAI/MiniMax-M3?"),
-        (("--model", "somebody/llama", "--gpu", "H200"), "not a folder with a config.json"),
         (("--model", "MiniMaxAI/MiniMax-M3", "--gpu", "H300"), "--gpu must be one of"),
         (("--model", "MiniMaxAI/MiniMax-M3", "--gpu", "A100"), "A100-40GB or A100-80GB"),
         (("--model", "MiniMaxAI/MiniMax-M3", "--gpu", "CPU"), "--gpu-memory"),
@@ -216,6 +217,19 @@ def test_what_does_not_fit_says_how_much_is_missing() -> None:
 def test_mistakes_are_named(options: tuple[str, ...], message: str) -> None:
     result = invoke(*options)
     assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("minimax/m3", "did you mean MiniMaxAI/MiniMax-M3?"),
+        ("somebody/llama", "not a folder with a config.json"),
+    ],
+)
+def test_a_model_that_is_not_here(model: str, message: str) -> None:
+    result = invoke("--model", model, "--gpu", "H200")
+    assert result.exit_code == 3
     assert message in " ".join(result.output.split())
 
 
@@ -233,7 +247,7 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, text: str | None, message:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     result = invoke("--model", str(tmp_path), "--gpu", "H200")
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert message in " ".join(result.output.split())
 
 
@@ -325,3 +339,73 @@ def test_plain_weights_run_as_they_are() -> None:
     assert found["dequantised"] is None
     blackwell = as_json("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "B200")
     assert "its own mxfp8 method (asks for SM100)" in blackwell["weights_run"]["SGLang"]
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(command.replace("\\\n", " "))
+
+
+def test_commands_can_be_typed_as_they_stand(tmp_path: Path) -> None:
+    model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8")
+    cpu = ("--gpu", "CPU", "--gpu-memory", "2000", "--tp", "1")
+    for machine in (("--gpu", "H100"), cpu):
+        found = as_json(*model, *machine)
+        # it is not on this machine
+        assert found["download"] == "hf download MiniMaxAI/MiniMax-M3-MXFP8"
+        for command in found["commands"].values():
+            assert {"M3_PLUGIN_REQUIRED=1", "HF_HUB_OFFLINE=1"} <= set(words_of(command))
+        # what workers count is in no other metrics
+        assert "PROMETHEUS_MULTIPROC_DIR=$(mktemp -d)" in words_of(found["commands"]["vLLM"])
+        assert "--enable-metrics" in words_of(found["commands"]["SGLang"])
+    (tmp_path / "config.json").write_text(json.dumps(released_config()))
+    for name in (str(tmp_path), str(tmp_path / "config.json")):
+        here = as_json("--model", name, "--gpu", "H200")
+        assert here["download"] is None
+        assert all(str(tmp_path) in words_of(command) for command in here["commands"].values())
+
+
+def test_a_host_that_widens_weights_is_given_the_numbers_of_those() -> None:
+    """vLLM holds MXFP8 in 16 bits on a CPU: 795 GiB in place of 413."""
+    model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "CPU", "--tp", "1")
+    roomy = as_json(*model, "--gpu-memory", "1000")
+    words = words_of(roomy["commands"]["vLLM"])
+    assert "M3_PLUGIN_DEQUANTIZE=1" in words
+    left = 0.9 * 1000 - 6 - roomy["dequantised"]["per_rank"] / GIB
+    assert f"VLLM_CPU_KVCACHE_SPACE={int(left)}" in words
+    length = int(words[words.index("--max-model-len") + 1])
+    assert length * roomy["fit"]["bytes_per_token"] <= left * GIB
+    assert length < roomy["fit"]["longest_context"]
+    assert "M3_PLUGIN_DEQUANTIZE=1" not in roomy["commands"]["SGLang"]
+    tight = as_json(*model, "--gpu-memory", "800")
+    assert tight["fits"]
+    assert tight["commands"].keys() == {"SGLang"}
+    assert any("no command for vLLM" in remark for remark in tight["remarks"])
+
+
+def test_media_are_left_out_or_their_profile_is() -> None:
+    model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "H200")
+    for options, expected in (
+        (("--max-model-len", "131072"), "--skip-mm-profiling"),
+        (("--max-model-len", "32768"), ""),
+        (("--max-model-len", "131072", "--text-only"), "--language-model-only"),
+    ):
+        found = as_json(*model, *options)
+        media = {"--skip-mm-profiling", "--language-model-only"}
+        given = media & set(words_of(found["commands"]["vLLM"]))
+        assert given == ({expected} if expected else set())
+        assert not media & set(words_of(found["commands"]["SGLang"]))
+        assert [expected in remark for remark in found["remarks"]] == [True] * bool(expected)
+
+
+def test_what_demo_recommends_fits_the_machine_it_names() -> None:
+    commands = commands_for("MiniMaxAI/MiniMax-M3-MXFP8", "H100", tp_size=8, context=131_072)
+    options = ("--gpu", "H100", "--tp", "8", "--max-model-len", "131072")
+    assert commands == as_json("--model", "MiniMaxAI/MiniMax-M3-MXFP8", *options)["commands"]
+    assert commands.keys() == {host.title for host in HOSTS.values()}
+
+
+def test_tokens_of_all_requests_are_told_from_those_of_one() -> None:
+    told = invoke("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "B200").output
+    assert "tokens of all requests together" in told
+    assert "longest single request" in told
+    assert "requests of 1,048,576 tokens at once" in told

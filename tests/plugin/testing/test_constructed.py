@@ -25,6 +25,7 @@ from m3_plugin.testing.prompts import (
     picture_prompt,
 )
 from m3_plugin.testing.vocabulary import MAX_CODE_OVERLAP, NOWHERE, VOCABULARY, codes
+from tests.plugin.cli.schemas import checked
 
 EOS = "[e~["
 
@@ -473,7 +474,7 @@ class TestCommand:
     def test_constructed_with_summary(self, tmp_path):
         result = self.run(tmp_path / "c", "--topk", 8, "--json")
         assert result.exit_code == 0, result.output
-        summary = json.loads(result.stdout)
+        summary = checked("tiny", result.stdout)
         assert summary["topk_blocks"] == 8
         assert summary["sparse_layers"] == 2
         assert summary["dtype"] == "bfloat16"

@@ -127,13 +127,39 @@ def test_picture_and_video_through_the_processor(small):
             assert (model(**other).logits[0, -1] - seen).abs().max() > 1e-3, key
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_force_deletes_only_what_was_written_here(tmp_path, kind):
+    folder = write_random_checkpoint(tmp_path / "x", preset="small")
+    before = sorted(folder.iterdir())
+    added = folder / {"file": "notes.txt", "folder": "adapter", "link": "tokenizer.model"}[kind]
+    if kind == "file":
+        added.write_text("keep me")
+    elif kind == "folder":
+        added.mkdir()
+    else:
+        (tmp_path / "elsewhere").write_text("keep me")
+        added.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=f"also holds {added.name}"):
+        write_random_checkpoint(folder, preset="small", force=True)
+    assert sorted(folder.iterdir()) == sorted([*before, added])
+    added.rmdir() if kind == "folder" else added.unlink()
+    (folder / "model-00001-of-00099.safetensors").touch()
+    write_random_checkpoint(folder, preset="small", force=True)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_folder_with_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("keep me")
     with pytest.raises(FileExistsError, match="is not empty"):
         write_random_checkpoint(tmp_path, preset="small")
-    with pytest.raises(FileExistsError, match=r"no config\.json"):
+    with pytest.raises(FileExistsError, match="was not written by m3-plugin"):
         write_random_checkpoint(tmp_path, preset="small", force=True)
     assert (tmp_path / "notes.txt").read_text() == "keep me"
+    (tmp_path / "config.json").write_text("{}")
+    # a checkpoint of somebody's, or a project that has such a file
+    with pytest.raises(FileExistsError, match="was not written by m3-plugin"):
+        write_random_checkpoint(tmp_path, preset="small", force=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "notes.txt"]
     with pytest.raises(ValueError, match="preset must be one of small, kernel, engine"):
         write_random_checkpoint(tmp_path / "x", preset="huge")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="num_attention_heads must be a multiple"):

@@ -13,12 +13,11 @@ from sglang.srt.managers.mm_utils import (
     general_mm_embed_routine,
 )
 from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInputs
-from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
-from m3_plugin.model.vision import CHECKPOINT_PREFIXES, M3Vision, VisionConfig
+from m3_plugin.model.vision import M3Vision, VisionConfig
 from m3_sglang.model import M3CausalLM
+from m3_sglang.updates import ServedWeights
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -41,7 +40,15 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         self.quant_config = quant_config
         dot = f"{prefix}." if prefix else ""
         self.vision_tower = M3Vision(VisionConfig.from_hf(config))
-        self.language_model = M3CausalLM(config, quant_config, f"{dot}language_model")
+        self.language_model = M3CausalLM(
+            config, quant_config, f"{dot}language_model", is_root=False
+        )
+        self.served = ServedWeights(
+            self,
+            text=self.language_model.weight_loader,
+            tower=self.vision_tower,
+            after_first=self.language_model.end_first_load,
+        )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -72,7 +79,10 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         positions: Tensor,
         forward_batch: ForwardBatch,
         get_embedding: bool = False,
+        input_embeds: Tensor | None = None,
     ) -> Any:
+        if input_embeds is not None:
+            return self.language_model(input_ids, positions, forward_batch, input_embeds)
         hidden_states, captured = general_mm_embed_routine(
             input_ids=input_ids,
             forward_batch=forward_batch,
@@ -93,48 +103,13 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         self.language_model.set_eagle3_layers_to_capture(layer_ids)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load every tensor of the checkpoint.
+        """Load every tensor of the checkpoint; any of them while serving.
 
         Raises
         ------
-        ValueError : tensors missing or left over, in the text part or in the vision part.
+        ValueError : tensors missing or left over, or none of this model's.
         """
-        text = self.language_model.weight_loader()
-        vision = VisionWeights(self.vision_tower)
-        for name, tensor in weights:
-            if name.startswith(VISION_PREFIXES):
-                vision.load(name, tensor)
-            else:
-                text.load(name.removeprefix(TEXT_PREFIX), tensor)
-        return vision.finish() | {f"{TEXT_PREFIX}{name}" for name in text.finish()}
-
-
-class VisionWeights:
-    """Loads vision tower and projector; their modules are named as in the checkpoint."""
-
-    def __init__(self, tower: M3Vision) -> None:
-        self.parameters = {f"vision_tower.{n}": p for n, p in tower.named_parameters()}
-        self.loaded: set[str] = set()
-
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Load one tensor by its name in the checkpoint."""
-        target = name
-        for checkpoint, ours in CHECKPOINT_PREFIXES.items():
-            if name.startswith(checkpoint):
-                target = ours + name.removeprefix(checkpoint)
-        if target not in self.parameters:
-            raise ValueError(f"checkpoint tensor {name} has no counterpart in the vision tower")
-        default_weight_loader(self.parameters[target], tensor)
-        self.loaded.add(target)
-
-    def finish(self) -> set[str]:
-        """Names of what was loaded: everything."""
-        missing = sorted(self.parameters.keys() - self.loaded)
-        if missing:
-            raise ValueError(
-                f"checkpoint lacks {len(missing)} vision tensor(s): {', '.join(missing[:5])}"
-            )
-        return self.loaded
+        return self.served.load(weights)
 
 
 EntryClass = [MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration]

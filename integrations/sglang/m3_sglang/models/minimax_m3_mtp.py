@@ -13,14 +13,16 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import require_expert_bytes
+from m3_plugin.checkpoint.loading import WeightLoader, expert_share, require_expert_bytes
 from m3_plugin.checkpoint.names import TEXT_PREFIX, layer_prefixes, require_mtp_modules
+from m3_plugin.checkpoint.updates import noting_names
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_input
 from m3_plugin.model.rope import RowAngles
 from m3_sglang.compat import read_draft_config, tensor_parallel_size
 from m3_sglang.model import M3CausalLM, M3DecoderLayer, read_plan, require_our_backend
 from m3_sglang.moe import activations_as_is
+from m3_sglang.updates import ServedWeights
 from m3_sglang.weights import mtp_weight_loader
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ class MiniMaxM3MTP(nn.Module):
             plan,
             self.model.module.transformer_layer.block_sparse_moe.experts,
             layer=layer_prefixes(self.m3_config, draft=True)[0],
-            share=1 / tensor_parallel_size(),
+            share=expert_share(self.m3_config.intermediate_size, ranks=tensor_parallel_size()),
         )
         self.lm_head = ParallelLMHead(
             self.m3_config.vocab_size,
@@ -132,6 +134,7 @@ class MiniMaxM3MTP(nn.Module):
             prefix=f"{dot}language_model.lm_head",
         )
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+        self.served = ServedWeights(self, text=self.weight_loader, is_draft=True)
 
     def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:
         """Take over the target's embedding and head; called by SGLang after loading."""
@@ -172,6 +175,10 @@ class MiniMaxM3MTP(nn.Module):
         given[last] = self.model.embed_tokens(input_ids[last])
         return given
 
+    def weight_loader(self) -> WeightLoader:
+        """A loader for the module's tensors; it passes over everything of the target's."""
+        return mtp_weight_loader(self, config=self.m3_config)
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the module out of a checkpoint of its own or of the target's.
 
@@ -179,13 +186,15 @@ class MiniMaxM3MTP(nn.Module):
         ------
         ValueError : no MTP weights, or some missing.
         """
-        loader = mtp_weight_loader(self, config=self.m3_config)
-        names = []
-        for name, tensor in weights:
-            names.append(name)
-            loader.load(name.removeprefix(TEXT_PREFIX), tensor)
-        require_mtp_modules(names, checkpoint="the draft checkpoint")
-        return loader.finish()
+        if self.served.serves:
+            return self.served.load(weights)
+        names: list[str] = []
+        try:
+            return self.served.load(noting_names(weights, names))
+        finally:
+            # the clearer of two errors
+            own = [name.removeprefix(TEXT_PREFIX) for name in names]
+            require_mtp_modules(own, checkpoint="the draft checkpoint")
 
 
 EntryClass = [MiniMaxM3MTP]

@@ -1,0 +1,107 @@
+"""vLLM's options that MiniMax-M3 cannot be served with here, and those it makes nothing of.
+
+vLLM asks a layer's backend or implementation about most of its features; MSA layers bring their own
+op, and are not asked about these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from m3_plugin.model.config import M3Config
+
+logger = init_logger("vllm.m3_plugin.options")
+
+# (is it asked for?, what is refused, why and what to do)
+_REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (
+        lambda c: c.parallel_config.use_ubatching,
+        "--enable-dbo and --ubatch-size",
+        "m3-plugin plans one step at a time: two micro-batches in flight would overwrite each "
+        "other's plan; start vLLM without --enable-dbo and --ubatch-size",
+    ),
+    (
+        lambda c: c.parallel_config.decode_context_parallel_size > 1,
+        "--decode-context-parallel-size",
+        "every rank of MSA reads whole contexts; leave it out, or shard by --tensor-parallel-size "
+        "and --data-parallel-size",
+    ),
+    (
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1,
+        "--prefill-context-parallel-size",
+        "every rank of MSA selects over whole contexts; leave it out",
+    ),
+    (
+        lambda c: c.parallel_config.enable_eplb,
+        "--enable-eplb",
+        "experts of this model are not moved between ranks, so redundant ones would take memory "
+        "and no load; leave it out",
+    ),
+    (
+        lambda c: c.lora_config is not None,
+        "--enable-lora",
+        "no layer of this model takes adapters yet; merge the adapter into the weights and serve "
+        "those",
+    ),
+    (
+        lambda c: getattr(c.attention_config, "hisparse_config", None) is not None,
+        "hisparse_config in --attention-config",
+        "MSA pages lie on the GPU; leave it out, or offload whole blocks by --kv-offloading-size",
+    ),
+)
+
+# (is it asked for?, what of it is not heard), each for a recipe written for vLLM's own M3
+_UNHEARD: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        lambda c: (
+            getattr(c.attention_config, "minimax_m3_msa_decode_backend", "triton") != "triton"
+        ),
+        "minimax_m3_msa_decode_backend in --attention-config chooses kernels of vLLM's own MSA "
+        "layers; M3_PLUGIN_KERNELS chooses ours",
+    ),
+    (
+        lambda c: getattr(c.attention_config, "minimax_m3_indexer_cp", False),
+        "minimax_m3_indexer_cp in --attention-config shares out the index scan of vLLM's own MSA "
+        "layers; every rank scans all index keys here",
+    ),
+    (
+        lambda c: getattr(c.attention_config, "indexer_sparse_logits", False),
+        "indexer_sparse_logits in --attention-config is of other models' indexers",
+    ),
+)
+
+
+def require_served(vllm_config: VllmConfig, config: M3Config) -> None:
+    """Refuse options under which MSA layers would be wrong or do nothing; log what is not heard.
+
+    Raises
+    ------
+    ValueError : names the option, the reason and the way out.
+    """
+    for asked, option, reason in _REFUSED:
+        if asked(vllm_config):
+            raise ValueError(f"{option} cannot be used with MSA layers: {reason}")
+    _require_one_cache_dtype(vllm_config, config)
+    for asked, message in _UNHEARD:
+        if asked(vllm_config):
+            logger.warning("m3-plugin: %s", message)
+
+
+def _require_one_cache_dtype(vllm_config: VllmConfig, config: M3Config) -> None:
+    """MSA layers share one session, and so one dtype of K and V."""
+    cache = vllm_config.cache_config
+    skipped = getattr(cache, "kv_cache_dtype_skip_layers", None) or []
+    sparse = [name for name in skipped if name.isdigit() and _is_sparse(config, int(name))]
+    if sparse and cache.cache_dtype != "auto":
+        raise ValueError(
+            "--kv-cache-dtype-skip-layers cannot be used with MSA layers, whose pages are all kept "
+            f"in one dtype; got {', '.join(sparse)}, leave them out or set --kv-cache-dtype auto"
+        )
+
+
+def _is_sparse(config: M3Config, layer: int) -> bool:
+    return layer < config.num_hidden_layers and config.sparse_layers[layer]

@@ -1,0 +1,108 @@
+"""Every argument of SGLang is served, refused by name, or judged to be none of our business."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.integrations.sglang.judged_arguments import HOSTS_OWN, SERVED, WITHOUT_EFFECT
+
+
+def fields() -> dict[str, Any]:
+    """Name and default of every argument of the installed SGLang."""
+    from sglang.srt.server_args import ServerArgs
+
+    record: Any = ServerArgs
+    if dataclasses.is_dataclass(record):
+        found: Any = dataclasses.fields(record)
+    else:
+        found = msgspec.structs.fields(record)
+    return {field.name: field.default for field in found}
+
+
+def refused() -> dict[str, Any]:
+    from m3_sglang import options
+
+    return options._SERVED
+
+
+def test_every_argument_is_judged() -> None:
+    """Of the releases from 0.5.22 on; older ones are described by other classes."""
+    judged = SERVED | WITHOUT_EFFECT | HOSTS_OWN | refused().keys()
+    assert not fields().keys() - judged, "read what these do, and put them on a list"
+
+
+def test_no_argument_is_judged_twice() -> None:
+    lists = [SERVED, WITHOUT_EFFECT, HOSTS_OWN, frozenset(refused())]
+    assert sum(map(len, lists)) == len(frozenset().union(*lists))
+
+
+@pytest.mark.every_release
+def test_defaults_pass() -> None:
+    from m3_sglang.options import require_served
+
+    defaults = {name: value for name, value in fields().items() if name in refused()}
+    given = SimpleNamespace(**(defaults | {"device": "cuda", "disable_cuda_graph": False}))
+    require_served(given)
+
+
+OTHER: dict[str, Any] = {
+    "page_size": 64,
+    "speculative_algorithm": "NGRAM",
+    "kv_cache_dtype": "fp4_e2m1",
+    "cuda_graph_backend_prefill": "full",
+    "lora_paths": ["a/path"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(refused()))
+def test_anything_else_is_refused_by_name(name: str) -> None:
+    from m3_sglang.options import require_served
+
+    served, _ = refused()[name]
+    value = OTHER.get(name, True if False in served else 7)
+    plain = {"device": "cuda", "speculative_algorithm": None, "disable_cuda_graph": False}
+    with pytest.raises(
+        ValueError, match=f"--{name.replace('_', '-')} must be .* got {value!r}".replace("[", r"\[")
+    ):
+        require_served(SimpleNamespace(**(plain | {name: value})))
+
+
+def test_a_decision_of_sglang_counts_as_much_as_an_option() -> None:
+    """As the old name of an option, which resolves to the new one."""
+    from m3_sglang.options import require_served
+
+    given = SimpleNamespace(
+        device="cuda",
+        speculative_algorithm=None,
+        attn_dp_size=1,
+        _resolved_overrides=[("handle_deprecated_dp_attention", {"attn_dp_size": 2})],
+    )
+    with pytest.raises(ValueError, match="--attn-dp-size must be 1"):
+        require_served(given)
+
+
+@pytest.mark.parametrize("backend", ["full", "breakable"])
+def test_graphs_of_prompts_are_refused_in_the_common_option_too(backend: str) -> None:
+    from m3_sglang.options import require_served
+
+    given = SimpleNamespace(
+        device="cuda",
+        speculative_algorithm=None,
+        cuda_graph_config={"prefill": {"backend": backend}},
+    )
+    with pytest.raises(ValueError, match=rf"prefill\.backend must be disabled.*{backend}"):
+        require_served(given)
+
+
+def test_memory_of_weights_is_given_back_with_a_copy_alone() -> None:
+    from m3_sglang.options import require_served
+
+    given = {"device": "cuda", "speculative_algorithm": None, "enable_memory_saver": True}
+    require_served(SimpleNamespace(**given, enable_weights_cpu_backup=True))
+    with pytest.raises(ValueError, match="--enable-weights-cpu-backup must be True"):
+        require_served(SimpleNamespace(**given, enable_weights_cpu_backup=False))

@@ -1,0 +1,229 @@
+"""Captured steps read memory that lives as long as they do, and replay what an eager step computes.
+
+SGLang captures one batch size after another and runs eager steps in between; a graph it captured
+first must still find its tensors after all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from m3_plugin.attention.backends import KernelChoice
+from m3_plugin.attention.batch import StepCapacity
+from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession
+from m3_plugin.attention.workspace import LayerShape, allocate_workspace
+from m3_plugin.model.config import MSAConfig
+from m3_plugin.model.rope import RowAngles
+from tests.integrations.sglang.recorded_graph import (
+    FreedMemoryError,
+    RecordedGraph,
+    record_kernels,
+)
+from tests.integrations.sglang.steps import forward_batch, verify_step
+
+DIM, HEADS, KV_HEADS, HIDDEN, PAGES, REQUESTS = 128, 4, 2, 32, 24, 6
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    record_kernels(monkeypatch)
+
+
+class Layer(nn.Module):
+    """Projections, norms, angles and pages of one sparse layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random)
+
+        self.projection = normal(HIDDEN, (HEADS + 2 * KV_HEADS + KV_HEADS + 1) * DIM)
+        self.norms = HeadNorms(*(normal(DIM) for _ in range(4)), eps=1e-6)
+        self.angles = RowAngles(rotary_dim=64, theta=5e6)
+        self.caches = MSACaches(
+            normal(PAGES, KV_HEADS, 128, DIM),
+            normal(PAGES, KV_HEADS, 128, DIM),
+            normal(PAGES, 128, DIM),
+        )
+
+    def head_norms(self) -> HeadNorms:
+        return self.norms
+
+    def restore_pages(self) -> None:
+        """As they were before any step, in the same memory."""
+        for name in ("k_pages", "v_pages", "index_k_pages"):
+            getattr(self.caches, name).copy_(getattr(Layer().caches, name))
+
+
+def session() -> MSASession:
+    msa = MSAConfig(
+        num_index_heads=KV_HEADS,
+        index_dim=DIM,
+        block_size=128,
+        topk_blocks=2,
+        num_init_blocks=0,
+        num_local_blocks=1,
+    )
+    dtype = torch.float32
+    shape = LayerShape(HEADS, KV_HEADS, DIM, 64, dtype, dtype, dtype)
+    capacity = StepCapacity(max_requests=REQUESTS, max_rows=8 * REQUESTS, max_seq_len=4 * 128)
+    return MSASession(
+        msa,
+        kernels=KernelChoice(family="triton", reason="tested", refused=()),
+        scale=1.0,
+        workspace=allocate_workspace(msa, shape, capacity, device=CPU),
+    )
+
+
+def backend(layer: Layer, *, max_bs: int, max_rows: int) -> Any:
+    """Our backend for that layer, with buffers for graphs."""
+    from m3_sglang.backend import M3AttentionBackend
+    from m3_sglang.speculation import NoDenseLayers
+
+    made: Any = object.__new__(M3AttentionBackend)
+    made.dense = NoDenseLayers()
+    pages = torch.arange(PAGES).view(REQUESTS, -1)
+    slots = pages[..., None] * 128 + torch.arange(128)
+    made.req_to_token = slots.flatten(1).to(torch.int32)
+    made.session = session()
+    made.plan = made.graph_buffers = None
+    made.layers = {3: layer}
+    made.caches = {3: layer.caches}
+    made.init_cuda_graph_state(max_bs, max_rows)
+    return made
+
+
+ATTENTION = SimpleNamespace(
+    layer_id=3,
+    tp_q_head_num=HEADS,
+    tp_k_head_num=KV_HEADS,
+    tp_v_head_num=KV_HEADS,
+    head_dim=DIM,
+    v_head_dim=DIM,
+)
+
+
+def run(made: Any, layer: Layer, step: Any, hidden: Tensor) -> Tensor:
+    """What a model's layer does with the backend."""
+    widths = [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM, DIM]
+    q, k, v, index_q, index_k = (hidden @ layer.projection).split(widths, dim=1)
+    cos_sin = layer.angles(step.positions)
+    index_q = index_q.unflatten(1, (KV_HEADS, DIM))
+    return made.forward(q, k, v, ATTENTION, step, idx_q=index_q, idx_k=index_k, cos_sin=cos_sin)[1]
+
+
+def step_of(kind: str, lengths: list[int], *, query_len: int) -> Any:
+    """A step whose requests have those lengths, the rows of the step included in no one's."""
+    rows = query_len * len(lengths)
+    first = [(4 * 128 * r + n - (kind == "DECODE")) for r, n in enumerate(lengths)]
+    slots = torch.tensor([slot + i for slot in first for i in range(query_len)])
+    if kind == "DECODE":
+        step = forward_batch("DECODE", seq_lens=lengths, out_cache_loc=slots)
+    elif kind == "TARGET_VERIFY":
+        step = verify_step(seq_lens=lengths, query_len=query_len, out_cache_loc=slots)
+    else:
+        total = [n + query_len for n in lengths]
+        step = forward_batch(
+            kind,
+            seq_lens=total,
+            out_cache_loc=slots,
+            extend_seq_lens=torch.full((len(lengths),), query_len),
+            extend_seq_lens_cpu=[query_len] * len(lengths),
+        )
+    step.input_ids = torch.zeros(rows, dtype=torch.long)
+    step.positions = slots % (4 * 128)
+    return step
+
+
+class Server:
+    """SGLang's static inputs of one captured batch size, and the graph on them."""
+
+    def __init__(self, made: Any, layer: Layer, kind: str, *, num_reqs: int, query_len: int):
+        self.made, self.layer, self.kind, self.query_len = made, layer, kind, query_len
+        self.step = step_of(kind, [1] * num_reqs, query_len=query_len)
+        self.hidden = torch.zeros(num_reqs * query_len, HIDDEN)
+        self.graph = RecordedGraph()
+        # the order of SGLang's DecodeCudaGraphRunner.capture_one_shape
+        made.init_forward_metadata_out_graph(self.step, in_capture=True)
+        with self.graph.capture():
+            made.init_forward_metadata_in_graph(self.step)
+            self.out = run(made, layer, self.step, self.hidden)
+
+    def serve(self, lengths: list[int], hidden: Tensor) -> Tensor:
+        live = step_of(self.kind, lengths, query_len=self.query_len)
+        for name in ("seq_lens", "req_pool_indices", "out_cache_loc", "positions"):
+            getattr(self.step, name).copy_(getattr(live, name))
+        self.hidden.copy_(hidden)
+        self.made.init_forward_metadata_out_graph(self.step)
+        self.graph.replay()
+        return self.out
+
+
+def eager(lengths: list[int], hidden: Tensor, *, kind: str, query_len: int) -> Tensor:
+    """The same step on a server of its own, in plain torch."""
+    layer = Layer()
+    made = backend(layer, max_bs=1, max_rows=1)
+    made.session = MSASession(
+        made.session.msa,
+        kernels=KernelChoice(family="reference", reason="tested", refused=()),
+        scale=1.0,
+    )
+    step = step_of(kind, lengths, query_len=query_len)
+    made.init_forward_metadata(step)
+    return run(made, layer, step, hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "query_len"),
+    [("DECODE", 1), ("TARGET_VERIFY", 2), ("TARGET_VERIFY", 6), ("DRAFT_EXTEND_V2", 4)],
+)
+def test_the_first_graph_finds_its_memory_after_all_others(kind: str, query_len: int) -> None:
+    layer = Layer()
+    made = backend(layer, max_bs=4, max_rows=4 * query_len)
+    servers = {
+        count: Server(made, layer, kind, num_reqs=count, query_len=query_len) for count in (4, 2, 1)
+    }
+    # eager steps in between give the plan away, too
+    made.init_forward_metadata(step_of("DECODE", [5, 6, 7], query_len=1))
+    gc.collect()
+    random = torch.Generator().manual_seed(1)
+    for count, lengths in ((4, [300, 127, 129, 400]), (2, [260, 31]), (4, [128, 2, 385, 256])):
+        layer.restore_pages()
+        hidden = torch.randn(count * query_len, HIDDEN, generator=random)
+        expected = eager(lengths, hidden, kind=kind, query_len=query_len)
+        found = servers[count].serve(lengths, hidden)
+        assert torch.equal(found, expected)
+
+
+def test_the_recorder_sees_memory_that_nobody_owns() -> None:
+    """As a step whose row starts are the plan's alone: the next capture frees them."""
+    layer = Layer()
+    made = backend(layer, max_bs=4, max_rows=4)
+    first = Server(made, layer, "DECODE", num_reqs=4, query_len=1)
+    made.graph_buffers.starts.clear()
+    Server(made, layer, "DECODE", num_reqs=2, query_len=1)
+    with pytest.raises(FreedMemoryError, match=r"fill_work_plan reads torch.int32 \[5\]"):
+        first.serve([9, 8, 7, 6], torch.zeros(4, HIDDEN))
+
+
+def test_sglang_captures_as_recorded_here() -> None:
+    """One batch size after another, metadata first; a replay prepares nothing but its inputs."""
+    from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+    one = inspect.getsource(DecodeCudaGraphRunner.capture_one_shape)
+    out = one.index("attn_backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)")
+    assert out < one.index("self.backend.capture_one(")
+    assert "capture_inputs=None" in one
+    assert "reversed(self.capture_bs)" in inspect.getsource(
+        DecodeCudaGraphRunner._capture_one_stream
+    )

@@ -1,0 +1,101 @@
+"""Weights that change while an engine serves: parts, buckets, folders, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from m3_plugin.testing.random_checkpoint import write_random_checkpoint
+from tests.integrations.sglang.engine import EngineProcess, checkpoint_tensors
+from tests.integrations.updates import EXPERT, FUSED, PROMPT, without_tensor
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other numbers under the same names."""
+    folder = tmp_path_factory.mktemp("other") / "engine"
+    return write_random_checkpoint(folder, preset="engine", seed=5)
+
+
+@pytest.fixture(scope="module")
+def served(
+    random_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineProcess]:
+    log = tmp_path_factory.mktemp("log") / "engine.log"
+    with EngineProcess(random_checkpoint("engine"), log=log) as engine:
+        yield engine
+
+
+class Answers:
+    """Log-probabilities of one prompt, its prefix not cached."""
+
+    def __init__(self, engine: EngineProcess, original: Path) -> None:
+        self.engine = engine
+        self.original = original
+        self.first = self.now()
+
+    def now(self) -> list[float]:
+        self.engine.flush()
+        return self.engine.prompt_logprobs(PROMPT)
+
+    def back(self) -> None:
+        """The original's folder again, bit for bit."""
+        success, message = self.engine.update_from_disk(self.original)
+        assert success, message
+        assert self.now() == self.first
+
+
+@pytest.fixture
+def answers(served: EngineProcess, random_checkpoint: Callable[[str], Path]) -> Iterator[Answers]:
+    found = Answers(served, random_checkpoint("engine"))
+    yield found
+    found.back()
+
+
+def test_folder_buckets_and_group_agree(answers: Answers, other_checkpoint: Path) -> None:
+    engine = answers.engine
+    assert engine.update_from_disk(other_checkpoint)[0]
+    reloaded = answers.now()
+    assert reloaded != answers.first
+    answers.back()
+    names = sorted(checkpoint_tensors(other_checkpoint), key=lambda name: name[::-1])
+    for bucket in (3, len(names)):
+        sent = engine.update_from_tensors(other_checkpoint, names, bucket=bucket)
+        assert all(success for success, _ in sent), sent
+        assert answers.now() == reloaded
+        answers.back()
+    assert engine.update_from_group(other_checkpoint, names)[0]
+    assert answers.now() == reloaded
+
+
+@pytest.mark.parametrize("name", [FUSED[4], EXPERT])
+def test_one_tensor_is_written_and_written_back(
+    answers: Answers, other_checkpoint: Path, name: str
+) -> None:
+    assert answers.engine.update_from_tensors(other_checkpoint, [name], bucket=1)[0][0]
+    assert answers.now() != answers.first
+    assert answers.engine.update_from_tensors(answers.original, [name], bucket=1)[0][0]
+    assert answers.now() == answers.first
+
+
+def test_a_wrong_shape_is_answered_and_changes_nothing(
+    answers: Answers, other_checkpoint: Path
+) -> None:
+    names = [EXPERT, FUSED[0]]
+    (answer,) = answers.engine.update_from_tensors(other_checkpoint, names, bucket=2, cut=FUSED[0])
+    assert not answer[0]
+    assert "q_proj.weight must have shape [" in answer[1]
+    assert answers.now() == answers.first
+
+
+def test_a_folder_without_one_tensor_is_answered_and_the_old_weights_serve(
+    answers: Answers, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    broken = without_tensor(other_checkpoint, tmp_path / "broken", EXPERT)
+    success, message = answers.engine.update_from_disk(broken)
+    assert not success
+    short = EXPERT.removeprefix("language_model.").removesuffix(".weight")
+    assert f"missing 1 tensor(s): {short}" in message
+    assert answers.now() == answers.first

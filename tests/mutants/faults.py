@@ -1,0 +1,428 @@
+"""The faults, and the tests that must notice each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of one line, as a careless hand would make it.
+
+    Attributes
+    ----------
+    name : what is wrong with it
+    file : relative to the repository
+    old, new : text that occurs exactly once, and what takes its place
+    tests : files whose tests must fail
+    select : pytest's `-k`, to run those that matter
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    select: str = ""
+
+
+KERNELS = "kernels/m3_kernels"
+INDEX = ("tests/kernels/test_index_topk.py",)
+ATTENTION = ("tests/kernels/test_sparse_attention.py", "tests/kernels/test_invariance.py")
+STORE = ("tests/kernels/test_cache_store.py",)
+INDEX_TRITON = ("tests/kernels/triton/test_index_topk.py",)
+ATTENTION_TRITON = ("tests/kernels/triton/test_sparse_attention.py",)
+STORE_TRITON = ("tests/kernels/triton/test_cache_store.py",)
+SESSION = ("tests/plugin/attention/test_session.py",)
+CONFIG = ("tests/plugin/model/test_config.py",)
+WORKSPACE = ("tests/plugin/attention/test_workspace.py",)
+GPU_SERVERS = ("tests/integrations/vllm/test_gpu_servers.py",)
+
+FAULTS = (
+    # index_topk in C++
+    Fault(
+        "index native: ties go to the higher id",
+        f"{KERNELS}/index_topk/native.cpp",
+        "if (scores[b] > heap[0].score) {",
+        "if (scores[b] >= heap[0].score) {",
+        INDEX,
+    ),
+    Fault(
+        "index native: the block of the row itself is not visible",
+        f"{KERNELS}/index_topk/native.cpp",
+        "const int64_t visible = (tile.position + row) / page_size_ + 1;",
+        "const int64_t visible = std::max<int64_t>(1, (tile.position + row) / page_size_);",
+        INDEX,
+    ),
+    Fault(
+        "index native: keys behind the row count",
+        f"{KERNELS}/index_topk/native.cpp",
+        "if (seen < kPanel) dot = first_lanes(seen - v * kLanes) ? dot : splat(kMinusInfinity);",
+        "",
+        INDEX,
+    ),
+    Fault(
+        "index native: NaN wins",
+        f"{KERNELS}/index_topk/native.cpp",
+        "best = dot > best ? dot : best;",
+        "best = best > dot ? best : dot;",
+        INDEX,
+    ),
+    Fault(
+        "index native: init blocks are not forced",
+        f"{KERNELS}/index_topk/native.cpp",
+        "const int64_t init_end = std::min(num_init_, visible);",
+        "const int64_t init_end = 0 * std::min(num_init_, visible);",
+        INDEX,
+    ),
+    Fault(
+        "index native: one local block too few",
+        f"{KERNELS}/index_topk/native.cpp",
+        "visible - std::min(num_local_, visible));",
+        "visible - std::min(std::max<int64_t>(0, num_local_ - 1), visible));",
+        INDEX,
+    ),
+    Fault(
+        "index native: ids stay in order of score",
+        f"{KERNELS}/index_topk/native.cpp",
+        "        std::sort(begin, end);\n",
+        "",
+        INDEX,
+    ),
+    Fault(
+        "index native: scales of int8 keys are of the next token",
+        f"{KERNELS}/index_topk/native.cpp",
+        "page * scales_->stride[0] + key, present);",
+        "page * scales_->stride[0] + key + (key + present < page_size_), present);",
+        INDEX,
+    ),
+    # index_topk in torch
+    Fault(
+        "index torch: equal scores beyond the room are taken too",
+        f"{KERNELS}/index_topk/torch_cpu.py",
+        "(equal & (equal.cumsum(dim=-1) <= room))",
+        "(equal & (equal.cumsum(dim=-1) <= room + 1))",
+        INDEX,
+    ),
+    Fault(
+        "index torch: local blocks come before init blocks",
+        f"{KERNELS}/index_topk/torch_cpu.py",
+        "for tier in (init, local, visible & ~init & ~local):",
+        "for tier in (local, init, visible & ~init & ~local):",
+        INDEX,
+    ),
+    Fault(
+        "index torch: NaN is kept",
+        f"{KERNELS}/index_topk/torch_cpu.py",
+        "        dots.masked_fill_(dots.isnan(), -math.inf)\n",
+        "",
+        INDEX,
+    ),
+    # index_topk in Triton
+    Fault(
+        "index triton: -0.0 ranks below 0.0",
+        f"{KERNELS}/index_topk/triton_select.py",
+        "bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)",
+        "bits = score.to(tl.int32, bitcast=True)",
+        INDEX_TRITON,
+    ),
+    Fault(
+        "index triton: negative scores rank upside down",
+        f"{KERNELS}/index_topk/triton_select.py",
+        "ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
+        "ordered = tl.where(bits < 0, bits, bits)",
+        INDEX_TRITON,
+    ),
+    Fault(
+        "index triton: the higher id wins a tie",
+        f"{KERNELS}/index_topk/triton_select.py",
+        "(block ^ ID_MASK).to(tl.int64)",
+        "block.to(tl.int64)",
+        INDEX_TRITON,
+    ),
+    Fault(
+        "index triton: rows before position 0 see block 0",
+        f"{KERNELS}/index_topk/triton_select.py",
+        "own = tl.where(position < 0, -1, position // PAGE_SIZE)",
+        "own = position // PAGE_SIZE",
+        INDEX_TRITON,
+    ),
+    # sparse_attention
+    Fault(
+        "attention native: the last key of a block is not seen",
+        f"{KERNELS}/sparse_attention/native.cpp",
+        "if (id < 0 || id > own) continue;",
+        "if (id < 0 || id >= own) continue;",
+        ATTENTION,
+    ),
+    Fault(
+        "attention native: an id twice counts twice",
+        f"{KERNELS}/sparse_attention/native.cpp",
+        "return static_cast<int32_t>(std::unique(sorted, end) - sorted);",
+        "return static_cast<int32_t>(end - sorted);",
+        ATTENTION,
+    ),
+    Fault(
+        "attention native: sums are merged without their maxima",
+        f"{KERNELS}/sparse_attention/native.cpp",
+        "into.sum = into.sum * old_weight + part.sum",
+        "into.sum = into.sum + part.sum",
+        ATTENTION,
+    ),
+    Fault(
+        "attention native: no scale",
+        f"{KERNELS}/sparse_attention/native.cpp",
+        "Floats x = load<Floats>(logits + j) * splat(scale_);",
+        "Floats x = load<Floats>(logits + j);",
+        ATTENTION,
+    ),
+    Fault(
+        "attention torch: future keys of the last block are seen",
+        f"{KERNELS}/sparse_attention/torch_cpu.py",
+        "visible = valid[..., None] & (key_positions <= position[:, None, None, None])",
+        "visible = valid[..., None] & (key_positions >= 0)",
+        ATTENTION,
+    ),
+    Fault(
+        "attention torch: an invisible NaN is multiplied by zero",
+        f"{KERNELS}/sparse_attention/torch_cpu.py",
+        "    values.masked_fill_(~visible.transpose(2, 3), 0)\n",
+        "",
+        ATTENTION,
+    ),
+    Fault(
+        "attention torch: the page table of request 0 for all",
+        f"{KERNELS}/sparse_attention/torch_cpu.py",
+        "page_table[request[rows]],",
+        "page_table[request[rows] * 0],",
+        ATTENTION,
+    ),
+    # cache_store
+    Fault(
+        "store native: V goes where K goes",
+        f"{KERNELS}/cache_store/native.cpp",
+        "page * v_pages->stride[0] + head * v_pages->stride[1] + offset * v_pages->stride[2],",
+        "page * v_pages->stride[0] + head * v_pages->stride[1] + offset * k_pages->stride[2],",
+        STORE,
+    ),
+    Fault(
+        "store native: padding is stored",
+        f"{KERNELS}/cache_store/native.cpp",
+        "if (slot < 0) return;",
+        "if (slot < -1) return;",
+        STORE,
+    ),
+    Fault(
+        "store triton: int8 index keys are truncated",
+        f"{KERNELS}/cache_store/triton_write.py",
+        "key = (key + 12582912.0) - 12582912.0",
+        "key = tl.floor(key)",
+        STORE_TRITON,
+    ),
+    Fault(
+        "store triton: scales of an fp8 cache multiply",
+        f"{KERNELS}/cache_store/triton_write.py",
+        "values = values * tl.div_rn(1.0, scale)[:, None]",
+        "values = values * scale[:, None]",
+        STORE_TRITON,
+    ),
+    # the session and what goes with it
+    Fault(
+        "session: statistics count prefill as decode",
+        "m3_plugin/attention/session.py",
+        'if batch.phase == "decode":\n            self.decode_rows',
+        'if batch.phase != "decode":\n            self.decode_rows',
+        ("tests/plugin/attention/test_session.py", "tests/plugin/attention/test_observers.py"),
+    ),
+    Fault(
+        "rope: angles in the order of the other convention",
+        "m3_plugin/model/rope.py",
+        "return torch.cat((angles.cos(), angles.sin()), dim=-1)",
+        "return torch.cat((angles.sin(), angles.cos()), dim=-1)",
+        ("tests/plugin/model/test_rope.py",),
+    ),
+    Fault(
+        "rope: frequencies of another base",
+        "m3_plugin/model/rope.py",
+        "frequencies = (1.0 / theta**exponents)",
+        "frequencies = (1.0 / (theta + 1) ** exponents)",
+        ("tests/plugin/model/test_rope.py",),
+    ),
+    Fault(
+        "heads: ranks beyond the heads get none",
+        "m3_plugin/model/config.py",
+        "return max(1, num_heads // tp_size)",
+        "return num_heads // tp_size",
+        ("tests/plugin/sizing/test_cache_bytes.py",),
+    ),
+    Fault(
+        "sizing: int8 index keys have no scales",
+        "m3_plugin/sizing/cache_bytes.py",
+        "_INT8_SCALE_BYTES = 2",
+        "_INT8_SCALE_BYTES = 0",
+        ("tests/plugin/sizing/test_cache_bytes.py",),
+    ),
+    Fault(
+        "sizing: values count once, not as keys and values",
+        "m3_plugin/sizing/cache_bytes.py",
+        "kv = 2 * heads",
+        "kv = heads",
+        ("tests/plugin/sizing/test_cache_bytes.py",),
+    ),
+    # checkpoints
+    Fault(
+        "codecs: the high half of a byte comes first",
+        "m3_plugin/quantization/codecs.py",
+        "torch.stack((packed & 0xF, packed >> 4), dim=-1)",
+        "torch.stack((packed >> 4, packed & 0xF), dim=-1)",
+        ("tests/plugin/quantization/test_codecs.py",),
+    ),
+    Fault(
+        "codecs: an exponent of zero is zero",
+        "m3_plugin/quantization/codecs.py",
+        "torch.where(stored == 0, _FP32_TWO_TO_MINUS_127, stored <<",
+        "torch.where(stored == 0, 0, stored <<",
+        ("tests/plugin/quantization/test_codecs.py",),
+    ),
+    Fault(
+        "codecs: the global scale always multiplies",
+        "m3_plugin/quantization/codecs.py",
+        "scales = scales / factor if weight.divides else scales * factor",
+        "scales = scales * factor",
+        ("tests/plugin/quantization/test_codecs.py",),
+    ),
+    Fault(
+        "codecs: stored zero points without their offset",
+        "m3_plugin/quantization/codecs.py",
+        '(unpack_nibbles(parts["qzeros"]).T + weight.stored_zero_offset)',
+        '(unpack_nibbles(parts["qzeros"]).T)',
+        ("tests/plugin/quantization/test_codecs.py",),
+    ),
+    Fault(
+        "codecs: columns of an act-order export in order",
+        "m3_plugin/quantization/codecs.py",
+        "    if stored is not None:\n        return stored.long()\n",
+        "",
+        ("tests/plugin/quantization/test_codecs.py",),
+    ),
+    Fault(
+        "plan triton: rows belong to the request before",
+        "kernels/m3_kernels/work_plan/triton.py",
+        "(ends[None, :] <= row[:, None])",
+        "(ends[None, :] < row[:, None])",
+        ("tests/kernels/triton/test_work_plan.py",),
+    ),
+    Fault(
+        "plan triton: ranges by truncated 32-bit products",
+        "kernels/m3_kernels/work_plan/triton.py",
+        "begin = (taker.to(tl.int64) * total // num_programs).to(tl.int32)",
+        "begin = taker * (total // num_programs)",
+        ("tests/kernels/triton/test_work_plan.py",),
+    ),
+    Fault(
+        "plan triton: requests behind the first chunk are lost",
+        "kernels/m3_kernels/work_plan/triton.py",
+        "total += tl.sum(decode_blocks(",
+        "total = tl.sum(decode_blocks(",
+        ("tests/kernels/triton/test_work_plan.py",),
+    ),
+    Fault(
+        "experts: gate is clamped on both sides",
+        "m3_plugin/model/experts.py",
+        "gate = gate.clamp(max=config.swiglu_limit)",
+        "gate = gate.clamp(-config.swiglu_limit, config.swiglu_limit)",
+        ("tests/plugin/model/test_experts.py",),
+    ),
+    Fault(
+        "experts: no plus one",
+        "m3_plugin/model/experts.py",
+        "((up + config.swiglu_beta) * glu)",
+        "(up * glu)",
+        ("tests/plugin/model/test_experts.py",),
+    ),
+    Fault(
+        "loading: a foreign tensor counts as ours",
+        "m3_plugin/checkpoint/loading.py",
+        "if self.is_foreign(name) or self._is_cache_scale(name, tensor):",
+        "if self._is_cache_scale(name, tensor):",
+        ("tests/plugin/checkpoint/test_loading.py",),
+    ),
+    Fault(
+        "headers: a file that is too long is whole",
+        "m3_plugin/checkpoint/headers.py",
+        "if end != behind and all(",
+        "if end > behind and all(",
+        ("tests/plugin/checkpoint",),
+    ),
+    # the tests' own tools
+    Fault(
+        "gate: spills are no fault",
+        f"{KERNELS}/testing/compile_gate.py",
+        "if compiled.stack or spills:",
+        "if compiled.stack and spills:",
+        ("tests/kernels/triton/test_compile_gate.py",),
+        "judgement",
+    ),
+    Fault(
+        "gate: another option, the same fingerprint",
+        f"{KERNELS}/testing/compile_gate.py",
+        "        sorted(variant.options.items()),\n",
+        "",
+        ("tests/kernels/triton/test_compile_gate.py",),
+        "fingerprints",
+    ),
+    Fault(
+        "environments: PyTorch's index is asked first",
+        "constraints/torch_index.py",
+        "elif is_found(torch):",
+        "elif is_found(torch) and False:",
+        ("tests/plugin/test_torch_index.py",),
+    ),
+    # what only a GPU server does
+    Fault(
+        "vLLM: a cache that is taken away stays alive",
+        "integrations/vllm/m3_vllm/caches.py",
+        "        self.caches: MSACaches | None = None\n",
+        "        self.__dict__.setdefault('caches', None)\n",
+        GPU_SERVERS,
+    ),
+    Fault(
+        "vLLM: pipeline stages of a B200 disagree on the layout",
+        "integrations/vllm/m3_vllm/backend.py",
+        "        if device_major() == 10:\n",
+        "        if device_major() == 11:\n",
+        GPU_SERVERS,
+    ),
+    Fault(
+        "vLLM: an EAGLE3 head reads one rank's part of the stream",
+        "integrations/vllm/m3_vllm/model.py",
+        "if partial and index + 1 in self.aux_hidden_state_layers:",
+        "if partial and index in ():",
+        ("tests/integrations/vllm/test_norms.py",),
+        "sums_over_ranks",
+    ),
+    Fault(
+        "workspace: counters of parts are what memory holds",
+        "m3_plugin/attention/workspace.py",
+        "        self.scratch.attention.arrivals.zero_()\n",
+        "",
+        WORKSPACE,
+        "no_part_arrived",
+    ),
+    Fault(
+        "attention decode: the page table's width is compiled for",
+        f"{KERNELS}/sparse_attention/triton_decode.py",
+        '    "table_stride",\n    "lse_stride_row",',
+        '    "lse_stride_row",',
+        WORKSPACE,
+        "serving_compiles_nothing",
+    ),
+    Fault(
+        "warm-up: long contexts are left to the first user",
+        "m3_plugin/attention/warm_up.py",
+        "for max_seq_len in {few, capacity.max_seq_len}:",
+        "for max_seq_len in {few}:",
+        WORKSPACE,
+        "serving_compiles_nothing",
+    ),
+)
