@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from torch import nn
 from vllm.config import ParallelConfig
@@ -150,7 +150,7 @@ def _weight_loader(
     fused: dict[str, tuple[str, Shard]],
     expected: frozenset[str],
     unread: frozenset[int],
-    **rules: Callable[[str], bool],
+    **rules: Any,
 ) -> WeightLoader:
     return WeightLoader(
         model,

@@ -324,7 +324,7 @@ class _Engine:
                 group_name=group,
             )
             self.host.init_weights_update_group("127.0.0.1", port, 1, 2, group, backend="gloo")
-            own = joined.result(60)
+            own: Any = joined.result(60)
             self.host.begin_weight_update()
 
             def send() -> None:

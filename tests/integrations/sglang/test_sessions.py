@@ -67,7 +67,7 @@ def test_a_draft_and_all_its_steps_use_the_targets_scratch(
         assert draft.workspace is not None
         own = dict(vars(draft.workspace))
         theirs = dict(vars(target.workspace))
-        own.pop("plan_buffers"), theirs.pop("plan_buffers")
+        del own["plan_buffers"], theirs["plan_buffers"]
         assert all(own[name] is theirs[name] for name in theirs if name not in ("shared",))
         plans.add(draft.workspace.plan_buffers.row_request.data_ptr())
     assert len(plans) == 1 + num_steps
