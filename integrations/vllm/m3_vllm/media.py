@@ -536,8 +536,8 @@ class M3VideoLoader(VideoBackend):
             grabbed = cap.grab()
             missed = 0 if grabbed else missed + 1
             if index >= target:
-                decoded, frame = cap.retrieve() if grabbed else (False, None)
-                usable = decoded and frame is not None and frame.size > 0
+                decoded, frame = cap.retrieve() if grabbed else (False, np.empty(0))
+                usable = decoded and frame.size > 0
                 if usable:
                     frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
                     frames.append(_resized(frame, size) if shrink else frame)

@@ -35,7 +35,7 @@ def prepared(processor, prompt: list[int], data: Mapping[str, Any]) -> Any:
     return processor(prompt, processor.info.parse_mm_data(data))
 
 
-def load(data: bytes, **wishes: Any) -> tuple[np.ndarray, dict[str, Any]]:
+def load(data: bytes, **wishes: Any) -> tuple[Any, dict[str, Any]]:
     from vllm.multimodal.media.image import ImageMediaIO
     from vllm.multimodal.media.video import VideoMediaIO
 
