@@ -54,7 +54,8 @@ class KnownExperts:
         tokens = torch.cat([probe_token(config, magnitude=1.0, seed=seed) for seed in seeds])
         gates = (tokens @ self.w13[0].float().T).square().mean().sqrt()
         unit = 1 / float(gates) if gates > 0 else 1.0
-        sizes = torch.tensor([1.0, 3 * config.swiglu_limit] * (_TOKENS // 2))
+        # hosts load models under a default dtype of their own
+        sizes = torch.tensor([1.0, 3 * config.swiglu_limit] * (_TOKENS // 2), dtype=torch.float32)
         return (tokens * unit * sizes[:, None]).to(dtype).float()
 
     def answer(self, tokens: Tensor, config: M3Config) -> Tensor:
@@ -130,7 +131,8 @@ class ExpertProbe:
 def probe_token(config: M3Config, *, magnitude: float, seed: int = 0) -> Tensor:
     """The same random token each time, fp32 on CPU [1, hidden_size], scaled."""
     generator = torch.Generator().manual_seed(seed)
-    return magnitude * torch.randn(1, config.hidden_size, generator=generator, device="cpu")
+    shape = (1, config.hidden_size)
+    return magnitude * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def expert_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> Tensor:

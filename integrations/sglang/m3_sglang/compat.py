@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from packaging.version import Version
@@ -35,6 +36,9 @@ _WRITTEN = frozenset(
     }
 )
 _WRITTEN_IN_VISION = frozenset({"head_dim", "num_dummy_heads"})
+_WRITTEN_IN_QUANTIZATION = frozenset(
+    {"packed_modules_mapping", "hf_config", "requantization_method"}
+)
 
 SGLANG_WINDOW = TestedWindow(
     package="sglang",
@@ -208,8 +212,7 @@ def _values(hf_config: Any) -> dict[str, Any]:
     """The config as config.json has it, without what SGLang writes into it for itself.
 
     On CPU, SGLang writes more heads into the config than the checkpoint has when the ranks exceed
-    them, and keeps the true numbers beside. ModelOpt's method it names after the format it found
-    (modelopt_mixed, modelopt_fp4).
+    them, and keeps the true numbers beside.
     """
     values = hf_config.to_dict()
     text = values.get("text_config") or values
@@ -224,7 +227,18 @@ def _values(hf_config: Any) -> dict[str, Any]:
         if isinstance(section, dict):
             for key in [k for k in section if k in written or k.startswith("original_")]:
                 del section[key]
-    quantization = values.get("quantization_config")
-    if quantization and str(quantization.get("quant_method")).startswith("modelopt_"):
-        values["quantization_config"] = quantization | {"quant_method": "modelopt"}
+    if quantization := values.get("quantization_config"):
+        values["quantization_config"] = stored_quantization(quantization)
     return values
+
+
+def stored_quantization(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's section on quantisation as config.json has it.
+
+    SGLang adds keys to it while it builds the model, and names ModelOpt's method after the format
+    it found (modelopt_mixed, modelopt_fp4).
+    """
+    stored = {k: v for k, v in section.items() if k not in _WRITTEN_IN_QUANTIZATION}
+    if str(stored.get("quant_method")).startswith("modelopt_"):
+        stored["quant_method"] = "modelopt"
+    return stored

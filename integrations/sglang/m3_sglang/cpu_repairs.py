@@ -301,7 +301,7 @@ def put_in_place() -> None:
             "--speculative-use-rejection-sampling needs a GPU; leave it out: on a CPU drafts are "
             "the draft model's likeliest tokens, and sampled answers are as without drafts"
         )
-    apply_around(HOOKS)
+    apply_around(HOOKS, needed_for="speculative decoding (--speculative-algorithm)")
     # SGLang has None in these places, and its hooks replace an original wherever it is referred to
     eagle_utils.tree_speculative_sampling_target_only = verify_chain_by_sampling
     eagle_utils.top_k_renorm_prob = keep_top_k

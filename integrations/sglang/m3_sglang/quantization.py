@@ -32,6 +32,7 @@ from m3_plugin.checkpoint.names import TEXT_PREFIX
 from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
 from m3_plugin.quantization.dialects import Quantization, read_quantization
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8
+from m3_sglang.compat import stored_quantization
 from m3_sglang.registration import MXFP8_METHOD
 from m3_sglang.weights import FUSED
 
@@ -66,7 +67,7 @@ class M3Mxfp8Config(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> M3Mxfp8Config:
-        quantization = read_quantization(config)
+        quantization = read_quantization(stored_quantization(config))
         assert quantization is not None
         return cls(quantization)
 

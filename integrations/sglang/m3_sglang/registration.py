@@ -351,8 +351,12 @@ def is_weight_only_draft(model_config: Any) -> bool:
     return mxfp8 and needs_weight_only_mxfp8(server_args.device)
 
 
-def apply_around(hooks: Mapping[str, Callable[..., Any]]) -> None:
+def apply_around(hooks: Mapping[str, Callable[..., Any]], *, needed_for: str) -> None:
     """Wrap functions of SGLang after its start, once each; `from` imports of them are wrapped too.
+
+    Parameters
+    ----------
+    needed_for : what cannot be served without them, for the error
 
     Raises
     ------
@@ -367,8 +371,8 @@ def apply_around(hooks: Mapping[str, Callable[..., Any]]) -> None:
     missing = [target for target in hooks if target not in HookRegistry._patched]
     if missing:
         raise PluginRefusal(
-            f"speculative decoding needs {', '.join(missing)}, which this SGLang lacks; "
-            "leave --speculative-algorithm out"
+            f"this SGLang lacks {', '.join(missing)}, needed for {needed_for}; install a tested "
+            "release"
         )
 
 

@@ -174,6 +174,6 @@ def prepare_speculation(*, device_type: str) -> None:
     ------
     PluginRefusal : a hook's target is gone.
     """
-    apply_around(HOOKS)
+    apply_around(HOOKS, needed_for="speculative decoding (--speculative-algorithm)")
     if device_type == "cpu":
         cpu_repairs.put_in_place()

@@ -168,7 +168,8 @@ def answer_refusals() -> None:
             f"{weight_updater.__name__}.WeightUpdater.{method}": hook
             for method, hook in hooks.items()
             if hasattr(updater, method)
-        }
+        },
+        needed_for="weights that change while serving",
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.integrations.sglang.steps import forward_batch, verify_step
+from tests.plugin.model.test_config import hub
 
 
 def slots(*pages: int) -> torch.Tensor:
@@ -310,17 +311,24 @@ def test_an_older_sglang_does_not_speculate(monkeypatch: pytest.MonkeyPatch) -> 
         )
 
 
+def hf_config(architecture: str) -> Any:
+    """A config as SGLang holds it: of M3's shape, under any architecture's name."""
+    from transformers import PretrainedConfig
+
+    values = hub()
+    text = PretrainedConfig(**values.pop("text_config"))
+    config = PretrainedConfig(**values)
+    config.text_config = text
+    config.architectures = [architecture]
+    return config
+
+
 def test_a_draft_is_configured_as_one_sparse_layer_with_index_keys() -> None:
     """Of a target's config; a target itself, and another model that drafts, stay as they are."""
     from m3_sglang.registration import configure_draft, has_index_keys
 
     def model(architecture: str, *, is_draft_model: bool) -> Any:
-        text = SimpleNamespace(
-            num_hidden_layers=4,
-            moe_layer_freq=[0, 1, 1, 1],
-            sparse_attention_config={"sparse_attention_freq": [0, 1, 1, 1], "sparse_index_dim": 8},
-        )
-        config = SimpleNamespace(architectures=[architecture], text_config=text)
+        config = hf_config(architecture)
         return SimpleNamespace(hf_config=config, is_draft_model=is_draft_model)
 
     released = "MiniMaxM3SparseForConditionalGeneration"
@@ -329,14 +337,14 @@ def test_a_draft_is_configured_as_one_sparse_layer_with_index_keys() -> None:
         model("LlamaForCausalLMEagle3", is_draft_model=True),
     ):
         configure_draft(None, untouched)
-        assert untouched.hf_config.text_config.num_hidden_layers == 4
+        assert untouched.hf_config.text_config.num_hidden_layers == 60
         assert not has_index_keys(False, untouched.hf_config)
     draft = model(released, is_draft_model=True)
     configure_draft(None, draft)
     text = draft.hf_config.text_config
     assert (text.num_hidden_layers, text.moe_layer_freq) == (1, [1])
     assert text.sparse_attention_config["sparse_attention_freq"] == [1]
-    assert text.sparse_attention_config["sparse_index_dim"] == 8
+    assert text.sparse_attention_config["sparse_index_dim"] == 128
     assert has_index_keys(False, draft.hf_config)
 
 
@@ -397,7 +405,8 @@ def test_fp8_pages_and_scales_of_sglang_s_pool() -> None:
     scales = CacheScales(torch.rand(2), torch.rand(1))
     backend = object.__new__(M3AttentionBackend)
     backend.pool, backend.caches = pool, {}  # type: ignore[assignment]
-    backend.layers = {4: SimpleNamespace(cache_scales=scales)}  # type: ignore[dict-item]
+    layer = SimpleNamespace(scales_for=scales.for_pages)
+    backend.layers = {4: layer}  # type: ignore[dict-item]
     caches = backend._caches(4)
     assert caches.k_pages.shape == caches.v_pages.shape == (2, 2, 128, 128)
     assert (caches.k_pages.dtype, caches.index_k_pages.dtype) == (e4m3, torch.bfloat16)

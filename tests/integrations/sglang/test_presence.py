@@ -141,8 +141,11 @@ SABOTAGE = {
     "hook": (
         "        if name == 'm3_sglang.options':\n"
         "            from sglang.srt.plugins.hook_registry import HookRegistry\n"
+        "            apply = HookRegistry._apply_target\n"
         "            def gone(target, hooks):\n"
-        "                raise AttributeError(target)\n"
+        "                if target.endswith('attn_backend_wrapper'):\n"
+        "                    raise AttributeError(target)\n"
+        "                return apply(target, hooks)\n"
         "            HookRegistry._apply_target = gone\n",
         "SGLang did not apply our hook",
     ),

@@ -47,7 +47,7 @@ def test_abort_in_the_middle_leaves_others_right(engine: EngineProcess) -> None:
     prompts = [needle_prompt(seed, num_tokens=6000) for seed in (503, 504)]
     ids = [list(prompt.token_ids) for prompt in prompts]
     for steps, seed in ((3, 505), (8, 506)):
-        other = needle_prompt(seed, num_tokens=1400)
+        other = needle_prompt(seed, num_tokens=1400, hops=16, decoys=False)
         produced, completion = engine.abort_midway(ids, steps=steps, max_tokens=64, beside=other)
         assert (min(produced) > 0) == (steps > 3), produced
         check([other], [completion])

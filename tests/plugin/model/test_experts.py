@@ -167,3 +167,16 @@ def test_a_kernel_that_is_wrong_for_large_batches_alone_is_refused(
 
 def test_a_right_kernel_passes_without_weights(config: M3Config, known: KnownExperts) -> None:
     probe(config, lambda tokens: known.answer(tokens, config)).prove(None)
+
+
+def test_inputs_do_not_depend_on_the_default_dtype(config: M3Config, known: KnownExperts) -> None:
+    """Hosts build and load a model under its own dtype."""
+    before = torch.get_default_dtype()
+    expected = known.tokens(config, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        tokens = known.tokens(config, dtype=torch.bfloat16)
+    finally:
+        torch.set_default_dtype(before)
+    assert tokens.dtype == torch.float32
+    assert torch.equal(tokens, expected)
