@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -91,6 +91,14 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Prefill], list[int
         return calls
 
     return put
+
+
+@pytest.fixture(autouse=True)
+def _nothing_tried() -> Iterator[None]:
+    """The self-test runs once per process; here its kernels change from test to test."""
+    assembly.try_kernels.cache_clear()
+    yield
+    assembly.try_kernels.cache_clear()
 
 
 @pytest.fixture
