@@ -7,7 +7,6 @@ written, those of a folder from the headers of its files: a refusal leaves the o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from m3_plugin.checkpoint.loading import ReopensLoading, WeightLoader, stored_as
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, TensorLedger
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.vision import CHECKPOINT_PREFIXES
+from m3_plugin.untrusted import read_json
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -237,7 +237,7 @@ def _require_same_quantisation(folder: Path, served: M3Config) -> None:
     file = folder / "config.json"
     if not file.exists():
         return
-    new = M3Config.from_hf(json.loads(file.read_text())).quantization
+    new = M3Config.from_hf(read_json(file)).quantization
     old = served.quantization
     if (new and new.method) != (old and old.method):
         raise ValueError(

