@@ -127,6 +127,13 @@ def test_every_screen_is_shown_and_says_where_it_was_made() -> None:
     assert shares["dense"] is None
 
 
+def test_screens_and_figures_name_no_folder_of_the_machine_they_were_made_on() -> None:
+    written = [*(DOCS / "screens").glob("*.[jt]*"), *(DOCS / "results").glob("*.json")]
+    texts = {path: path.read_text() for path in written if path.suffix in {".json", ".txt"}}
+    assert len(texts) >= 4
+    assert [path for path, text in texts.items() if re.search(r"(?<!\S)/\w+/\w+/", text)] == []
+
+
 def test_make_targets_named_anywhere_exist() -> None:
     root = DOCS.parent
     rules = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE)
