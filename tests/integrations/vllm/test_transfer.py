@@ -1,7 +1,7 @@
 """Prefill on one engine, decode on another: NIXL moves K, V and index keys between them.
 
-Both engines are real ones on this CPU, NIXL is the wheel as it is, with UCX over loopback. Prompts are
-longer than the sparse layers read, among decoys.
+Both engines are real ones on this CPU, NIXL is the wheel as it is, with UCX over loopback. Prompts
+are longer than the sparse layers read, among decoys.
 """
 
 from __future__ import annotations
