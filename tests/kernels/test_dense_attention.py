@@ -203,7 +203,9 @@ def test_a_page_outside_the_pool_is_named() -> None:
 def test_a_page_table_that_is_too_narrow_is_named() -> None:
     inputs = build(Case("narrow", ((100, 2),)))
     table = inputs.page_table[:, :4].contiguous()
-    with pytest.raises(ValueError, match=r"dense_attention: page_table must cover .* got 7 blocks|got 5"):
+    with pytest.raises(
+        ValueError, match=r"dense_attention: page_table must cover .* got \d blocks"
+    ):
         attend(inputs, "native", page_table=table)
 
 
