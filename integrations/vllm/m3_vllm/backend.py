@@ -228,8 +228,8 @@ def dense_choice(vllm_config: VllmConfig) -> DenseChoice:
 def dense_backend(vllm_config: VllmConfig, *, head_dim: int) -> type[AttentionBackend]:
     """The backend of the dense layers: ours on a CPU, elsewhere vLLM's choice.
 
-    Or the next one if that has no such pages: vLLM chooses before it knows the page, and on some machines a backend of small pages:
-    FlashInfer, wherever its kernels for Blackwell cannot be used.
+    Or the next one if that has no such pages: vLLM chooses before it knows the page, on some
+    machines a backend of small pages: FlashInfer, where its kernels for Blackwell cannot be used.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 vLLM's own CPU backend keeps keys turned and in tiles, as its kernel wants them on each processor.
 A layer's pages are read by its own backend alone, so ours keeps K beside V in each slot, as MSA
-layers do. Everything else (spec, layout of blocks, sizes of pages, metadata) is vLLM's CPU backend's.
+layers do. All else (spec, layout of blocks, sizes of pages, metadata) is vLLM's CPU backend's.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class M3DenseImpl(CPUAttentionBackendImpl):
             self.dense = DenseAttention(choice.backend, settings=Settings.from_environment())
 
     def is_plain(self) -> bool:
-        """Whether the layer is causal attention over everything, which is all that ours computes."""
+        """Whether the layer is causal attention over everything: nothing else is computed here."""
         non_causal = get_current_vllm_config().attention_config.use_non_causal
         return (
             self.attn_type == AttentionType.DECODER

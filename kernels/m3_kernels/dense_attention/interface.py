@@ -86,8 +86,8 @@ def dense_attention(
     implementation = implementation_for("dense_attention", backend=backend, device_type=device.type)
     if implementation == "triton":
         raise NotImplementedError(
-            "dense_attention computes on CPU tensors in C++ or plain torch; on a GPU the kernels of "
-            "the hosts attend in dense layers"
+            "dense_attention computes on CPU tensors in C++ or plain torch; on a GPU a host's own "
+            "kernels attend in dense layers"
         )
     if implementation == "native":
         from m3_kernels.dense_attention.native import dense_attention_native as run
