@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.radix_attention import AttentionType
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from m3_kernels.capability import Implementation
 from m3_plugin.attention.batch import MSABatch
@@ -80,8 +79,7 @@ class M3DenseBackend(PlainDenseBackend):
         if forward_batch.forward_mode.is_idle() or kwargs or not is_plain(layer):
             return super().forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if save_kv_cache and k is not None:
-            slots = KVWriteLoc(forward_batch.out_cache_loc, None)
-            self.token_to_kv_pool.set_kv_buffer(layer, slots, k, v)
+            self.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
         if self.step is None:
             self.step = msa_batch(
                 forward_batch,
