@@ -20,6 +20,9 @@ from m3_plugin.attention.batch import MSABatch
 from m3_plugin.host.metrics import dense_counters
 from m3_plugin.settings import Settings
 
+# of the op `dense_attention`, those that are fast enough for whole contexts
+FAMILIES = ("native", "torch")
+
 
 @dataclass(frozen=True)
 class DenseChoice:
@@ -65,7 +68,7 @@ def choose_dense(
     if cache_dtype not in FULL_DTYPES:
         return DenseChoice(None, f"our kernel for dense layers reads no {cache_dtype} cache")
     family = choose_kernels(device_type, settings.kernels).family
-    if family not in ("native", "torch"):
+    if family not in FAMILIES:
         return DenseChoice(None, f"kernel family {family!r} is too slow for whole contexts")
     return DenseChoice(family, "as the MSA layers' kernels")
 
