@@ -31,6 +31,7 @@ from m3_plugin.attention.workspace import Workspace
 from m3_plugin.model.config import MSAConfig
 
 if TYPE_CHECKING:
+    from m3_plugin.attention.checks import StepChecker
     from m3_plugin.attention.recorder import SelectionRecorder
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,7 @@ class MSASession:
         # off by default because counting costs time
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None
+        self.checker: StepChecker | None = None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
         """Prepare one engine step. May look at host integers, never at device values.
@@ -217,11 +219,15 @@ class MSASession:
         q, k, v, index_q, index_k, norms, cos_sin, caches : as in `store`
         out : [rows, num_q_heads, head_dim], filled in place; padding rows become zero
         """
+        if self.checker is not None:
+            self.checker.before(plan, caches=caches)
         q, index_q = self.store(
             plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
         )
         block_ids = self.select(plan, index_q, caches=caches)
         self.attend(plan, q, block_ids, caches=caches, out=out)
+        if self.checker is not None:
+            self.checker.after(plan, q, block_ids, out, caches=caches)
         if self.statistics is not None:
             self.statistics.add(block_ids, batch=plan.batch, block_size=self.msa.block_size)
         if self.recorder is not None:
