@@ -10,8 +10,9 @@ run(plan, q, k, v, ...)          once per sparse layer, device work only; may be
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ from m3_plugin.attention.workspace import Workspace
 from m3_plugin.model.config import MSAConfig
 
 if TYPE_CHECKING:
-    from m3_plugin.attention.checks import StepChecker
     from m3_plugin.attention.recorder import SelectionRecorder
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,27 @@ class MSAStatistics:
         return {key: getattr(self, key) - value for key, value in decode.items()}
 
 
+class LayerChecker(Protocol):
+    """Looks at layers as they run (`m3_plugin.attention.checks`).
+
+    Attributes
+    ----------
+    names : how the host calls the requests of the step that runs now
+    """
+
+    names: Callable[[], Sequence[str]]
+
+    def before(self, plan: MSAPlan, *, caches: MSACaches) -> None:
+        """A layer is about to store; raises where it must not."""
+        ...
+
+    def after(
+        self, plan: MSAPlan, q: Tensor, block_ids: Tensor, out: Tensor, *, caches: MSACaches
+    ) -> None:
+        """A layer has run; raises where its result must not be used."""
+        ...
+
+
 class MSASession:
     """Runs MSA for the layers of one worker; owns whatever outlives a step, shares nothing.
 
@@ -175,7 +196,7 @@ class MSASession:
         # off by default because counting costs time
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None
-        self.checker: StepChecker | None = None
+        self.checker: LayerChecker | None = None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
         """Prepare one engine step. May look at host integers, never at device values.

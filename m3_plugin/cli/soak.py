@@ -397,6 +397,7 @@ def _silent(url: str) -> str | None:
     """Why a server does not answer, None if it does."""
     import httpx
 
+    said = ""
     for _ in range(5):
         try:
             if httpx.get(f"{url}/health", timeout=30, trust_env=False).is_success:

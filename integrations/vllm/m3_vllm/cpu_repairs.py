@@ -115,17 +115,19 @@ class Rewinding(torch.Generator):
         self.set_state(self._seeded)
 
     def __new__(cls, seeded: torch.Generator, request: Any) -> Rewinding:
-        return super().__new__(cls, device="cpu")
+        # without its arguments, which are ours
+        return super().__new__(cls)
 
     def get_offset(self) -> int:
         """A draw behind the place that `set_offset` goes to."""
         return _DRAW
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> torch.Generator:
         """Take the last draw back."""
         request = self._request()
         if request is not None and not request.output_token_ids:
             self.set_state(self._seeded)
+        return self
 
 
 def take_draws_back() -> None:
