@@ -309,9 +309,14 @@ class _Keeper:
         except APIStatusError as error:
             raise ServerFailed(f"{target.url} refused a request: {error.message}") from None
         extra = next((entry.model_extra for entry in served if entry.id == name), None) or {}
+        room = int(extra.get("max_model_len") or MAX_MODEL_LEN)
+        if self.settings["longest"] + _MARGIN > room:
+            raise ServerFailed(
+                f"{target.url} takes {room} tokens; give a --longest of at most {room - _MARGIN}"
+            )
         return Driver(
             target.url,
-            Model(name, int(extra.get("max_model_len") or MAX_MODEL_LEN)),
+            Model(name, room),
             mixture=self.mixture,
             needles=needles,
             concurrency=self.settings["concurrency"],
@@ -560,19 +565,22 @@ def _replay(keeper: _Keeper, stored: Mapping[str, Any], run: Run) -> None:
     """Ask what went wrong again: alone, then beside what was under way."""
     if not stored["faults"]:
         fail("nothing went wrong in that run, so there is nothing to replay", Exit.ENVIRONMENT)
-    drafts = keeper.url is None and bool(keeper.settings["speculative"])
-    with keeper.serving(drafts=drafts) as (_, driver):
-        run.servers = 1
-        for fault in stored["faults"]:
-            for numbers in ((fault["number"],), (*fault["beside"], fault["number"])):
-                outcomes = asyncio.run(driver.all_at_once(tuple(numbers)))
-                for outcome in outcomes:
-                    keeper.console.print(
-                        f"{outcome.number} {outcome.kind}: {outcome.verdict} {outcome.detail}",
-                        markup=False,
-                    )
-                run.faults += [outcome for outcome in outcomes if outcome.is_fault]
-                run.next_number += len(numbers)
+    drafting = keeper.url is None and keeper.settings["speculative"]
+    for drafts in (False, True) if drafting else (False,):
+        with keeper.serving(drafts=drafts) as (_, driver):
+            run.servers += 1
+            for fault in stored["faults"]:
+                for numbers in ((fault["number"],), (*fault["beside"], fault["number"])):
+                    _ask_again(keeper.console, driver, run, numbers)
+
+
+def _ask_again(console: Console, driver: Driver, run: Run, numbers: tuple[int, ...]) -> None:
+    outcomes = asyncio.run(driver.all_at_once(numbers))
+    for outcome in outcomes:
+        said = f"{outcome.number} {outcome.kind}: {outcome.verdict} {outcome.detail}"
+        console.print(said, markup=False)
+    run.faults += [outcome for outcome in outcomes if outcome.is_fault]
+    run.next_number += len(numbers)
 
 
 def _print(book: _Book) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def _short_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "_MINUTE_S", 0.05)
 
 
+@cache
+def right_answers() -> dict[int, tuple[str, str]]:
+    """Number of a request -> what it asks and what is right."""
+    needles = ConstructedNeedles()
+    mixture = Mixture(SEED, 2048, frozenset({"reset"}))
+    prompts = {r.number: needles.prompt(r) for r in mixture.first(200) if not r.must_be_refused}
+    return {n: (json.dumps(prompt.content), prompt.expected) for n, prompt in prompts.items()}
+
+
 class Knows:
     """Answers as the constructed checkpoint would, by the question's text.
 
@@ -38,13 +48,9 @@ class Knows:
     """
 
     def __init__(self, *wrong: int) -> None:
-        needles = ConstructedNeedles()
         self.answers: dict[str, str] = {}
-        for request in Mixture(SEED, 2048, frozenset({"reset"})).first(400):
-            if not request.must_be_refused:
-                prompt = needles.prompt(request)
-                said = "cedar" if request.number in wrong else prompt.expected
-                self.answers.setdefault(json.dumps(prompt.content), said)
+        for number, (asked, said) in right_answers().items():
+            self.answers.setdefault(asked, "cedar" if number in wrong else said)
 
     def __call__(self, handler: Handler, body: dict[str, Any]) -> None:
         messages = body.get("messages")
@@ -122,6 +128,12 @@ def test_pages_that_are_never_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
     result = soak("--minutes", "1", behaviour=Knows(), used=0.125)
     assert result.exit_code == 1
     assert "12.50% of the cache is held while nobody asks" in result.output
+
+
+def test_prompts_longer_than_the_server_takes() -> None:
+    result = soak("--longest", "8000", behaviour=Knows())
+    assert result.exit_code == 3
+    assert "takes 8192 tokens; give a --longest of at most 7168" in " ".join(result.output.split())
 
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
