@@ -211,6 +211,10 @@ class StepChecker:
         self._layer = 0
         self._warned = False
 
+    def replanned(self) -> None:
+        """What was looked at has changed in place, as it does while drafting: another step."""
+        self._plan = None
+
     def before(self, plan: MSAPlan, *, caches: MSACaches) -> None:
         """A layer is about to store; the first of a step checks the step.
 

@@ -148,6 +148,10 @@ class LayerChecker(Protocol):
 
     names: Callable[[], Sequence[str]]
 
+    def replanned(self) -> None:
+        """The lengths of the last plan have changed in place: another step."""
+        ...
+
     def before(self, plan: MSAPlan, *, caches: MSACaches) -> None:
         """A layer is about to store; raises where it must not."""
         ...
@@ -218,6 +222,8 @@ class MSASession:
         """
         if self.workspace is not None:
             self.workspace.plan(plan.batch)
+        if self.checker is not None:
+            self.checker.replanned()
 
     def run(
         self,

@@ -5,6 +5,7 @@ A host's `test_server.py` derives `SoakCases`; what ends a server is in `faults.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -120,3 +121,36 @@ class SoakCases:
             os.kill(worker.pid, signal.SIGCONT)
         wait()
         assert right == [True] * 3
+
+    @pytest.mark.parametrize("repeats", [pytest.param(200, marks=pytest.mark.extended)])
+    def test_one_prompt_again_and_again_while_pages_change_hands(
+        self, server: ServerProcess, client: OpenAI, repeats: int
+    ) -> None:
+        """One answer. Hosts' own products round by the number of rows, and cached prefixes change
+        that: log-probabilities agree to the rounding of fp32."""
+        prompt = needle_prompt(730, num_tokens=1800)
+        ended = threading.Event()
+
+        def churn() -> None:
+            for seed in itertools.count(731):
+                if ended.is_set():
+                    return
+                other = needle_prompt(seed, num_tokens=1400 + seed % 7 * 500)
+                ask(client, other.messages(), other.max_tokens)
+
+        others = [threading.Thread(target=churn) for _ in range(2)]
+        for other in others:
+            other.start()
+        try:
+            logprobs = []
+            for _ in range(repeats):
+                reply = ask(client, prompt.messages(), prompt.max_tokens, logprobs=True)
+                (choice,) = reply.choices
+                assert choice.message.content == prompt.expected_text
+                logprobs.append([token.logprob for token in choice.logprobs.content])
+        finally:
+            ended.set()
+            for other in others:
+                other.join()
+        for found in logprobs:
+            assert found == pytest.approx(logprobs[0], abs=1e-4)

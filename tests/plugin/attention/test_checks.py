@@ -73,11 +73,18 @@ def batch() -> MSABatch:
     )
 
 
-def run(session: MSASession, step: MSABatch, caches: MSACaches, *, q: Tensor | None = None) -> None:
+def run(
+    session: MSASession,
+    step: MSABatch,
+    caches: MSACaches,
+    *,
+    q: Tensor | None = None,
+    plan: MSAPlan | None = None,
+) -> None:
     rows = step.slot_mapping.shape[0]
     one = torch.ones(DIM)
     session.run(
-        session.plan(step),
+        plan or session.plan(step),
         torch.randn(rows, HEADS, DIM) if q is None else q,
         torch.randn(rows, GROUPS, DIM),
         torch.randn(rows, GROUPS, DIM),
@@ -173,6 +180,32 @@ def test_only_every_nth_step_is_looked_at(session: _Session, caches: MSACaches) 
     run(session, wrong, caches)
     with pytest.raises(StepCheckError, match="step 3"):
         run(session, wrong, caches)
+
+
+def test_a_step_that_changes_in_place_is_looked_at_again(
+    session: _Session, caches: MSACaches
+) -> None:
+    """As a draft's does: the next token begins another block."""
+    step = batch()
+    table = step.page_table[:1]
+    drafting = MSABatch(
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+        seq_lens=torch.tensor([640], dtype=torch.int32),
+        page_table=table,
+        slot_mapping=torch.tensor([7 * PAGE + 127]),
+        max_query_len=1,
+        max_seq_len=700,
+    )
+    plan = session.plan(drafting)
+    run(session, drafting, caches, plan=plan)
+    drafting.seq_lens.add_(1)
+    drafting.slot_mapping[0] = 8 * PAGE
+    session.replan(plan)
+    run(session, drafting, caches, plan=plan)
+    drafting.seq_lens.add_(1)
+    session.replan(plan)
+    with pytest.raises(StepCheckError, match=f"stored at slot {8 * PAGE}"):
+        run(session, drafting, caches, plan=plan)
 
 
 def test_padding_passes(session: _Session, caches: MSACaches) -> None:
