@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ __all__ = [
     "size_of_long_side",
     "time_stamp",
     "upright_rgb",
+    "with_stamp",
 ]
 
 # Frames of one video that M3 looks at; longer ones are thinned out.
@@ -413,20 +414,59 @@ def _end_of_run(
     return at
 
 
-def lay_out(prompt: Sequence[int], places: Sequence[Place], tokens: MediaTokens) -> list[int]:
-    """The prompt with every bare placeholder replaced by its item's stamps and tokens."""
+def lay_out(
+    prompt: Sequence[int],
+    places: Sequence[Place],
+    tokens: MediaTokens,
+    *,
+    stamped: Callable[[list[int], Sequence[int]], list[int]],
+) -> list[int]:
+    """The prompt with every bare placeholder replaced by its item's stamps and tokens.
 
-    def parts() -> Iterator[Sequence[int]]:
-        done = 0
-        for place in places:
-            yield prompt[done : place.begin]
-            if place.expanded:
-                yield prompt[place.begin : place.end]
-            else:
-                for piece in place.pieces:
-                    yield piece.stamp
-                    yield tokens.run(place.token, piece.count)
-            done = place.end
-        yield prompt[done:]
+    Parameters
+    ----------
+    stamped : what is before a video and its first stamp, as `with_stamp` joins them
+    """
+    laid: list[int] = []
+    done = 0
+    for place in places:
+        laid += prompt[done : place.begin]
+        if place.expanded:
+            laid += prompt[place.begin : place.end]
+        else:
+            laid = stamped(laid, place.pieces[0].stamp)
+            for number, piece in enumerate(place.pieces):
+                laid += piece.stamp if number else ()
+                laid += tokens.run(place.token, piece.count)
+        done = place.end
+    return laid + list(prompt[done:])
 
-    return [token for part in parts() for token in part]
+
+def with_stamp(
+    prompt: list[int],
+    stamp: Sequence[int],
+    *,
+    added: Container[int],
+    encode: Callable[[str], list[int]],
+    decode: Callable[[list[int]], str],
+) -> list[int]:
+    """A prompt up to a video and its first time stamp, as if they had been tokenized together.
+
+    A stamp is plain text, so the tokenizer may merge its beginning with the text before it ("Look:
+    ]<]0.0"), as it does in transformers, which inserts stamps before it tokenizes. All later stamps
+    follow an end token, across which nothing merges. Ids that the tokenizer would not produce are
+    the caller's choice and stay.
+
+    Parameters
+    ----------
+    added : ids of the tokenizer's added tokens, across which nothing merges
+    encode, decode : the tokenizer's, without adding or leaving out any special token
+    """
+    begin = next((i for i in range(len(prompt), 0, -1) if prompt[i - 1] in added), 0)
+    text = prompt[begin:]
+    if not stamp or not text:
+        return [*prompt, *stamp]
+    written = decode(text)
+    if encode(written) != text:
+        return [*prompt, *stamp]
+    return prompt[:begin] + encode(written + decode(list(stamp)))

@@ -22,6 +22,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ from m3_plugin.model.media import (
     sampled_frames,
     time_stamp,
     upright_rgb,
+    with_stamp,
 )
 from m3_plugin.model.vision import M3Vision
 from m3_vllm.front_end import export_from_front_end
@@ -367,12 +369,7 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         ]
 
     def _apply_prompt_updates(self, token_ids, mm_prompt_updates):
-        """Collapse what came expanded, write first stamps into the text; the rest is vLLM's.
-
-        A time stamp is plain text, so the tokenizer may merge its beginning with the text before
-        it ("Look: ]<]0.0"), as it does in transformers, which inserts stamps before it tokenizes.
-        All later stamps follow an end token, across which nothing merges.
-        """
+        """Collapse what came expanded, write first stamps into the text; the rest is vLLM's."""
         tokenizer = self.info.get_tokenizer()
         ids = MediaTokens.of(self.info.get_hf_processor())
         updates = {
@@ -387,9 +384,14 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
             ids,
             images=[pieces_of(full, ids) for full in fulls.get("image", ())],
             videos=[pieces_of(full, ids) for full in fulls.get("video", ())],
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
+            decode=partial(tokenizer.decode, skip_special_tokens=False),
         )
-        added = frozenset(tokenizer.get_added_vocab().values())
+        stamped = partial(
+            with_stamp,
+            added=frozenset(tokenizer.get_added_vocab().values()),
+            encode=partial(tokenizer.encode, add_special_tokens=False),
+            decode=partial(tokenizer.decode, skip_special_tokens=False),
+        )
         prompt: list[int] = []
         videos = []
         done = 0
@@ -400,11 +402,8 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
                 candidates = updates["video"][len(videos)]
                 full = candidates[0].content.full
                 stamp, rest = full[: full.index(ids.start)], full[full.index(ids.start) :]
-                if stamp and not place.expanded:
-                    begin = next(
-                        (i for i in range(len(prompt), 0, -1) if prompt[i - 1] in added), 0
-                    )
-                    prompt[begin:] = _extend_text(tokenizer, prompt[begin:], stamp)
+                if not place.expanded:
+                    prompt = stamped(prompt, stamp)
                 details = PromptUpdateDetails.select_token_id(rest, ids.video)
                 videos.append([replace(update, content=details) for update in candidates])
             prompt.append(place.token)
@@ -418,18 +417,6 @@ def _times(metadata: Mapping[str, Any]) -> dict[str, Any]:
     indices = metadata.get("frames_indices")
     known = indices is not None and len(indices) > 0
     return {"fps": metadata.get("fps") or None, "frames_indices": indices if known else None}
-
-
-def _extend_text(tokenizer: Any, text: list[int], suffix: list[int]) -> list[int]:
-    """Tokens of two pieces of plain text as if they had been tokenized together."""
-    if not text:
-        return suffix
-    written = tokenizer.decode(text, skip_special_tokens=False)
-    if tokenizer.encode(written, add_special_tokens=False) != text:
-        # Token ids that this tokenizer would not produce are the caller's choice.
-        return text + suffix
-    whole = written + tokenizer.decode(suffix, skip_special_tokens=False)
-    return tokenizer.encode(whole, add_special_tokens=False)
 
 
 def _grid(value: object) -> tuple[int, int, int]:

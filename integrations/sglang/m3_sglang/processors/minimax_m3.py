@@ -51,6 +51,7 @@ from m3_plugin.model.media import (
     size_of_long_side,
     time_stamp,
     upright_rgb,
+    with_stamp,
 )
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
@@ -265,6 +266,7 @@ class M3Processor(BaseMultimodalProcessor):
         processor = self._own_processor()
         merge_length = processor.image_processor.merge_size**2
         encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+        decode = partial(processor.tokenizer.decode, skip_special_tokens=False)
         images = result.get("image_grid_thw", torch.empty(0, 3)).tolist()
         videos = result.get("video_grid_thw", torch.empty(0, 3)).tolist()
         places = find_places(
@@ -281,9 +283,11 @@ class M3Processor(BaseMultimodalProcessor):
                 )
                 for (t, h, w), metadata in zip(videos, video_metadata, strict=True)
             ],
-            decode=partial(processor.tokenizer.decode, skip_special_tokens=False),
+            decode=decode,
         )
-        return lay_out(prompt, places, self.ids)
+        added = frozenset(processor.tokenizer.get_added_vocab().values())
+        stamped = partial(with_stamp, added=added, encode=encode, decode=decode)
+        return lay_out(prompt, places, self.ids, stamped=stamped)
 
 
 LONG_SIDE = "max_long_side_pixel"
