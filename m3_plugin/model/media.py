@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Container, Sequence
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +43,7 @@ __all__ = [
     "lay_out",
     "modality_error",
     "pieces_of",
+    "reading_media",
     "require_frame_limit",
     "require_long_side",
     "require_video_fps",
@@ -241,6 +245,56 @@ def join_segments(grid_thw: Tensor, pairs: Sequence[int]) -> Tensor:
     if next(segments, None) is not None:
         raise ValueError(f"grids {grid_thw.tolist()} are more than videos of {pairs} pairs")
     return torch.tensor(joined, dtype=grid_thw.dtype)
+
+
+@contextlib.contextmanager
+def reading_media(*more: type[Exception]) -> Iterator[None]:
+    """Whatever a decoder raises on a stranger's bytes, as the ValueError that hosts answer with 400.
+
+    Pillow, OpenCV and FFmpeg have classes of their own for what they cannot read, and raise others
+    by accident. Errors of files and networks pass: they may be the server's.
+
+    Parameters
+    ----------
+    more : classes that can only come from a decoder where this stands
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (*_decoder_errors(), *more)):
+            raise
+        raise ValueError(
+            f"an image or video cannot be read ({type(error).__name__}: {error}): send it as an "
+            "ordinary PNG, JPEG, WebP or MP4 file"
+        ) from error
+
+
+def _decoder_errors() -> tuple[type[Exception], ...]:
+    """Classes beyond ValueError and OSError that decoders raise on broken or hostile bytes."""
+    from PIL import Image
+
+    found: list[type[Exception]] = [
+        Image.DecompressionBombError,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        BufferError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        SyntaxError,
+        struct.error,
+        zlib.error,
+    ]
+    # a decoder that was never imported has raised nothing
+    for module, name in (
+        ("cv2", "error"),
+        ("av.error", "FFmpegError"),
+        ("decord._ffi.base", "DECORDError"),
+    ):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
 
 
 def upright_rgb(image: Any) -> Any:

@@ -8,8 +8,8 @@ was typed, to the letter; nothing is replaced, and a prompt without typed marker
 
     "what is ]<]image[>[?"  ->  "what is ]" CUT "<]image[>[?"  ->  ids of "what is ]", "<]image[>[?"
 
-Texts that the template joins with its own could complete a token together ("]<]image[>" before
-"[e~["), so a text that begins or ends with part of one is cut there too.
+A template's own text may complete a token ("]<]image[>" before "[e~["), so a text that ends with
+the beginning of one is cut there too.
 
 An assistant's own words keep the markers of thoughts and tool calls, which are added tokens but not
 special ones: without a host's parsers they are in the content that clients must send back. They
@@ -28,7 +28,7 @@ __all__ = ["CUT", "TypedTokens", "encode_cut", "without_cuts"]
 
 # Noncharacters, which no text may hold, and another sequence in every process: nobody can type it.
 CUT = "".join(chr(0xFDD0 + secrets.randbelow(16)) for _ in range(16))
-# Parts of a token that a text may begin or end with, in characters.
+# Characters of a token with which a text may not end: one alone needs a rest that no template has.
 _LEAST_PART = 2
 # Levels of JSON; Python's own stack has room for some three hundred.
 _MAX_DEPTH = 100
@@ -113,7 +113,7 @@ class TypedTokens:
 
 
 class _Cutter:
-    """Cuts some tokens: inside each, and where a text begins or ends with part of one.
+    """Cuts some tokens: inside each, and where a text ends with the beginning of one.
 
     Parameters
     ----------
@@ -129,7 +129,6 @@ class _Cutter:
             "|".join(f"{re.escape(c)}(?={'|'.join(rest)})" for c, rest in firsts.items()) or r"(?!)"
         )
         self._heads = frozenset(t[:n] for t in tokens for n in range(_LEAST_PART, len(t)))
-        self._tails = frozenset(t[-n:] for t in tokens for n in range(_LEAST_PART, len(t)))
         self._longest = max(map(len, tokens), default=0)
         self._tags = frozenset(tags)
 
@@ -138,8 +137,6 @@ class _Cutter:
         whole = "".join(texts)
         places = [match.end() for match in self._begun.finditer(whole)]
         sizes = range(_LEAST_PART, min(self._longest, len(whole) + 1))
-        if any(whole[:size] in self._tails for size in sizes):
-            places.insert(0, 0)
         if any(whole[-size:] in self._heads for size in sizes):
             places.append(len(whole))
         if not places:

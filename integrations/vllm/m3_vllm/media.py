@@ -63,6 +63,7 @@ from m3_plugin.model.media import (
     join_segments,
     modality_error,
     pieces_of,
+    reading_media,
     require_frame_limit,
     require_video_fps,
     require_video_pixels,
@@ -453,27 +454,31 @@ class M3VideoLoader(VideoBackend):
     def load_bytes(
         cls,
         data: bytes,
-        num_frames: int = -1,
-        fps: int = 1,
+        num_frames: int | None = -1,
+        fps: float | None = 1,
         max_duration: int = 300,
         frame_recovery: bool = False,
         *,
-        max_frames: int = MAX_FRAMES,
+        max_frames: int | None = MAX_FRAMES,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        require_video_fps(fps)
+        # null is no wish, as on SGLang
+        fps = require_video_fps(1 if fps is None else fps)
+        max_frames = MAX_FRAMES if max_frames is None else max_frames
+        num_frames = -1 if num_frames is None else num_frames
         if num_frames not in (-1, _NO_WISH):
             max_frames = num_frames
         require_frame_limit(max_frames)
-        frames, metadata = super().load_bytes(
-            data,
-            num_frames=num_frames,
-            fps=fps,
-            max_duration=max_duration,
-            frame_recovery=frame_recovery,
-            max_frames=max_frames,
-            **kwargs,
-        )
+        with reading_media(RuntimeError):
+            frames, metadata = super().load_bytes(
+                data,
+                num_frames=num_frames,
+                fps=fps,
+                max_duration=max_duration,
+                frame_recovery=frame_recovery,
+                max_frames=max_frames,
+                **kwargs,
+            )
         if len(frames) == 0 and metadata["total_num_frames"] == 1:
             # vLLM looks for the end first, from which OpenCV finds no way back in such a file
             cap = OpenCVVideoBackendMixin.open_video_capture(data)

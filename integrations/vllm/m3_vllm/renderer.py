@@ -1,5 +1,7 @@
 """vLLM's renderer of chats, for MiniMax-M3: special tokens typed into a message stay text.
 
+It also loads the pictures of a chat, so that what a decoder raises on them is answered here.
+
 `m3_plugin.model.typed_tokens` has the reasons and the rules. vLLM renders with the chat template
 first and tokenizes later; both steps are overridden here, for models that are ours. Prompts of the
 completions endpoint and ids pass: they are the operator's own words, markers included.
@@ -7,6 +9,7 @@ completions endpoint and ids pass: they are the operator's own words, markers in
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.renderers.hf import HfRenderer
 
+from m3_plugin.model.media import reading_media
 from m3_plugin.model.typed_tokens import CUT, TypedTokens, without_cuts
 from m3_vllm.registry import why_left_alone
 
@@ -43,12 +47,19 @@ class M3Renderer(HfRenderer):
         kwargs["tokenize"] = False
         return self._typed.messages(messages), replace(params, chat_template_kwargs=kwargs)
 
+    def _reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._typed is None else reading_media()
+
     def render_messages(self, messages: Any, params: Any) -> tuple[Any, Any]:
-        conversation, prompt = super().render_messages(*self._cut(messages, params))
+        with self._reading():
+            conversation, prompt = super().render_messages(*self._cut(messages, params))
         return without_cuts(conversation), prompt
 
     async def render_messages_async(self, messages: Any, params: Any) -> tuple[Any, Any]:
-        conversation, prompt = await super().render_messages_async(*self._cut(messages, params))
+        with self._reading():
+            conversation, prompt = await super().render_messages_async(
+                *self._cut(messages, params)
+            )
         return without_cuts(conversation), prompt
 
     def _tokenize_prompt(self, prompt: Any, params: Any) -> Any:

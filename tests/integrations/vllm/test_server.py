@@ -14,6 +14,7 @@ from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from m3_vllm.compat import vllm_version
 from tests.integrations.insight import InsightCases, insight_environment
 from tests.integrations.parser_corpus import Case
+from tests.integrations.media_cases import MediaCases
 from tests.integrations.parsers import SpokenCases
 from tests.integrations.server import MODEL, ServerCases
 from tests.integrations.vllm.engine import ENVIRONMENT
@@ -52,7 +53,7 @@ def server(
         yield server
 
 
-class TestServer(SpokenCases, InsightCases, ServerCases):
+class TestServer(SpokenCases, InsightCases, MediaCases, ServerCases):
     host = "vllm"
     release = vllm_version()
     metrics = ("vllm:prompt_tokens_total", "vllm:prefix_cache_hits_total")
