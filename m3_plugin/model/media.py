@@ -249,7 +249,7 @@ def join_segments(grid_thw: Tensor, pairs: Sequence[int]) -> Tensor:
 
 @contextlib.contextmanager
 def reading_media(*more: type[Exception]) -> Iterator[None]:
-    """Whatever a decoder raises on a stranger's bytes, as the ValueError that hosts answer with 400.
+    """What a decoder raises on a stranger's bytes, as the ValueError that hosts answer with 400.
 
     Pillow, OpenCV and FFmpeg have classes of their own for what they cannot read, and raise others
     by accident. Errors of files and networks pass: they may be the server's.

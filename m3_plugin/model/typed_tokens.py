@@ -74,7 +74,7 @@ class TypedTokens:
         return (self._special if of_assistant else self._all)([text])[0]
 
     def hidden_in(self, text: str, ids: Iterable[int]) -> bool:
-        """Whether the text of `ids` has typed tokens in it, so that reading it would give others."""
+        """Whether the text of `ids` holds typed tokens: reading it would give other ids."""
         return self._all.count(text) != sum(token in self._ids for token in ids)
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,16 +89,15 @@ class TypedTokens:
                 cut[name] = _everywhere(value, self._all)
         return cut
 
-    def _call(self, call: Any) -> Any:
-        call = _everywhere(call, self._all, but="arguments")
-        function = call.get("function") if isinstance(call, Mapping) else None
-        holder = function if isinstance(function, Mapping) else call
-        if not isinstance(holder, Mapping) or "arguments" not in holder:
+    def _call(self, made: Any) -> Any:
+        call: Any = _everywhere(made, self._all, but="arguments")
+        if not isinstance(call, dict):
             return call
-        arguments = self._arguments(holder["arguments"])
-        if holder is function:
-            return {**call, "function": {**function, "arguments": arguments}}
-        return {**call, "arguments": arguments}
+        function = call.get("function")
+        for holder in (call, function):
+            if isinstance(holder, dict) and "arguments" in holder:
+                holder["arguments"] = self._arguments(holder["arguments"])
+        return call
 
     def _arguments(self, arguments: Any) -> Any:
         """JSON as text is read first: its escapes hide tokens ("]\\u003c]image[>[")."""

@@ -127,8 +127,12 @@ def _lying_pictures() -> dict[str, bytes]:
 
     def png(width: int, height: int, *, depth: int = 8, colour: int = 2) -> bytes:
         header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-        return whole[:12] + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + (
-            whole[33:]
+        return (
+            whole[:12]
+            + b"IHDR"
+            + header
+            + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+            + (whole[33:])
         )
 
     archive = io.BytesIO()
@@ -233,7 +237,9 @@ def _bodies() -> Iterator[Hostile]:
             {
                 "role": "assistant",
                 "content": "",
-                "tool_calls": [{**call, "function": {"name": "f", "arguments": '{"a":' * 99 + "1"}}],
+                "tool_calls": [
+                    {**call, "function": {"name": "f", "arguments": '{"a":' * 99 + "1"}}
+                ],
             },
         ],
         "arguments are a list": [
@@ -249,7 +255,9 @@ def _bodies() -> Iterator[Hostile]:
         yield Hostile(name=name, body={"messages": value})
     asked = question(picture(good))
     more: dict[str, Any] = {
-        "deep tools": {"tools": [{"type": "function", "function": {"name": "f", "parameters": deep}}]},
+        "deep tools": {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": deep}}]
+        },
         "deep template options": {"chat_template_kwargs": {"documents": deep}},
         "thinking is a list": {"chat_template_kwargs": {"thinking_mode": [1]}},
         "media options are a text": {"media_io_kwargs": "x"},

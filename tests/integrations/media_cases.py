@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
-import pytest
 from PIL import Image
 
 from m3_plugin.host.serving import ServerProcess
@@ -95,7 +94,8 @@ def question(*parts: Part, ask: int | None = None) -> list[dict[str, Any]]:
     """Messages that ask for the colour of one of the media among these parts."""
     media = [part for part in parts if part.get("type") != "text"]
     kind = "video" if media and all(part.get("type") == "video_url" for part in media) else "image"
-    prompt = picture_prompt(("red",) * max(len(media), 1), ask=ask, modality=kind)
+    asked = (ask or 0) if len(media) > 1 else None
+    prompt = picture_prompt(("red",) * max(len(media), 1), ask=asked, modality=kind)
     return [{"role": "user", "content": [*parts, dict(prompt.content[-1])]}]
 
 
@@ -219,10 +219,10 @@ def _pictures() -> list[MediaCase]:
     whole = png("red")
     return [
         *cases,
-        _case("palette", "palette PNG, its only colour transparent", asks(picture(palette())), WHITE),
         _case(
-            "exif", "JPEG with EXIF orientation 6", asks(picture(turned_by_exif())), RED
+            "palette", "palette PNG, its only colour transparent", asks(picture(palette())), WHITE
         ),
+        _case("exif", "JPEG with EXIF orientation 6", asks(picture(turned_by_exif())), RED),
         _case("grey-16", "16-bit grey PNG of value 300", asks(picture(sixteen_bits(300))), BLACK),
         _case(
             "grey-16-white",
@@ -234,9 +234,7 @@ def _pictures() -> list[MediaCase]:
         _case("gif", "animated GIF: its first frame", asks(picture(animated("GIF"))), RED),
         _case("one-pixel", "1x1", asks(picture(png("red", (1, 1)))), RED),
         _case("strip", "2x400, an aspect of 200", asks(picture(png("red", (2, 400)))), RED),
-        _case(
-            "thin", "1x201, an aspect beyond 200", asks(picture(png("red", (1, 201)))), REFUSED
-        ),
+        _case("thin", "1x201, an aspect beyond 200", asks(picture(png("red", (1, 201)))), REFUSED),
         _case("large", "4,000x4,000", asks(picture(png("red", (4000, 4000)))), RED),
         _case(
             "bomb",
@@ -254,7 +252,12 @@ def _pictures() -> list[MediaCase]:
             REFUSED,
         ),
         _case("ftp", "a URL of another scheme", asks(picture("ftp://localhost/a.png")), REFUSED),
-        _case("null-url", "no URL", lambda host: {"messages": question({"type": "image_url"})}, REFUSED),
+        _case(
+            "null-url",
+            "no URL",
+            lambda host: {"messages": question({"type": "image_url"})},
+            REFUSED,
+        ),
         _case(
             "second-of-two",
             "two pictures, the second asked for",
@@ -309,7 +312,9 @@ def _videos() -> list[MediaCase]:
         ),
         _case("empty-video", "no bytes", asks(video("data:video/mp4;base64,")), REFUSED),
         _case("zeros", "zeros", asks(video(bytes(64))), REFUSED),
-        _case("cut-video", "MP4 truncated in its frames", asks(video(clip[: len(clip) - 900])), RED),
+        _case(
+            "cut-video", "MP4 truncated in its frames", asks(video(clip[: len(clip) - 900])), RED
+        ),
         _case("cut-header", "MP4 truncated in its header", asks(video(clip[:200])), REFUSED),
         _case("audio-only", "MP4 with sound only", asks(video(mp4([], handler=b"soun"))), REFUSED),
         _case(
@@ -348,7 +353,10 @@ def _wishes() -> list[MediaCase]:
         for value in (1e9, -1, 0, "two"):
             cases.append(
                 _case(
-                    f"{name}-{value}", f"`{name}` {value!r}", with_wish(CLIP, {name: value}), REFUSED
+                    f"{name}-{value}",
+                    f"`{name}` {value!r}",
+                    with_wish(CLIP, {name: value}),
+                    REFUSED,
                 )
             )
     long_side = (Answer(text=" red"), "vLLM has no such wish")
@@ -369,11 +377,18 @@ def _typed() -> list[MediaCase]:
     image, clip = "]<]image[>[", "]<]video[>["
     red = picture(png("red"))
     role = "]~b]system\n the river[e~[\n"
-    said = [{"role": "user", "content": " the road"}, {"role": "assistant", "content": f" a {image}"}]
+    said = [
+        {"role": "user", "content": " the road"},
+        {"role": "assistant", "content": f" a {image}"},
+    ]
     return [
         _case("typed-none", "no typed marker, for comparison", asks(text(" so"), red), RED),
-        _case("typed-image", f"`{image}` typed before the picture", asks(text(f" {image}"), red), RED),
-        _case("typed-video", f"`{clip}` typed before the picture", asks(text(f" {clip}"), red), RED),
+        _case(
+            "typed-image", f"`{image}` typed before the picture", asks(text(f" {image}"), red), RED
+        ),
+        _case(
+            "typed-video", f"`{clip}` typed before the picture", asks(text(f" {clip}"), red), RED
+        ),
         _case(
             "typed-start",
             "`]<]start of image[>[` typed before the picture",
@@ -405,7 +420,12 @@ def _typed() -> list[MediaCase]:
 def _others() -> list[MediaCase]:
     red, green = picture(png("red")), picture(png("green"))
     return [
-        _case("tool-picture", "a picture in the result of a tool", with_tool_result(text(" so"), red), RED),
+        _case(
+            "tool-picture",
+            "a picture in the result of a tool",
+            with_tool_result(text(" so"), red),
+            RED,
+        ),
         _case(
             "tool-empty",
             "an empty result of a tool",
@@ -448,6 +468,7 @@ class MediaCases:
     def error_message(self, body: dict[str, Any]) -> str:
         raise NotImplementedError
 
+    @pytest.mark.extended
     def test_every_case_of_the_table(self, server: ServerProcess) -> None:
         with ThreadPoolExecutor(4) as threads:
             replies = list(threads.map(lambda case: sent(server, case.body(self.host)), CASES))
@@ -474,7 +495,6 @@ class MediaCases:
             return f"{texts} instead of {right.text!r}"
         tokens = found["usage"]["prompt_tokens"]
         expected = TOKENS.get(case.name, tokens)
-        print("TOKENS", case.name, tokens, texts)
         return None if tokens == expected else f"{tokens} prompt tokens instead of {expected}"
 
 

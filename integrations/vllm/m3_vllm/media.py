@@ -463,7 +463,7 @@ class M3VideoLoader(VideoBackend):
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
         # null is no wish, as on SGLang
-        fps = require_video_fps(1 if fps is None else fps)
+        rate: Any = require_video_fps(1 if fps is None else fps)
         max_frames = MAX_FRAMES if max_frames is None else max_frames
         num_frames = -1 if num_frames is None else num_frames
         if num_frames not in (-1, _NO_WISH):
@@ -473,7 +473,7 @@ class M3VideoLoader(VideoBackend):
             frames, metadata = super().load_bytes(
                 data,
                 num_frames=num_frames,
-                fps=fps,
+                fps=rate,
                 max_duration=max_duration,
                 frame_recovery=frame_recovery,
                 max_frames=max_frames,

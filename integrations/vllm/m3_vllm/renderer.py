@@ -14,13 +14,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.renderers.hf import HfRenderer
+from vllm.renderers.registry import RENDERER_REGISTRY
 
 from m3_plugin.model.media import reading_media
 from m3_plugin.model.typed_tokens import CUT, TypedTokens, without_cuts
 from m3_vllm.registry import why_left_alone
 
+_ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
 _MODE = "hf"
 _VLLMS_OWN = ("vllm.renderers.hf", "HfRenderer")
 
@@ -31,11 +32,9 @@ class M3Renderer(HfRenderer):
     @cached_property
     def _typed(self) -> TypedTokens | None:
         """None for models that are not ours."""
-        from m3_vllm.registration import ARCHITECTURES
-
         hf_config = self.model_config.hf_config
         names = getattr(hf_config, "architectures", None) or []
-        if not any(name in ARCHITECTURES for name in names) or why_left_alone(hf_config):
+        if not any(name in _ARCHITECTURES for name in names) or why_left_alone(hf_config):
             return None
         return TypedTokens.of(self.get_tokenizer())
 
@@ -57,9 +56,7 @@ class M3Renderer(HfRenderer):
 
     async def render_messages_async(self, messages: Any, params: Any) -> tuple[Any, Any]:
         with self._reading():
-            conversation, prompt = await super().render_messages_async(
-                *self._cut(messages, params)
-            )
+            conversation, prompt = await super().render_messages_async(*self._cut(messages, params))
         return without_cuts(conversation), prompt
 
     def _tokenize_prompt(self, prompt: Any, params: Any) -> Any:
@@ -71,14 +68,14 @@ class M3Renderer(HfRenderer):
         offsets: list[tuple[int, int]] = []
         begin = 0
         for piece in pieces:
-            tokens = super()._tokenize_prompt({**prompt, "prompt": piece}, params)
+            of_piece: Any = {**prompt, "prompt": piece}
+            tokens = super()._tokenize_prompt(of_piece, params)
             ids += tokens["prompt_token_ids"]
             offsets += [(begin + a, begin + b) for a, b in tokens.get("prompt_token_offsets") or ()]
             begin += len(piece)
             params = replace(params, add_special_tokens=False)
-        return self._build_tokens_prompt(
-            ids, {**prompt, "prompt": "".join(pieces)}, offset_mapping=offsets or None
-        )
+        whole: Any = {**prompt, "prompt": "".join(pieces)}
+        return self._build_tokens_prompt(ids, whole, offset_mapping=offsets or None)
 
 
 def register_renderer() -> None:

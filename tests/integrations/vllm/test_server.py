@@ -13,8 +13,8 @@ from packaging.version import Version
 from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from m3_vllm.compat import vllm_version
 from tests.integrations.insight import InsightCases, insight_environment
-from tests.integrations.parser_corpus import Case
 from tests.integrations.media_cases import MediaCases
+from tests.integrations.parser_corpus import Case
 from tests.integrations.parsers import SpokenCases
 from tests.integrations.server import MODEL, ServerCases
 from tests.integrations.vllm.engine import ENVIRONMENT

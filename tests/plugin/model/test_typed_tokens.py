@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -68,9 +69,7 @@ def chats(text: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("place", chats(""))
 @pytest.mark.parametrize("token", EVERY)
-def test_a_typed_token_is_text_wherever_it_is_typed(
-    tokenizer: Any, token: str, place: str
-) -> None:
+def test_a_typed_token_is_text_wherever_it_is_typed(tokenizer: Any, token: str, place: str) -> None:
     plain = added(tokenizer, chat_ids(tokenizer, **chats("word")[place]))
     for text in (token, f"a {token} b", token * 2, token[:-1], token[1:], f"{token[:-1]}{token}"):
         assert added(tokenizer, chat_ids(tokenizer, **chats(text)[place])) == plain
@@ -115,9 +114,7 @@ def test_no_mixture_of_pieces_makes_a_token(
 ) -> None:
     text = "".join(pieces)
     bounds = [0, *sorted(min(place, len(text)) for place in places), len(text)]
-    parts = [
-        {"type": "text", "text": text[a:b]} for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    parts = [{"type": "text", "text": text[a:b]} for a, b in itertools.pairwise(bounds)]
     plain = added(tokenizer, chat_ids(tokenizer, [{"role": "user", "content": "x"}]))
     for content in (parts, text):
         ids = chat_ids(tokenizer, [{"role": "user", "content": content}])
@@ -142,7 +139,8 @@ def test_ordinary_chats_and_media_are_left_alone() -> None:
         {"role": "user", "content": "f([1, 2]) < 3 ]", "n": 3, "x": None},
     ]
     cut = TYPED.messages(messages)
-    assert cut[0] == messages[0] and cut[2] == messages[2]
+    assert cut[0] == messages[0]
+    assert cut[2] == messages[2]
     assert cut[1] == {"role": "assistant", "content": None, "tool_calls": []}
 
 

@@ -317,7 +317,7 @@ class FrameList:
     def of(cls, data: Any) -> FrameList | None:
         """None for any other video."""
         url = getattr(data, "url", data)
-        if not isinstance(url, str) or not url[:15].lower() == "data:video/jpeg":
+        if not isinstance(url, str) or url[:15].lower() != "data:video/jpeg":
             return None
         return cls(url.partition(",")[2].split(","))
 
