@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
+import pytest
 from PIL import Image
 
 from m3_plugin.host.serving import ServerProcess
