@@ -182,6 +182,14 @@ def tensor_parallel_rank() -> int:
     return get_parallel().tp_rank
 
 
+def shares_out_pictures() -> bool:
+    """Whether each rank is to encode a part of the pictures (`--mm-enable-dp-encoder`)."""
+    from sglang.srt.runtime_context import get_server_args
+
+    server_args: Any = get_server_args()
+    return bool(getattr(resolved(server_args), "mm_enable_dp_encoder", False))
+
+
 def partition_shared_by(ranks: int) -> dict[str, Any]:
     """Arguments that let a parallel linear share each shard between that many consecutive ranks.
 

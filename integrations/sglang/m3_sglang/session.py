@@ -96,9 +96,7 @@ def step_capacity(runner: Any) -> StepCapacity:
     context. Decode requests may ride along, each with all the rows of a verified chain.
     """
     pool = runner.req_to_token_pool
-    return _capacity(
-        runner.server_args, requests=pool.size, max_seq_len=pool.req_to_token.shape[1]
-    )
+    return _capacity(runner.server_args, requests=pool.size, max_seq_len=pool.req_to_token.shape[1])
 
 
 def _capacity(server_args: Any, *, requests: int, max_seq_len: int) -> StepCapacity:

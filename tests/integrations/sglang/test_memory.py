@@ -110,9 +110,7 @@ def test_caches_leave_room_for_the_workspace(
     # what the backend allocates later, for the pool that SGLang then has
     table = torch.empty(1, 2**20 + 8, dtype=torch.int32, device="meta")
     pool = SimpleNamespace(size=requests or 4096, req_to_token=table)
-    capacity = step_capacity(
-        SimpleNamespace(server_args=given.server_args, req_to_token_pool=pool)
-    )
+    capacity = step_capacity(SimpleNamespace(server_args=given.server_args, req_to_token_pool=pool))
     config = M3Config.from_hf(hub())
     assert config.msa is not None
     bf16 = torch.bfloat16
