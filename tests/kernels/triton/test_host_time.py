@@ -21,7 +21,13 @@ def misses() -> dict[str, int]:
 
 
 def run(case: Case) -> None:
-    findings = verify_case(case, kernels=KernelChoice("triton", "test"), device=torch.device("cpu"))
+    findings = verify_case(
+        case,
+        kernels=KernelChoice("triton", "test"),
+        device=torch.device("cpu"),
+        # as a host says it, of the longest it may schedule
+        max_seq_len=64,
+    )
     assert all(finding.ok for finding in findings)
 
 
@@ -31,5 +37,5 @@ def test_a_second_step_looks_up_nothing_anew() -> None:
     run(CASE)
     first = misses()
     assert first["_config"] > 5
-    run(dataclasses.replace(CASE, requests=((33, 1), (80, 12), (17, 1))))
+    run(dataclasses.replace(CASE, requests=((33, 1), (50, 12))))
     assert misses() == first
