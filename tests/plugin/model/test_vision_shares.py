@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from m3_plugin.model.vision import M3Vision, VisionConfig
 from m3_plugin.model.vision_shares import VisionRanks, deal_segments, shared_features
@@ -53,13 +53,7 @@ def encode_as(rank: int, size: int, folder: str) -> None:
 
     seen: list[int] = []
     model = tower()
-    forward = model.forward
-
-    def counted(rows: Tensor, grids: list[list[int]]) -> Tensor:
-        seen.append(len(rows))
-        return forward(rows, grids)
-
-    model.forward = counted
+    model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     ranks = VisionRanks(rank=rank, size=size, gather=gather)
     with torch.no_grad():
         features = {
@@ -71,7 +65,7 @@ def encode_as(rank: int, size: int, folder: str) -> None:
 
 
 def test_two_ranks_see_half_the_patches_and_return_equal_features(tmp_path: Path) -> None:
-    mp.start_processes(encode_as, (2, str(tmp_path)), nprocs=2, start_method="spawn")
+    spawn(encode_as, (2, str(tmp_path)), nprocs=2)
     (first, rows), (second, others) = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
     model = tower()
     for name, grids in STEPS.items():
