@@ -9,6 +9,7 @@ with a code for the reason; the reason itself, which may hold paths, is in the l
 `m3_plugin:msa_steps_total` over how many steps, under `M3_PLUGIN_TIMINGS=1`.
 `m3_plugin:dense_rows_total` and `m3_plugin:dense_seconds_total`, under the same variables, are of
 dense layers where our kernel serves them.
+`m3_plugin:checked_steps_total` counts steps that `M3_PLUGIN_CHECK` looked at.
 
 Workers are processes of their own, so the host must run prometheus_client in its multi-process
 mode: SGLang does under `--enable-metrics`, vLLM when `PROMETHEUS_MULTIPROC_DIR` names an empty
@@ -134,6 +135,25 @@ def dense_counters() -> dict[str, Counter]:
         name: Counter(f"m3_plugin:dense_{name}", text, labelnames=["phase"])
         for name, text in described.items()
     }
+
+
+@cache
+def _checked_steps() -> Counter:
+    from prometheus_client import Counter
+
+    return Counter(
+        "m3_plugin:checked_steps",
+        "Steps whose pages, choices and results were looked at",
+    )
+
+
+def count_checked_step() -> None:
+    """Count a step that was checked, in a process that serves."""
+    try:
+        checked = _checked_steps()
+    except ImportError:
+        return
+    checked.inc()
 
 
 def count_refused_request(part: str) -> None:
