@@ -33,7 +33,13 @@ from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3
 from transformers.models.minimax_m3_vl.video_processing_minimax_m3_vl import (
     MiniMaxM3VLVideoProcessor,
 )
+from vllm.config import VllmConfig
 from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.inputs import MultiModalDataDict
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
@@ -74,6 +80,7 @@ from m3_plugin.model.media import (
     with_stamp,
 )
 from m3_plugin.model.vision import M3Vision
+from m3_plugin.model.vision_shares import VisionRanks, shared_features
 from m3_vllm.front_end import export_from_front_end
 
 # vLLM's own M3 registers a video loader for the same processor when it is imported, which the host
@@ -555,10 +562,26 @@ def _resized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized.permute(1, 2, 0).contiguous().numpy()
 
 
+def vision_ranks(vllm_config: VllmConfig) -> VisionRanks | None:
+    """The ranks among which pictures are shared out; None where each encodes all of them."""
+    multimodal = vllm_config.model_config.multimodal_config
+    size = get_tensor_model_parallel_world_size()
+    if multimodal is None or multimodal.mm_encoder_tp_mode != "data" or size == 1:
+        return None
+    return VisionRanks(
+        rank=get_tensor_model_parallel_rank(),
+        size=size,
+        gather=lambda features: tensor_model_parallel_all_gather(features, dim=0),
+    )
+
+
 class M3MultiModalMixin(SupportsMultiModal):
     """vLLM's multi-modal interface for a model that holds an `M3Vision` as `vision_tower`."""
 
     vision_tower: M3Vision
+    # a tower on each rank anyway; with `--mm-encoder-tp-mode data` each encodes its part
+    supports_encoder_tp_data = True
+    vision_ranks: VisionRanks | None = None
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -583,6 +606,11 @@ class M3MultiModalMixin(SupportsMultiModal):
                 "pixel values and grids must be tensors; "
                 f"got {type(pixel_values).__name__} and {type(grid_thw).__name__}"
             )
-        features = self.vision_tower(pixel_values, grid_thw)
+        if self.vision_ranks is None:
+            features = self.vision_tower(pixel_values, grid_thw)
+        else:
+            features = shared_features(
+                self.vision_tower, pixel_values, grid_thw, ranks=self.vision_ranks
+            )
         merge_length = self.vision_tower.config.merge_length
         return features.split((grid_thw.prod(-1) // merge_length).tolist())
