@@ -469,21 +469,22 @@ def video_frames(
             "fps": None,
             "frames_indices": None,
         }
-    total = len(video)
+    decoder: Any = video
+    total = len(decoder)
     if isinstance(video, FrameList):
         rate, indices = wish.fps, list(range(total))
     else:
-        rate = video.avg_fps
+        rate = decoder.avg_fps
         indices = sampled_frames(
             total, fps=rate or 0.0, wanted_fps=wish.fps, max_frames=wish.max_frames
         )
-    height, width = getattr(video, "frame_shape", None) or video[0].shape[:2]
+    height, width = getattr(decoder, "frame_shape", None) or decoder[0].shape[:2]
     require_video_pixels(len(indices), *size(height, width))
     at_once = max(_PIXELS_AT_ONCE // (height * width), 1)
     parts = []
     for first in range(0, len(indices), at_once):
         # not as a tensor, for which SGLang pins memory even where there is no accelerator
-        part = torch.as_tensor(video.get_frames_at(indices[first : first + at_once]))
+        part = torch.as_tensor(decoder.get_frames_at(indices[first : first + at_once]))
         part = part.permute(0, 3, 1, 2)
         # what is decoded may be turned against what the header says
         parts.append(resized(part, size(*part.shape[-2:])))
