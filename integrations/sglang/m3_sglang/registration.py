@@ -16,6 +16,7 @@ from m3_plugin.host.presence import PluginRefusal, attestation, require_tested
 from m3_plugin.model.released import misnamed_model
 from m3_plugin.model.taking import refusal, stands_aside
 from m3_plugin.settings import Settings, remarks
+from m3_sglang.chats import register_chats
 from m3_sglang.compat import (
     SGLANG_WINDOW,
     deep_gemm_is_the_default,
@@ -79,6 +80,7 @@ def register_with_sglang() -> None:
     _register_models()
     _register_draft_config()
     _register_quantization()
+    register_chats()
     if settings.index_keys == "int8":
         _register_int8_index_keys()
     _say(
