@@ -131,7 +131,7 @@ def main() -> None:
     # decided before vLLM's version is denied below
     assert vllm.platforms.current_platform.is_cpu()
     with mock.patch.object(vllm.platforms, "vllm_version_matches_substr", return_value=False):
-        import vllm.triton_utils  # noqa: F401
+        import vllm.triton_utils
     sys.stdout.write(table() + "\n")
 
 
