@@ -38,6 +38,8 @@ SESSION = ("tests/plugin/attention/test_session.py",)
 CONFIG = ("tests/plugin/model/test_config.py",)
 WORKSPACE = ("tests/plugin/attention/test_workspace.py",)
 GPU_SERVERS = ("tests/integrations/vllm/test_gpu_servers.py",)
+GRAPHS = ("tests/integrations/sglang/test_graphs.py",)
+SGLANG = "integrations/sglang/m3_sglang"
 
 FAULTS = (
     # index_topk in C++
@@ -482,5 +484,64 @@ FAULTS = (
         "for max_seq_len in {few}:",
         WORKSPACE,
         "serving_compiles_nothing",
+    ),
+    Fault(
+        "vLLM: a stage does not say how wide an EAGLE3 head's streams are",
+        "integrations/vllm/m3_vllm/model.py",
+        "        self.config = vllm_config.model_config.hf_text_config\n        plan =",
+        "        plan =",
+        ("tests/integrations/vllm/test_building.py",),
+    ),
+    Fault(
+        "vision: one rank encodes all pictures",
+        "m3_plugin/model/vision_shares.py",
+        "        rank = patches.index(min(patches))\n",
+        "        rank = 0\n",
+        ("tests/plugin/model/test_vision_shares.py",),
+    ),
+    Fault(
+        "tuning: every context is looked up anew",
+        f"{KERNELS}/index_topk/triton.py",
+        "max_blocks=power_of_two(max_blocks)),",
+        "max_blocks=max_blocks),",
+        ("tests/kernels/triton/test_host_time.py",),
+    ),
+    Fault(
+        "SGLang: row starts of a captured graph belong to nobody",
+        f"{SGLANG}/graphs.py",
+        "cu_seqlens_q=self.starts[step.query_len][: num_reqs + 1],",
+        "cu_seqlens_q=self.starts.pop(step.query_len)[: num_reqs + 1].clone(),",
+        GRAPHS,
+        "first_graph",
+    ),
+    Fault(
+        "SGLang: rows of a padded request lie before position 0",
+        f"{SGLANG}/graphs.py",
+        "if step.query_len > step.unseen + 1:",
+        "if step.query_len < step.unseen:",
+        GRAPHS,
+        "padded",
+    ),
+    Fault(
+        "SGLang: a replay makes the page table of the whole context",
+        f"{SGLANG}/graphs.py",
+        "seq_lens=batch.seq_lens,",
+        "seq_lens=batch.seq_lens.clamp(min=self.req_to_token.shape[1]),",
+        GRAPHS,
+        "replay_reads",
+    ),
+    Fault(
+        "SGLang: caches take the workspace's memory",
+        f"{SGLANG}/registration.py",
+        "return max(0, available - wanted)",
+        "return max(0, available)",
+        ("tests/integrations/sglang/test_memory.py",),
+    ),
+    Fault(
+        "SGLang: attention is cut among ranks that see other requests",
+        f"{SGLANG}/options.py",
+        '    "attn_dp_size": (_ONE, _DATA_PARALLEL),\n',
+        "",
+        ("tests/integrations/sglang/test_arguments.py",),
     ),
 )

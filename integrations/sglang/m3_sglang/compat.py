@@ -182,6 +182,22 @@ def tensor_parallel_rank() -> int:
     return get_parallel().tp_rank
 
 
+def second_stream(device_type: str) -> Any:
+    """SGLang's stream for one part of a layer beside another; None where it has none."""
+    if device_type != "cuda" or _is_older_than("0.5.22"):
+        return None
+    from sglang.srt.runtime_context import get_stream
+
+    return get_stream("alt")
+
+
+def is_capturing() -> bool:
+    """Whether SGLang records this step in a CUDA graph; of releases that have a second stream."""
+    from sglang.srt.model_executor.runner import get_is_capture_mode
+
+    return get_is_capture_mode()
+
+
 def shares_out_pictures() -> bool:
     """Whether each rank is to encode a part of the pictures (`--mm-enable-dp-encoder`)."""
     from sglang.srt.runtime_context import get_server_args

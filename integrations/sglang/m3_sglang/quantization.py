@@ -160,9 +160,12 @@ class Mxfp8ExpertsMethod(FusedMoEMethodBase):
         activated = swiglu_no_interleaved_with_alpha_and_limit(
             gate_up, rules.gemm1_alpha, rules.gemm1_clamp_limit
         )
-        down = mxfp8_linear(activated, w2, layer.get_parameter(f"w2_{SCALE}"), group_starts=starts)
         back = order.argsort()
-        parts = down[back].view(tokens, topk, -1) * chosen.topk_weights[..., None]
+        # in the tokens' order at once, so that the experts' order takes no memory beside the sum
+        down = mxfp8_linear(activated, w2, layer.get_parameter(f"w2_{SCALE}"), group_starts=starts)[
+            back
+        ]
+        parts = down.view(tokens, topk, -1) * chosen.topk_weights[..., None]
         return StandardCombineInput(hidden_states=parts.sum(1).to(hidden.dtype))
 
 
