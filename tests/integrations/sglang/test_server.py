@@ -14,6 +14,7 @@ from openai import OpenAI
 from m3_plugin.host.serving import ServerProcess, free_port, sglang_command
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations.insight import InsightCases, insight_environment
+from tests.integrations.media_cases import MediaCases
 from tests.integrations.parsers import SpokenCases
 from tests.integrations.server import MODEL, ServerCases, ask, counter
 from tests.integrations.sglang.engine import ENVIRONMENT
@@ -52,7 +53,7 @@ def server(
         yield server
 
 
-class TestServer(SoakCases, SpokenCases, InsightCases, ServerCases):
+class TestServer(SoakCases, SpokenCases, InsightCases, MediaCases, ServerCases):
     host = "sglang"
     release = sglang.__version__
     thinks_freely = True

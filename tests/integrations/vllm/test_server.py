@@ -13,6 +13,7 @@ from packaging.version import Version
 from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from m3_vllm.compat import vllm_version
 from tests.integrations.insight import InsightCases, insight_environment
+from tests.integrations.media_cases import MediaCases
 from tests.integrations.parser_corpus import Case
 from tests.integrations.parsers import SpokenCases
 from tests.integrations.server import MODEL, ServerCases
@@ -53,7 +54,7 @@ def server(
         yield server
 
 
-class TestServer(SoakCases, SpokenCases, InsightCases, ServerCases):
+class TestServer(SoakCases, SpokenCases, InsightCases, MediaCases, ServerCases):
     host = "vllm"
     release = vllm_version()
     worker = "VLLM::Worker"
