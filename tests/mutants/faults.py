@@ -37,6 +37,8 @@ STORE_TRITON = ("tests/kernels/triton/test_cache_store.py",)
 SESSION = ("tests/plugin/attention/test_session.py",)
 CONFIG = ("tests/plugin/model/test_config.py",)
 WORKSPACE = ("tests/plugin/attention/test_workspace.py",)
+CHECKS = ("tests/plugin/attention/test_checks.py",)
+SOAK = ("tests/plugin/soak",)
 GPU_SERVERS = ("tests/integrations/vllm/test_gpu_servers.py",)
 GRAPHS = ("tests/integrations/sglang/test_graphs.py",)
 SGLANG = "integrations/sglang/m3_sglang"
@@ -543,5 +545,90 @@ FAULTS = (
         '    "attn_dp_size": (_ONE, _DATA_PARALLEL),\n',
         "",
         ("tests/integrations/sglang/test_arguments.py",),
+    ),
+    Fault(
+        "checks: a page outside the pool passes",
+        "m3_plugin/attention/checks.py",
+        "outside = visible & ((table < 0) | (table >= num_pages))",
+        "outside = visible & (table < 0)",
+        CHECKS,
+    ),
+    Fault(
+        "checks: a page of another place passes",
+        "m3_plugin/attention/checks.py",
+        "    yield from _pages_at_two_places(table, visible, num_pages=num_pages)\n",
+        "",
+        CHECKS,
+    ),
+    Fault(
+        "checks: a row may be stored anywhere",
+        "m3_plugin/attention/checks.py",
+        "torch.nonzero((own >= 0) & (own != wanted))",
+        "torch.nonzero((own >= 0) & (own < 0))",
+        CHECKS,
+    ),
+    Fault(
+        "checks: a gap in what was chosen passes",
+        "m3_plugin/attention/checks.py",
+        "    good &= (chosen == front).all(-1)\n",
+        "",
+        CHECKS,
+    ),
+    Fault(
+        "checks: a step that drafting changes is looked at once",
+        "m3_plugin/attention/session.py",
+        "            self.checker.replanned()\n",
+        "            pass\n",
+        CHECKS,
+    ),
+    Fault(
+        "weights: large numbers are taken for infinite ones",
+        "m3_plugin/checkpoint/finite.py",
+        "        if bad:\n",
+        "        if True:\n",
+        ("tests/plugin/checkpoint/test_finite.py",),
+    ),
+    Fault(
+        "weights: NaN in 8 bits passes",
+        "m3_plugin/checkpoint/finite.py",
+        "return (values.view(torch.uint8) & 0x7F) > largest",
+        "return (values.view(torch.uint8) & 0x7F) > 0x7F",
+        ("tests/plugin/checkpoint/test_finite.py",),
+    ),
+    Fault(
+        "soak: an error in a stream is an end",
+        "m3_plugin/soak/driver.py",
+        "reply.finished = not reply.reason",
+        "reply.finished = True",
+        SOAK,
+    ),
+    Fault(
+        "soak: a refusal without a reason passes",
+        "m3_plugin/soak/judging.py",
+        "if not reply.reason or (",
+        "if (",
+        SOAK,
+    ),
+    Fault(
+        "soak: what a client heard before it left is not judged",
+        "m3_plugin/soak/judging.py",
+        "if prompt is None or prompt.begins_right(said):",
+        "if True:",
+        SOAK,
+    ),
+    Fault(
+        "soak: the warm-up counts for slopes",
+        "m3_plugin/soak/record.py",
+        "for minute in own[WARM_UP:] if",
+        "for minute in own if",
+        SOAK,
+    ),
+    Fault(
+        "a draw that is taken back is lost",
+        "integrations/vllm/m3_vllm/cpu_repairs.py",
+        "            self.set_state(self._seeded)\n        return self",
+        "            pass\n        return self",
+        ("tests/integrations/vllm/test_cpu_repairs.py",),
+        "parts_of_a_prompt",
     ),
 )
