@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,14 @@ def attend(inputs: Inputs, backend: Backend, **replaced: Tensor) -> tuple[Tensor
     """Run the op into buffers of NaN; outputs and lse."""
     q = replaced.pop("q", inputs.q)
     rows, heads, dim = q.shape
+    batch: dict[str, Any] = inputs.batch | replaced
     out = torch.full((rows, heads + 1, dim), torch.nan, dtype=q.dtype)[:, :heads]
     lse = torch.full((heads, rows), torch.nan).T
     returned = dense_attention(
         q,
         inputs.k_pages,
         inputs.v_pages,
-        **(inputs.batch | replaced),
+        **batch,
         scale=inputs.scale,
         out=out,
         lse=lse,

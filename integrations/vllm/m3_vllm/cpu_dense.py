@@ -83,9 +83,11 @@ class M3DenseImpl(CPUAttentionBackendImpl):
         if self.dense is None:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        rows = slot_mapping.shape[0]
+        rows = min(len(key), len(slot_mapping))
         k_pages, v_pages = kv_cache.split(self.head_size, dim=-1)
-        self.dense.store(key[:rows], value[:rows], k_pages, v_pages, slot_mapping=slot_mapping)
+        self.dense.store(
+            key[:rows], value[:rows], k_pages, v_pages, slot_mapping=slot_mapping[:rows]
+        )
 
     def forward(
         self,

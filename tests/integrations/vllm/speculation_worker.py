@@ -78,7 +78,11 @@ class SpeculationWorkerExtension(M3WorkerExtension):
         requests = scheduler_output.scheduled_cached_reqs
         layers = self.model_runner.compilation_config.static_forward_context.values()
         sparse = [layer for layer in layers if isinstance(layer, M3SparseCacheLayer)]
-        dense = [x for x in layers if isinstance(x, Attention) and x.impl.dense is not None]
+        dense = [
+            layer
+            for layer in layers
+            if isinstance(layer, Attention) and getattr(layer.impl, "dense", None) is not None
+        ]
         for name, committed in zip(requests.req_ids, requests.num_computed_tokens, strict=True):
             pages = self.model_runner.requests[name].block_ids[0]
             first = committed - reach
