@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from m3_plugin.checkpoint.cache_scales import CacheScales, cache_scale_name
 from m3_plugin.checkpoint.headers import indexed_tensors, shard_files
-from m3_plugin.checkpoint.names import TensorLedger, is_mtp_tensor, tensor_shape
+from m3_plugin.checkpoint.names import TensorLedger, is_draft_tensor, tensor_shape
 from m3_plugin.checkpoint.plan import (
     WeightPlan,
     plan_checkpoint,
@@ -121,7 +121,7 @@ class WeightLoader:
         experts: Iterable[tuple[str, str, int, str]],
         default_loader: Callable[..., None],
         is_elsewhere: Callable[[str], bool] = lambda name: False,
-        is_foreign: Callable[[str], bool] = is_mtp_tensor,
+        is_foreign: Callable[[str], bool] = is_draft_tensor,
         rename: Callable[[str], str] = lambda name: name,
         dequantiser: Dequantiser | None = None,
         optional: frozenset[str] = frozenset(),

@@ -34,6 +34,8 @@ LEAST_CAPABILITY: Mapping[str, Mapping[str, int]] = MappingProxyType(
         },
     }
 )
+# NVFP4 experts beside MXFP8 (M3.1), with activations in 16 bits: Marlin, in both hosts.
+WEIGHT_ONLY_NVFP4 = 80
 # Below SGLang's own: this plugin's method, on a GPU of this capability or on a CPU.
 WEIGHT_ONLY_MXFP8 = 80
 DEQUANTISED = "16 bits with M3_PLUGIN_DEQUANTIZE=1"
