@@ -151,7 +151,7 @@ class ConstructedCheckpoint:
         prompts of 1.2K tokens pass the budget, 16 is the published value
     use_sparse_attention : False declares every layer dense in config.json with the same weights;
         the model then gives the `dense_answer` of prompts with decoys
-    sparse_everywhere : the layer that gathers chooses its blocks too, as the first layers of M3.1 do
+    sparse_everywhere : the layer that gathers chooses its blocks too, as M3.1's first layers do
     num_init_blocks : first blocks that are always read, within `topk_blocks`
     mtp : add an MTP module that looks up the same facts as the target, so that every token it
         drafts after the first word of an answer is accepted

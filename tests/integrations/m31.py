@@ -28,6 +28,8 @@ from tests.integrations.m31_reference import reference
 QUANT = "mxfp8-nvfp4"
 # Of the constructed one: two places beside the own and the first block, as prompts for 4 expect.
 TOPK, INIT = 5, 1
+# Of scores in the hundreds, and of an expert's chance.
+NEAR_TIE = 1e-4
 FOREIGN_TENSOR = "language_model.model.dspark.fc.weight"
 
 
@@ -80,15 +82,19 @@ class M31Cases:
     def test_greedy_tokens_and_logprobs_are_the_reference_s(
         self, engine: Any, checkpoint: Path, length: int
     ) -> None:
-        """The last prompt fills 18 blocks, of which a row reads 4."""
+        """The last prompt fills 18 blocks, of which a row reads 4.
+
+        Rows are left out whose last block or expert outranks the next by no more than rounding.
+        """
         expected = reference(checkpoint / "reference")
         prompt = random_prompt(length, seed=length)
         (ours,) = engine.generate([prompt], max_tokens=4, ignore_eos=True)
         assert ours.token_ids == expected.greedy(prompt, num_tokens=4)
         logprobs = torch.as_tensor(engine.prompt_logprobs(prompt))
-        torch.testing.assert_close(
-            logprobs, expected.token_logprobs(prompt), atol=LOGPROB_ATOL, rtol=0
-        )
+        wanted = expected.token_logprobs(prompt)
+        sure = expected.gaps[:-1] > NEAR_TIE
+        assert sure.float().mean() > 0.99
+        torch.testing.assert_close(logprobs[sure], wanted[sure], atol=LOGPROB_ATOL, rtol=0)
 
     def test_another_number_of_first_blocks_is_another_model(
         self, engine: Any, checkpoint: Path

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def select(index_q: Tensor, index_k: Tensor, *, rule: dict[str, Any]) -> Tensor:
-    """Which keys each row may read, bool [heads, rows, keys]; row i is position i.
+def select(index_q: Tensor, index_k: Tensor, *, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Which keys each row may read, and by how much its last block outranks the next.
+
+    Row i is position i; the former are bool [heads, rows, keys], the latter [rows].
 
     Parameters
     ----------
@@ -39,9 +41,15 @@ def select(index_q: Tensor, index_k: Tensor, *, rule: dict[str, Any]) -> Tensor:
     first, newest = rule["sparse_init_block"], rule["sparse_local_block"]
     forced = visible & ((number < first) | (number > last - newest))
     best = best.masked_fill(forced, float("inf")).masked_fill(~visible, float("-inf"))
-    order = best.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
+    ranked = best.sort(dim=-1, descending=True, stable=True)
+    order = ranked.indices[..., :topk]
     chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, order, True) & visible
-    return chosen.repeat_interleave(block, dim=-1)[..., :rows] & causal
+    gaps = torch.full((rows,), float("inf"))
+    if blocks > topk:
+        last, following = ranked.values[..., topk - 1], ranked.values[..., topk]
+        # a block that is left out is there from the row on which has more blocks than places
+        gaps = (last - following).where(following > float("-inf"), float("inf")).amin(0)
+    return chosen.repeat_interleave(block, dim=-1)[..., :rows] & causal, gaps
 
 
 class Reference:
@@ -50,6 +58,11 @@ class Reference:
     Parameters
     ----------
     folder : plain weights in the published layout
+    """
+
+    gaps: Tensor
+    """Of each row of the last call: the smallest gap between a block or an expert that was taken
+    and one left out. Where it is no larger than rounding, another order of summing takes another.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,6 +75,7 @@ class Reference:
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """[tokens, vocabulary]."""
+        self.gaps = torch.full((len(token_ids),), float("inf"))
         stream = self.weights["model.embed_tokens.weight"][token_ids]
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
@@ -115,7 +129,8 @@ class Reference:
         if rule["sparse_attention_freq"][layer]:
             index_q = self._heads(x, f"{prefix}index_q_proj")
             index_k = self._heads(x, f"{prefix}index_k_proj").squeeze(1)
-            readable = select(index_q, index_k, rule=rule)
+            readable, gaps = select(index_q, index_k, rule=rule)
+            self.gaps = self.gaps.minimum(gaps)
         else:
             readable = torch.ones(k.shape[1], len(x), len(x), dtype=torch.bool).tril()
         group = q.shape[1] // k.shape[1]
@@ -135,7 +150,10 @@ class Reference:
     def _experts(self, x: Tensor, prefix: str) -> Tensor:
         scores = torch.sigmoid(self._linear(x, prefix + "gate"))
         biased = scores + self.weights[prefix + "e_score_correction_bias"]
-        chosen = biased.topk(self.config["num_experts_per_tok"], dim=-1).indices
+        count = self.config["num_experts_per_tok"]
+        best = biased.topk(count + 1, dim=-1)
+        self.gaps = self.gaps.minimum(best.values[:, count - 1] - best.values[:, count])
+        chosen = best.indices[:, :count]
         weights = scores.gather(1, chosen)
         weights = weights / weights.sum(-1, keepdim=True) * self.config["routed_scaling_factor"]
         out = self._mlp(x, prefix + "shared_experts.", ("gate_proj", "up_proj", "down_proj"))

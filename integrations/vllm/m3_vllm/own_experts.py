@@ -111,7 +111,7 @@ class OwnExperts(QuantizationConfig):
 
 
 def weight_only_experts(layer: Any, prefix: str) -> QuantizeMethodBase:
-    """vLLM's method for NVFP4 experts as compressed-tensors stores them, without FP4 activations."""
+    """vLLM's method for NVFP4 experts of compressed-tensors, with activations in 16 bits."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w4a4_nvfp4 as hosts,
     )

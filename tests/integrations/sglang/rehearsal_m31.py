@@ -15,8 +15,8 @@ from typing import Any
 from tests.integrations.sglang.rehearsal import CHIPS, chip, resolved
 
 COMMANDS = {
-    "plain": ["--tp", "4"],
-    "fp8 cache": ["--tp", "4", "--kv-cache-dtype", "fp8_e4m3"],
+    "plain": ["--tp", "4", "--chunked-prefill-size", "8192"],
+    "fp8 cache": ["--tp", "4", "--chunked-prefill-size", "8192", "--kv-cache-dtype", "fp8_e4m3"],
 }
 NAMES = ("attention_backend", "page_size", "moe_runner_backend", "moe_a2a_backend", "quantization")
 
