@@ -147,7 +147,8 @@ def index_topk_triton(
         "PAGE_SIZE": page_size,
         "TOPK": topk,
         "TOPK_PAD": power_of_two(topk),
-        **kernel_config("index_topk_select", arch=arch, max_blocks=max_blocks),
+        # one look-up for a range of contexts: what rows ask for are powers of two
+        **kernel_config("index_topk_select", arch=arch, max_blocks=power_of_two(max_blocks)),
         **dependent_launch(index_q.device, arch),
     }
 

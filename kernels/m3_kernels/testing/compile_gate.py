@@ -36,6 +36,7 @@ import torch
 ARCHS = (80, 89, 90, 100, 120)
 OPS = (
     "work_plan",
+    "page_table",
     "index_topk",
     "sparse_attention",
     "cache_store",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +16,7 @@ from tests.integrations.constructed import answer, check
 from tests.integrations.m31 import M31Answers, M31Cases
 from tests.integrations.quantised import DEQUANTISE
 from tests.integrations.sglang.engine import EngineProcess
+from tests.integrations.sglang.rehearsal import CHIPS
 from tests.integrations.sglang.test_multimodal import request
 
 
@@ -44,6 +49,60 @@ class TestM31Answers(M31Answers):
         prompt = picture_prompt(("green", "magenta", "yellow"), ask=1, num_filler_tokens=1500)
         (output,) = engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
         assert tuple(output.token_ids) == prompt.expected_ids
+
+
+def test_sglang_s_own_layers_hold_what_the_checkpoint_stores(
+    m31_random: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Every byte of values and scales, the experts in SGLang's own scheme for M3.1."""
+    stored, report = m31_random(2) / "stored", tmp_path / "report.json"
+    run("host_layers_m31", stored, report)
+    found: dict[str, Any] = json.loads(report.read_text())
+    experts = "model.layers.2.block_sparse_moe.experts"
+    assert len(found["experts"]) == 2 * 2 * 4
+    assert f"{experts}.w13_weight_packed" in found["experts"]
+    assert all(found["experts"].values()), found["experts"]
+    assert "model.layers.0.self_attn.index_qkv_proj" in found["layers"]
+    assert all(found["layers"].values()), found["layers"]
+
+
+def test_each_chip_gets_kernels_that_it_has(
+    m31_random: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Weight-only through Marlin; on SM100 SGLang's own model, which does without this plugin."""
+    report = tmp_path / "report.json"
+    run("rehearsal_m31", m31_random(2) / "stored", report)
+    found: dict[str, Any] = json.loads(report.read_text())
+    for name in CHIPS:
+        for command, cache in (("plain", "auto"), ("fp8 cache", "fp8_e4m3")):
+            facts = found[f"{name}, {command}"]
+            assert isinstance(facts, dict), facts
+            if name == "B200":
+                assert facts["model"] == "sglang.srt.models.minimax_m3_vl"
+                assert facts["quantization"] == "minimax_m3_nvfp4"
+                assert facts["attention_backend"] == "trtllm_mha"
+                continue
+            assert facts == {
+                "model": "m3_sglang.models.minimax_m3",
+                "quantization": "m3_mxfp8",
+                "moe_runner_backend": "marlin",
+                "moe_a2a_backend": "none",
+                "attention_backend": "msa",
+                "page_size": 128,
+                "kv_cache_dtype": cache,
+            }, name
+
+
+def run(module: str, stored: Path, report: Path) -> None:
+    """A module beside this one in a process of its own, without the plugin being required."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.integrations.sglang.{module}", str(stored), str(report)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.extended
