@@ -20,6 +20,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from m3_plugin.checkpoint.cache_scales import CacheScales, cache_scale_name
+from m3_plugin.checkpoint.global_scales import GlobalScales
 from m3_plugin.checkpoint.headers import indexed_tensors, shard_files
 from m3_plugin.checkpoint.names import TensorLedger, is_draft_tensor, tensor_shape
 from m3_plugin.checkpoint.plan import (
@@ -144,6 +145,7 @@ class WeightLoader:
         self.rename = rename
         self.dequantiser = dequantiser
         self.witness = witness
+        self.global_scales = GlobalScales(config.quantization, fused=dequantiser is None)
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Load one tensor; `name` is relative to the text model (`model...` or `lm_head...`).
@@ -167,6 +169,7 @@ class WeightLoader:
             return None
         if not self.ledger.add(name) or self.is_elsewhere(name):
             return None
+        self.global_scales.see(name, tensor)
         if self.witness is not None:
             self.witness.see(name, tensor)
         return (name, tensor) if self.dequantiser is None else self.dequantiser.take(name, tensor)
