@@ -125,7 +125,9 @@ class M3MoE(nn.Module):
         )
         # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
         # say nothing when told that they are not: the rows are interleaved after loading.
-        ours = isinstance(self.experts.quant_method, Mxfp8ExpertsMethod)
+        ours = isinstance(self.experts.quant_method, Mxfp8ExpertsMethod) or (
+            getattr(self.experts, "scheme", None) is not None
+        )
         self.interleave = device_type == "cpu" and not ours
         self.is_interleaved = False
         self.topk = TopK(

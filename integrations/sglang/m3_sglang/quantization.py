@@ -33,6 +33,7 @@ from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
 from m3_plugin.quantization.dialects import Quantization, read_quantization
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8
 from m3_sglang.compat import stored_quantization
+from m3_sglang.own_experts import weight_only_experts
 from m3_sglang.registration import MXFP8_METHOD
 from m3_sglang.weights import FUSED
 
@@ -40,7 +41,7 @@ SCALE = Mxfp8().scale
 
 
 class M3Mxfp8Config(QuantizationConfig):
-    """SGLang's view of a checkpoint whose linear weights are MXFP8.
+    """SGLang's view of a checkpoint whose linear weights are MXFP8, its experts perhaps NVFP4.
 
     Parameters
     ----------
@@ -73,6 +74,8 @@ class M3Mxfp8Config(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, FusedMoE):
+            if self.quantization.has_own_experts:
+                return weight_only_experts(self, layer)
             return Mxfp8ExpertsMethod() if self._is_mxfp8(f"{prefix}.0.w1") else None
         if isinstance(layer, LinearBase):
             return Mxfp8LinearMethod() if self._is_mxfp8(prefix) else UnquantizedLinearMethod()

@@ -65,6 +65,11 @@ def require_speculation(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     if speculative is None or speculative.draft_model_config is vllm_config.model_config:
         return
+    if str(speculative.method) in ("dspark", "dflash"):
+        raise ValueError(
+            f"--speculative-config method {speculative.method} is not served with MiniMax-M3: "
+            "leave --speculative-config out, or draft with EAGLE3 or n-grams"
+        )
     if speculative.method == "mtp":
         _require_mtp(speculative, vllm_config)
     _require_draft_cache(speculative, vllm_config)
