@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from m3_kernels.index_topk import index_topk
+from m3_kernels.index_topk import INDEX_TOPK, IndexTopk
 from m3_kernels.norm_rope_store import norm_rope_store
+from m3_kernels.paged import MSACaches, Step
 from m3_kernels.sparse_attention import (
     PrefillAttention,
     flashinfer_prefill,
@@ -34,27 +35,6 @@ if TYPE_CHECKING:
     from m3_plugin.attention.recorder import SelectionRecorder
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MSACaches:
-    """Paged caches of one sparse layer, as views of whatever layout the host allocated.
-
-    Attributes
-    ----------
-    k_pages, v_pages : [num_pages, num_kv_heads, page_size, head_dim], any strides
-    index_k_pages : [num_pages, page_size, index_dim], any strides
-    k_scale, v_scale : fp32 [1] or [num_kv_heads], what stored numbers of an fp8 cache are
-        multiplied with; None is 1
-    index_k_scales : floating [num_pages, page_size], scales of int8 index keys; None for others
-    """
-
-    k_pages: Tensor
-    v_pages: Tensor
-    index_k_pages: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    index_k_scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +61,12 @@ class MSAPlan:
 
     Attributes
     ----------
+    step : the batch's lengths and page table, as the ops take them
     work : how the Triton kernels divide the step; None for the families that need no plan
     """
 
     batch: MSABatch
+    step: Step
     work: WorkPlan | None = None
 
 
@@ -169,6 +151,7 @@ class MSASession:
         self.kernels = kernels
         self.scale = scale
         self.workspace = workspace
+        self._select = INDEX_TOPK.bound(kernels.family)
         # layouts of pages on which every kernel was run (`m3_plugin.attention.warm_up`)
         self.warmed: set[tuple[object, ...]] = set()
         # off by default because counting costs time
@@ -186,7 +169,8 @@ class MSASession:
         ValueError : the step is larger than the workspace.
         """
         work = None if self.workspace is None else self.workspace.plan(batch)
-        return MSAPlan(batch=batch, work=work)
+        step = Step(batch.page_table, batch.cu_seqlens_q, batch.seq_lens)
+        return MSAPlan(batch=batch, step=step, work=work)
 
     def replan(self, plan: MSAPlan) -> None:
         """Plan a step again after its lengths have changed in place, as they do while drafting.
@@ -289,22 +273,25 @@ class MSASession:
         ----------
         index_q : as `store` returns it
         """
-        batch = plan.batch
-        return index_topk(
+        rows, heads, _ = index_q.shape
+        shape = (heads, rows, self.msa.topk_blocks)
+        call = IndexTopk(
             index_q,
-            caches.index_k_pages,
-            page_table=batch.page_table,
-            cu_seqlens_q=batch.cu_seqlens_q,
-            seq_lens=batch.seq_lens,
+            caches.index,
+            plan.step,
             topk=self.msa.topk_blocks,
             num_local_blocks=self.msa.num_local_blocks,
             num_init_blocks=self.msa.num_init_blocks,
-            index_k_scales=caches.index_k_scales,
-            out=self.workspace.ids(index_q.shape[0]) if self.workspace else None,
+            out=(
+                self.workspace.ids(rows)
+                if self.workspace
+                else index_q.new_empty(shape, dtype=torch.int32)
+            ),
             plan=plan.work,
             workspace=self.workspace.scratch.scores if self.workspace else None,
-            backend=self.kernels.family,
         )
+        self._select(call)
+        return call.out
 
     def attend(
         self, plan: MSAPlan, q: Tensor, block_ids: Tensor, *, caches: MSACaches, out: Tensor

@@ -6,7 +6,8 @@ import torch
 
 from m3_kernels.cache_store.triton import cache_store_kernel
 from m3_kernels.cache_store.triton_write import LARGEST
-from m3_kernels.testing.compile_gate import TRITON_NAMES, Variant
+from m3_kernels.testing.compile_gate import TRITON_NAMES
+from m3_kernels.testing.compile_gate import WrittenVariant as Variant
 from m3_kernels.tuning import kernel_config
 
 UNALIGNED = ("k_scale_stride", "v_scale_stride", "scales_stride_page")

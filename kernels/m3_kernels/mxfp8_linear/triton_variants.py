@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from m3_kernels.mxfp8_linear.triton import mxfp8_linear_kernel
-from m3_kernels.testing.compile_gate import Variant
+from m3_kernels.testing.compile_gate import WrittenVariant as Variant
 from m3_kernels.tuning import kernel_config
 
 EXPERTS = 128

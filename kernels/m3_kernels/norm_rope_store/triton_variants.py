@@ -11,7 +11,8 @@ from m3_kernels.cache_store.triton_variants import (
     page_types,
 )
 from m3_kernels.norm_rope_store.triton import norm_rope_store_kernel
-from m3_kernels.testing.compile_gate import TRITON_NAMES, Variant
+from m3_kernels.testing.compile_gate import TRITON_NAMES
+from m3_kernels.testing.compile_gate import WrittenVariant as Variant
 from m3_kernels.tuning import kernel_config
 
 Q_HEADS, INDEX_HEADS, ROTARY = 64, 4, 64

@@ -12,7 +12,8 @@ from m3_kernels.sparse_attention.workspace import (
     attention_config,
     decode_tiles,
 )
-from m3_kernels.testing.compile_gate import TRITON_NAMES, Variant
+from m3_kernels.testing.compile_gate import TRITON_NAMES
+from m3_kernels.testing.compile_gate import WrittenVariant as Variant
 from m3_kernels.tiles import keys_per_step, power_of_two
 from m3_kernels.triton_shared import DOT_DTYPES
 from m3_kernels.work_plan import DECODE_ROWS

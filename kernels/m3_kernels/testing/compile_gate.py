@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for every GPU family, without a GPU, and judges the machine code.
 
-Each op lists in `<op>/triton_variants.py` what it launches: `variants(arch)` gives the kernels at
-the configuration chosen for that chip, with a budget of registers and shared memory and the
-instructions they must contain. Spilled registers are a fault everywhere.
+`m3_kernels.testing.production` makes calls of meta tensors as a server does and asks the ops what
+they launch; each launch has a budget of registers and shared memory and the instructions it must
+contain. Spilled registers are a fault everywhere.
 
     python -P -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
     python -P -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -32,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from m3_kernels.launch import Launch
 
 ARCHS = (80, 89, 90, 100, 120)
 OPS = (
@@ -65,7 +68,32 @@ DEPENDENCY = ("wait", "launch_dependents")
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel at one configuration, as it will be launched.
+    """One launch of serving, and what its machine code must keep to.
+
+    Attributes
+    ----------
+    name : readable, unique within the op and chip
+    launch : as an op's `launches` yields it for meta tensors
+    registers : most registers a thread may use
+    shared : most bytes of shared memory a program may use
+    needs : instructions (beginnings of their names) the machine code must contain
+    """
+
+    name: str
+    launch: Launch
+    registers: int
+    shared: int
+    needs: tuple[str, ...] = ()
+
+    @property
+    def dependent(self) -> bool:
+        """Whether it waits for the launch before it and lets the next one begin (PDL)."""
+        return bool(self.launch.arguments.get("PDL", False))
+
+
+@dataclass(frozen=True)
+class WrittenVariant:
+    """One kernel at one configuration, for ops that do not say yet what they launch.
 
     Attributes
     ----------
@@ -115,7 +143,7 @@ class Compiled:
     dependency: tuple[str, ...] = ()
 
 
-def fingerprint(variant: Variant, arch: int) -> str:
+def fingerprint(variant: Variant | WrittenVariant, arch: int) -> str:
     """Hash of all that decides a variant's machine code, so equal hashes mean equal code.
 
     That is the IR of Triton's front end without its source lines, the options, the chip, and the
@@ -123,7 +151,7 @@ def fingerprint(variant: Variant, arch: int) -> str:
 
     Raises
     ------
-    RuntimeError, ValueError : as `compile_variant`
+    RuntimeError, TypeError : as `compile_variant`
     """
     import triton
     from triton._C.libtriton import ir
@@ -131,10 +159,10 @@ def fingerprint(variant: Variant, arch: int) -> str:
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.compiler import make_backend
 
-    source = _source(variant)
+    source, given = _source(variant, arch)
     target = GPUTarget("cuda", arch, 32)
     backend: Any = make_backend(target)
-    options = backend.parse_options(dict(variant.options) | source.parse_options())
+    options = backend.parse_options(given | source.parse_options())
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -147,7 +175,7 @@ def fingerprint(variant: Variant, arch: int) -> str:
     )
     decisive = (
         module.str_nodebug(),
-        sorted(variant.options.items()),
+        sorted(given.items()),
         arch,
         triton.__version__,
         get_ptxas_version(arch),
@@ -155,32 +183,48 @@ def fingerprint(variant: Variant, arch: int) -> str:
     return hashlib.sha256(repr(decisive).encode()).hexdigest()
 
 
-def compile_variant(variant: Variant, arch: int) -> Compiled:
+def compile_variant(variant: Variant | WrittenVariant, arch: int) -> Compiled:
     """Compile for a chip (major * 10 + minor) that need not be here, and read the result.
 
     Raises
     ------
     RuntimeError : Triton runs in interpreter mode in this process
-    ValueError : the signature does not fit the kernel's parameters
+    TypeError : the launch leaves out a parameter of the kernel
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
-    built: Any = triton.compile(
-        _source(variant), target=GPUTarget("cuda", arch, 32), options=dict(variant.options)
-    )
+    source, options = _source(variant, arch)
+    built: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     read = _read_cubin(
         built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
     )
     return dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
 
 
-def _source(variant: Variant) -> Any:
-    """What Triton compiles: the kernel with the types and constants of its arguments."""
+def _source(variant: Variant | WrittenVariant, arch: int) -> tuple[Any, dict[str, Any]]:
+    """What Triton itself makes of the launch: the kernel with types and constants, and options."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime import jit
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError(f"{variant.name}: nothing compiles with TRITON_INTERPRET=1; unset it")
+    if hasattr(variant, "signature"):
+        return _written_source(variant)
+    kernel, given = variant.launch.kernel, dict(variant.launch.arguments)
+    backend: Any = make_backend(GPUTarget("cuda", arch, 32))
+    bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, options = bind(**given)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, given, bound, specialisation, options
+    )
+    return ASTSource(kernel, signature, constants, attributes), _of_code(options)
+
+
+def _written_source(variant: WrittenVariant) -> tuple[Any, dict[str, Any]]:
     from triton.compiler import ASTSource
 
-    if os.environ.get("TRITON_INTERPRET") == "1" or not hasattr(variant.kernel, "arg_names"):
-        raise RuntimeError(f"{variant.name}: nothing compiles with TRITON_INTERPRET=1; unset it")
     names = list(variant.kernel.arg_names)
     given = {*variant.signature, *variant.constexprs}
     if given != set(names):
@@ -201,10 +245,15 @@ def _source(variant: Variant) -> Any:
         if aligned and name not in variant.unaligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
         signature[name] = kind
-    return ASTSource(variant.kernel, signature, constants, attributes)
+    return ASTSource(variant.kernel, signature, constants, attributes), dict(variant.options)
 
 
-def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
+def _of_code(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Triton's options that decide machine code; how a launch follows another is not among them."""
+    return {name: value for name, value in options.items() if name != "launch_pdl"}
+
+
+def faults(variant: Variant | WrittenVariant, compiled: Compiled, arch: int) -> list[str]:
     """What is wrong with the machine code of a variant, one line each; empty if nothing is."""
     found = []
     spills = sum(compiled.instructions[name] for name in SPILLS)
@@ -222,9 +271,11 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
     return [f"sm_{arch} {variant.name}: {line}" for line in found]
 
 
-def op_variants(op: str, arch: int) -> Sequence[Variant]:
+def op_variants(op: str, arch: int) -> Sequence[Variant | WrittenVariant]:
     """What an op launches on a chip, at the configurations chosen for it."""
-    return importlib.import_module(f"m3_kernels.{op}.triton_variants").variants(arch)
+    moved = importlib.util.find_spec(f"m3_kernels.testing.production.{op}") is not None
+    module = f"testing.production.{op}" if moved else f"{op}.triton_variants"
+    return list(importlib.import_module(f"m3_kernels.{module}").variants(arch))
 
 
 def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
@@ -286,7 +337,7 @@ class Judged:
 
     op: str
     arch: int
-    variant: Variant
+    variant: Variant | WrittenVariant
     fingerprint: str
     compiled: Compiled
     was_known: bool
@@ -314,7 +365,9 @@ def read_known(path: Path) -> dict[str, Compiled]:
     return known
 
 
-def judge(op: str, arch: int, variant: Variant, known: Mapping[str, Compiled]) -> Judged:
+def judge(
+    op: str, arch: int, variant: Variant | WrittenVariant, known: Mapping[str, Compiled]
+) -> Judged:
     """Figures of a variant: those of equal machine code where they are known, else compiled now."""
     key = fingerprint(variant, arch)
     compiled = known.get(key)

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3_kernels.index_topk import index_topk
+from m3_kernels.index_topk import IndexTopk, index_topk
 from m3_kernels.index_topk.reference import dequantised
 from m3_kernels.index_topk.traffic import index_topk_traffic
+from m3_kernels.paged import IndexPages, Step
 from m3_kernels.testing.cases import Case, Inputs, all_cases, build
 from m3_kernels.testing.compare import selection_faults
 from m3_kernels.work_plan import WorkPlan, make_work_plan
@@ -56,21 +57,28 @@ def plan_of(inputs: Inputs, num_programs: int | None = None) -> WorkPlan:
     )
 
 
-def run(inputs: Inputs, **changes: Any) -> Tensor:
+def run(
+    inputs: Inputs,
+    *,
+    arch: int | None = None,
+    use_descriptors: bool | None = None,
+    index_k_scales: Tensor | None = None,
+    **changes: Any,
+) -> Tensor:
     """The kernels into a buffer of garbage."""
     from m3_kernels.index_topk.triton import index_topk_triton
 
-    case = inputs.case
-    out = torch.full((inputs.index_q.shape[1], inputs.index_q.shape[0], case.topk), 123456789)
-    out = out.int()
-    arguments = {
-        **inputs.batch,
-        "num_local_blocks": case.num_local_blocks,
-        "num_init_blocks": case.num_init_blocks,
+    shape = (inputs.index_q.shape[1], inputs.index_q.shape[0], inputs.case.topk)
+    call = IndexTopk(
+        inputs.index_q,
+        IndexPages(inputs.index_k_pages, index_k_scales),
+        Step(**inputs.batch),
+        **inputs.selection,
+        out=torch.full(shape, 123456789, dtype=torch.int32),
         **changes,
-    }
-    index_topk_triton(inputs.index_q, inputs.index_k_pages, out=out, **arguments)
-    return out
+    )
+    index_topk_triton(call, arch=arch, use_descriptors=use_descriptors)
+    return call.out
 
 
 def reference(inputs: Inputs) -> Tensor:
@@ -265,7 +273,9 @@ def test_refusals_name_the_alternative() -> None:
         run(inputs, index_k_scales=scales, arch=86)
     call = {**inputs.batch, **inputs.selection}
     for backend in ("native", "torch"):
-        with pytest.raises(NotImplementedError, match=f"backend '{backend}' reads float32"):
+        with pytest.raises(
+            NotImplementedError, match=f"backend '{backend}' takes index keys of float32"
+        ):
             index_topk(inputs.index_q, inputs.index_k_pages, **call, backend=backend)
     pages = inputs.index_k_pages
     with pytest.raises(ValueError, match="index_k_scales must be given with int8"):

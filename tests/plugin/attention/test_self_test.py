@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from m3_kernels.index_topk import IndexTopk
 from m3_kernels.testing.cases import Case, all_cases
 from m3_plugin.attention import session as session_module
 from m3_plugin.attention.backends import KernelChoice, choose_kernels
@@ -23,6 +26,7 @@ from m3_plugin.attention.self_test import (
 from m3_plugin.model.config import MSAConfig
 
 CPU = torch.device("cpu")
+Run = Callable[[Any], None]
 # Production's rules on small heads, so that a self-test takes a fraction of a second.
 RULES = MSAConfig(
     num_index_heads=2,
@@ -52,13 +56,19 @@ def case_named(name: str) -> Case:
     return next(case for case in all_cases() if case.name == name)
 
 
-def break_op(
-    monkeypatch: pytest.MonkeyPatch, op: str, wrong: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Replace an op of the session by `wrong(right, *args, **kwargs)`."""
-    right = getattr(session_module, op)
-    monkeypatch.setattr(session_module, op, lambda *args, **kw: wrong(right, *args, **kw))
-    return right
+def break_op(monkeypatch: pytest.MonkeyPatch, op: str, wrong: Callable[..., Any]) -> None:
+    """Replace an op of the session by `wrong(right, call)`."""
+    if op != "index_topk":
+        right = getattr(session_module, op)
+        monkeypatch.setattr(session_module, op, lambda *args, **kw: wrong(right, *args, **kw))
+        return
+    given = getattr(session_module, op.upper())
+
+    def bound(family: str) -> Callable[[Any], None]:
+        right = given.bound(family)
+        return lambda call: wrong(right, call)
+
+    monkeypatch.setattr(session_module, op.upper(), SimpleNamespace(bound=bound))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -79,10 +89,10 @@ def test_int8_index_keys_are_tried_as_such(family: Any) -> None:
 
 
 def test_a_neighbours_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(
-        right: Callable[..., Tensor], *args: Any, index_k_scales: Tensor, **kw: Any
-    ) -> Tensor:
-        return right(*args, index_k_scales=index_k_scales.roll(1, dims=1), **kw)
+    def wrong(right: Run, call: IndexTopk) -> None:
+        scales = call.keys.index_k_scales
+        assert scales is not None
+        right(replace(call, keys=replace(call.keys, index_k_scales=scales.roll(1, dims=1))))
 
     break_op(monkeypatch, "index_topk", wrong)
     findings = found(index_dtype=torch.int8)
@@ -119,18 +129,17 @@ def drops_the_merge(right: Callable[..., Tensor], *args: Any, **kw: Any) -> Tens
     return right(q, k_pages, v_pages, ids, **kw)
 
 
-def worst_blocks(right: Callable[..., Tensor], index_q: Tensor, *args: Any, **kw: Any) -> Tensor:
-    return right(-index_q, *args, **kw)
+def worst_blocks(right: Run, call: IndexTopk) -> None:
+    right(replace(call, index_q=-call.index_q))
 
 
-def forgets_the_local_block(
-    right: Callable[..., Tensor], *args: Any, num_local_blocks: int, **kw: Any
-) -> Tensor:
-    return right(*args, num_local_blocks=0, **kw)
+def forgets_the_local_block(right: Run, call: IndexTopk) -> None:
+    right(replace(call, num_local_blocks=0))
 
 
-def descending_ids(right: Callable[..., Tensor], *args: Any, **kw: Any) -> Tensor:
-    return right(*args, **kw).flip(-1)
+def descending_ids(right: Run, call: IndexTopk) -> None:
+    right(call)
+    call.out.copy_(call.out.flip(-1))
 
 
 def off_by_one_slot(
