@@ -65,15 +65,24 @@ class Op(Generic[C]):
         NotImplementedError : nothing can run on this device, or not with these dtypes
         ValueError : no such backend
         """
-        device_type = call.device.type
-        self.bound(implementation_for(self.name, backend=backend, device_type=device_type))(call)
+        name = implementation_for(self.name, backend=backend, device_type=call.device.type)
+        if name == "native" and backend == "auto" and name not in self.implementations:
+            name = "torch"
+        self.bound(name)(call)
 
     @cache  # noqa: B019 - ops live as long as the process
     def bound(self, name: Implementation) -> Callable[[C], None]:
         """The function that runs calls from now on, for callers that have chosen already.
 
         It raises NotImplementedError for pages that the implementation does not take.
+
+        Raises
+        ------
+        NotImplementedError : the op has no such implementation
         """
+        if name not in self.implementations:
+            known = ", ".join(repr(str(known)) for known in self.implementations)
+            raise NotImplementedError(f"{self.name} has no {name!r} implementation; use {known}")
         runs = self.implementations[name]
         module, _, attribute = runs.function.partition(":")
         function = getattr(importlib.import_module(f"m3_kernels.{self.name}.{module}"), attribute)

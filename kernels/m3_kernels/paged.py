@@ -109,8 +109,8 @@ class KVPages:
     def __post_init__(self) -> None:
         words = "[P, num_kv_heads, page_size, head_dim]"
         validation.require_shape("k_pages", self.k_pages, (None,) * 4, words)
-        validation.require_shape("v_pages", self.v_pages, tuple(self.k_pages.shape), words)
         validation.require_dtype("v_pages", self.v_pages, self.k_pages.dtype)
+        validation.require_shape("v_pages", self.v_pages, tuple(self.k_pages.shape), words)
         for name, pages in (("k_pages", self.k_pages), ("v_pages", self.v_pages)):
             if pages.dtype not in validation.FP8_DTYPES:
                 validation.require_float(name, pages)
@@ -245,6 +245,11 @@ class MSACaches:
         validation.require_device("index_k_pages", self.index_k_pages, kv.device)
         object.__setattr__(self, "kv", kv)
         object.__setattr__(self, "index", index)
+
+    @property
+    def index_dim(self) -> int:
+        """Numbers of an index key."""
+        return self.index_k_pages.shape[2]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
+from m3_kernels.norm_rope_store import HeadNorms
 from m3_kernels.paged import MSACaches
 from m3_kernels.testing.cases import Case, Inputs, PageLayout, build, whole_storage
 from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
@@ -29,7 +30,7 @@ from m3_kernels.validation import FP8_DTYPES, LOW_PRECISION_DTYPES
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.batch import MSABatch, StepCapacity
-from m3_plugin.attention.session import HeadNorms, MSAPlan, MSASession
+from m3_plugin.attention.session import MSAPlan, MSASession
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.model.config import MSAConfig
 

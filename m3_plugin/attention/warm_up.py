@@ -11,9 +11,10 @@ import logging
 import torch
 from torch import Tensor
 
+from m3_kernels.norm_rope_store import HeadNorms
 from m3_kernels.paged import MSACaches
 from m3_plugin.attention.batch import MSABatch
-from m3_plugin.attention.session import HeadNorms, MSASession
+from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -31,8 +30,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from m3_kernels.launch import Launch
 
@@ -48,15 +45,6 @@ OPS = (
 
 # Shared memory one program may use, bytes: the CUDA programming guide's table of capabilities.
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-
-TRITON_NAMES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
-    torch.int8: "i8",
-}
 
 # What the table counts: tensor cores (warp, warp group, Blackwell's own memory), TMA, async copies.
 INSTRUCTIONS = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "LDGSTS")
@@ -92,37 +80,6 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class WrittenVariant:
-    """One kernel at one configuration, for ops that do not say yet what they launch.
-
-    Attributes
-    ----------
-    name : readable, unique within the op and chip
-    kernel : the function decorated with triton.jit
-    signature : Triton type of every argument that is not a constexpr, e.g. "*bf16", "i32",
-        "tensordesc<bf16[128, 128]>"; a scalar written as "i32=1" is specialised to that value
-    constexprs : value of every constexpr
-    options : num_warps, num_stages
-    registers : most registers a thread may use
-    shared : most bytes of shared memory a program may use
-    needs : instructions (beginnings of their names) the machine code must contain
-    unaligned : pointers and integers not known to be multiples of 16
-    dependent : whether it waits for the launch before it and lets the next one begin (PDL)
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    options: Mapping[str, int]
-    registers: int
-    shared: int
-    needs: tuple[str, ...] = ()
-    unaligned: tuple[str, ...] = ()
-    dependent: bool = False
-
-
-@dataclass(frozen=True)
 class Compiled:
     """Figures of the machine code.
 
@@ -143,7 +100,7 @@ class Compiled:
     dependency: tuple[str, ...] = ()
 
 
-def fingerprint(variant: Variant | WrittenVariant, arch: int) -> str:
+def fingerprint(variant: Variant, arch: int) -> str:
     """Hash of all that decides a variant's machine code, so equal hashes mean equal code.
 
     That is the IR of Triton's front end without its source lines, the options, the chip, and the
@@ -183,7 +140,7 @@ def fingerprint(variant: Variant | WrittenVariant, arch: int) -> str:
     return hashlib.sha256(repr(decisive).encode()).hexdigest()
 
 
-def compile_variant(variant: Variant | WrittenVariant, arch: int) -> Compiled:
+def compile_variant(variant: Variant, arch: int) -> Compiled:
     """Compile for a chip (major * 10 + minor) that need not be here, and read the result.
 
     Raises
@@ -202,7 +159,7 @@ def compile_variant(variant: Variant | WrittenVariant, arch: int) -> Compiled:
     return dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
 
 
-def _source(variant: Variant | WrittenVariant, arch: int) -> tuple[Any, dict[str, Any]]:
+def _source(variant: Variant, arch: int) -> tuple[Any, dict[str, Any]]:
     """What Triton itself makes of the launch: the kernel with types and constants, and options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -210,8 +167,6 @@ def _source(variant: Variant | WrittenVariant, arch: int) -> tuple[Any, dict[str
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError(f"{variant.name}: nothing compiles with TRITON_INTERPRET=1; unset it")
-    if hasattr(variant, "signature"):
-        return _written_source(variant)
     kernel, given = variant.launch.kernel, dict(variant.launch.arguments)
     backend: Any = make_backend(GPUTarget("cuda", arch, 32))
     bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -222,38 +177,12 @@ def _source(variant: Variant | WrittenVariant, arch: int) -> tuple[Any, dict[str
     return ASTSource(kernel, signature, constants, attributes), _of_code(options)
 
 
-def _written_source(variant: WrittenVariant) -> tuple[Any, dict[str, Any]]:
-    from triton.compiler import ASTSource
-
-    names = list(variant.kernel.arg_names)
-    given = {*variant.signature, *variant.constexprs}
-    if given != set(names):
-        raise ValueError(
-            f"{variant.name}: signature and constexprs must name every parameter of the kernel; "
-            f"missing {sorted(set(names) - given)}, unknown {sorted(given - set(names))}"
-        )
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(names):
-        kind = variant.signature.get(name, "constexpr")
-        kind, _, value = kind.partition("=")
-        if value:
-            kind = "constexpr"
-            constants[(place,)] = int(value)
-        elif kind == "constexpr":
-            constants[(place,)] = variant.constexprs[name]
-        aligned = kind.startswith(("*", "i")) and kind != "i1"
-        if aligned and name not in variant.unaligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        signature[name] = kind
-    return ASTSource(variant.kernel, signature, constants, attributes), dict(variant.options)
-
-
 def _of_code(options: Mapping[str, Any]) -> dict[str, Any]:
     """Triton's options that decide machine code; how a launch follows another is not among them."""
     return {name: value for name, value in options.items() if name != "launch_pdl"}
 
 
-def faults(variant: Variant | WrittenVariant, compiled: Compiled, arch: int) -> list[str]:
+def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
     """What is wrong with the machine code of a variant, one line each; empty if nothing is."""
     found = []
     spills = sum(compiled.instructions[name] for name in SPILLS)
@@ -271,11 +200,9 @@ def faults(variant: Variant | WrittenVariant, compiled: Compiled, arch: int) -> 
     return [f"sm_{arch} {variant.name}: {line}" for line in found]
 
 
-def op_variants(op: str, arch: int) -> Sequence[Variant | WrittenVariant]:
+def op_variants(op: str, arch: int) -> Sequence[Variant]:
     """What an op launches on a chip, at the configurations chosen for it."""
-    moved = importlib.util.find_spec(f"m3_kernels.testing.production.{op}") is not None
-    module = f"testing.production.{op}" if moved else f"{op}.triton_variants"
-    return list(importlib.import_module(f"m3_kernels.{module}").variants(arch))
+    return list(importlib.import_module(f"m3_kernels.testing.production.{op}").variants(arch))
 
 
 def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
@@ -337,7 +264,7 @@ class Judged:
 
     op: str
     arch: int
-    variant: Variant | WrittenVariant
+    variant: Variant
     fingerprint: str
     compiled: Compiled
     was_known: bool
@@ -365,9 +292,7 @@ def read_known(path: Path) -> dict[str, Compiled]:
     return known
 
 
-def judge(
-    op: str, arch: int, variant: Variant | WrittenVariant, known: Mapping[str, Compiled]
-) -> Judged:
+def judge(op: str, arch: int, variant: Variant, known: Mapping[str, Compiled]) -> Judged:
     """Figures of a variant: those of equal machine code where they are known, else compiled now."""
     key = fingerprint(variant, arch)
     compiled = known.get(key)

@@ -132,7 +132,7 @@ others = [
     fingerprint(base, 80),
     change(num_warps=8),
     change(seq_lens=numbers[1:]),
-    change(seq_lens=numbers.long()),
+    change(cum_blocks=numbers.long()),
     change(PAGE_SIZE=64),
 ]
 assert len({*same}) == 1 and len({*same, *others}) == 6, (same, others)
@@ -187,7 +187,7 @@ def kernels_of_a_layer() -> list[Any]:
     found = {}
     for op in OPS:
         if op not in ("work_plan", "mxfp8_linear"):
-            kernels = [getattr(v, "launch", v).kernel for v in op_variants(op, 90)]
+            kernels = [variant.launch.kernel for variant in op_variants(op, 90)]
             found |= {kernel.__name__: kernel for kernel in kernels}
     return list(found.values())
 

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3_kernels.index_topk import IndexTopk, index_topk
+from m3_kernels.index_topk import index_topk
 from m3_kernels.index_topk.reference import dequantised
 from m3_kernels.index_topk.traffic import index_topk_traffic
-from m3_kernels.paged import IndexPages, Step
+from m3_kernels.paged import IndexPages
+from m3_kernels.testing.calls import chosen, index_call
 from m3_kernels.testing.cases import Case, Inputs, all_cases, build
 from m3_kernels.testing.compare import selection_faults
 from m3_kernels.work_plan import WorkPlan, make_work_plan
@@ -68,27 +69,9 @@ def run(
     """The kernels into a buffer of garbage."""
     from m3_kernels.index_topk.triton import index_topk_triton
 
-    shape = (inputs.index_q.shape[1], inputs.index_q.shape[0], inputs.case.topk)
-    call = IndexTopk(
-        inputs.index_q,
-        IndexPages(inputs.index_k_pages, index_k_scales),
-        Step(**inputs.batch),
-        **inputs.selection,
-        out=torch.full(shape, 123456789, dtype=torch.int32),
-        **changes,
-    )
+    call = index_call(inputs, keys=IndexPages(inputs.index_k_pages, index_k_scales), **changes)
     index_topk_triton(call, arch=arch, use_descriptors=use_descriptors)
     return call.out
-
-
-def reference(inputs: Inputs) -> Tensor:
-    return index_topk(
-        inputs.index_q,
-        inputs.index_k_pages,
-        **inputs.batch,
-        **inputs.selection,
-        backend="reference",
-    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +84,7 @@ def reference(inputs: Inputs) -> Tensor:
 def test_equals_the_reference(case: Case, use_descriptors: bool) -> None:
     inputs = build(case)
     ids = run(inputs, use_descriptors=use_descriptors)
-    assert selection_faults(ids, reference(inputs), inputs) == []
+    assert selection_faults(ids, chosen(inputs), inputs) == []
 
 
 def test_is_reached_through_the_op() -> None:
@@ -115,7 +98,7 @@ def test_is_reached_through_the_op() -> None:
         workspace=torch.full((30000,), torch.nan),
         backend="triton",
     )
-    assert selection_faults(ids, reference(inputs), inputs) == []
+    assert selection_faults(ids, chosen(inputs), inputs) == []
 
 
 @pytest.mark.parametrize(("scores", "rules", "expected"), RANKINGS)
@@ -146,7 +129,7 @@ def coarse(case: Case) -> Inputs:
 )
 def test_ties_are_ranked_exactly_alike(requests: list[tuple[int, int]], **rules: Any) -> None:
     inputs = coarse(Case("ties", tuple(requests), **rules))
-    assert torch.equal(run(inputs), reference(inputs))
+    assert torch.equal(run(inputs), chosen(inputs))
 
 
 @pytest.mark.parametrize("num_programs", [1, 40])
@@ -201,7 +184,7 @@ def test_slots_past_the_edge_of_a_page_score_nothing(rows: int) -> None:
     inputs = build(Case("edge", ((115, rows),), page_size=20, topk=2, num_local_blocks=0))
     inputs.index_q.abs_()
     inputs.index_k_pages.abs_().neg_()
-    assert torch.equal(run(inputs), reference(inputs))
+    assert torch.equal(run(inputs), chosen(inputs))
 
 
 def test_prefill_in_passes() -> None:
@@ -262,7 +245,7 @@ def test_keys_of_8_bits(dtype: torch.dtype, use_descriptors: bool) -> None:
     )
     assert selection_faults(ids, expected, inputs) == []
     plain = build(MIXED.with_dtype(torch.float16))
-    assert not torch.equal(ids, reference(plain)), "scales changed nothing: no test"
+    assert not torch.equal(ids, chosen(plain)), "scales changed nothing: no test"
 
 
 def test_refusals_name_the_alternative() -> None:

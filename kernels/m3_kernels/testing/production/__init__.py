@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from m3_kernels.index_pages import bytes_per_token, split_pages
-from m3_kernels.paged import IndexPages, Step
+from m3_kernels.paged import IndexPages, KVPages, MSACaches, Step
 from m3_kernels.work_plan import WorkPlan, allocate_work_plan
 
 META = torch.device("meta")
+
+# Short names of dtypes, as Triton has them.
+NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.int8: "i8",
+}
 
 # MiniMax-M3 on one rank.
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, TOPK = 64, 4, 128, 128, 16
@@ -61,6 +69,36 @@ def index_pages(dtype: torch.dtype) -> IndexPages:
         width = bytes_per_token(HEAD_DIM)
         return IndexPages(*split_pages(meta(PAGES, PAGE_SIZE, width, dtype=torch.int8)))
     return IndexPages(meta(PAGES, PAGE_SIZE, HEAD_DIM, dtype=dtype))
+
+
+def caches(arch: int) -> dict[str, MSACaches]:
+    """A cache of bf16 and the smallest one that the chip serves, by the names of their dtypes."""
+    fp8 = torch.float8_e4m3fn if arch >= 89 else torch.float8_e5m2
+    found = {}
+    for dtype, index_dtype in ((torch.bfloat16, torch.bfloat16), (fp8, torch.int8)):
+        kv, index = kv_pages(dtype), index_pages(index_dtype)
+        name = f"KV {NAMES[dtype]} index {NAMES[index_dtype]}"
+        found[name] = MSACaches(
+            kv.k_pages,
+            kv.v_pages,
+            index.index_k_pages,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
+            index_k_scales=index.index_k_scales,
+        )
+    return found
+
+
+def kv_pages(dtype: torch.dtype) -> KVPages:
+    """Pages of keys and values beside each other; fp8 ones have a scale each."""
+    pair = meta(PAGES, PAGE_SIZE, KV_HEADS, 2 * HEAD_DIM, dtype=dtype).transpose(1, 2)
+    scale = meta(1, dtype=torch.float32) if dtype.itemsize == 1 else None
+    return KVPages(*pair.split(HEAD_DIM, dim=-1), scale, scale)
+
+
+def slots(rows: int) -> Tensor:
+    """Where rows are stored."""
+    return meta(rows, dtype=torch.int64)
 
 
 def tensor_cores(arch: int) -> str:
