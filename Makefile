@@ -44,6 +44,9 @@ LM_EVAL := .venv/lm-eval
 # Its own checks of a call are run, out of the wheel as it is; its kernels need a GPU.
 FLASHINFER := .venv/flashinfer
 
+# Moves caches between engines; beside the host's libraries, because servers do not need it.
+NIXL := .venv/nixl
+
 # What builds the wheel, and nothing else: no host is needed for it.
 BUILD := .venv/build
 
@@ -84,6 +87,10 @@ $(OLDER_TRITON)/.ready: $(VLLM_VENV)/.ready
 
 $(FLASHINFER)/.ready: $(VLLM_VENV)/.ready
 	$(BIN)/python $(PIP) download --no-deps --dest $(FLASHINFER) flashinfer-python==0.7.2.post1
+	touch $@
+
+$(NIXL)/.ready: $(VLLM_VENV)/.ready
+	$(BIN)/python $(PIP) install --no-deps --target $(NIXL) --upgrade nixl==1.5.1 nixl-cu12==1.5.1
 	touch $@
 
 $(LM_EVAL)/.ready: $(VLLM_VENV)/.ready
@@ -147,7 +154,7 @@ test-kernels: lint $(OLDER_TRITON)/.ready $(FLASHINFER)/.ready
 test-plugin: env $(LM_EVAL)/.ready $(FLASHINFER)/.ready
 	$(BIN)/pytest tests/plugin tests/test_architecture.py
 
-test-vllm: env
+test-vllm: env $(NIXL)/.ready
 	$(BIN)/pytest tests/integrations/vllm
 
 test-sglang: lint-sglang test-sglang-previous

@@ -79,6 +79,12 @@ def remove(leftover: Leftover) -> None:
         path.unlink()
 
 
+def _short(path: Path) -> str:
+    """`path` as seen from the current folder, if it lies inside: half the length in a table."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def examine_leftovers(report: Report) -> None:
     """Name them in a note, so that nobody learns of them by chance."""
     found = find_leftovers()
@@ -86,7 +92,7 @@ def examine_leftovers(report: Report) -> None:
         report.add(
             "plugin",
             "leftovers",
-            "pip uninstall would leave: " + ", ".join(str(leftover.path) for leftover in found),
+            "pip uninstall would leave: " + ", ".join(_short(leftover.path) for leftover in found),
             status="note",
             advice="before you uninstall: m3-plugin uninstall-leftovers",
         )

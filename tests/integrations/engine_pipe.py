@@ -83,6 +83,11 @@ class EnginePipe:
             self._process.kill()
         self._process.join()
 
+    def kill(self) -> None:
+        """End the process at once, as a machine that fails does."""
+        self._process.kill()
+        self._process.join()
+
     def __enter__(self) -> Self:
         return self
 

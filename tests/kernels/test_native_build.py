@@ -8,7 +8,6 @@ import fcntl
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -279,6 +278,7 @@ def test_the_compiler_may_be_a_command(
         native_build._find_compiler()
 
 
+@pytest.mark.timeout(120)
 def test_a_failed_compilation_ends_its_siblings(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,9 +287,8 @@ def test_a_failed_compilation_ends_its_siblings(
         f"*) echo $$ >> {fresh}/pids; sleep 300;; esac"
     )
     monkeypatch.setenv("CXX", str(fake_compiler(fresh, script)))
-    start = time.monotonic()
+    # the limit above is below the siblings' sleep: waiting for them would end the test
     assert "do not compile" in str(native_build.refusal())
-    assert time.monotonic() - start < 60
     for pid in (fresh / "pids").read_text().split() if (fresh / "pids").exists() else []:
         assert not Path(f"/proc/{pid}").exists()
 

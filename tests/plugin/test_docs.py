@@ -127,6 +127,39 @@ def test_every_screen_is_shown_and_says_where_it_was_made() -> None:
     assert shares["dense"] is None
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    """`test_x.py` of any folder, `tests/...` as a path, `test_x.py::test_y` with that function."""
+    named = {
+        (page.name, name)
+        for page in [DOCS.parent / "README.md", DOCS.parent / "SECURITY.md", *DOCS.glob("*.md")]
+        for name in re.findall(r"`((?:tests/)?[\w/]*test_\w+\.py(?:::\w+)?)`", page.read_text())
+    }
+    assert len(named) >= 30
+    files = {
+        path.relative_to(DOCS.parent).as_posix(): path
+        for path in (DOCS.parent / "tests").rglob("test_*.py")
+    }
+
+    def exists(name: str) -> bool:
+        path, _, function = name.partition("::")
+        found = [file for at, file in files.items() if f"/{at}".endswith(f"/{path}")]
+        return any(f"def {function}" in file.read_text() for file in found)
+
+    assert sorted(pair for pair in named if not exists(pair[1])) == []
+
+
+def test_the_public_eagle3_head_is_named_where_drafts_are_described() -> None:
+    for page in ("support.md", "speculative-decoding.md"):
+        assert "Inferact/MiniMax-M3-EAGLE3" in (DOCS / page).read_text()
+
+
+def test_screens_and_figures_name_no_folder_of_the_machine_they_were_made_on() -> None:
+    written = [*(DOCS / "screens").glob("*.[jt]*"), *(DOCS / "results").glob("*.json")]
+    texts = {path: path.read_text() for path in written if path.suffix in {".json", ".txt"}}
+    assert len(texts) >= 4
+    assert [path for path, text in texts.items() if re.search(r"(?<!\S)/\w+/\w+/", text)] == []
+
+
 def test_make_targets_named_anywhere_exist() -> None:
     root = DOCS.parent
     rules = re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE)

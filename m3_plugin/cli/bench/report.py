@@ -156,7 +156,7 @@ def plot_panels(panels: Sequence[Panel], path: Path, *, title: str, unit: str) -
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
@@ -173,8 +173,9 @@ def plot_panels(panels: Sequence[Panel], path: Path, *, title: str, unit: str) -
         else:
             axis.set_yscale("log")
             # powers of ten are too few where times differ by less than one
-            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                which(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            axis.yaxis.set_minor_locator(NullLocator())
         axis.set_xticks(ticks, [f"{tick / 1024:g}K" for tick in ticks])
         axis.set_xlabel("context, tokens")
         axis.set_ylabel("share" if panel.share else unit)

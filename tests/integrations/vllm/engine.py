@@ -38,6 +38,7 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int
     finish_reason: str | None
+    kv_transfer_params: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -270,4 +271,5 @@ def _completion(output: Any) -> Completion:
         num_prompt_tokens=len(output.prompt_token_ids),
         num_cached_tokens=output.num_cached_tokens or 0,
         finish_reason=first.finish_reason,
+        kv_transfer_params=output.kv_transfer_params,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,7 +212,6 @@ def test_a_crafted_folder_is_refused_in_words(tmp_path: Path, name: str) -> None
     if name.startswith(("config", "deep config")):
         (folder / "config.json").unlink()
     CRAFTED[name](folder)
-    began = time.monotonic()
 
     report = Report()
     examine_model(report, str(folder))
@@ -227,7 +225,6 @@ def test_a_crafted_folder_is_refused_in_words(tmp_path: Path, name: str) -> None
     for reason in (load(folder), compute(folder)):
         assert reason is None or reason.isprintable(), reason
     assert load(folder) is not None
-    assert time.monotonic() - began < 20
 
 
 def load(folder: Path) -> str | None:
