@@ -35,6 +35,7 @@ class CacheStore:
     slot_mapping: Tensor
 
     def __post_init__(self) -> None:
+        device = self.device
         caches, words = self.caches, "[T, num_kv_heads, head_dim]"
         validation.require_shape("k", self.k, (None, None, None), words)
         rows, heads, dim = self.k.shape
@@ -46,11 +47,11 @@ class CacheStore:
         for name, tensor in (("k", self.k), ("v", self.v), ("index_k", self.index_k)):
             validation.require_float(name, tensor)
             validation.require_dense_rows(name, tensor)
-            validation.require_device(name, tensor, self.device)
+            validation.require_device(name, tensor, device)
         validation.require_dtype("slot_mapping", self.slot_mapping, torch.int64)
         validation.require_shape("slot_mapping", self.slot_mapping, (rows,), "[T]")
         validation.require_dense_rows("slot_mapping", self.slot_mapping)
-        validation.require_device("slot_mapping", self.slot_mapping, self.device)
+        validation.require_device("slot_mapping", self.slot_mapping, device)
 
     @property
     def device(self) -> torch.device:

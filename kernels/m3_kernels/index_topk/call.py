@@ -44,6 +44,7 @@ class IndexTopk:
     workspace: Tensor | None = None
 
     def __post_init__(self) -> None:
+        device = self.device
         if self.topk < 1:
             raise ValueError(f"topk must be at least 1; got {self.topk}")
         if self.num_local_blocks < 0:
@@ -57,20 +58,20 @@ class IndexTopk:
         rows, heads, dim = self.index_q.shape
         pages, words = self.keys.index_k_pages, "[P, page_size, index_dim]"
         validation.require_shape("index_k_pages", pages, (None, None, dim), words)
-        validation.require_device("index_k_pages", pages, self.device)
-        self.step.require_device(self.device)
+        validation.require_device("index_k_pages", pages, device)
+        self.step.require_device(device)
         validation.require_dtype("out", self.out, torch.int32)
         words = "[num_index_heads, T, topk]"
         validation.require_shape("out", self.out, (heads, rows, self.topk), words)
         validation.require_dense_rows("out", self.out)
-        validation.require_device("out", self.out, self.device)
+        validation.require_device("out", self.out, device)
         if self.plan is not None:
             self.plan.require_step(self.step.num_reqs, rows, pages.shape[1])
         if self.workspace is not None:
             validation.require_dtype("workspace", self.workspace, torch.float32)
             validation.require_shape("workspace", self.workspace, (None,), "[N]")
             validation.require_dense_rows("workspace", self.workspace)
-            validation.require_device("workspace", self.workspace, self.device)
+            validation.require_device("workspace", self.workspace, device)
 
     @property
     def device(self) -> torch.device:

@@ -42,6 +42,7 @@ class NormRopeStore:
     index_q_out: Tensor
 
     def __post_init__(self) -> None:
+        device = self.device
         rows, _, head_dim = self.stored.k.shape
         index_dim = self.stored.caches.index_dim
         words = "[T, num_q_heads, head_dim]"
@@ -56,7 +57,7 @@ class NormRopeStore:
             validation.require_shape(f"{name}_out", out, tuple(source.shape), f"as {name}")
             if source.numel() and out.data_ptr() == source.data_ptr() and not out.is_meta:
                 raise ValueError(f"{name}_out must not be {name} itself")
-        self.norms.require_sizes(head_dim, index_dim, self.device)
+        self.norms.require_sizes(head_dim, index_dim, device)
         validation.require_shape("cos_sin", self.cos_sin, (rows, None), "[T, rotary_dim]")
         rotary_dim = self.cos_sin.shape[1]
         if rotary_dim % 2 or rotary_dim > min(head_dim, index_dim):
@@ -68,7 +69,7 @@ class NormRopeStore:
             tensor = getattr(self, name)
             validation.require_float(name, tensor)
             validation.require_dense_rows(name, tensor)
-            validation.require_device(name, tensor, self.device)
+            validation.require_device(name, tensor, device)
 
     @property
     def device(self) -> torch.device:

@@ -19,10 +19,10 @@ def index_call(inputs: Inputs, **changes: Any) -> IndexTopk:
     given = {
         "out": torch.full((heads, inputs.index_q.shape[0], topk), 123456789, dtype=torch.int32),
         "keys": IndexPages(inputs.index_k_pages, inputs.index_k_scales),
+        "step": Step(**inputs.batch),
+        **inputs.selection,
     }
-    return IndexTopk(
-        inputs.index_q, step=Step(**inputs.batch), **inputs.selection, **(given | changes)
-    )
+    return IndexTopk(inputs.index_q, **(given | changes))
 
 
 def chosen(inputs: Inputs) -> Tensor:
@@ -40,6 +40,6 @@ def attention_call(inputs: Inputs, block_ids: Tensor, **changes: Any) -> SparseA
         "scale": inputs.scale,
         "out": torch.full((rows, heads + 1, dim), torch.nan, dtype=inputs.q.dtype)[:, :heads],
         "lse": torch.full((heads, rows), torch.nan).T,
+        "step": Step(**inputs.batch),
     }
-    step = Step(**inputs.batch)
-    return SparseAttention(inputs.q, block_ids=block_ids, step=step, **(given | changes))
+    return SparseAttention(inputs.q, block_ids=block_ids, **(given | changes))
