@@ -35,8 +35,12 @@ SGLANG_BIN := $(SGLANG_VENV)/bin
 # Errors alone: what pip warns about is its configuration, and it warns once per package.
 PIP        := -m pip --disable-pip-version-check -qq
 
-# The Triton of torch 2.11, for which the kernels are compiled too, beside the environment's own.
-OLDER_TRITON := .venv/triton-3.6
+# What the kernels are compiled for beside the environment's own Triton: the releases that torch 2.11
+# and 2.14 (GPU builds of vLLM 0.33 and SGLang) ask for.
+TRITON_3.6 := 3.6.0
+TRITON_3.8 := 3.8.0
+TRITONS    := 3.6 3.8
+TRITONS_READY := $(TRITONS:%=.venv/triton-%/.ready)
 
 # Its command line alone is read, to see that the recipe in docs/evaluation.md is understood.
 LM_EVAL := .venv/lm-eval
@@ -81,8 +85,8 @@ $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 	$(SGLANG_BIN)/python -m m3_plugin.host.torchvision_ops --install
 	touch $@
 
-$(OLDER_TRITON)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) install --no-deps --target $(OLDER_TRITON) --upgrade triton==3.6.0
+.venv/triton-%/.ready: $(VLLM_VENV)/.ready
+	$(BIN)/python $(PIP) install --no-deps --target $(@D) --upgrade triton==$(TRITON_$*)
 	touch $@
 
 $(FLASHINFER)/.ready: $(VLLM_VENV)/.ready
@@ -99,10 +103,11 @@ $(LM_EVAL)/.ready: $(VLLM_VENV)/.ready
 
 # Compiles what changed since the figures were written; with KNOWN=/dev/null all of it.
 GATE := $(BIN)/python -W ignore -m m3_kernels.testing.compile_gate
-kernels-table: env $(OLDER_TRITON)/.ready
-	@set -e; for release in "" -triton-3.6; do \
+kernels-table: env $(TRITONS_READY)
+	@set -e; for release in "" $(TRITONS:%=-triton-%); do \
 	  figures=docs/results/kernels-compiled$$release.json; \
-	  export PYTHONPATH=$${release:+$(OLDER_TRITON)}; \
+	  export PYTHONPATH=$${release:+.venv/$${release#-}}; \
+	  test -e $$figures || touch $$figures; \
 	  $(GATE) --json --known $(or $(KNOWN),$$figures) > .new-figures; \
 	  mv .new-figures $$figures; \
 	  $(GATE) --markdown --known $$figures > docs/kernels-compiled$$release.md; \
@@ -148,7 +153,7 @@ lint-sglang: env env-sglang
 test:
 	$(MAKE) --no-print-directory --jobs 2 test-sglang test-vllm test-kernels test-plugin
 
-test-kernels: lint $(OLDER_TRITON)/.ready $(FLASHINFER)/.ready
+test-kernels: lint $(TRITONS_READY) $(FLASHINFER)/.ready
 	$(BIN)/pytest tests/kernels
 
 test-plugin: env $(LM_EVAL)/.ready $(FLASHINFER)/.ready
@@ -173,7 +178,7 @@ mutants: env
 quick-start: env
 	$(BIN)/pytest -m extended tests/plugin/test_quick_start.py
 
-test-matrix: env $(OLDER_TRITON)/.ready $(FLASHINFER)/.ready
+test-matrix: env $(TRITONS_READY) $(FLASHINFER)/.ready
 	$(BIN)/pytest -m extended tests/kernels tests/plugin
 	@set -e; for release in $(VLLM_MATRIX); do \
 	  echo "== vLLM $$release"; \

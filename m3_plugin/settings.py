@@ -7,6 +7,7 @@
 | `M3_PLUGIN_ALLOW_UNTESTED` | 0, 1 | 1: run on a host version outside the tested window |
 | `M3_PLUGIN_STATISTICS` | 0, 1 | 1: count blocks read by MSA layers, in the host's /metrics |
 | `M3_PLUGIN_TIMINGS` | 0, 1 | 1: time the MSA layers, in the host's /metrics; CPU only |
+| `M3_PLUGIN_CHECK` | 0, 1, n | n: look at pages, choices and results of every n-th step |
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
 | `M3_PLUGIN_INDEX_KEYS` | auto, int8 | int8: index keys in half the bytes, blocks may differ |
@@ -52,6 +53,7 @@ class Settings:
     allow_untested: bool = False
     statistics: bool = False
     timings: bool = False
+    check: int = 0
     record_blocks: Path | None = None
     dequantize: bool = False
     index_keys: IndexKeys = "auto"
@@ -105,6 +107,7 @@ class Settings:
             allow_untested=_flag(given, "ALLOW_UNTESTED", mistakes),
             statistics=_flag(given, "STATISTICS", mistakes),
             timings=_flag(given, "TIMINGS", mistakes),
+            check=_steps(given, "CHECK", mistakes),
             record_blocks=Path(folder) if (folder := given.get("RECORD_BLOCKS")) else None,
             dequantize=_flag(given, "DEQUANTIZE", mistakes),
             index_keys=cast(IndexKeys, _choice(given, "INDEX_KEYS", get_args(IndexKeys), mistakes)),
@@ -149,6 +152,14 @@ def _choice(
         return value
     mistakes.append(f"{PREFIX}{name} must be one of {', '.join(choices)}; got {value!r}")
     return choices[0]
+
+
+def _steps(given: Mapping[str, str], name: str, mistakes: list[str]) -> int:
+    value = given.get(name, "").strip() or "0"
+    if value.isascii() and value.isdigit():
+        return int(value)
+    mistakes.append(f"{PREFIX}{name} must be 0, or n for every n-th step; got {given[name]!r}")
+    return 0
 
 
 def _flag(given: Mapping[str, str], name: str, mistakes: list[str]) -> bool:

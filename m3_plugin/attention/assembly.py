@@ -14,6 +14,7 @@ from m3_kernels.tuning import arch_of
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.attention.backends import KernelChoice, choose_kernels, require_served
 from m3_plugin.attention.batch import StepCapacity
+from m3_plugin.attention.checks import StepChecker
 from m3_plugin.attention.observers import ExportedStatistics, TimedSession
 from m3_plugin.attention.recorder import SelectionRecorder
 from m3_plugin.attention.session import MSASession
@@ -117,6 +118,8 @@ def make_session(
     )
     if settings.statistics:
         session.statistics = ExportedStatistics()
+    if settings.check:
+        session.checker = StepChecker(settings.check, config.msa)
     if settings.record_blocks is not None:
         session.recorder = SelectionRecorder(settings.record_blocks, config.msa)
     export_presence(kernels.family, refused=kernels.refused, device_type=device.type)

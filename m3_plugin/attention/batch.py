@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ class MSABatch:
     slot_mapping : int64 [num_rows], page * page_size + offset per token; negative = do not store
     max_query_len : host integer, upper bound of q_len
     max_seq_len : host integer, upper bound of seq_lens
+    requests : how the host calls them, for messages; empty where it does not say
     """
 
     cu_seqlens_q: Tensor
@@ -35,6 +37,7 @@ class MSABatch:
     slot_mapping: Tensor
     max_query_len: int
     max_seq_len: int
+    requests: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         num_reqs = self.seq_lens.shape[0]

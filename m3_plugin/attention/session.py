@@ -10,8 +10,9 @@ run(plan, q, k, v, ...)          once per sparse layer, device work only; may be
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -103,6 +104,31 @@ class MSAStatistics:
         return {key: getattr(self, key) - value for key, value in decode.items()}
 
 
+class LayerChecker(Protocol):
+    """Looks at layers as they run (`m3_plugin.attention.checks`).
+
+    Attributes
+    ----------
+    names : how the host calls the requests of the step that runs now
+    """
+
+    names: Callable[[], Sequence[str]]
+
+    def replanned(self) -> None:
+        """The lengths of the last plan have changed in place: another step."""
+        ...
+
+    def before(self, plan: MSAPlan, *, caches: MSACaches) -> None:
+        """A layer is about to store; raises where it must not."""
+        ...
+
+    def after(
+        self, plan: MSAPlan, q: Tensor, block_ids: Tensor, out: Tensor, *, caches: MSACaches
+    ) -> None:
+        """A layer has run; raises where its result must not be used."""
+        ...
+
+
 class MSASession:
     """Runs MSA for the layers of one worker; owns whatever outlives a step, shares nothing.
 
@@ -143,6 +169,7 @@ class MSASession:
         # off by default because counting costs time
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None
+        self.checker: LayerChecker | None = None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
         """Prepare one engine step. May look at host integers, never at device values.
@@ -165,6 +192,8 @@ class MSASession:
         """
         if self.workspace is not None:
             self.workspace.plan(plan.batch)
+        if self.checker is not None:
+            self.checker.replanned()
 
     def run(
         self,
@@ -187,11 +216,15 @@ class MSASession:
         q, k, v, index_q, index_k, norms, cos_sin, caches : as in `store`
         out : [rows, num_q_heads, head_dim], filled in place; padding rows become zero
         """
+        if self.checker is not None:
+            self.checker.before(plan, caches=caches)
         q, index_q = self.store(
             plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
         )
         block_ids = self.select(plan, index_q, caches=caches)
         self.attend(plan, q, block_ids, caches=caches, out=out)
+        if self.checker is not None:
+            self.checker.after(plan, q, block_ids, out, caches=caches)
         if self.statistics is not None:
             self.statistics.add(block_ids, batch=plan.batch, block_size=self.msa.block_size)
         if self.recorder is not None:

@@ -176,6 +176,21 @@ def allocate_workspace(
     )
 
 
+def workspace_bytes(
+    msa: MSAConfig, shape: LayerShape, capacity: StepCapacity, *, device: torch.device
+) -> int:
+    """Bytes of what `allocate_workspace` would allocate on a device, beside no other session's.
+
+    A little less: the plan's ranges, a number for each program of the chip, are left out.
+    """
+    meta = torch.device("meta")
+    scratch = _allocate_scratch(msa, shape, capacity, device=meta, arch=arch_of(device))
+    plan = allocate_work_plan(
+        max_reqs=capacity.max_requests, max_rows=capacity.max_rows, device=meta
+    )
+    return sum(tensor.nbytes for tensor in (*scratch.tensors, *vars(plan).values()))
+
+
 def _allocate_scratch(
     msa: MSAConfig,
     shape: LayerShape,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from m3_plugin.checkpoint.finite import require_finite
 from m3_plugin.checkpoint.headers import read_checkpoint
 from m3_plugin.checkpoint.loading import ReopensLoading, WeightLoader, stored_as
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, TensorLedger
@@ -114,14 +115,17 @@ def load_first(
 
     Raises
     ------
-    ValueError : tensors missing or left over.
+    ValueError : tensors missing or left over, or weights that are NaN or infinite.
     """
     for name, tensor in weights:
         if name.startswith(VISION_PREFIXES):
             vision.load(name, tensor)
         else:
             text.load(name.removeprefix(TEXT_PREFIX), tensor)
-    return vision.finish() | {f"{prefix}{name}" for name in text.finish()}
+    seen, told = vision.finish(), text.finish()
+    require_finite(text.parameters, told)
+    require_finite(vision.parameters, seen)
+    return seen | {f"{prefix}{name}" for name in told}
 
 
 def noting_names(weights: Weights, names: list[str]) -> Weights:

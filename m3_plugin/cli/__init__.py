@@ -17,6 +17,7 @@ from m3_plugin.cli.doctor import doctor
 from m3_plugin.cli.evaluate.needle import needle
 from m3_plugin.cli.fit import fit_command
 from m3_plugin.cli.leftovers import uninstall_leftovers
+from m3_plugin.cli.soak import soak
 from m3_plugin.cli.tiny import tiny
 
 
@@ -53,6 +54,7 @@ _add(app, "fit", fit_command)
 _add(app, "check", check)
 app.add_typer(evaluate_app, name="eval")
 _add(evaluate_app, "eval needle", needle)
+_add(app, "soak", soak)
 app.add_typer(bench_app, name="bench")
 _add(bench_app, "bench serve", bench_serve)
 _add(bench_app, "bench kernels", bench_kernels)

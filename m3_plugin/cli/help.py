@@ -159,6 +159,24 @@ NOTES: Mapping[str, Notes] = {
         wrong="at least one was not; the first of them are printed",
         environment=_SERVER_FAILED,
     ),
+    "soak": Notes(
+        summary="Is a server right under fire? Every answer is judged.",
+        examples={
+            "m3-plugin soak --url http://localhost:8000 --minutes 60 --output soak.json": (
+                "accept the server you run before traffic; the same command goes on with the file"
+            ),
+            "m3-plugin soak --minutes 20 --speculative --plot soak.png": (
+                "a tiny M3 on this machine, drafting for the second half"
+            ),
+        },
+        variables={
+            "OPENAI_API_KEY": "key of the server at --url, if it wants one",
+            **_WHICH_PLUGIN,
+        },
+        right="no answer was wrong or lost, and nothing was kept that should be given back",
+        wrong="something was; the first findings are printed",
+        environment=_SERVER_FAILED,
+    ),
     "bench serve": Notes(
         summary="How fast is a server, by length of the prompt?",
         examples={

@@ -11,6 +11,7 @@ from m3_plugin.diagnosis import Report
 from m3_plugin.diagnosis.hosts import HOSTS as ENTRIES
 from m3_plugin.diagnosis.hosts import examine_allow_list, examine_settings, installed_version
 from m3_plugin.host.serving import sglang_command, vllm_command
+from m3_plugin.model.config import PAGED_BLOCK_SIZE
 
 MODEL_NAME = "minimax-m3-constructed"
 MAX_MODEL_LEN = 32768
@@ -48,6 +49,9 @@ class Host:
     metrics : prefix of its Prometheus metrics
     speculative_options : (model) to options which draft 3 tokens with the model's MTP module
     draft_counters : how it counts drafts
+    load_options : (tokens of a request, tokens of the cache, requests at a time) to options; they
+        win over `options`
+    reset_path : empties its prefix cache when posted to
     """
 
     title: str
@@ -57,6 +61,8 @@ class Host:
     metrics: str
     speculative_options: Callable[[Path], tuple[str, ...]]
     draft_counters: DraftCounters
+    load_options: Callable[[int, int, int], tuple[str, ...]]
+    reset_path: str
 
 
 _COMMON_ENVIRONMENT = {
@@ -109,6 +115,13 @@ HOSTS: Mapping[str, Host] = {
             drafted="vllm:spec_decode_num_draft_tokens_total",
             accepted="vllm:spec_decode_num_accepted_tokens_total",
         ),
+        load_options=lambda longest, cached, requests: (
+            *("--max-model-len", str(longest)),
+            *("--num-gpu-blocks-override", str(-(-cached // PAGED_BLOCK_SIZE))),
+            *("--max-num-seqs", str(requests)),
+        ),
+        # with VLLM_SERVER_DEV_MODE=1
+        reset_path="/reset_prefix_cache",
     ),
     "sglang": Host(
         title="SGLang",
@@ -144,6 +157,13 @@ HOSTS: Mapping[str, Host] = {
             details=("sglext", "spec_tokens_details"),
             asked_by={"return_spec_tokens_details": True},
         ),
+        load_options=lambda longest, cached, requests: (
+            *("--context-length", str(longest)),
+            *("--max-total-tokens", str(-(-cached // PAGED_BLOCK_SIZE) * PAGED_BLOCK_SIZE)),
+            *("--max-running-requests", str(requests)),
+            *("--limit-mm-data-per-request", '{"image": 2, "video": 1}'),
+        ),
+        reset_path="/flush_cache",
     ),
 }
 

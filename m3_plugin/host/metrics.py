@@ -7,6 +7,7 @@ with a code for the reason; the reason itself, which may hold paths, is in the l
 `m3_plugin:msa_rows_total` and `msa_blocks_*_total` count what MSA layers read, under
 `M3_PLUGIN_STATISTICS=1`; `m3_plugin:msa_seconds_total` how long they took, and
 `m3_plugin:msa_steps_total` over how many steps, under `M3_PLUGIN_TIMINGS=1`.
+`m3_plugin:checked_steps_total` counts steps that `M3_PLUGIN_CHECK` looked at.
 
 Workers are processes of their own, so the host must run prometheus_client in its multi-process
 mode: SGLang does under `--enable-metrics`, vLLM when `PROMETHEUS_MULTIPROC_DIR` names an empty
@@ -117,6 +118,25 @@ def layer_timers() -> tuple[Counter, Counter]:
         ),
         Counter("m3_plugin:msa_steps", "Steps over which that time was spent", ["phase"]),
     )
+
+
+@cache
+def _checked_steps() -> Counter:
+    from prometheus_client import Counter
+
+    return Counter(
+        "m3_plugin:checked_steps",
+        "Steps whose pages, choices and results were looked at",
+    )
+
+
+def count_checked_step() -> None:
+    """Count a step that was checked, in a process that serves."""
+    try:
+        checked = _checked_steps()
+    except ImportError:
+        return
+    checked.inc()
 
 
 def count_refused_request(part: str) -> None:

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +43,7 @@ __all__ = [
     "lay_out",
     "modality_error",
     "pieces_of",
+    "reading_media",
     "require_frame_limit",
     "require_long_side",
     "require_video_fps",
@@ -48,6 +52,7 @@ __all__ = [
     "size_of_long_side",
     "time_stamp",
     "upright_rgb",
+    "with_stamp",
 ]
 
 # Frames of one video that M3 looks at; longer ones are thinned out.
@@ -242,6 +247,56 @@ def join_segments(grid_thw: Tensor, pairs: Sequence[int]) -> Tensor:
     return torch.tensor(joined, dtype=grid_thw.dtype)
 
 
+@contextlib.contextmanager
+def reading_media(*more: type[Exception]) -> Iterator[None]:
+    """What a decoder raises on a stranger's bytes, as the ValueError that hosts answer with 400.
+
+    Pillow, OpenCV and FFmpeg have classes of their own for what they cannot read, and raise others
+    by accident. Errors of files and networks pass: they may be the server's.
+
+    Parameters
+    ----------
+    more : classes that can only come from a decoder where this stands
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (*_decoder_errors(), *more)):
+            raise
+        raise ValueError(
+            f"an image or video cannot be read ({type(error).__name__}: {error}): send it as an "
+            "ordinary PNG, JPEG, WebP or MP4 file"
+        ) from error
+
+
+def _decoder_errors() -> tuple[type[Exception], ...]:
+    """Classes beyond ValueError and OSError that decoders raise on broken or hostile bytes."""
+    from PIL import Image
+
+    found: list[type[Exception]] = [
+        Image.DecompressionBombError,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        BufferError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        SyntaxError,
+        struct.error,
+        zlib.error,
+    ]
+    # a decoder that was never imported has raised nothing
+    for module, name in (
+        ("cv2", "error"),
+        ("av.error", "FFmpegError"),
+        ("decord._ffi.base", "DECORDError"),
+    ):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
 def upright_rgb(image: Any) -> Any:
     """A Pillow image as a viewer shows it: turned as EXIF says, over white, 8 bits per channel.
 
@@ -413,20 +468,59 @@ def _end_of_run(
     return at
 
 
-def lay_out(prompt: Sequence[int], places: Sequence[Place], tokens: MediaTokens) -> list[int]:
-    """The prompt with every bare placeholder replaced by its item's stamps and tokens."""
+def lay_out(
+    prompt: Sequence[int],
+    places: Sequence[Place],
+    tokens: MediaTokens,
+    *,
+    stamped: Callable[[list[int], Sequence[int]], list[int]],
+) -> list[int]:
+    """The prompt with every bare placeholder replaced by its item's stamps and tokens.
 
-    def parts() -> Iterator[Sequence[int]]:
-        done = 0
-        for place in places:
-            yield prompt[done : place.begin]
-            if place.expanded:
-                yield prompt[place.begin : place.end]
-            else:
-                for piece in place.pieces:
-                    yield piece.stamp
-                    yield tokens.run(place.token, piece.count)
-            done = place.end
-        yield prompt[done:]
+    Parameters
+    ----------
+    stamped : what is before a video and its first stamp, as `with_stamp` joins them
+    """
+    laid: list[int] = []
+    done = 0
+    for place in places:
+        laid += prompt[done : place.begin]
+        if place.expanded:
+            laid += prompt[place.begin : place.end]
+        else:
+            laid = stamped(laid, place.pieces[0].stamp)
+            for number, piece in enumerate(place.pieces):
+                laid += piece.stamp if number else ()
+                laid += tokens.run(place.token, piece.count)
+        done = place.end
+    return laid + list(prompt[done:])
 
-    return [token for part in parts() for token in part]
+
+def with_stamp(
+    prompt: list[int],
+    stamp: Sequence[int],
+    *,
+    added: Container[int],
+    encode: Callable[[str], list[int]],
+    decode: Callable[[list[int]], str],
+) -> list[int]:
+    """A prompt up to a video and its first time stamp, as if they had been tokenized together.
+
+    A stamp is plain text, so the tokenizer may merge its beginning with the text before it ("Look:
+    ]<]0.0"), as it does in transformers, which inserts stamps before it tokenizes. All later stamps
+    follow an end token, across which nothing merges. Ids that the tokenizer would not produce are
+    the caller's choice and stay.
+
+    Parameters
+    ----------
+    added : ids of the tokenizer's added tokens, across which nothing merges
+    encode, decode : the tokenizer's, without adding or leaving out any special token
+    """
+    begin = next((i for i in range(len(prompt), 0, -1) if prompt[i - 1] in added), 0)
+    text = prompt[begin:]
+    if not stamp or not text:
+        return [*prompt, *stamp]
+    written = decode(text)
+    if encode(written) != text:
+        return [*prompt, *stamp]
+    return prompt[:begin] + encode(written + decode(list(stamp)))

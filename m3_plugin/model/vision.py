@@ -17,7 +17,7 @@ rotation is applied in fp32, as vLLM and SGLang do; transformers rounds cosines 
 
 Weights are plain modules, replicated on every tensor-parallel rank (0.87 B parameters, 1.7 GB in
 bf16), and every published quantised checkpoint leaves them unquantised. Segments are independent,
-so a data-parallel version can deal them out to the ranks.
+and `vision_shares` deals them out to the ranks where a host is asked to.
 """
 
 from __future__ import annotations
@@ -168,6 +168,15 @@ class M3Vision(nn.Module):
             config.text_hidden_size,
         )
 
+    def check_inputs(self, pixel_values: torch.Tensor, grids: Sequence[Sequence[int]]) -> None:
+        """Refuse what `forward` cannot read.
+
+        Raises
+        ------
+        ValueError : names the argument, the rule and the value.
+        """
+        _check_inputs(pixel_values, grids, config=self.config)
+
     def forward(
         self, pixel_values: torch.Tensor, grid_thw: torch.Tensor | Sequence[Sequence[int]]
     ) -> torch.Tensor:
@@ -178,7 +187,7 @@ class M3Vision(nn.Module):
         text_hidden_size] in the model's dtype.
         """
         grids = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else grid_thw
-        _check_inputs(pixel_values, grids, config=self.config)
+        self.check_inputs(pixel_values, grids)
         segments = split_segments(grids, segment_patches=self.config.segment_patches)
         features = []
         start = 0

@@ -43,6 +43,7 @@ def mkv(
     duration: float | None,
     size: tuple[int, int] = (112, 84),
     fps: float = 1.0,
+    kind: bytes = b"matroska",
 ) -> bytes:
     """Matroska of JPEG frames at the given times, with cues; `duration` is what it claims."""
     info = _element(0x2AD7B1, _uint(1_000_000))
@@ -78,7 +79,7 @@ def mkv(
         + _element(0x42F7, _uint(1))
         + _element(0x42F2, _uint(4))
         + _element(0x42F3, _uint(8))
-        + _element(0x4282, b"matroska")
+        + _element(0x4282, kind)
         + _element(0x4287, _uint(4))
         + _element(0x4285, _uint(2))
     )

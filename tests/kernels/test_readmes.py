@@ -13,6 +13,7 @@ from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
 from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_kernels.norm_rope_store import norm_rope_store
+from m3_kernels.page_table import fill_page_table
 from m3_kernels.sparse_attention import sparse_attention
 from m3_kernels.work_plan import fill_work_plan
 
@@ -22,6 +23,7 @@ OPS = {
     "index_topk": index_topk,
     "mxfp8_linear": mxfp8_linear,
     "norm_rope_store": norm_rope_store,
+    "page_table": fill_page_table,
     "sparse_attention": sparse_attention,
     "work_plan": fill_work_plan,
 }

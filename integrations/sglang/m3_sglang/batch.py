@@ -106,6 +106,7 @@ def msa_batch(
         slot_mapping=slots.to(torch.int64),
         max_query_len=max_query_len,
         max_seq_len=max_seq_len,
+        requests=forward_batch.rids or (),
     )
 
 

@@ -94,6 +94,14 @@ def speculation_is_tested() -> bool:
     return not _is_older_than("0.5.23")
 
 
+def has_cache_budget() -> bool:
+    """Whether this SGLang sizes its cache pools in `KVCacheConfigurator`; older ones in the runner.
+
+    It came in 0.5.22.
+    """
+    return not _is_older_than("0.5.22")
+
+
 def deep_gemm_is_the_default(device: str) -> bool:
     """Whether SGLang gives MXFP8 experts to DeepGEMM here: it does on SM100 and SM103."""
     from sglang.srt.utils import is_cuda
@@ -172,6 +180,14 @@ def tensor_parallel_rank() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return get_parallel().tp_rank
+
+
+def shares_out_pictures() -> bool:
+    """Whether each rank is to encode a part of the pictures (`--mm-enable-dp-encoder`)."""
+    from sglang.srt.runtime_context import get_server_args
+
+    server_args: Any = get_server_args()
+    return bool(getattr(resolved(server_args), "mm_enable_dp_encoder", False))
 
 
 def partition_shared_by(ranks: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from m3_kernels.page_table import fill_page_table
 from m3_plugin.attention.batch import MSABatch
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_sglang.batch import UniformStep, uniform_starts
@@ -24,7 +25,6 @@ class GraphBuffers:
     Attributes
     ----------
     req_to_token : SGLang's own int32 [max_requests, max_context]
-    first_positions : int64 [max_pages], position of the first token of each block
     seq_lens : int32 [requests]
     page_table : int32 [requests, max_pages]
     slot_mapping : int64 [rows]
@@ -33,7 +33,6 @@ class GraphBuffers:
     """
 
     req_to_token: Tensor
-    first_positions: Tensor
     seq_lens: Tensor
     page_table: Tensor
     slot_mapping: Tensor
@@ -43,12 +42,11 @@ class GraphBuffers:
     def allocate(cls, req_to_token: Tensor, *, num_reqs: int, num_rows: int) -> GraphBuffers:
         """Buffers for steps of up to `num_reqs` requests and `num_rows` rows."""
         device = req_to_token.device
-        first = torch.arange(0, req_to_token.shape[1], PAGED_BLOCK_SIZE, device=device)
+        pages = -(-req_to_token.shape[1] // PAGED_BLOCK_SIZE)
         return cls(
             req_to_token=req_to_token,
-            first_positions=first,
             seq_lens=torch.ones(num_reqs, dtype=torch.int32, device=device),
-            page_table=torch.zeros(num_reqs, len(first), dtype=torch.int32, device=device),
+            page_table=torch.zeros(num_reqs, pages, dtype=torch.int32, device=device),
             slot_mapping=torch.zeros(num_rows, dtype=torch.int64, device=device),
         )
 
@@ -73,7 +71,9 @@ class GraphBuffers:
         """Write the contents of one step into the views of `batch`; device operations only.
 
         A padded request has the length SGLang fills in, row 0 of `req_to_token` and slot 0, which
-        belongs to nobody: it reads what is there and writes where nothing is read.
+        belongs to nobody: it reads what is there and writes where nothing is read. That length is
+        1, so it is raised to the request's rows where they are to count, for none lies before
+        position 0.
 
         Parameters
         ----------
@@ -81,7 +81,16 @@ class GraphBuffers:
         rows : integer [requests], rows of `req_to_token`
         slots : integer [rows], slots of the step's tokens
         """
-        batch.seq_lens.copy_(seq_lens + step.unseen)
-        first_slots = self.req_to_token[rows.unsqueeze(1), self.first_positions]
-        batch.page_table.copy_(first_slots // PAGED_BLOCK_SIZE)
+        lengths = seq_lens + step.unseen
+        if step.query_len > step.unseen + 1:
+            lengths = lengths.clamp(min=step.query_len)
+        batch.seq_lens.copy_(lengths)
+        # as far as each length: the table is as wide as the longest context
+        fill_page_table(
+            batch.page_table,
+            slots=self.req_to_token,
+            rows=rows,
+            seq_lens=batch.seq_lens,
+            page_size=PAGED_BLOCK_SIZE,
+        )
         batch.slot_mapping.copy_(slots)

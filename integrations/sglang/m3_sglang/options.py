@@ -95,7 +95,6 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_pd_role_switch": (_OFF, "disaggregation was never run with MSA layers"),
     "encoder_only": (_OFF, "the vision tower runs beside the text model"),
     "language_only": (_OFF, "the vision tower runs beside the text model"),
-    "mm_enable_dp_encoder": (_OFF, "every rank runs the whole vision tower already"),
     "enable_lora": (_OFF, "adapters are not supported yet"),
     "lora_paths": ((None, [], ()), "adapters are not supported yet"),
     "uno_lora_path": ((None,), "adapters are not supported yet"),

@@ -16,10 +16,12 @@ from m3_plugin.host.presence import PluginRefusal, attestation, require_tested
 from m3_plugin.model.released import misnamed_model
 from m3_plugin.model.taking import refusal, stands_aside
 from m3_plugin.settings import Settings, remarks
+from m3_sglang.chats import register_chats
 from m3_sglang.compat import (
     SGLANG_WINDOW,
     deep_gemm_is_the_default,
     device_type,
+    has_cache_budget,
     needs_vision_config_attributes,
     needs_weight_only_mxfp8,
     read_config,
@@ -50,6 +52,9 @@ REQUEST_CHECK = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validat
 INDEX_POOL = "sglang.srt.configs.model_config.is_minimax_sparse"
 INDEX_DTYPE = "sglang.srt.mem_cache.memory_pool.get_minimax_sparse_index_dtype"
 INDEX_WIDTH = "sglang.srt.configs.model_config.get_minimax_sparse_attention_config"
+CACHE_BUDGET = (
+    "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
+)
 MXFP8_METHOD = "m3_mxfp8"
 CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 
@@ -75,6 +80,7 @@ def register_with_sglang() -> None:
     _register_models()
     _register_draft_config()
     _register_quantization()
+    register_chats()
     if settings.index_keys == "int8":
         _register_int8_index_keys()
     _say(
@@ -113,6 +119,8 @@ def _register_backend() -> None:
     HookRegistry.register(DRAFT_CONFIG, configure_draft, HookType.AFTER)
     HookRegistry.register(INDEX_POOL, has_index_keys, HookType.AFTER)
     HookRegistry.register(REQUEST_CHECK, check_embeddings, HookType.BEFORE)
+    if has_cache_budget():
+        HookRegistry.register(CACHE_BUDGET, keep_room, HookType.AROUND)
     if needs_vision_config_attributes():
         HookRegistry.register(CPU_CONFIG, give_vision_config_attributes, HookType.BEFORE)
 
@@ -234,6 +242,22 @@ def check_embeddings(manager: Any, request: Any, *args: Any, **kwargs: Any) -> N
     wrong = next((len(row) for row in rows if len(row) != width), None)
     if wrong is not None:
         raise ValueError(f"input_embeds must be rows of hidden_size={width} numbers; got {wrong}")
+
+
+def keep_room(original: Any, sizing: Any, *args: Any, **kwargs: Any) -> int:
+    """AROUND hook: SGLang's caches leave room for what our sessions allocate after them."""
+    available: int = original(sizing, *args, **kwargs)
+    if not is_ours(sizing.model_config.hf_config):
+        return available
+    from m3_sglang.session import workspace_of_pool
+
+    wanted = workspace_of_pool(sizing)
+    if wanted:
+        logger.info(
+            "m3-plugin: %.2f GiB of the caches' memory are left to the workspace of MSA layers",
+            wanted / 2**30,
+        )
+    return max(0, available - wanted)
 
 
 def _register_int8_index_keys() -> None:

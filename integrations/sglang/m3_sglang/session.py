@@ -11,10 +11,18 @@ import torch
 
 from m3_kernels.work_plan import DECODE_ROWS, allocate_work_plan
 from m3_plugin.attention.assembly import make_session
+from m3_plugin.attention.backends import choose_kernels
 from m3_plugin.attention.batch import StepCapacity
 from m3_plugin.attention.session import MSASession
-from m3_plugin.model.config import M3Config, local_heads
-from m3_sglang.compat import resolved, tensor_parallel_size
+from m3_plugin.attention.workspace import LayerShape, workspace_bytes
+from m3_plugin.model.config import PAGED_BLOCK_SIZE, M3Config, local_heads
+from m3_plugin.settings import Settings
+from m3_sglang.compat import read_config, resolved, tensor_parallel_size
+
+# SGLang's own limits of a worker: requests where none is asked for, and slots of a request's row
+# behind the context, for drafts and whole pages (`get_req_to_token_extra_context_len`).
+MOST_REQUESTS = 4096
+ROOM_BEHIND_CONTEXT = 2 * PAGED_BLOCK_SIZE
 
 # By SGLang's pool of requests, which a worker's target and draft share, and by what the kernels see
 # of a layer. Their layers run one after another on one stream, so one scratch serves them.
@@ -87,14 +95,49 @@ def step_capacity(runner: Any) -> StepCapacity:
     Chunked prefill bounds a prefill step by its chunk, otherwise one prompt may be as long as the
     context. Decode requests may ride along, each with all the rows of a verified chain.
     """
-    arguments = resolved(runner.server_args)
     pool = runner.req_to_token_pool
+    return _capacity(runner.server_args, requests=pool.size, max_seq_len=pool.req_to_token.shape[1])
+
+
+def _capacity(server_args: Any, *, requests: int, max_seq_len: int) -> StepCapacity:
+    arguments = resolved(server_args)
     chunk = arguments.chunked_prefill_size
-    longest = chunk if chunk is not None and chunk > 0 else pool.req_to_token.shape[1]
+    longest = chunk if chunk is not None and chunk > 0 else max_seq_len
     chain = arguments.speculative_num_draft_tokens or 1
     return StepCapacity(
-        max_requests=pool.size,
-        max_rows=max(arguments.max_prefill_tokens, longest) + pool.size * chain,
-        max_seq_len=pool.req_to_token.shape[1],
+        max_requests=requests,
+        max_rows=max(arguments.max_prefill_tokens, longest) + requests * chain,
+        max_seq_len=max_seq_len,
         decode_rows=min(chain, DECODE_ROWS),
     )
+
+
+def workspace_of_pool(sizing: Any) -> int:
+    """Bytes of the workspace a worker's target will allocate; 0 where its kernels need none.
+
+    SGLang settles the number of requests after the caches, by their size, so it is the largest it
+    may settle: what was asked for, or 4096 (`KVCacheConfigurator.resolve_max_num_reqs`).
+    """
+    device = torch.device(sizing.device)
+    kernels = choose_kernels(device.type, Settings.from_environment().kernels)
+    config = read_config(sizing.model_config.hf_config)
+    if config.msa is None or kernels.family != "triton":
+        return 0
+    size = tensor_parallel_size()
+    asked = resolved(sizing.server_args).max_running_requests
+    shape = LayerShape(
+        num_q_heads=local_heads(config.num_attention_heads, size),
+        num_kv_heads=local_heads(config.num_key_value_heads, size),
+        head_dim=config.head_dim,
+        rotary_dim=config.rotary_dim,
+        dtype=sizing.model_dtype,
+        cache_dtype=sizing.kv_cache_dtype,
+        # the scratch holds scores of keys, in fp32, and never keys
+        index_dtype=sizing.model_dtype,
+    )
+    capacity = _capacity(
+        sizing.server_args,
+        requests=MOST_REQUESTS if asked is None else asked,
+        max_seq_len=sizing.model_config.context_len + ROOM_BEHIND_CONTEXT,
+    )
+    return workspace_bytes(config.msa, shape, capacity, device=device)

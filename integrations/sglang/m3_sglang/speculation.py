@@ -1,11 +1,12 @@
 """Attention of draft models: one backend per drafting step, MSA for MTP, the host's for others.
 
-SGLang keeps a closed list of backends which may draft; `DraftBackendFactory` is where it is
-consulted, and where two hooks of ours answer.
+SGLang keeps closed lists of backends which may draft, and whose extend step it captures in graphs;
+where it consults them, hooks of ours answer.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from m3_sglang.registration import apply_around, is_ours
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class NoDenseLayers(AttentionBackend):
@@ -144,6 +147,41 @@ def create_draft_extend_backend(original: Callable[[Any], Any], factory: Any) ->
     return original(_with_dense_name(factory))
 
 
+def capture_graphs(original: Callable[[Any], None], worker: Any) -> None:
+    """AROUND hook on `EagleDraftWorker._capture_cuda_graphs`: the extend step of an MTP module too.
+
+    SGLang captures it for backends on a list of its own. A step that cannot be replayed, such as a
+    prompt's, stays eager (`EAGLEDraftExtendCudaGraphRunner.can_run_graph`).
+    """
+    original(worker)
+    if not extend_step_is_left_out(worker):
+        return
+    from sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner import (
+        EAGLEDraftExtendCudaGraphRunner,
+    )
+
+    worker.cuda_graph_runner_for_draft_extend = EAGLEDraftExtendCudaGraphRunner(worker)
+    logger.info("m3-plugin: the extend step of the MTP module is captured in CUDA graphs")
+
+
+def extend_step_is_left_out(worker: Any) -> bool:
+    """Whether SGLang captured the draft's steps, or would have, but not the extend step of ours."""
+    from sglang.srt.environ import envs
+    from sglang.srt.model_executor.cuda_graph_config import (
+        Backend,
+        Phase,
+        check_cuda_graph_backend,
+    )
+
+    return (
+        torch.device(worker.device).type == "cuda"
+        and isinstance(worker.draft_extend_attn_backend, M3AttentionBackend)
+        and worker.cuda_graph_runner_for_draft_extend is None
+        and not envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.get()
+        and not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED)
+    )
+
+
 def _with_dense_name(factory: Any) -> Any:
     """A dense draft model beside a target on `msa` takes what it would take alone."""
     if factory.draft_attn_backend is None:
@@ -164,6 +202,7 @@ _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 HOOKS = {
     f"{_FACTORY}.create_decode_backend": create_decode_backend,
     f"{_FACTORY}.create_draft_extend_backend": create_draft_extend_backend,
+    "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._capture_cuda_graphs": capture_graphs,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from m3_plugin.host.presence import TestedWindow
 
 VLLM_WINDOW = TestedWindow(package="vllm", minimum="0.31", below="0.34", tested=("0.31", "0.32"))
@@ -27,3 +29,19 @@ def device_major() -> int | None:
 
     capability = current_platform.get_device_capability()
     return None if capability is None else capability.major
+
+
+def requests_of_step() -> tuple[str, ...]:
+    """Ids of the requests in the step that runs now, in the order of its rows; () if nobody knows.
+
+    vLLM tells attention nothing about them. Its model runner, either one, keeps them in the
+    `input_batch` that some caller of ours holds; for messages only, as it walks the stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        for holder in (frame.f_locals, getattr(frame.f_locals.get("self"), "__dict__", {})):
+            names = getattr(holder.get("input_batch"), "req_ids", None)
+            if names:
+                return tuple(map(str, names))
+        frame = frame.f_back
+    return ()

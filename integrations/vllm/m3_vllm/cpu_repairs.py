@@ -1,4 +1,4 @@
-"""Sampled requests with drafts on a CPU: the one function of vLLM that is wrong there is replaced.
+"""Sampled requests on a CPU: two things of vLLM that are wrong there are put right.
 
 Before it verifies drafts, vLLM spreads each request's temperature, top-k and top-p over the rows of
 its drafts, with a Triton kernel. On a CPU a function of `vllm.utils.cpu_triton_utils` takes that
@@ -11,11 +11,17 @@ It takes its place inside the object which vLLM launches (`KernelOverride`), and
 registry of such functions: `vllm.triton_utils.dispatcher.register_kernels` looks at every attribute
 of every module loaded by then, and fails on those of llvmlite, which n-gram drafts bring.
 
-To be deleted when every release of the tested window has a right one.
+A prompt that is read in parts draws a token after each part, and vLLM takes all but the last draw
+back: it moves the offset of the request's generator. Generators of a CPU have no offset, so one
+request with a `seed` and a prompt longer than a step ends the engine. Generators that can take a
+draw back take their place, in workers which serve M3 on a CPU (`take_draws_back`).
+
+Each to be deleted when every release of the tested window has it right.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -23,6 +29,9 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 logger = init_logger("vllm.m3_plugin.cpu_repairs")
+
+# Philox numbers of one draw, by which vLLM moves an offset.
+_DRAW = 4
 
 KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
 
@@ -84,3 +93,65 @@ def spread(
     """
     counts = ends.diff(prepend=ends.new_zeros(1))
     output.copy_(values.where(values != replace_from, replace_to).repeat_interleave(counts))
+
+
+class Rewinding(torch.Generator):
+    """A CPU generator that takes draws back as vLLM asks for it, by its offset.
+
+    A request that has no token yet has drawn nothing that counts: it goes back to its seed. One
+    that begins again after a preemption has drawn; where its last draw began is not known then, so
+    the numbers go on, which changes nothing in how its tokens are distributed.
+
+    Parameters
+    ----------
+    seeded : whose place it takes
+    request : of vLLM's, with `output_token_ids`
+    """
+
+    def __init__(self, seeded: torch.Generator, request: Any) -> None:
+        super().__init__()
+        self._seeded = seeded.get_state()
+        self._request = weakref.ref(request)
+        self.set_state(self._seeded)
+
+    def __new__(cls, seeded: torch.Generator, request: Any) -> Rewinding:
+        # without its arguments, which are ours
+        return super().__new__(cls)
+
+    def get_offset(self) -> int:
+        """A draw behind the place that `set_offset` goes to."""
+        return _DRAW
+
+    def set_offset(self, offset: int) -> torch.Generator:
+        """Take the last draw back."""
+        request = self._request()
+        if request is not None and not request.output_token_ids:
+            self.set_state(self._seeded)
+        return self
+
+
+def take_draws_back() -> None:
+    """Give requests with a seed generators that vLLM can rewind; once, in a worker on a CPU."""
+    try:
+        torch.Generator().get_offset()
+    except RuntimeError:
+        pass
+    else:
+        return
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+    theirs: Any = CachedRequestState.__post_init__
+    if getattr(theirs, "rewinds", False):
+        return
+
+    def ours(self: CachedRequestState) -> None:
+        theirs(self)
+        if type(self.generator) is torch.Generator and self.generator.device.type == "cpu":
+            self.generator = Rewinding(self.generator, self)
+
+    ours.rewinds = True  # type: ignore[attr-defined]
+    CachedRequestState.__post_init__ = ours
+    logger.info(
+        "m3-plugin: vLLM on a CPU ends at a request with a seed whose prompt is read in parts; its "
+        "generators are replaced"
+    )

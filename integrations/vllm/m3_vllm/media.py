@@ -22,6 +22,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,13 @@ from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3
 from transformers.models.minimax_m3_vl.video_processing_minimax_m3_vl import (
     MiniMaxM3VLVideoProcessor,
 )
+from vllm.config import VllmConfig
 from vllm.config.multimodal import MultiModalDummyOptions
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.inputs import MultiModalDataDict
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
@@ -62,14 +69,17 @@ from m3_plugin.model.media import (
     join_segments,
     modality_error,
     pieces_of,
+    reading_media,
     require_frame_limit,
     require_video_fps,
     require_video_pixels,
     sampled_frames,
     time_stamp,
     upright_rgb,
+    with_stamp,
 )
 from m3_plugin.model.vision import M3Vision
+from m3_plugin.model.vision_shares import VisionRanks, shared_features
 from m3_vllm.front_end import export_from_front_end
 
 # vLLM's own M3 registers a video loader for the same processor when it is imported, which the host
@@ -367,12 +377,7 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         ]
 
     def _apply_prompt_updates(self, token_ids, mm_prompt_updates):
-        """Collapse what came expanded, write first stamps into the text; the rest is vLLM's.
-
-        A time stamp is plain text, so the tokenizer may merge its beginning with the text before
-        it ("Look: ]<]0.0"), as it does in transformers, which inserts stamps before it tokenizes.
-        All later stamps follow an end token, across which nothing merges.
-        """
+        """Collapse what came expanded, write first stamps into the text; the rest is vLLM's."""
         tokenizer = self.info.get_tokenizer()
         ids = MediaTokens.of(self.info.get_hf_processor())
         updates = {
@@ -387,9 +392,14 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
             ids,
             images=[pieces_of(full, ids) for full in fulls.get("image", ())],
             videos=[pieces_of(full, ids) for full in fulls.get("video", ())],
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
+            decode=partial(tokenizer.decode, skip_special_tokens=False),
         )
-        added = frozenset(tokenizer.get_added_vocab().values())
+        stamped = partial(
+            with_stamp,
+            added=frozenset(tokenizer.get_added_vocab().values()),
+            encode=partial(tokenizer.encode, add_special_tokens=False),
+            decode=partial(tokenizer.decode, skip_special_tokens=False),
+        )
         prompt: list[int] = []
         videos = []
         done = 0
@@ -400,11 +410,8 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
                 candidates = updates["video"][len(videos)]
                 full = candidates[0].content.full
                 stamp, rest = full[: full.index(ids.start)], full[full.index(ids.start) :]
-                if stamp and not place.expanded:
-                    begin = next(
-                        (i for i in range(len(prompt), 0, -1) if prompt[i - 1] in added), 0
-                    )
-                    prompt[begin:] = _extend_text(tokenizer, prompt[begin:], stamp)
+                if not place.expanded:
+                    prompt = stamped(prompt, stamp)
                 details = PromptUpdateDetails.select_token_id(rest, ids.video)
                 videos.append([replace(update, content=details) for update in candidates])
             prompt.append(place.token)
@@ -418,18 +425,6 @@ def _times(metadata: Mapping[str, Any]) -> dict[str, Any]:
     indices = metadata.get("frames_indices")
     known = indices is not None and len(indices) > 0
     return {"fps": metadata.get("fps") or None, "frames_indices": indices if known else None}
-
-
-def _extend_text(tokenizer: Any, text: list[int], suffix: list[int]) -> list[int]:
-    """Tokens of two pieces of plain text as if they had been tokenized together."""
-    if not text:
-        return suffix
-    written = tokenizer.decode(text, skip_special_tokens=False)
-    if tokenizer.encode(written, add_special_tokens=False) != text:
-        # Token ids that this tokenizer would not produce are the caller's choice.
-        return text + suffix
-    whole = written + tokenizer.decode(suffix, skip_special_tokens=False)
-    return tokenizer.encode(whole, add_special_tokens=False)
 
 
 def _grid(value: object) -> tuple[int, int, int]:
@@ -466,27 +461,31 @@ class M3VideoLoader(VideoBackend):
     def load_bytes(
         cls,
         data: bytes,
-        num_frames: int = -1,
-        fps: int = 1,
+        num_frames: int | None = -1,
+        fps: float | None = 1,
         max_duration: int = 300,
         frame_recovery: bool = False,
         *,
-        max_frames: int = MAX_FRAMES,
+        max_frames: int | None = MAX_FRAMES,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        require_video_fps(fps)
+        # null is no wish, as on SGLang
+        rate: Any = require_video_fps(1 if fps is None else fps)
+        max_frames = MAX_FRAMES if max_frames is None else max_frames
+        num_frames = -1 if num_frames is None else num_frames
         if num_frames not in (-1, _NO_WISH):
             max_frames = num_frames
         require_frame_limit(max_frames)
-        frames, metadata = super().load_bytes(
-            data,
-            num_frames=num_frames,
-            fps=fps,
-            max_duration=max_duration,
-            frame_recovery=frame_recovery,
-            max_frames=max_frames,
-            **kwargs,
-        )
+        with reading_media(RuntimeError):
+            frames, metadata = super().load_bytes(
+                data,
+                num_frames=num_frames,
+                fps=rate,
+                max_duration=max_duration,
+                frame_recovery=frame_recovery,
+                max_frames=max_frames,
+                **kwargs,
+            )
         if len(frames) == 0 and metadata["total_num_frames"] == 1:
             # vLLM looks for the end first, from which OpenCV finds no way back in such a file
             cap = OpenCVVideoBackendMixin.open_video_capture(data)
@@ -561,10 +560,26 @@ def _resized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resized.permute(1, 2, 0).contiguous().numpy()
 
 
+def vision_ranks(vllm_config: VllmConfig) -> VisionRanks | None:
+    """The ranks among which pictures are shared out; None where each encodes all of them."""
+    multimodal = vllm_config.model_config.multimodal_config
+    size = get_tensor_model_parallel_world_size()
+    if multimodal is None or multimodal.mm_encoder_tp_mode != "data" or size == 1:
+        return None
+    return VisionRanks(
+        rank=get_tensor_model_parallel_rank(),
+        size=size,
+        gather=lambda features: tensor_model_parallel_all_gather(features, dim=0),
+    )
+
+
 class M3MultiModalMixin(SupportsMultiModal):
     """vLLM's multi-modal interface for a model that holds an `M3Vision` as `vision_tower`."""
 
     vision_tower: M3Vision
+    # a tower on each rank anyway; with `--mm-encoder-tp-mode data` each encodes its part
+    supports_encoder_tp_data = True
+    vision_ranks: VisionRanks | None = None
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -589,6 +604,11 @@ class M3MultiModalMixin(SupportsMultiModal):
                 "pixel values and grids must be tensors; "
                 f"got {type(pixel_values).__name__} and {type(grid_thw).__name__}"
             )
-        features = self.vision_tower(pixel_values, grid_thw)
+        if self.vision_ranks is None:
+            features = self.vision_tower(pixel_values, grid_thw)
+        else:
+            features = shared_features(
+                self.vision_tower, pixel_values, grid_thw, ranks=self.vision_ranks
+            )
         merge_length = self.vision_tower.config.merge_length
         return features.split((grid_thw.prod(-1) // merge_length).tolist())

@@ -68,6 +68,7 @@ from m3_vllm.media import (
     M3MultiModalMixin,
     M3MultiModalProcessor,
     M3ProcessingInfo,
+    vision_ranks,
 )
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
 from m3_vllm.norms import HiddenNorm, add_and_norm
@@ -645,6 +646,7 @@ class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP, Suppo
         self.config = vllm_config.model_config.hf_config
         with self._mark_tower_model(vllm_config, {"image", "video"}):
             self.vision_tower = M3Vision(VisionConfig.from_hf(self.config))
+        self.vision_ranks = vision_ranks(vllm_config)
         with self._mark_language_model(vllm_config):
             self.language_model = M3ForCausalLM(
                 vllm_config=vllm_config,

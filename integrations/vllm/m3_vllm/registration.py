@@ -15,6 +15,7 @@ from m3_plugin.model.released import misnamed_model
 from m3_plugin.settings import Settings, remarks
 from m3_vllm.compat import VLLM_WINDOW, device_type, vllm_version
 from m3_vllm.registry import choose_by_config
+from m3_vllm.renderer import register_renderer
 
 # Under vllm.* so that vLLM's own logging configuration shows it in every process.
 logger = init_logger("vllm.m3_plugin")
@@ -47,6 +48,7 @@ def register_with_vllm() -> None:
         require_tested(VLLM_WINDOW, vllm_version(), settings=settings)
         kernels = choose_kernels(device_type(), settings.kernels)
         choose_by_config(ModelRegistry, architectures=ARCHITECTURES, settings=settings)
+        register_renderer()
         for architecture, path in ARCHITECTURES.items():
             ModelRegistry.register_model(architecture, path)
         if settings.dequantize:

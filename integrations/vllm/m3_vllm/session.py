@@ -12,8 +12,9 @@ from m3_plugin.attention.batch import StepCapacity
 from m3_plugin.attention.session import MSASession
 from m3_plugin.model.config import M3Config
 from m3_plugin.settings import Settings
+from m3_vllm import cpu_repairs
 from m3_vllm.caches import M3SparseCacheLayer, cache_dtype, index_dtype
-from m3_vllm.compat import device_type
+from m3_vllm.compat import device_type, requests_of_step
 from m3_vllm.options import require_served
 
 ATTENTION_OP = "vllm::m3_msa_attention"
@@ -32,8 +33,10 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
     if config.msa is None:
         return None
     require_served(vllm_config, config)
+    if device_type() == "cpu":
+        cpu_repairs.take_draws_back()
     keep_attention_out_of_piecewise_graphs(vllm_config)
-    return make_session(
+    session = make_session(
         config,
         device=torch.device(device_type()),
         dtype=vllm_config.model_config.dtype,
@@ -45,6 +48,9 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
         pages=("packed-slots", "packed-heads"),
         beside=_earlier_session(vllm_config),
     )
+    if session is not None and session.checker is not None:
+        session.checker.names = requests_of_step
+    return session
 
 
 def _earlier_session(vllm_config: VllmConfig) -> MSASession | None:

@@ -151,7 +151,8 @@ def launches(
         "PAGE_SIZE": page_size,
         "TOPK": call.topk,
         "TOPK_PAD": power_of_two(call.topk),
-        **kernel_config("index_topk_select", arch=arch, max_blocks=plan.max_blocks),
+        # one look-up for a range of contexts: what rows ask for are powers of two
+        **kernel_config("index_topk_select", arch=arch, max_blocks=power_of_two(plan.max_blocks)),
         **dependent_launch(call.device, arch),
     }
     shape = {

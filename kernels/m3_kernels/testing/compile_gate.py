@@ -36,6 +36,7 @@ from m3_kernels.launch import Launch
 ARCHS = (80, 89, 90, 100, 120)
 OPS = (
     "work_plan",
+    "page_table",
     "index_topk",
     "sparse_attention",
     "cache_store",

@@ -19,8 +19,9 @@ SERVED = _names(
     disable_prefill_cuda_graph disable_radix_cache dtype enable_memory_saver enable_metrics
     enable_mixed_chunk enable_weights_cpu_backup json_model_override_args load_format
     max_prefill_tokens max_running_requests max_total_tokens mem_fraction_static
-    mm_process_config model_path moe_runner_backend prefill_attention_backend quantization
-    random_seed reasoning_parser speculative_attention_mode speculative_draft_attention_backend
+    mm_enable_dp_encoder mm_process_config model_path moe_runner_backend
+    prefill_attention_backend quantization random_seed reasoning_parser speculative_attention_mode
+    speculative_draft_attention_backend
     speculative_draft_model_path speculative_num_draft_tokens speculative_num_steps
     tokenizer_worker_num tool_call_parser tp_size trust_remote_code
     """

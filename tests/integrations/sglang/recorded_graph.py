@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 KERNELS = {
     "m3_plugin.attention.session": ("norm_rope_store", "index_topk", "sparse_attention"),
     "m3_plugin.attention.workspace": ("fill_work_plan",),
+    "m3_sglang.graphs": ("fill_page_table",),
 }
 
 

@@ -207,6 +207,50 @@ def test_the_first_graph_finds_its_memory_after_all_others(kind: str, query_len:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "query_len"), [("DECODE", 1), ("TARGET_VERIFY", 2), ("DRAFT_EXTEND_V2", 4)]
+)
+def test_a_graph_with_padded_requests_serves_the_others(kind: str, query_len: int) -> None:
+    """SGLang gives them length 1, row 0 and slot 0, whatever the number of their rows."""
+    layer = Layer()
+    made = backend(layer, max_bs=4, max_rows=4 * query_len)
+    server = Server(made, layer, kind, num_reqs=4, query_len=query_len)
+    lengths = [300, 129]
+    hidden = torch.randn(2 * query_len, HIDDEN, generator=torch.Generator().manual_seed(1))
+    expected = eager(
+        [9, *lengths], torch.cat([hidden[:query_len], hidden]), kind=kind, query_len=query_len
+    )
+    # request 0 of the pool is nobody's: the live ones are 1 and 2, as on a server
+    live = step_of(kind, [9, *lengths], query_len=query_len)
+    layer.restore_pages()
+    server.step.seq_lens.fill_(made.get_cuda_graph_seq_len_fill_value())
+    for name in ("req_pool_indices", "out_cache_loc", "positions"):
+        getattr(server.step, name).zero_()
+    server.step.seq_lens[:2].copy_(live.seq_lens[1:])
+    server.step.req_pool_indices[:2].copy_(live.req_pool_indices[1:])
+    for name in ("out_cache_loc", "positions"):
+        getattr(server.step, name)[: 2 * query_len].copy_(getattr(live, name)[query_len:])
+    server.hidden.zero_()
+    server.hidden[: 2 * query_len].copy_(hidden)
+    server.graph.replay()
+    # the projections of three requests and of four round otherwise
+    torch.testing.assert_close(server.out[: 2 * query_len], expected[query_len:])
+    assert server.out.isfinite().all()
+    assert made.plan is not None
+    # no row of a padded request lies before position 0
+    assert (made.plan.batch.seq_lens >= query_len).all()
+
+
+def test_a_replay_reads_of_the_page_table_what_its_lengths_need() -> None:
+    layer = Layer()
+    made = backend(layer, max_bs=4, max_rows=4)
+    server = Server(made, layer, "DECODE", num_reqs=4, query_len=1)
+    table = made.graph_buffers.page_table
+    table.fill_(-7)
+    server.serve([300, 127, 128, 129], torch.zeros(4, HIDDEN))
+    assert [int((line != -7).sum()) for line in table] == [3, 1, 1, 2]
+
+
 def test_the_recorder_sees_memory_that_nobody_owns() -> None:
     """As a step whose row starts are the plan's alone: the next capture frees them."""
     layer = Layer()

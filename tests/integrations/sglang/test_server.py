@@ -14,9 +14,11 @@ from openai import OpenAI
 from m3_plugin.host.serving import ServerProcess, free_port, sglang_command
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations.insight import InsightCases, insight_environment
+from tests.integrations.media_cases import MediaCases
 from tests.integrations.parsers import SpokenCases
 from tests.integrations.server import MODEL, ServerCases, ask, counter
 from tests.integrations.sglang.engine import ENVIRONMENT
+from tests.integrations.soak import SoakCases
 
 OPTIONS = (
     *("--served-model-name", MODEL),
@@ -44,17 +46,18 @@ def server(
     port = free_port()
     command = sglang_command(constructed_checkpoint, port=port, options=OPTIONS)
     folder = tmp_path_factory.mktemp("server")
-    environment = SERVER_ENVIRONMENT | insight_environment(folder)
+    environment = SERVER_ENVIRONMENT | insight_environment(folder) | {"M3_PLUGIN_CHECK": "1"}
     log = folder / "server.log"
     with ServerProcess(command, port=port, log=log, environment=environment) as server:
         server.wait_until_ready(timeout_s=600)
         yield server
 
 
-class TestServer(SpokenCases, InsightCases, ServerCases):
+class TestServer(SoakCases, SpokenCases, InsightCases, MediaCases, ServerCases):
     host = "sglang"
     release = sglang.__version__
     thinks_freely = True
+    worker = "sglang::scheduler"
     metrics = ("sglang:prompt_tokens_total", "sglang:cache_hit_rate")
     audio_part: ClassVar = {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,AAAA"}}
 

@@ -231,3 +231,65 @@ def test_layouts_that_deep_gemm_chooses_between_are_all_asked() -> None:
     other: Any = SimpleNamespace(runner_backend=SimpleNamespace(is_deep_gemm=lambda: False))
     assert [layout for layout, _ in expert_layouts(deep_gemm)] == ["masked", "compact"]
     assert [layout for layout, _ in expert_layouts(other)] == [""]
+
+
+@pytest.mark.parametrize(
+    ("device", "decode", "setting", "ours", "captured"),
+    [
+        ("cuda", "full", False, True, True),
+        ("cuda", "disabled", False, True, False),
+        ("cuda", "full", True, True, False),
+        ("cuda", "full", False, False, False),
+        ("cpu", "full", False, True, False),
+    ],
+)
+def test_the_extend_step_of_the_mtp_module_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    decode: str,
+    setting: bool,
+    ours: bool,
+    captured: bool,
+) -> None:
+    """SGLang's own capture passes our backend over, which is on no list of its."""
+    from sglang.srt.environ import envs
+    from sglang.srt.model_executor import cuda_graph_config
+    from sglang.srt.speculative import eagle_draft_extend_cuda_graph_runner as runners
+    from sglang.srt.speculative import eagle_worker_v2 as host
+
+    from m3_sglang.backend import M3AttentionBackend
+    from m3_sglang.speculation import NoDenseLayers, capture_graphs
+
+    made: list[Any] = []
+
+    class Runner:
+        def __init__(self, worker: Any) -> None:
+            made.append(worker)
+
+    def disabled(phase: Any, backend: Any) -> bool:
+        return decode == "disabled"
+
+    for module in (host, cuda_graph_config):
+        monkeypatch.setattr(module, "check_cuda_graph_backend", disabled)
+    for module in (host, runners):
+        monkeypatch.setattr(module, "EAGLEDraftExtendCudaGraphRunner", Runner)
+    for name, value in (("_is_cpu", False), ("_is_hip", False), ("_is_npu", False)):
+        monkeypatch.setattr(host, name, value)
+    monkeypatch.setattr(host, "get_batch_sizes_to_capture", lambda runner: ([1], []))
+    monkeypatch.setattr(host, "get_model", lambda: SimpleNamespace(model_impl="auto"), raising=True)
+    graphs = SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(backend="")))
+    monkeypatch.setattr(host, "get_exec", lambda: SimpleNamespace(graph=graphs))
+    backend = object.__new__(M3AttentionBackend) if ours else NoDenseLayers()
+    worker = SimpleNamespace(
+        device=device,
+        target_worker=SimpleNamespace(device=device),
+        draft_runner=None,
+        speculative_num_steps=1,
+        draft_attn_backend=None,
+        draft_extend_attn_backend=backend,
+        speculative_algorithm=SimpleNamespace(name="EAGLE"),
+    )
+    with envs.SGLANG_DISABLE_DRAFT_EXTEND_CUDA_GRAPH.override(setting):
+        capture_graphs(host.EagleDraftWorker._capture_cuda_graphs, worker)
+    assert made == ([worker] if captured else [])
+    assert isinstance(worker.cuda_graph_runner_for_draft_extend, Runner) is captured

@@ -17,6 +17,7 @@ from vllm.v1.sample.rejection_sampler import (
     expand_batch_to_tokens,
     rejection_sample,
 )
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from m3_vllm import cpu_repairs
 from m3_vllm.cpu_repairs import put_right, spread, spreads_right
@@ -141,3 +142,72 @@ def test_verified_tokens_have_the_targets_distribution(drafts: list[int]) -> Non
         assert set(drawn) <= set(exact)
         assert not drawn or chi_square_p(drawn, exact) > 1e-4
     assert tokens[~accepted, 1].eq(-1).all()
+
+
+@pytest.fixture
+def rewinding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests get our generators while the test runs."""
+    monkeypatch.setattr(
+        CachedRequestState, "__post_init__", CachedRequestState.__dict__["__post_init__"]
+    )
+    cpu_repairs.take_draws_back()
+
+
+def seeded_request(seed: int = 7) -> CachedRequestState:
+    """As vLLM makes one."""
+    return CachedRequestState(
+        req_id="a",
+        prompt_token_ids=[1, 2],
+        mm_features=[],
+        sampling_params=None,
+        generator=torch.Generator().manual_seed(seed),
+        block_ids=([],),
+        num_computed_tokens=0,
+        output_token_ids=[],
+    )
+
+
+def take_back(generator: torch.Generator) -> None:
+    """As vLLM does after a part of a prompt."""
+    generator.set_offset(generator.get_offset() - 4)
+
+
+def test_vllm_cannot_take_a_draw_back_on_a_cpu() -> None:
+    """Where this fails, `take_draws_back` can go."""
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        take_back(torch.Generator())
+
+
+@pytest.mark.usefixtures("rewinding")
+def test_parts_of_a_prompt_draw_nothing() -> None:
+    request = seeded_request()
+    generator = request.generator
+    assert generator is not None
+    for _ in range(3):
+        torch.empty(9).exponential_(generator=generator)
+        take_back(generator)
+    drawn = torch.empty(9).exponential_(generator=generator)
+    assert torch.equal(drawn, torch.empty(9).exponential_(generator=torch.manual_seed(7)))
+
+
+@pytest.mark.usefixtures("rewinding")
+def test_a_request_that_begins_again_repeats_no_draw() -> None:
+    request = seeded_request()
+    assert request.generator is not None
+    drawn = [torch.empty(9).exponential_(generator=request.generator)]
+    request.output_token_ids.append(5)
+    for _ in range(2):
+        drawn.append(torch.empty(9).exponential_(generator=request.generator))
+        take_back(request.generator)
+    assert len({tuple(values.tolist()) for values in drawn}) == 3
+
+
+@pytest.mark.usefixtures("rewinding")
+def test_requests_are_repaired_once_and_those_without_a_seed_are_left_alone() -> None:
+    ours = CachedRequestState.__post_init__
+    cpu_repairs.take_draws_back()
+    assert CachedRequestState.__post_init__ is ours
+    request = seeded_request()
+    request.generator = None
+    CachedRequestState.__post_init__(request)
+    assert request.generator is None

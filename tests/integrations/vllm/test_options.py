@@ -28,6 +28,7 @@ SERVED = {
         mm_processor_cache_gb media_io_kwargs hf_overrides attention_config attention_backend
         language_model_only seed structured_outputs_config async_scheduling revision
         allowed_local_media_path allowed_media_domains optimization_level""",
+    "test_vision_ranks.py": "mm_encoder_tp_mode",
     "test_gpu_servers.py, test_norms.py, test_rehearsal.py": """
         pipeline_parallel_size data_parallel_size data_parallel_size_local enable_expert_parallel
         cudagraph_capture_sizes max_cudagraph_capture_size enable_sleep_mode
@@ -81,7 +82,7 @@ OTHER_MODELS = """
     swa_bounded_replay pooler_config diffusion_config monokernel"""
 # Heard by vLLM's own vision tower and not by ours, which is plain torch; docs/vllm.md.
 OWN_TOWER = """
-    mm_encoder_only mm_encoder_tp_mode mm_encoder_attn_backend mm_encoder_attn_dtype
+    mm_encoder_only mm_encoder_attn_backend mm_encoder_attn_dtype
     mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin
     video_pruning_rate video_pruning_method"""
 # Caches that move and weights that change: docs/fleets.md says which connectors are served.

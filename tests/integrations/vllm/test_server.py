@@ -13,9 +13,11 @@ from packaging.version import Version
 from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from m3_vllm.compat import vllm_version
 from tests.integrations.insight import InsightCases, insight_environment
+from tests.integrations.media_cases import MediaCases
 from tests.integrations.parser_corpus import Case
 from tests.integrations.parsers import SpokenCases
 from tests.integrations.server import MODEL, ServerCases
+from tests.integrations.soak import SoakCases
 from tests.integrations.vllm.engine import ENVIRONMENT
 
 OPTIONS = (
@@ -45,16 +47,17 @@ def server(
     options = OPTIONS + (TOOL_OPTIONS if HAS_TOOL_PARSER else ())
     command = vllm_command(constructed_checkpoint, port=port, options=options)
     folder = tmp_path_factory.mktemp("server")
-    environment = SERVER_ENVIRONMENT | insight_environment(folder)
+    environment = SERVER_ENVIRONMENT | insight_environment(folder) | {"M3_PLUGIN_CHECK": "1"}
     log = folder / "server.log"
     with ServerProcess(command, port=port, log=log, environment=environment) as server:
         server.wait_until_ready(timeout_s=600)
         yield server
 
 
-class TestServer(SpokenCases, InsightCases, ServerCases):
+class TestServer(SoakCases, SpokenCases, InsightCases, MediaCases, ServerCases):
     host = "vllm"
     release = vllm_version()
+    worker = "VLLM::Worker"
     metrics = ("vllm:prompt_tokens_total", "vllm:prefix_cache_hits_total")
     audio_part: ClassVar = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 

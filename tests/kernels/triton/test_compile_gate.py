@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.metadata
 import inspect
 import json
 import os
@@ -28,8 +29,8 @@ from m3_kernels.testing.compile_gate import (
     op_variants,
 )
 
-# The release that torch 2.11 brings; `make test` puts it there.
-OLDER_TRITON = Path(__file__).parents[3] / ".venv" / "triton-3.6"
+# Releases beside the environment's own; `make test` puts them there.
+ENVIRONMENTS = Path(__file__).parents[3] / ".venv"
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
 
 
@@ -50,27 +51,40 @@ def gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProce
 
 RELEASES = [
     pytest.param("", id="triton"),
-    pytest.param(
-        "-triton-3.6",
-        id="older-triton",
-        marks=pytest.mark.skipif(
-            not OLDER_TRITON.exists(), reason="no .venv/triton-3.6: run make test"
-        ),
+    *(
+        pytest.param(
+            release,
+            id=f"triton-{release}",
+            marks=pytest.mark.skipif(
+                not (ENVIRONMENTS / f"triton-{release}").exists(),
+                reason=f"no .venv/triton-{release}: run make test",
+            ),
+        )
+        # of torch 2.11, and of 2.14 (GPU builds of vLLM 0.33 and SGLang)
+        for release in ("3.6", "3.8")
     ),
 ]
 
 
 def figures(release: str) -> Path:
-    """What `make kernels-table` wrote about a release of Triton."""
-    return RESULTS / f"kernels-compiled{release}.json"
+    """What `make kernels-table` wrote about a release of Triton; "" is the environment's."""
+    return RESULTS / f"kernels-compiled{release and f'-triton-{release}'}.json"
+
+
+def triton_of_this_environment() -> str:
+    """Newer than all others, or it stands among them."""
+    found = importlib.metadata.version("triton")
+    assert all(not found.startswith(f"{release.values[0]}.") for release in RELEASES[1:])
+    return found
 
 
 def judged(release: str, *arguments: str) -> dict[str, Any]:
     """The gate's report, after the checks that hold for all of its runs."""
-    done = gate("--json", *arguments, path=OLDER_TRITON if release else None)
+    path = ENVIRONMENTS / f"triton-{release}" if release else None
+    done = gate("--json", *arguments, path=path)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
-    assert report["triton"].startswith("3.6") == bool(release)
+    assert report["triton"].startswith(release or triton_of_this_environment())
     assert report["faults"] == []
     assert {kernel["op"] for kernel in report["kernels"]} == set(OPS)
     assert {kernel["arch"] for kernel in report["kernels"]} == set(ARCHS)
@@ -186,7 +200,7 @@ def kernels_of_a_layer() -> list[Any]:
     """What a layer launches; the plan runs once per step, and the products are of other layers."""
     found = {}
     for op in OPS:
-        if op not in ("work_plan", "mxfp8_linear"):
+        if op not in ("work_plan", "page_table", "mxfp8_linear"):
             kernels = [variant.launch.kernel for variant in op_variants(op, 90)]
             found |= {kernel.__name__: kernel for kernel in kernels}
     return list(found.values())

@@ -17,10 +17,13 @@ from m3_plugin.cli.demo import Answer
 from m3_plugin.cli.evaluate.needle import Grid, Result
 from m3_plugin.cli.help import NOTES
 from m3_plugin.cli.hosts import HOSTS
+from m3_plugin.soak.driver import Outcome
+from m3_plugin.soak.record import Counters, Minute, Run
 
 Setup = Callable[[pytest.MonkeyPatch, Path], None]
 
 FIT = "fit --model MiniMaxAI/MiniMax-M3-MXFP8"
+SOAK = "soak --url http://127.0.0.1:9"
 NEEDLE = "eval needle --url http://127.0.0.1:9 --contexts 2048 --depths 50"
 
 
@@ -49,6 +52,40 @@ def answered(right: bool) -> Setup:
     def setup(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         grid = Grid(folder / "needle.json", {"needles": "text", "model": None, "prose": "None"})
         grid.add(Result(2048, 0.5, 0, 0.5, 2048, "7", "7" if right else "[/red]", right, 0.1))
+
+    return setup
+
+
+def soaked(*faults: str) -> Setup:
+    """A finished run in soak.json, so that no server is asked."""
+
+    def setup(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        minute = Minute.of(
+            [],
+            server=0,
+            drafts=False,
+            seconds=60.0,
+            before=Counters(None, None, None),
+            after=Counters(None, None, None),
+            processes=[],
+        )
+        run = Run(minutes=[minute] * 3, servers=1)
+        for verdict in faults:
+            run.faults.append(
+                Outcome(3, "chain", verdict, "[/red] of [blue]", 200, 1.0, None, 9, 1, ())  # type: ignore[arg-type]
+            )
+        settings = {
+            "seed": 0,
+            "longest": 16384,
+            "concurrency": 8,
+            "needles": "text",
+            "speculative": False,
+            "max_slope": 1.0,
+        }
+        module = sys.modules["m3_plugin.cli.soak"]
+        book = module._Book(None, settings)
+        book.file, book.run = folder / "soak.json", run
+        book.save()
 
     return setup
 
@@ -96,6 +133,14 @@ CASES: list[tuple[str, int, Setup, str]] = [
     (f"{NEEDLE} --output needle.json", 1, answered(False), "expected '7'"),
     (f"{NEEDLE} --needles latin", 2, nothing, "'latin' is not one of"),
     (f"{NEEDLE} --model m3", 3, nothing, "is the server running?"),
+    (f"{SOAK} --output soak.json", 0, soaked(), "nothing wrong, nothing lost"),
+    (f"{SOAK} --output soak.json", 1, soaked("wrong"), "request 3 (chain) is wrong: [/red]"),
+    (f"{SOAK} --concurrency 0", 2, nothing, "greater than or equal to 1"),
+    (f"{SOAK} --speculative", 2, nothing, "--speculative"),
+    (f"{SOAK} --replay soak.json", 3, soaked(), "there is nothing to replay"),
+    (SOAK, 3, nothing, "is the server running?"),
+    ("soak --longest 40000", 2, nothing, "has room for 31744 tokens"),
+    ("soak", 3, disabled, "M3_PLUGIN_DISABLE=1"),
     ("bench serve --against me", 2, nothing, "'me' is not one of"),
     ("bench serve", 3, disabled, "M3_PLUGIN_DISABLE=1"),
     ("bench kernels --peers me", 2, nothing, "unknown: me"),

@@ -56,7 +56,7 @@ def test_help_is_for_people(words: str) -> None:
 def test_without_arguments_the_commands_stand_in_the_order_of_the_first_hour() -> None:
     told = runner.invoke(app, [], env={"COLUMNS": "80"}).output
     listed = re.findall(r"^│ ([a-z-]+) +\S", told.partition("Commands")[2], re.MULTILINE)
-    order = ["doctor", "fit", "check", "eval", "bench", "demo", "blocks", "tiny"]
+    order = ["doctor", "fit", "check", "eval", "soak", "bench", "demo", "blocks", "tiny"]
     assert listed == [*order, "uninstall-leftovers"]
     # one line each: nothing is broken into a second one
     for words in NOTES:

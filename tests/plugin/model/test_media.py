@@ -103,7 +103,7 @@ def layout(prompt: list[int], **items: list[tuple[Piece, ...]]) -> list[int]:
     places = find_places(
         prompt, TOKENS, images=images, videos=videos, decode=lambda ids: "".join(map(chr, ids))
     )
-    return lay_out(prompt, places, TOKENS)
+    return lay_out(prompt, places, TOKENS, stamped=lambda before, stamp: [*before, *stamp])
 
 
 IMAGE = (Piece(count=4),)

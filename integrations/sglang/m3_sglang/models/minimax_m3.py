@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.distributed import tensor_model_parallel_all_gather
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.managers.mm_utils import (
     MultiModalityDataPaddingPatternMultimodalTokens,
@@ -16,11 +17,25 @@ from sglang.srt.managers.schedule_batch import MultimodalDataItem, MultimodalInp
 from torch import Tensor, nn
 
 from m3_plugin.model.vision import M3Vision, VisionConfig
+from m3_plugin.model.vision_shares import VisionRanks, shared_features
+from m3_sglang.compat import shares_out_pictures, tensor_parallel_rank, tensor_parallel_size
 from m3_sglang.model import M3CausalLM
 from m3_sglang.updates import ServedWeights
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+def vision_ranks() -> VisionRanks | None:
+    """The ranks among which pictures are shared out; None where each encodes all of them."""
+    size = tensor_parallel_size()
+    if size == 1 or not shares_out_pictures():
+        return None
+    return VisionRanks(
+        rank=tensor_parallel_rank(),
+        size=size,
+        gather=lambda features: tensor_model_parallel_all_gather(features, dim=0),
+    )
 
 
 class MiniMaxM3SparseForCausalLM(M3CausalLM):
@@ -40,6 +55,7 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         self.quant_config = quant_config
         dot = f"{prefix}." if prefix else ""
         self.vision_tower = M3Vision(VisionConfig.from_hf(config))
+        self.vision_ranks = vision_ranks()
         self.language_model = M3CausalLM(
             config, quant_config, f"{dot}language_model", is_root=False
         )
@@ -70,7 +86,9 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         weight = next(self.vision_tower.parameters())
         pixels = [torch.as_tensor(item.feature).to(weight.device) for item in items]
         grids = [row for item in items for row in getattr(item, grid).tolist()]
-        return self.vision_tower(torch.cat(pixels), grids)
+        if self.vision_ranks is None:
+            return self.vision_tower(torch.cat(pixels), grids)
+        return shared_features(self.vision_tower, torch.cat(pixels), grids, ranks=self.vision_ranks)
 
     @torch.no_grad()
     def forward(

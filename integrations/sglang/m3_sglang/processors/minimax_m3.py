@@ -13,7 +13,9 @@ streams share one event loop, which must not wait for a video.
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
+import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +45,7 @@ from m3_plugin.model.media import (
     join_segments,
     lay_out,
     modality_error,
+    reading_media,
     require_frame_limit,
     require_long_side,
     require_video_fps,
@@ -51,6 +54,7 @@ from m3_plugin.model.media import (
     size_of_long_side,
     time_stamp,
     upright_rgb,
+    with_stamp,
 )
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
@@ -105,12 +109,15 @@ class M3Processor(BaseMultimodalProcessor):
     @classmethod
     def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
         """Runs in SGLang's threads; pictures as vLLM loads them, and no picture's fault a 500."""
+        if modality == Modality.VIDEO and (frames := FrameList.of(data)) is not None:
+            return frames
         if modality != Modality.IMAGE or cls._is_preprocessed_input(data):
             return super()._load_single_item(data, modality, *args, **kwargs)
         try:
-            image, _ = load_image(data, cls.gpu_image_decode)
-            return upright_rgb(image)
-        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            with reading_media():
+                image, _ = load_image(data, cls.gpu_image_decode)
+                return upright_rgb(image)
+        except (ValueError, OSError) as error:
             raise ValueError(f"Failed to load image: {error}") from error
 
     async def process_mm_data_async(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -177,10 +184,11 @@ class M3Processor(BaseMultimodalProcessor):
                 with_long_side(image, side)
                 for image, side in zip(loaded.images, long_sides, strict=True)
             ]
-        videos = [
-            video_frames(video, wish=wish, resize=self._frame_size)
-            for video, wish in zip(loaded.videos or (), wishes, strict=True)
-        ]
+        with reading_media(RuntimeError):
+            videos = [
+                video_frames(video, wish=wish, resize=self._frame_size)
+                for video, wish in zip(loaded.videos or (), wishes, strict=True)
+            ]
         loaded.videos = [frames for frames, _ in videos]
         items, input_ids, _ = self.process_and_combine_mm_data(
             loaded,
@@ -265,6 +273,7 @@ class M3Processor(BaseMultimodalProcessor):
         processor = self._own_processor()
         merge_length = processor.image_processor.merge_size**2
         encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+        decode = partial(processor.tokenizer.decode, skip_special_tokens=False)
         images = result.get("image_grid_thw", torch.empty(0, 3)).tolist()
         videos = result.get("video_grid_thw", torch.empty(0, 3)).tolist()
         places = find_places(
@@ -281,9 +290,48 @@ class M3Processor(BaseMultimodalProcessor):
                 )
                 for (t, h, w), metadata in zip(videos, video_metadata, strict=True)
             ],
-            decode=partial(processor.tokenizer.decode, skip_special_tokens=False),
+            decode=decode,
         )
-        return lay_out(prompt, places, self.ids)
+        added = frozenset(processor.tokenizer.get_added_vocab().values())
+        stamped = partial(with_stamp, added=added, encode=encode, decode=decode)
+        return lay_out(prompt, places, self.ids, stamped=stamped)
+
+
+class FrameList:
+    """A video sent as `data:video/jpeg;base64,FRAME,FRAME,...`, decoded a few frames at a time.
+
+    As vLLM takes it: every frame is looked at, and `fps` says how many were a second.
+
+    Raises
+    ------
+    ValueError : more than `MAX_FRAMES`, not base64, no pictures, or pictures of several sizes.
+    """
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        if len(parts) > MAX_FRAMES:
+            raise ValueError(f"a list of frames holds at most {MAX_FRAMES}; got {len(parts)}")
+        self._parts = parts
+        self.frame_shape = self.get_frames_at([0]).shape[1:3]
+
+    @classmethod
+    def of(cls, data: Any) -> FrameList | None:
+        """None for any other video."""
+        url = getattr(data, "url", data)
+        if not isinstance(url, str) or url[:15].lower() != "data:video/jpeg":
+            return None
+        return cls(url.partition(",")[2].split(","))
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def get_frames_at(self, indices: Sequence[int]) -> np.ndarray:
+        """Frames [n, height, width, 3]."""
+        with reading_media(OSError):
+            files = [base64.b64decode(self._parts[index], validate=True) for index in indices]
+            images = [np.asarray(upright_rgb(Image.open(io.BytesIO(file)))) for file in files]
+        if len({image.shape for image in images}) != 1:
+            raise ValueError("the frames of a video must be of one size")
+        return np.stack(images)
 
 
 LONG_SIDE = "max_long_side_pixel"
@@ -394,10 +442,14 @@ def video_frames(
             "fps": None,
             "frames_indices": None,
         }
-    total, rate = len(video), video.avg_fps
-    indices = sampled_frames(
-        total, fps=rate or 0.0, wanted_fps=wish.fps, max_frames=wish.max_frames
-    )
+    total = len(video)
+    if isinstance(video, FrameList):
+        rate, indices = wish.fps, list(range(total))
+    else:
+        rate = video.avg_fps
+        indices = sampled_frames(
+            total, fps=rate or 0.0, wanted_fps=wish.fps, max_frames=wish.max_frames
+        )
     height, width = getattr(video, "frame_shape", None) or video[0].shape[:2]
     require_video_pixels(len(indices), *size(height, width))
     at_once = max(_PIXELS_AT_ONCE // (height * width), 1)
@@ -408,6 +460,8 @@ def video_frames(
         part = part.permute(0, 3, 1, 2)
         # what is decoded may be turned against what the header says
         parts.append(resized(part, size(*part.shape[-2:])))
+    if len({part.shape[1:] for part in parts}) != 1:
+        raise ValueError("the frames of a video must be of one size")
     return torch.cat(parts), {"total_num_frames": total, "fps": rate, "frames_indices": indices}
 
 

@@ -1,0 +1,258 @@
+"""What ends a server, or would: each fault, and what must be seen of it. One server start for each.
+
+A host's `test_faults.py` derives `FaultCases`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import httpx
+import pytest
+import torch
+from openai import APIConnectionError, APIError, OpenAI
+from safetensors.torch import load_file, save_file
+
+from m3_plugin.host.children import LOOPBACK
+from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
+from m3_plugin.soak.processes import processes_of_session
+from m3_plugin.testing.prompts import needle_prompt
+from tests.integrations.server import ask
+from tests.integrations.soak import asked_meanwhile, processes_named
+
+ROOT = Path(__file__).parents[2]
+# How long a server may take to end by itself.
+ENDS_WITHIN_S = 120
+
+
+def client_of(server: ServerProcess) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def answers_right(server: ServerProcess, seed: int) -> bool:
+    prompt = needle_prompt(seed, num_tokens=2000)
+    reply = ask(client_of(server), prompt.messages(), prompt.max_tokens)
+    return reply.choices[0].message.content == prompt.expected_text
+
+
+def wait_until(fact: Callable[[], bool], seconds: float = ENDS_WITHIN_S) -> bool:
+    """Whether it becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not fact():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def require_nothing_left(server: ServerProcess) -> None:
+    """The server has ended by itself, with all its processes, and its port is free."""
+    assert wait_until(lambda: server.process.poll() is not None), "the first process still runs"
+    session = server.process.pid
+    gone = wait_until(lambda: not processes_of_session(session))
+    assert gone, processes_of_session(session)
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((LOOPBACK, server.port))
+
+
+def with_bad_value(checkpoint: Path, folder: Path, *, tensor: str, value: float) -> Path:
+    """A copy of a checkpoint with one number of one tensor replaced."""
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).symlink_to(file)
+            continue
+        tensors = load_file(file)
+        if tensor in tensors:
+            tensors[tensor].view(-1)[7] = value
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+    return folder
+
+
+def install_plugin(folder: Path, *, group: str, module: str) -> dict[str, str]:
+    """Make a module of the tests a plugin of the host; variables of servers that load it."""
+    info = folder / "m3_test_faults-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: m3-test-faults\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\nm3_test_faults = {module}:register\n")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def spoil_page(page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """What a bad connector does: the second page of a long request becomes its third."""
+    for request in torch.nonzero(seq_lens > 512).flatten().tolist():
+        page_table[request, 1] = page_table[request, 2]
+
+
+class FaultCases:
+    """Derive, and say how the host is started and what its processes are called.
+
+    Attributes
+    ----------
+    parts : names of processes that are killed one after the other
+    plugin : (group of entry points, module of the tests that spoils a page)
+    """
+
+    parts: ClassVar[Sequence[str]]
+    worker: ClassVar[str]
+    plugin: ClassVar[tuple[str, str]]
+
+    def command(self, model: Path, port: int, *, ranks: int = 1) -> list[str]:
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        raise NotImplementedError
+
+    @contextmanager
+    def started(
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        port: int | None = None,
+        environment: dict[str, str] | None = None,
+        ready: bool = True,
+        ranks: int = 1,
+    ) -> Iterator[ServerProcess]:
+        """A server while the context lasts."""
+        port = port or free_port()
+        folder.mkdir(exist_ok=True)
+        with ServerProcess(
+            self.command(model, port, ranks=ranks),
+            port=port,
+            log=folder / "server.log",
+            environment=self.environment() | (environment or {}),
+        ) as server:
+            if ready:
+                server.wait_until_ready(timeout_s=600)
+            yield server
+
+    @pytest.mark.extended
+    def test_whatever_is_killed_the_server_ends_and_starts_again(
+        self, constructed_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        """On one port: each start is the restart after the kill before."""
+        port = free_port()
+        for number, part in enumerate(self.parts):
+            with self.started(constructed_checkpoint, tmp_path / str(number), port=port) as server:
+                assert answers_right(server, 800 + number)
+                (victim,) = processes_named(server, part)
+                os.kill(victim.pid, signal.SIGKILL)
+                require_nothing_left(server)
+                with pytest.raises(APIConnectionError):
+                    answers_right(server, 800)
+
+    @pytest.mark.extended
+    def test_one_of_two_ranks_is_killed(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
+        with self.started(constructed_checkpoint, tmp_path, ranks=2) as server:
+            assert answers_right(server, 806)
+            victim = processes_named(server, self.worker)[1]
+            os.kill(victim.pid, signal.SIGKILL)
+            require_nothing_left(server)
+
+    @pytest.mark.extended
+    def test_a_server_without_descriptors_recovers_and_ends_in_order(
+        self, constructed_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        with self.started(constructed_checkpoint, tmp_path) as server:
+            pid = server.process.pid
+            assert answers_right(server, 810)
+            limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (files + 8, limits[1]))
+            idle = []
+            try:
+                for _ in range(40):
+                    idle.append(socket.create_connection((LOOPBACK, server.port), timeout=5))
+                with pytest.raises((httpx.HTTPError, OSError)):
+                    httpx.get(f"{server.url}/health", timeout=3).raise_for_status()
+            finally:
+                for connection in idle:
+                    connection.close()
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            assert wait_until(lambda: is_well(server))
+            assert answers_right(server, 811)
+
+            # and SIGTERM under load: no wrong answer, and nothing is left
+            right, wait = asked_meanwhile(
+                client_of(server), range(812, 820), tokens=6000, forgiving=True
+            )
+            time.sleep(1)
+            server.process.send_signal(signal.SIGTERM)
+            wait()
+            require_nothing_left(server)
+            assert all(right), right
+
+    @pytest.mark.extended
+    def test_a_wrong_page_is_named(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
+        group, module = self.plugin
+        spoiled = install_plugin(tmp_path / "plugin", group=group, module=module)
+        with self.started(
+            constructed_checkpoint, tmp_path / "server", environment=spoiled
+        ) as server:
+            with pytest.raises(APIError):
+                answers_right(server, 820)
+            require_nothing_left(server)
+            text = server.log.read_text()
+        assert "M3_PLUGIN_CHECK: step " in text
+        assert "is its block" in text
+        assert "request '" in text
+
+    @pytest.mark.extended
+    @pytest.mark.parametrize(
+        ("tensor", "value", "said"),
+        [
+            ("model.layers.2.block_sparse_moe.experts.5.w2.weight", torch.nan, "w2_weight holds 1"),
+            ("model.layers.1.self_attn.index_k_proj.weight", torch.inf, "holds 1 values"),
+        ],
+        ids=["expert", "index projection"],
+    )
+    def test_weights_that_are_no_numbers_end_the_start(
+        self, constructed_checkpoint: Path, tmp_path: Path, tensor: str, value: float, said: str
+    ) -> None:
+        names = [f"language_model.{tensor}", tensor]
+        stored = {
+            name
+            for file in constructed_checkpoint.glob("*.safetensors")
+            for name in load_file(file)
+        }
+        (name,) = (name for name in names if name in stored)
+        bad = with_bad_value(constructed_checkpoint, tmp_path / "bad", tensor=name, value=value)
+        with (
+            self.started(bad, tmp_path / "server", ready=False) as server,
+            pytest.raises(ServerFailed),
+        ):
+            server.wait_until_ready(timeout_s=600)
+        text = server.log.read_text()
+        assert said in text
+        assert "NaN or infinite" in text
+
+    @pytest.mark.extended
+    def test_a_home_that_cannot_be_written(
+        self, constructed_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        """Nor a place for recordings: a file system that takes no byte, whoever asks."""
+        nowhere = {
+            "HOME": "/proc/self",
+            "XDG_CACHE_HOME": "/proc/self/cache",
+            "M3_PLUGIN_RECORD_BLOCKS": str(tmp_path / "recorded"),
+        }
+        with self.started(constructed_checkpoint, tmp_path, environment=nowhere) as server:
+            assert answers_right(server, 830)
+
+
+def is_well(server: ServerProcess) -> bool:
+    """Whether `/health` says so."""
+    try:
+        return httpx.get(f"{server.url}/health", timeout=5).is_success
+    except httpx.HTTPError:
+        return False

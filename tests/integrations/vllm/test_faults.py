@@ -1,0 +1,22 @@
+"""Faults, one at a time, in real vLLM servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from m3_plugin.host.serving import vllm_command
+from tests.integrations.faults import FaultCases
+from tests.integrations.vllm.test_server import OPTIONS, SERVER_ENVIRONMENT
+
+
+class TestFaults(FaultCases):
+    parts = ("VLLM::Worker", "VLLM::EngineCore", "vllm.entrypoints")
+    worker = "VLLM::Worker"
+    plugin = ("vllm.general_plugins", "tests.integrations.vllm.spoiled_page")
+
+    def command(self, model: Path, port: int, *, ranks: int = 1) -> list[str]:
+        options = (*OPTIONS, "--tensor-parallel-size", str(ranks))
+        return vllm_command(model, port=port, options=options)
+
+    def environment(self) -> dict[str, str]:
+        return {**SERVER_ENVIRONMENT, "M3_PLUGIN_CHECK": "1"}
