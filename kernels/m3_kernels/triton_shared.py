@@ -42,7 +42,8 @@ def dependent_launch(device: torch.device, arch: int) -> dict[str, bool]:
     is right as long as every kernel of the chain either calls `await_previous_launch` in all its
     programs, as those of this package do, or is launched in the ordinary way.
     """
-    if arch < 90 or device.type != "cuda":
+    # meta tensors stand in for a GPU's; the interpreter's are on the CPU
+    if arch < 90 or device.type == "cpu":
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
 

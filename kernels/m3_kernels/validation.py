@@ -30,11 +30,15 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], word
     words : the shape in the contract's words, for the message
     """
     actual = tensor.shape
-    if len(actual) != len(shape) or any(
-        want is not None and want != have for want, have in zip(shape, actual, strict=True)
-    ):
-        sizes = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must be {words} = [{sizes}]; got {list(actual)}")
+    if len(actual) == len(shape):
+        # a loop and no generator: this runs for every tensor of every layer and step
+        for want, have in zip(shape, actual, strict=True):
+            if want is not None and want != have:
+                break
+        else:
+            return
+    sizes = ", ".join("*" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name} must be {words} = [{sizes}]; got {list(actual)}")
 
 
 def require_dense_rows(name: str, tensor: Tensor) -> None:
@@ -49,22 +53,3 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """Raise ValueError unless the tensor lives on the device of the others."""
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}; got {tensor.device}")
-
-
-def require_batch(
-    *, page_table: Tensor, cu_seqlens_q: Tensor, seq_lens: Tensor, device: torch.device
-) -> None:
-    """Check the three tensors which describe a step; see the README of the ops for their layout."""
-    require_dtype("page_table", page_table, torch.int32)
-    require_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
-    require_dtype("seq_lens", seq_lens, torch.int32)
-    require_shape("seq_lens", seq_lens, (None,), "[R]")
-    num_reqs = seq_lens.shape[0]
-    require_shape("page_table", page_table, (num_reqs, None), "[R, max_pages]")
-    require_shape("cu_seqlens_q", cu_seqlens_q, (num_reqs + 1,), "[R + 1]")
-    require_dense_rows("page_table", page_table)
-    require_dense_rows("cu_seqlens_q", cu_seqlens_q)
-    require_dense_rows("seq_lens", seq_lens)
-    require_device("page_table", page_table, device)
-    require_device("cu_seqlens_q", cu_seqlens_q, device)
-    require_device("seq_lens", seq_lens, device)

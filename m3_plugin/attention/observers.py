@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSAPlan, MSASession, MSAStatistics
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
+from m3_plugin.attention.session import MSAPlan, MSASession, MSAStatistics
 from m3_plugin.host.metrics import layer_timers, read_counters
 
 if TYPE_CHECKING:

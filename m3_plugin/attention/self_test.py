@@ -15,6 +15,8 @@ from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import index_topk
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
 from m3_kernels.testing.cases import Case, Inputs, PageLayout, build, whole_storage
 from m3_kernels.testing.compare import accuracy, plain_attention, selection_faults
 from m3_kernels.testing.projections import (
@@ -30,7 +32,7 @@ from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.batch import MSABatch, StepCapacity
 from m3_plugin.attention.dense import FAMILIES as DENSE_FAMILIES
 from m3_plugin.attention.dense import DenseAttention
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSAPlan, MSASession
+from m3_plugin.attention.session import MSAPlan, MSASession
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.model.config import MSAConfig
 from m3_plugin.settings import Settings

@@ -2,7 +2,7 @@
 
 plan(batch)                      once per engine step, outside any graph capture
 run(plan, q, k, v, ...)          once per sparse layer, device work only; may be captured
-    norm_rope_store              heads normalised and turned; K, V and index keys into their pages
+    norm_rope_store              heads normalised and rotated; K, V and index keys into their pages
     index_topk                   the best blocks per query row and GQA group
     sparse_attention             exact attention over those blocks
 """
@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from m3_kernels.index_topk import index_topk
-from m3_kernels.norm_rope_store import norm_rope_store
+from m3_kernels.cache_store import CacheStore
+from m3_kernels.index_topk import INDEX_TOPK, IndexTopk
+from m3_kernels.norm_rope_store import NORM_ROPE_STORE, HeadNorms, NormRopeStore
+from m3_kernels.paged import MSACaches, Step
 from m3_kernels.sparse_attention import (
+    SPARSE_ATTENTION,
     PrefillAttention,
+    SparseAttention,
     flashinfer_prefill,
     pages_refusal,
-    sparse_attention,
 )
 from m3_kernels.work_plan import WorkPlan
 from m3_plugin.attention.backends import KernelChoice
@@ -38,54 +41,17 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MSACaches:
-    """Paged caches of one sparse layer, as views of whatever layout the host allocated.
-
-    Attributes
-    ----------
-    k_pages, v_pages : [num_pages, num_kv_heads, page_size, head_dim], any strides
-    index_k_pages : [num_pages, page_size, index_dim], any strides
-    k_scale, v_scale : fp32 [1] or [num_kv_heads], what stored numbers of an fp8 cache are
-        multiplied with; None is 1
-    index_k_scales : floating [num_pages, page_size], scales of int8 index keys; None for others
-    """
-
-    k_pages: Tensor
-    v_pages: Tensor
-    index_k_pages: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    index_k_scales: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class HeadNorms:
-    """Norms of the heads of one sparse layer: Gemma RMSNorm, one weight for all heads of a kind.
-
-    Attributes
-    ----------
-    q, k : [head_dim], w of a factor 1 + w
-    index_q, index_k : [index_dim]
-    eps : added to the mean of squares
-    """
-
-    q: Tensor
-    k: Tensor
-    index_q: Tensor
-    index_k: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
 class MSAPlan:
     """What one step's layers share. Nothing derived from a top-k may live here.
 
     Attributes
     ----------
+    step : the batch's lengths and page table, as the ops take them
     work : how the Triton kernels divide the step; None for the families that need no plan
     """
 
     batch: MSABatch
+    step: Step
     work: WorkPlan | None = None
 
 
@@ -195,6 +161,9 @@ class MSASession:
         self.kernels = kernels
         self.scale = scale
         self.workspace = workspace
+        self._store = NORM_ROPE_STORE.bound(kernels.family)
+        self._select = INDEX_TOPK.bound(kernels.family)
+        self._attend = SPARSE_ATTENTION.bound(kernels.family)
         # layouts of pages on which every kernel was run (`m3_plugin.attention.warm_up`)
         self.warmed: set[tuple[object, ...]] = set()
         # off by default because counting costs time
@@ -213,7 +182,8 @@ class MSASession:
         ValueError : the step is larger than the workspace.
         """
         work = None if self.workspace is None else self.workspace.plan(batch)
-        return MSAPlan(batch=batch, work=work)
+        step = Step(batch.page_table, batch.cu_seqlens_q, batch.seq_lens)
+        return MSAPlan(batch=batch, step=step, work=work)
 
     def replan(self, plan: MSAPlan) -> None:
         """Plan a step again after its lengths have changed in place, as they do while drafting.
@@ -239,7 +209,7 @@ class MSASession:
         caches: MSACaches,
         out: Tensor,
     ) -> None:
-        """Normalise and turn heads, store the step's keys and attend, for one sparse layer.
+        """Normalise and rotate heads, store the step's keys and attend, for one sparse layer.
 
         Parameters
         ----------
@@ -288,32 +258,21 @@ class MSASession:
 
         Returns
         -------
-        q and index_q, normalised and turned; with a workspace they lie in it until the next layer
+        q and index_q, normalised and rotated; with a workspace they lie in it until the next layer
         """
         rows = q.shape[0]
-        return norm_rope_store(
+        scratch = self.workspace.scratch if self.workspace else None
+        call = NormRopeStore(
             q,
-            k,
-            v,
             index_q,
-            index_k,
-            caches.k_pages,
-            caches.v_pages,
-            caches.index_k_pages,
-            q_weight=norms.q,
-            k_weight=norms.k,
-            index_q_weight=norms.index_q,
-            index_k_weight=norms.index_k,
-            eps=norms.eps,
-            cos_sin=cos_sin,
-            slot_mapping=plan.batch.slot_mapping,
-            q_out=self.workspace.scratch.q[:rows] if self.workspace else None,
-            index_q_out=self.workspace.scratch.index_q[:rows] if self.workspace else None,
-            k_scale=caches.k_scale,
-            v_scale=caches.v_scale,
-            index_k_scales=caches.index_k_scales,
-            backend=self.kernels.family,
+            CacheStore(k, v, index_k, caches, plan.batch.slot_mapping),
+            norms,
+            cos_sin,
+            q_out=scratch.q[:rows] if scratch else torch.empty_like(q),
+            index_q_out=scratch.index_q[:rows] if scratch else torch.empty_like(index_q),
         )
+        self._store(call)
+        return call.q_out, call.index_q_out
 
     def select(self, plan: MSAPlan, index_q: Tensor, *, caches: MSACaches) -> Tensor:
         """Second part of `run`: the blocks to read, int32 [num_kv_heads, rows, topk].
@@ -322,22 +281,25 @@ class MSASession:
         ----------
         index_q : as `store` returns it
         """
-        batch = plan.batch
-        return index_topk(
+        rows, heads, _ = index_q.shape
+        shape = (heads, rows, self.msa.topk_blocks)
+        call = IndexTopk(
             index_q,
-            caches.index_k_pages,
-            page_table=batch.page_table,
-            cu_seqlens_q=batch.cu_seqlens_q,
-            seq_lens=batch.seq_lens,
+            caches.index,
+            plan.step,
             topk=self.msa.topk_blocks,
             num_local_blocks=self.msa.num_local_blocks,
             num_init_blocks=self.msa.num_init_blocks,
-            index_k_scales=caches.index_k_scales,
-            out=self.workspace.ids(index_q.shape[0]) if self.workspace else None,
+            out=(
+                self.workspace.ids(rows)
+                if self.workspace
+                else index_q.new_empty(shape, dtype=torch.int32)
+            ),
             plan=plan.work,
             workspace=self.workspace.scratch.scores if self.workspace else None,
-            backend=self.kernels.family,
         )
+        self._select(call)
+        return call.out
 
     def attend(
         self, plan: MSAPlan, q: Tensor, block_ids: Tensor, *, caches: MSACaches, out: Tensor
@@ -348,30 +310,24 @@ class MSASession:
         ----------
         q : as `store` returns it
         """
-        batch = plan.batch
-        sparse_attention(
+        call = SparseAttention(
             q,
-            caches.k_pages,
-            caches.v_pages,
+            caches.kv,
             block_ids,
-            page_table=batch.page_table,
-            cu_seqlens_q=batch.cu_seqlens_q,
-            seq_lens=batch.seq_lens,
-            scale=self.scale,
-            k_scale=caches.k_scale,
-            v_scale=caches.v_scale,
+            plan.step,
+            self.scale,
             out=out,
             plan=plan.work,
             workspace=self.workspace.scratch.attention if self.workspace else None,
             prefill=self._prefill(caches),
-            backend=self.kernels.family,
         )
+        self._attend(call)
 
     def _prefill(self, caches: MSACaches) -> PrefillAttention | None:
-        """What attends for requests of many rows: None for the family's own kernel.
+        """FlashInfer's prefill, or None to use our own kernel.
 
-        Never FlashInfer within a capture, in which it was not tried. Pages that it cannot read end
-        its use, for all layers of a session lie alike.
+        Never FlashInfer within a capture, in which it was not tried. A page layout that it cannot
+        read ends its use, for all layers of a session have the same.
         """
         if self.kernels.prefill is None or _is_captured(caches.k_pages.device):
             return None

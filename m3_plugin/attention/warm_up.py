@@ -11,8 +11,10 @@ import logging
 import torch
 from torch import Tensor
 
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
 from m3_plugin.attention.batch import MSABatch
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession
+from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -96,5 +98,6 @@ def _run(
 
 def _layout(caches: MSACaches) -> tuple[object, ...]:
     """What kernels are compiled for: strides and dtypes, and which scales there are."""
-    tensors = vars(caches).values()
-    return tuple(None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16) for t in tensors)
+    return tuple(
+        None if t is None else (t.dtype, t.stride(), t.data_ptr() % 16) for t in caches.tensors
+    )

@@ -87,7 +87,7 @@ INT64 = torch.zeros(2, dtype=torch.int64)
         ("cache_store", {"v": torch.zeros(13, 1, 32)}, ValueError, "v must be"),
         ("cache_store", {"index_k": torch.zeros(12, 32)}, ValueError, "index_k must be"),
         ("cache_store", {"index_k_pages": torch.zeros(8, 15, 32)}, ValueError, "index_k_pages"),
-        ("cache_store", {"k_pages": torch.zeros(8, 2, 16, 31)}, ValueError, "k_pages must be"),
+        ("cache_store", {"k_pages": torch.zeros(8, 2, 16, 31)}, ValueError, r"= \[8, 2, 16, 31\]"),
     ],
 )
 def test_refused(op: str, changes: Arguments, error: type[Exception], message: str) -> None:

@@ -428,7 +428,7 @@ FAULTS = (
     Fault(
         "gate: another option, the same fingerprint",
         f"{KERNELS}/testing/compile_gate.py",
-        "        sorted(variant.options.items()),\n",
+        "        sorted(given.items()),\n",
         "",
         ("tests/kernels/triton/test_compile_gate.py",),
         "fingerprints",

@@ -11,7 +11,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import Tensor, nn
 
-from m3_plugin.attention.session import HeadNorms
+from m3_kernels.norm_rope_store import HeadNorms
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.model.config import M3Config, local_heads
 from m3_sglang.compat import (

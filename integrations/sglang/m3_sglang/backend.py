@@ -15,7 +15,8 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from m3_kernels.index_pages import split_pages
-from m3_plugin.attention.session import MSACaches, MSAPlan
+from m3_kernels.paged import MSACaches
+from m3_plugin.attention.session import MSAPlan
 from m3_plugin.host.presence import PluginRefusal, attestation
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_plugin.settings import Settings

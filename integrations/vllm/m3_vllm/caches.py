@@ -31,7 +31,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from m3_kernels.index_pages import bytes_per_token, split_pages
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
+from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.warm_up import warm_up
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.settings import Settings

@@ -45,7 +45,8 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from m3_plugin.attention.session import HeadNorms, MSASession
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_plugin.attention.session import MSASession
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.checkpoint.loading import (
     WeightLoader,

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from m3_kernels.cache_store.call import CacheStore
 from m3_kernels.cache_store.torch_cpu import in_int8
-from m3_kernels.native_build import array, call
+from m3_kernels.native_build import array
+from m3_kernels.native_build import call as run
 
 
-def cache_store_native(
-    k: Tensor,
-    v: Tensor,
-    index_k: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    index_k_pages: Tensor,
-    *,
-    slot_mapping: Tensor,
-    index_k_scales: Tensor | None,
-) -> None:
-    """Write the pages; arguments as in the public function, already checked."""
-    k, v = k.to(k_pages.dtype), v.to(v_pages.dtype)
-    scales = None
-    if index_k_scales is None:
-        index_k = index_k.to(index_k_pages.dtype)
+def cache_store_native(call: CacheStore) -> None:
+    """Write the pages."""
+    caches, stored_scales = call.caches, call.caches.index_k_scales
+    # kept until the call has returned, which is given addresses alone
+    k, v = call.k.to(caches.k_pages.dtype), call.v.to(caches.v_pages.dtype)
+    index_k, scales = call.index_k, None
+    if stored_scales is None:
+        index_k = index_k.to(caches.index_k_pages.dtype)
     else:
-        index_k, scales = in_int8(index_k, index_k_scales.dtype)
-    call(
+        index_k, scales = in_int8(index_k, stored_scales.dtype)
+    run(
         "m3_cache_store",
         array(k),
         array(v),
         array(index_k),
-        array(k_pages),
-        array(v_pages),
-        array(index_k_pages),
+        array(caches.k_pages),
+        array(caches.v_pages),
+        array(caches.index_k_pages),
         None if scales is None else array(scales),
-        None if index_k_scales is None else array(index_k_scales),
-        array(slot_mapping),
+        None if stored_scales is None else array(stored_scales),
+        array(call.slot_mapping),
     )

@@ -5,32 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from m3_kernels.cache_store.call import CacheStore
 
-def cache_store_torch(
-    k: Tensor,
-    v: Tensor,
-    index_k: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    index_k_pages: Tensor,
-    *,
-    slot_mapping: Tensor,
-    index_k_scales: Tensor | None,
-) -> None:
-    """Write the pages; arguments as in the public function, already checked."""
-    tokens = (slot_mapping >= 0).nonzero().squeeze(1)
-    slots = slot_mapping[tokens]
-    num_slots = index_k_pages.shape[0] * index_k_pages.shape[1]
-    if slots.numel() and int(slots.max()) >= num_slots:
-        raise IndexError(f"slot_mapping must stay below {num_slots}; got {int(slots.max())}")
-    page = slots // index_k_pages.shape[1]
-    offset = slots % index_k_pages.shape[1]
-    k_pages[page, :, offset] = k[tokens].to(k_pages.dtype)
-    v_pages[page, :, offset] = v[tokens].to(v_pages.dtype)
-    index_keys = index_k[tokens]
-    if index_k_scales is not None:
-        index_keys, index_k_scales[page, offset] = in_int8(index_keys, index_k_scales.dtype)
-    index_k_pages[page, offset] = index_keys.to(index_k_pages.dtype)
+
+def cache_store_torch(call: CacheStore) -> None:
+    """Write the pages."""
+    caches = call.caches
+    tokens = (call.slot_mapping >= 0).nonzero().squeeze(1)
+    slots = call.slot_mapping[tokens]
+    num_pages, page_size = caches.index_k_pages.shape[:2]
+    if slots.numel() and int(slots.max()) >= num_pages * page_size:
+        raise IndexError(
+            f"slot_mapping must stay below {num_pages * page_size}; got {int(slots.max())}"
+        )
+    page, offset = slots // page_size, slots % page_size
+    caches.k_pages[page, :, offset] = call.k[tokens].to(caches.k_pages.dtype)
+    caches.v_pages[page, :, offset] = call.v[tokens].to(caches.v_pages.dtype)
+    index_keys, scales = call.index_k[tokens], caches.index_k_scales
+    if scales is not None:
+        index_keys, scales[page, offset] = in_int8(index_keys, scales.dtype)
+    caches.index_k_pages[page, offset] = index_keys.to(caches.index_k_pages.dtype)
 
 
 def in_int8(index_k: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3_kernels.cache_store.call import CacheStore
+from m3_kernels.paged import MSACaches
+from m3_kernels.tiles import power_of_two
 from m3_kernels.triton_shared import require_e4m3
 from m3_kernels.validation import FP8_DTYPES
 
@@ -17,7 +20,7 @@ LARGEST = {dtype: torch.finfo(dtype).max for dtype in FP8_DTYPES}
 
 
 class Pool(NamedTuple):
-    """Pages of keys or values, and the scales of their heads where there are any."""
+    """Pages of keys or values, and the scales of their heads, None where there are none."""
 
     pages: Any
     stride_page: Any
@@ -28,7 +31,7 @@ class Pool(NamedTuple):
 
 
 class IndexPool(NamedTuple):
-    """Pages of index keys, and the scale of each key where they are int8."""
+    """Pages of index keys, and the scale of each key where they are int8, else None."""
 
     pages: Any
     stride_page: Any
@@ -37,10 +40,24 @@ class IndexPool(NamedTuple):
     scales_stride: Any
 
 
+class Heads(NamedTuple):
+    """Heads of the rows of a step."""
+
+    start: Any
+    stride_row: Any
+    stride_head: Any
+
+    @classmethod
+    def of(cls, heads: Tensor) -> Heads:
+        """Of a tensor [T, heads, dim]."""
+        return cls(heads, *heads.stride()[:2])
+
+
 @triton.jit
-def load_heads(source, head, stride_head, HEADS: tl.constexpr, DIM: tl.constexpr, dim):
+def load_heads(heads, row, head, HEADS: tl.constexpr, DIM: tl.constexpr, dim):
     """Numbers of a token's heads, [heads, dim]; zeros past their edges."""
-    places = source + head[:, None].to(tl.int64) * stride_head + dim[None, :]
+    places = heads.start + row * heads.stride_row
+    places = places + head[:, None].to(tl.int64) * heads.stride_head + dim[None, :]
     return tl.load(places, mask=(head < HEADS)[:, None] & (dim < DIM)[None, :], other=0.0)
 
 
@@ -62,14 +79,13 @@ def put_heads(
     slot,
     head,
     dim,
-    HAS_SCALE: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
     """Write keys or values [heads, dim] of one token."""
     values = values.to(tl.float32)
-    if HAS_SCALE:
+    if pool.scale is not None:
         scale = tl.load(pool.scale + head * pool.scale_stride, mask=head < HEADS, other=1.0)
         values = values * tl.div_rn(1.0, scale)[:, None]
     values = saturate(values, LARGEST)
@@ -80,13 +96,11 @@ def put_heads(
 
 
 @triton.jit
-def put_index_key(
-    key, pool, page, slot, dim, DIM: tl.constexpr, INT8: tl.constexpr, LARGEST: tl.constexpr
-):
+def put_index_key(key, pool, page, slot, dim, DIM: tl.constexpr, LARGEST: tl.constexpr):
     """Write the index key [dim] of one token, with its scale if keys are int8."""
     key = key.to(tl.float32)
     place = pool.pages + page * pool.stride_page + slot * pool.stride_slot
-    if INT8:
+    if pool.scales is not None:
         # Rounded to the dtype it is stored in before it divides, so that both sides use one number.
         scale = tl.div_rn(tl.max(tl.abs(key), axis=0), 127.0)
         scale = scale.to(pool.scales.dtype.element_ty)
@@ -100,62 +114,47 @@ def put_index_key(
     tl.store(place + dim, key.to(pool.pages.dtype.element_ty), mask=dim < DIM)
 
 
-def require_writable(op: str, k_pages: Tensor, index_k_pages: Tensor, arch: int) -> None:
+def require_writable(op: str, caches: MSACaches, arch: int) -> None:
     """Refuse caches whose dtype the chip has no cast to.
 
     Raises
     ------
     NotImplementedError : pages are e4m3 on a GPU below compute capability 8.9
     """
-    if k_pages.is_cuda:
-        for name, pages in (("k_pages", k_pages), ("index_k_pages", index_k_pages)):
+    # the interpreter has one on every chip that it stands for
+    if caches.k_pages.device.type != "cpu":
+        for name in ("k_pages", "index_k_pages"):
             instead = "KV in float8_e5m2 and index keys in int8"
-            require_e4m3(op, name, pages, arch, instead=instead)
+            require_e4m3(op, name, getattr(caches, name), arch, instead=instead)
 
 
-def page_arguments(
-    k_pages: Tensor,
-    v_pages: Tensor,
-    index_k_pages: Tensor,
-    *,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    index_k_scales: Tensor | None,
-) -> dict[str, Any]:
-    """What a kernel that writes into the pages is launched with, by name."""
-    heads, page_size, head_dim = k_pages.shape[1:]
-    index_dim = index_k_pages.shape[2]
+def row_arguments(call: CacheStore) -> dict[str, Any]:
+    """What a kernel is launched with that stores rows in their pages, by name."""
+    caches = call.caches
+    heads, page_size, head_dim = caches.k_pages.shape[1:]
+    scales = caches.index_k_scales
+    index_strides = caches.index_k_pages.stride()[:2]
+    scales_stride = 0 if scales is None else scales.stride(0)
     return {
-        "k_pages": k_pages,
-        "v_pages": v_pages,
-        "index_k_pages": index_k_pages,
-        "slot_mapping": slot_mapping,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "index_k_scales": index_k_scales,
-        "k_pages_stride_page": k_pages.stride(0),
-        "k_pages_stride_head": k_pages.stride(1),
-        "k_pages_stride_slot": k_pages.stride(2),
-        "v_pages_stride_page": v_pages.stride(0),
-        "v_pages_stride_head": v_pages.stride(1),
-        "v_pages_stride_slot": v_pages.stride(2),
-        "index_pages_stride_page": index_k_pages.stride(0),
-        "index_pages_stride_slot": index_k_pages.stride(1),
-        "scales_stride_page": 0 if index_k_scales is None else index_k_scales.stride(0),
-        "k_scale_stride": 0 if k_scale is None or k_scale.numel() == 1 else 1,
-        "v_scale_stride": 0 if v_scale is None or v_scale.numel() == 1 else 1,
-        "HAS_K_SCALE": k_scale is not None,
-        "HAS_V_SCALE": v_scale is not None,
-        "INT8_INDEX": index_k_pages.dtype == torch.int8,
+        "k": Heads.of(call.k),
+        "v": Heads.of(call.v),
+        "index_k": call.index_k,
+        "index_stride_row": call.index_k.stride(0),
+        "slot_mapping": call.slot_mapping,
+        "keys": _pool(caches.k_pages, caches.k_scale),
+        "values": _pool(caches.v_pages, caches.v_scale),
+        "index_keys": IndexPool(caches.index_k_pages, *index_strides, scales, scales_stride),
         "KV_HEADS": heads,
-        "HEADS_PAD": triton.next_power_of_2(heads),
+        "HEADS_PAD": power_of_two(heads),
         "HEAD_DIM": head_dim,
-        "HEAD_PAD": triton.next_power_of_2(head_dim),
-        "INDEX_DIM": index_dim,
-        "INDEX_PAD": triton.next_power_of_2(index_dim),
+        "HEAD_PAD": power_of_two(head_dim),
+        "INDEX_DIM": caches.index_dim,
+        "INDEX_PAD": power_of_two(caches.index_dim),
         "PAGE_SIZE": page_size,
-        "LARGEST_K": LARGEST.get(k_pages.dtype, 0.0),
-        "LARGEST_V": LARGEST.get(v_pages.dtype, 0.0),
-        "LARGEST_INDEX": LARGEST.get(index_k_pages.dtype, 0.0),
+        "LARGEST": LARGEST.get(caches.k_pages.dtype, 0.0),
+        "LARGEST_INDEX": LARGEST.get(caches.index_k_pages.dtype, 0.0),
     }
+
+
+def _pool(pages: Tensor, scale: Tensor | None) -> Pool:
+    return Pool(pages, *pages.stride()[:3], scale, int(scale is not None and scale.numel() > 1))

@@ -1,12 +1,23 @@
-"""Contract, validation and dispatch of `dense_attention`."""
+"""Contract and implementations of `dense_attention`."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from m3_kernels import validation
-from m3_kernels.capability import Backend, implementation_for
+from m3_kernels.capability import Backend
+from m3_kernels.dense_attention.call import DenseAttention
+from m3_kernels.implementations import Op, Runs
+from m3_kernels.paged import NO_FP8, KVPages, Step
+
+# No "triton": on a GPU a host's own kernels attend in dense layers.
+DENSE_ATTENTION = Op[DenseAttention](
+    "dense_attention",
+    {
+        "native": Runs("native:dense_attention_native", NO_FP8),
+        "torch": Runs("torch_cpu:dense_attention_torch", NO_FP8),
+        "reference": Runs("reference:dense_attention_reference", NO_FP8),
+    },
+)
 
 
 def dense_attention(
@@ -52,58 +63,13 @@ def dense_attention(
     IndexError : a visible block has a page outside the pool
     NotImplementedError : nothing can run on this device; the reason is in the message
     """
-    device = q.device
-    validation.require_float("q", q)
-    validation.require_float("k_pages", k_pages)
-    validation.require_dtype("v_pages", v_pages, k_pages.dtype)
-    words = "[T, num_q_heads, head_dim]"
-    validation.require_shape("q", q, (None, None, None), words)
-    rows, q_heads, dim = q.shape
-    pool = "[P, num_kv_heads, page_size, head_dim]"
-    validation.require_shape("k_pages", k_pages, (None, None, None, dim), pool)
-    validation.require_shape("v_pages", v_pages, tuple(k_pages.shape), pool)
-    kv_heads = k_pages.shape[1]
-    if kv_heads == 0 or q_heads % kv_heads != 0:
-        raise ValueError(f"q must have a multiple of the {kv_heads} KV heads; got {q_heads} heads")
-    for name, tensor in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
-        validation.require_dense_rows(name, tensor)
-        validation.require_device(name, tensor, device)
-    validation.require_batch(
-        page_table=page_table, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, device=device
-    )
-    if out is None:
-        out = torch.empty(rows, q_heads, dim, dtype=q.dtype, device=device)
-    else:
-        validation.require_dtype("out", out, q.dtype)
-        validation.require_shape("out", out, (rows, q_heads, dim), words)
-        validation.require_dense_rows("out", out)
-        validation.require_device("out", out, device)
-    if lse is not None:
-        validation.require_dtype("lse", lse, torch.float32)
-        validation.require_shape("lse", lse, (rows, q_heads), "[T, num_q_heads]")
-        validation.require_device("lse", lse, device)
-
-    implementation = implementation_for("dense_attention", backend=backend, device_type=device.type)
-    if implementation == "triton":
-        raise NotImplementedError(
-            "dense_attention computes on CPU tensors in C++ or plain torch; on a GPU a host's own "
-            "kernels attend in dense layers"
-        )
-    if implementation == "native":
-        from m3_kernels.dense_attention.native import dense_attention_native as run
-    elif implementation == "torch":
-        from m3_kernels.dense_attention.torch_cpu import dense_attention_torch as run
-    else:
-        from m3_kernels.dense_attention.reference import dense_attention_reference as run
-    run(
+    call = DenseAttention(
         q,
-        k_pages,
-        v_pages,
-        page_table=page_table,
-        cu_seqlens_q=cu_seqlens_q,
-        seq_lens=seq_lens,
-        scale=scale,
-        out=out,
+        KVPages(k_pages, v_pages),
+        Step(page_table, cu_seqlens_q, seq_lens),
+        scale,
+        out=q.new_empty(q.shape) if out is None else out,
         lse=lse,
     )
-    return out
+    DENSE_ATTENTION.run(call, backend=backend)
+    return call.out

@@ -5,39 +5,31 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+
+from m3_kernels.dense_attention.call import DenseAttention
 
 
-def dense_attention_reference(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    *,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Fill `out` and `lse`; arguments as in the public function, already checked."""
+def dense_attention_reference(call: DenseAttention) -> None:
+    """Fill `call.out` and `call.lse`."""
+    q, k_pages, v_pages = call.q, call.kv.k_pages, call.kv.v_pages
+    step, out, lse = call.step, call.out, call.lse
     page_size = k_pages.shape[2]
     group = q.shape[1] // k_pages.shape[1]
     out.zero_()
     if lse is not None:
         lse.fill_(-math.inf)
-    for request in range(seq_lens.shape[0]):
-        first, last = cu_seqlens_q[request : request + 2].tolist()
+    for request in range(step.num_reqs):
+        first, last = step.cu_seqlens_q[request : request + 2].tolist()
         for row in range(first, last):
-            position = int(seq_lens[request]) - (last - row)
+            position = int(step.seq_lens[request]) - (last - row)
             if position < 0:
                 continue
-            pages = page_table[request, : position // page_size + 1].tolist()
+            pages = step.page_table[request, : position // page_size + 1].tolist()
             for head in range(q.shape[1]):
                 kv_head = head // group
                 keys = torch.cat([k_pages[page, kv_head] for page in pages])[: position + 1]
                 values = torch.cat([v_pages[page, kv_head] for page in pages])[: position + 1]
-                logits = keys.float() @ q[row, head].float() * scale
+                logits = keys.float() @ q[row, head].float() * call.scale
                 log_sum = logits.logsumexp(dim=0)
                 if log_sum == -math.inf:
                     continue

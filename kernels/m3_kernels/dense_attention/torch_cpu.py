@@ -13,37 +13,32 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from m3_kernels.dense_attention.call import DenseAttention
+
 # Numbers of one tile of logits, fp32; and pages that are gathered at a time.
 LOGITS = 4 * 2**20
 GATHERED_PAGES = 16
 
 
-def dense_attention_torch(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    *,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Fill `out` and `lse`; arguments as in the public function, already checked."""
+def dense_attention_torch(call: DenseAttention) -> None:
+    """Fill `call.out` and `call.lse`."""
+    q, k_pages, v_pages = call.q, call.kv.k_pages, call.kv.v_pages
+    step, out, lse = call.step, call.out, call.lse
     page_size = k_pages.shape[2]
     out.zero_()
     if lse is not None:
         lse.fill_(-math.inf)
     chunk = max(1, LOGITS // (q.shape[1] * GATHERED_PAGES * page_size))
-    bounds = pairwise(cu_seqlens_q.tolist())
-    for (first, last), seq_len, pages in zip(bounds, seq_lens.tolist(), page_table, strict=True):
+    bounds = pairwise(step.cu_seqlens_q.tolist())
+    for (first, last), seq_len, pages in zip(
+        bounds, step.seq_lens.tolist(), step.page_table, strict=True
+    ):
         first = max(first, last - seq_len)
         for start in range(first, last, chunk):
             rows = slice(start, min(start + chunk, last))
             position = seq_len - last + torch.arange(rows.start, rows.stop)
             attended, log_sum = _attend(
-                q[rows], k_pages, v_pages, pages, position=position, scale=scale
+                q[rows], k_pages, v_pages, pages, position=position, scale=call.scale
             )
             out[rows] = attended.to(out.dtype)
             if lse is not None:

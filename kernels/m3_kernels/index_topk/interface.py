@@ -1,13 +1,25 @@
-"""Contract, validation and dispatch of `index_topk`."""
+"""Contract and implementations of `index_topk`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from m3_kernels import validation
-from m3_kernels.capability import Backend, implementation_for
+from m3_kernels.capability import Backend
+from m3_kernels.implementations import Op, Runs
+from m3_kernels.index_topk.call import IndexTopk
+from m3_kernels.paged import NO_FP8, IndexPages, Step
 from m3_kernels.work_plan import WorkPlan
+
+INDEX_TOPK = Op[IndexTopk](
+    "index_topk",
+    {
+        "native": Runs("native:index_topk_native", NO_FP8),
+        "torch": Runs("torch_cpu:index_topk_torch", NO_FP8),
+        "triton": Runs("triton:index_topk_triton"),
+        "reference": Runs("reference:index_topk_reference"),
+    },
+)
 
 
 def index_topk(
@@ -65,100 +77,20 @@ def index_topk(
     IndexError : a visible block has a page outside the pool (CPU implementations only)
     NotImplementedError : nothing can run on this device; the reason is in the message
     """
-    device = index_q.device
-    validation.require_float("index_q", index_q)
-    if index_k_pages.dtype not in (*validation.FLOAT_DTYPES, *validation.LOW_PRECISION_DTYPES):
-        raise TypeError(
-            "index_k_pages must be float32, bfloat16, float16, int8, float8_e4m3fn or "
-            f"float8_e5m2; got {index_k_pages.dtype}"
-        )
-    words = "[T, num_index_heads, index_dim]"
-    validation.require_shape("index_q", index_q, (None, None, None), words)
-    rows, heads, dim = index_q.shape
-    words = "[P, page_size, index_dim]"
-    validation.require_shape("index_k_pages", index_k_pages, (None, None, dim), words)
-    validation.require_dense_rows("index_q", index_q)
-    validation.require_dense_rows("index_k_pages", index_k_pages)
-    validation.require_device("index_k_pages", index_k_pages, device)
-    _require_scales(index_k_pages, index_k_scales)
-    validation.require_batch(
-        page_table=page_table, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, device=device
-    )
-    if topk < 1:
-        raise ValueError(f"topk must be at least 1; got {topk}")
-    if num_local_blocks < 0:
-        raise ValueError(f"num_local_blocks must not be negative; got {num_local_blocks}")
-    if num_init_blocks < 0:
-        raise ValueError(f"num_init_blocks must not be negative; got {num_init_blocks}")
     if out is None:
-        out = torch.empty(heads, rows, topk, dtype=torch.int32, device=device)
-    else:
-        validation.require_dtype("out", out, torch.int32)
-        validation.require_shape("out", out, (heads, rows, topk), "[num_index_heads, T, topk]")
-        validation.require_dense_rows("out", out)
-        validation.require_device("out", out, device)
-
-    implementation = implementation_for("index_topk", backend=backend, device_type=device.type)
-    if index_k_pages.dtype in validation.FP8_DTYPES and implementation in ("native", "torch"):
-        raise NotImplementedError(
-            f"index_topk: backend {implementation!r} reads float32, bfloat16, float16 and int8 "
-            f"index keys; got {index_k_pages.dtype}. Keep them in one of these on a CPU"
-        )
-    if implementation == "triton":
-        if workspace is not None:
-            validation.require_dtype("workspace", workspace, torch.float32)
-            validation.require_shape("workspace", workspace, (None,), "[N]")
-            validation.require_dense_rows("workspace", workspace)
-            validation.require_device("workspace", workspace, device)
-        from m3_kernels.index_topk.triton import index_topk_triton
-
-        index_topk_triton(
-            index_q,
-            index_k_pages,
-            page_table=page_table,
-            cu_seqlens_q=cu_seqlens_q,
-            seq_lens=seq_lens,
-            num_local_blocks=num_local_blocks,
-            num_init_blocks=num_init_blocks,
-            out=out,
-            index_k_scales=index_k_scales,
-            plan=plan,
-            workspace=workspace,
-        )
-        return out
-    if implementation == "native":
-        from m3_kernels.index_topk.native import index_topk_native as run
-    elif implementation == "torch":
-        from m3_kernels.index_topk.torch_cpu import index_topk_torch as run
-    else:
-        from m3_kernels.index_topk.reference import index_topk_reference as run
-    run(
+        # shapes are judged by the call
+        shape = (*index_q.shape[1:2], *index_q.shape[:1], max(topk, 0))
+        out = index_q.new_empty(shape, dtype=torch.int32)
+    call = IndexTopk(
         index_q,
-        index_k_pages,
-        page_table=page_table,
-        cu_seqlens_q=cu_seqlens_q,
-        seq_lens=seq_lens,
+        IndexPages(index_k_pages, index_k_scales),
+        Step(page_table, cu_seqlens_q, seq_lens),
+        topk=topk,
         num_local_blocks=num_local_blocks,
         num_init_blocks=num_init_blocks,
-        index_k_scales=index_k_scales,
         out=out,
+        plan=plan,
+        workspace=workspace,
     )
+    INDEX_TOPK.run(call, backend=backend)
     return out
-
-
-def _require_scales(pages: Tensor, scales: Tensor | None) -> None:
-    if scales is None:
-        if pages.dtype == torch.int8:
-            raise ValueError(
-                "index_k_scales must be given with int8 index_k_pages: one scale per token"
-            )
-        return
-    if pages.dtype not in validation.LOW_PRECISION_DTYPES:
-        raise ValueError(
-            f"index_k_scales must be None unless index_k_pages are int8 or fp8; "
-            f"got {pages.dtype} pages"
-        )
-    validation.require_float("index_k_scales", scales)
-    validation.require_shape("index_k_scales", scales, tuple(pages.shape[:2]), "[P, page_size]")
-    validation.require_dense_rows("index_k_scales", scales)
-    validation.require_device("index_k_scales", scales, pages.device)

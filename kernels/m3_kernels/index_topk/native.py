@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from m3_kernels.index_topk.call import IndexTopk
+from m3_kernels.native_build import array
+from m3_kernels.native_build import call as run
 
-from m3_kernels.native_build import array, call
 
-
-def index_topk_native(
-    index_q: Tensor,
-    index_k_pages: Tensor,
-    *,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    num_local_blocks: int,
-    num_init_blocks: int,
-    index_k_scales: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Fill `out`; arguments as in the public function, already checked."""
-    call(
+def index_topk_native(call: IndexTopk) -> None:
+    """Fill `call.out`."""
+    step, scales = call.step, call.keys.index_k_scales
+    run(
         "m3_index_topk",
-        array(index_q),
-        array(index_k_pages),
-        None if index_k_scales is None else array(index_k_scales),
-        array(page_table),
-        array(cu_seqlens_q),
-        array(seq_lens),
-        array(out),
-        num_local_blocks,
-        num_init_blocks,
+        array(call.index_q),
+        array(call.keys.index_k_pages),
+        None if scales is None else array(scales),
+        array(step.page_table),
+        array(step.cu_seqlens_q),
+        array(step.seq_lens),
+        array(call.out),
+        call.num_local_blocks,
+        call.num_init_blocks,
     )

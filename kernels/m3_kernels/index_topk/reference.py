@@ -7,38 +7,29 @@ import math
 import torch
 from torch import Tensor
 
+from m3_kernels.index_topk.call import IndexTopk
 
-def index_topk_reference(
-    index_q: Tensor,
-    index_k_pages: Tensor,
-    *,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    num_local_blocks: int,
-    num_init_blocks: int,
-    index_k_scales: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Fill `out`; arguments as in the public function, already checked."""
-    heads, _, topk = out.shape
-    out.fill_(-1)
-    if index_k_scales is not None:
-        index_k_pages = dequantised(index_k_pages, index_k_scales)
-    for request in range(seq_lens.shape[0]):
-        first, last = cu_seqlens_q[request : request + 2].tolist()
-        seq_len = int(seq_lens[request])
-        keys = sequence_keys(index_k_pages, page_table[request], seq_len)
+
+def index_topk_reference(call: IndexTopk) -> None:
+    """Fill `call.out`."""
+    index_q, step = call.index_q, call.step
+    pages, scales = call.keys.index_k_pages, call.keys.index_k_scales
+    call.out.fill_(-1)
+    if scales is not None:
+        pages = dequantised(pages, scales)
+    for request, seq_len in enumerate(step.seq_lens.tolist()):
+        first, last = step.cu_seqlens_q[request : request + 2].tolist()
+        keys = sequence_keys(pages, step.page_table[request], seq_len)
         for row in range(first, last):
             position = seq_len - (last - row)
             if position < 0:
                 continue
-            for head in range(heads):
+            for head in range(index_q.shape[1]):
                 scores = block_scores(
-                    index_q[row, head].float(), keys[: position + 1], index_k_pages.shape[1]
+                    index_q[row, head].float(), keys[: position + 1], pages.shape[1]
                 )
-                ids = choose(scores, topk, num_local_blocks, num_init_blocks)
-                out[head, row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+                ids = choose(scores, call.topk, call.num_local_blocks, call.num_init_blocks)
+                call.out[head, row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
 
 
 def sequence_keys(pages: Tensor, page_ids: Tensor, seq_len: int) -> Tensor:

@@ -12,29 +12,21 @@ import math
 import torch
 from torch import Tensor
 
+from m3_kernels.index_topk.call import IndexTopk
+
 # Bytes of fp32 scores in flight; keys, masks and copies around them stay within three times this.
 SCORE_BYTES = 64 * 2**20
 KEY_BYTES = 16 * 2**20
 
 
-def index_topk_torch(
-    index_q: Tensor,
-    index_k_pages: Tensor,
-    *,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    num_local_blocks: int,
-    num_init_blocks: int,
-    index_k_scales: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Fill `out`; arguments as in the public function, already checked."""
-    heads, _, topk = out.shape
-    page_size, dim = index_k_pages.shape[1:]
+def index_topk_torch(call: IndexTopk) -> None:
+    """Fill `call.out`."""
+    step, topk, out = call.step, call.topk, call.out
+    heads = out.shape[0]
+    page_size, dim = call.keys.index_k_pages.shape[1:]
     out.fill_(-1)
-    bounds = cu_seqlens_q.tolist()
-    for request, seq_len in enumerate(seq_lens.tolist()):
+    bounds = step.cu_seqlens_q.tolist()
+    for request, seq_len in enumerate(step.seq_lens.tolist()):
         first, last = bounds[request : request + 2]
         # A row at a negative position has nothing to see; positions rise, so they come first.
         row = max(first, last - seq_len)
@@ -52,14 +44,14 @@ def index_topk_torch(
                 out[:, row : row + rows, :visible] = ids
             else:
                 scores = _block_scores(
-                    index_q[row : row + rows],
-                    index_k_pages,
-                    index_k_scales,
-                    page_table[request, :visible],
+                    call.index_q[row : row + rows],
+                    call.keys.index_k_pages,
+                    call.keys.index_k_scales,
+                    step.page_table[request, :visible],
                     positions,
                     key_blocks,
                 )
-                chosen = _choose(scores, own, topk, num_local_blocks, num_init_blocks)
+                chosen = _choose(scores, own, topk, call.num_local_blocks, call.num_init_blocks)
                 out[:, row : row + rows] = _ascending_ids(chosen, topk).transpose(0, 1)
             row += rows
 

@@ -1,15 +1,21 @@
-"""Contract, validation and dispatch of `mxfp8_linear`."""
+"""Contract and implementations of `mxfp8_linear`."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from m3_kernels import validation
-from m3_kernels.capability import Backend, implementation_for
+from m3_kernels.capability import Backend
+from m3_kernels.implementations import Op, Runs
+from m3_kernels.mxfp8_linear.call import Mxfp8Linear
 
-# OCP microscaling: columns that share one power of two.
-GROUP = 32
+MXFP8_LINEAR = Op[Mxfp8Linear](
+    "mxfp8_linear",
+    {
+        "torch": Runs("torch_cpu:mxfp8_linear_torch"),
+        "triton": Runs("triton:mxfp8_linear_triton"),
+        "reference": Runs("reference:mxfp8_linear_reference"),
+    },
+)
 
 
 def mxfp8_linear(
@@ -46,42 +52,7 @@ def mxfp8_linear(
     ValueError : a shape, device or layout is not in the contract
     NotImplementedError : nothing can run on this device; the reason is in the message
     """
-    device = x.device
-    validation.require_float("x", x)
-    validation.require_dtype("weight", weight, torch.float8_e4m3fn)
-    validation.require_dtype("scales", scales, torch.uint8)
-    validation.require_shape("x", x, (None, None), "[T, columns]")
-    columns = x.shape[1]
-    if columns % GROUP:
-        raise ValueError(f"x must have a multiple of {GROUP} columns; got {columns}")
-    groups = () if group_starts is None else (None,)
-    shape = "[rows, columns]" if group_starts is None else "[groups, rows, columns]"
-    validation.require_shape("weight", weight, (*groups, None, columns), shape)
-    blocks = (*weight.shape[:-1], columns // GROUP)
-    validation.require_shape("scales", scales, blocks, shape.replace("columns", "columns / 32"))
-    for name, tensor in (("x", x), ("weight", weight), ("scales", scales)):
-        validation.require_dense_rows(name, tensor)
-        validation.require_device(name, tensor, device)
-    if group_starts is None:
-        weight, scales = weight[None], scales[None]
-    else:
-        validation.require_dtype("group_starts", group_starts, torch.int32)
-        count = (weight.shape[0] + 1,)
-        validation.require_shape("group_starts", group_starts, count, "[groups + 1]")
-        validation.require_dense_rows("group_starts", group_starts)
-        validation.require_device("group_starts", group_starts, device)
-
-    implementation = implementation_for("mxfp8_linear", backend=backend, device_type=device.type)
-    if implementation == "native":
-        if backend == "native":
-            raise NotImplementedError(
-                "mxfp8_linear has no C++ implementation; use backend='torch' on a CPU"
-            )
-        implementation = "torch"
-    if implementation == "triton":
-        from m3_kernels.mxfp8_linear.triton import mxfp8_linear_triton as run
-    elif implementation == "torch":
-        from m3_kernels.mxfp8_linear.torch_cpu import mxfp8_linear_torch as run
-    else:
-        from m3_kernels.mxfp8_linear.reference import mxfp8_linear_reference as run
-    return run(x, weight, scales, group_starts=group_starts)
+    rows = weight.shape[-2] if weight.dim() > 1 else 0
+    call = Mxfp8Linear(x, weight, scales, group_starts, x.new_empty(*x.shape[:1], rows))
+    MXFP8_LINEAR.run(call, backend=backend)
+    return call.out

@@ -7,18 +7,18 @@ import math
 import torch
 from torch import Tensor
 
+from m3_kernels.mxfp8_linear.call import Mxfp8Linear
 
-def mxfp8_linear_reference(
-    x: Tensor, weight: Tensor, scales: Tensor, *, group_starts: Tensor | None
-) -> Tensor:
-    """Weights and scales are [groups, rows, ...]; other arguments as in the public function."""
-    bounds = [0, x.shape[0]] if group_starts is None else group_starts.tolist()
-    out = torch.zeros(x.shape[0], weight.shape[1], dtype=torch.float64, device=x.device)
-    for group in range(weight.shape[0]):
-        decoded = decoded_weight(weight[group], scales[group], x.dtype).double()
+
+def mxfp8_linear_reference(call: Mxfp8Linear) -> None:
+    """Fill `call.out`."""
+    x, starts = call.x, call.group_starts
+    bounds = [0, x.shape[0]] if starts is None else starts.tolist()
+    call.out.zero_()
+    for group, (weight, scales) in enumerate(zip(*call.matrices, strict=True)):
+        decoded = decoded_weight(weight, scales, x.dtype).double()
         rows = slice(bounds[group], bounds[group + 1])
-        out[rows] = x[rows].double() @ decoded.T
-    return out.to(x.dtype)
+        call.out[rows] = (x[rows].double() @ decoded.T).to(x.dtype)
 
 
 def decoded_weight(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,16 +7,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from m3_kernels.mxfp8_linear.call import Mxfp8Linear
+
 # Rows decoded at a time: 24 MB in fp32 for 6,144 columns.
 ROWS = 1024
 
 
-def mxfp8_linear_torch(
-    x: Tensor, weight: Tensor, scales: Tensor, *, group_starts: Tensor | None
-) -> Tensor:
-    """Weights and scales are [groups, rows, ...]; other arguments as in the public function."""
-    bounds = [0, x.shape[0]] if group_starts is None else group_starts.tolist()
-    out = x.new_zeros(x.shape[0], weight.shape[1])
+def mxfp8_linear_torch(call: Mxfp8Linear) -> None:
+    """Fill `call.out`."""
+    x, out, (weight, scales) = call.x, call.out, call.matrices
+    bounds = [0, x.shape[0]] if call.group_starts is None else call.group_starts.tolist()
+    out.zero_()
     for group, (first, last) in enumerate(pairwise(bounds)):
         if first == last:
             continue
@@ -24,7 +25,6 @@ def mxfp8_linear_torch(
             part = slice(start, start + ROWS)
             decoded = _decode(weight[group, part], scales[group, part]).to(x.dtype)
             out[first:last, part] = x[first:last] @ decoded.T
-    return out
 
 
 def _decode(values: Tensor, scales: Tensor) -> Tensor:

@@ -6,11 +6,14 @@ tensor cores take it from there (sm_90), and few tokens fill a tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from m3_kernels.launch import Launch
+from m3_kernels.mxfp8_linear.call import Mxfp8Linear
 from m3_kernels.tiles import MIN_TILE, power_of_two
 from m3_kernels.triton_shared import DOT_DTYPES, pick
 from m3_kernels.tuning import arch_of, kernel_config
@@ -34,7 +37,8 @@ def decode_e8m0(stored):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+# Tokens differ from step to step, and no step may wait for a compiler.
+@triton.jit(do_not_specialize=["num_tokens"])
 def mxfp8_linear_kernel(
     x,
     weight,
@@ -108,43 +112,50 @@ def mxfp8_linear_kernel(
     tl.store(place, acc.to(out.dtype.element_ty), mask=in_rows[:, None] & in_tokens[None, :])
 
 
-def mxfp8_linear_triton(
-    x: Tensor, weight: Tensor, scales: Tensor, *, group_starts: Tensor | None
-) -> Tensor:
-    """Weights and scales are [groups, rows, ...]; other arguments as in the public function.
+def mxfp8_linear_triton(call: Mxfp8Linear) -> None:
+    """Fill `call.out`."""
+    if call.group_starts is not None:
+        # rows of no group
+        call.out.zero_()
+    for launch in launches(call, arch=arch_of(call.device)):
+        launch()
+
+
+def launches(call: Mxfp8Linear, *, arch: int) -> Iterator[Launch]:
+    """What is launched for a call, with the configuration of a chip (major * 10 + minor).
 
     The grid follows from shapes alone, so that a CUDA graph can hold the launch.
     """
+    x, starts, (weight, scales) = call.x, call.group_starts, call.matrices
     tokens, columns = x.shape
     groups, rows, _ = weight.shape
-    out = x.new_empty(tokens, rows) if group_starts is None else x.new_zeros(tokens, rows)
     if tokens == 0 or rows == 0:
-        return out
+        return
     dot = str(x.dtype).removeprefix("torch.")
-    config = kernel_config("mxfp8_linear", arch=arch_of(x.device), dot=dot)
+    config = kernel_config("mxfp8_linear", arch=arch, dot=dot)
     tiles = triton.cdiv(tokens, config["TOKENS"])
-    if group_starts is not None:
+    if starts is not None:
         # each group may end within a tile
         tiles += min(groups, tokens) - 1
-    mxfp8_linear_kernel[(triton.cdiv(rows, config["ROWS"]), tiles)](
-        x,
-        weight.view(torch.uint8),
-        scales,
-        x if group_starts is None else group_starts,
-        out,
-        tokens,
-        rows,
-        columns,
-        groups,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        scales.stride(0),
-        scales.stride(1),
-        out.stride(0),
-        GROUPED=group_starts is not None,
-        GROUPS_PAD=power_of_two(max(groups, MIN_TILE)),
-        DOT_DTYPE=DOT_DTYPES[x.dtype],
+    arguments = {
+        "x": x,
+        "weight": weight.view(torch.uint8),
+        "scales": scales,
+        "group_starts": x if starts is None else starts,
+        "out": call.out,
+        "num_tokens": tokens,
+        "num_rows": rows,
+        "num_columns": columns,
+        "num_groups": groups,
+        "x_stride": x.stride(0),
+        "weight_stride_group": weight.stride(0),
+        "weight_stride_row": weight.stride(1),
+        "scales_stride_group": scales.stride(0),
+        "scales_stride_row": scales.stride(1),
+        "out_stride": call.out.stride(0),
+        "GROUPED": starts is not None,
+        "GROUPS_PAD": power_of_two(max(groups, MIN_TILE)),
+        "DOT_DTYPE": DOT_DTYPES[x.dtype],
         **config,
-    )
-    return out
+    }
+    yield Launch(mxfp8_linear_kernel, (triton.cdiv(rows, config["ROWS"]), tiles), arguments)

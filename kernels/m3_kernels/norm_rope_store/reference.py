@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from m3_kernels.cache_store.reference import cache_store_reference
+from m3_kernels.norm_rope_store.call import NormRopeStore
 from m3_kernels.norm_rope_store.parts import Part
 
 
 def norm_and_rope_reference(parts: Sequence[Part], *, cos_sin: Tensor, eps: float) -> None:
-    """Fill every part's `out` with its heads normalised and turned."""
+    """Fill every part's `out` with its heads normalised and rotated."""
     half = cos_sin.shape[1] // 2
     for part in parts:
         for token, turn in enumerate(cos_sin.float()):
@@ -24,3 +28,11 @@ def norm_and_rope_reference(parts: Sequence[Part], *, cos_sin: Tensor, eps: floa
                     turned[c] = values[c] * cos - values[half + c] * sin
                     turned[half + c] = values[half + c] * cos + values[c] * sin
                 part.out[token, head] = turned
+
+
+def norm_rope_store_reference(call: NormRopeStore) -> None:
+    """Fill the queries, and store what became of keys and index keys."""
+    stored = call.stored
+    keys, index_keys = torch.empty_like(stored.k), torch.empty_like(stored.index_k)
+    norm_and_rope_reference(call.parts(keys, index_keys), cos_sin=call.cos_sin, eps=call.norms.eps)
+    cache_store_reference(replace(stored, k=keys, index_k=index_keys))

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3_kernels.launch import Launch
 from m3_kernels.tuning import arch_of, kernel_config
 
 
@@ -39,17 +40,34 @@ def fill_page_table_triton(
     page_table: Tensor, *, slots: Tensor, rows: Tensor, seq_lens: Tensor, page_size: int
 ) -> None:
     """Fill the table; arguments as in the public function, already checked."""
-    config = kernel_config("page_table", arch=arch_of(page_table.device))
-    num_reqs, blocks = page_table.shape
-    if not num_reqs or not blocks:
+    if not page_table.numel():
         return
-    page_table_kernel[(num_reqs, -(-blocks // config["BLOCKS"]))](
-        page_table,
-        slots,
-        rows,
-        seq_lens,
-        slots.stride(0),
-        page_table.stride(0),
-        PAGE_SIZE=page_size,
-        **config,
-    )
+    arch = arch_of(page_table.device)
+    launch_of(
+        page_table, slots=slots, rows=rows, seq_lens=seq_lens, page_size=page_size, arch=arch
+    )()
+
+
+def launch_of(
+    page_table: Tensor,
+    *,
+    slots: Tensor,
+    rows: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    arch: int,
+) -> Launch:
+    """What fills a table, with the configuration of a chip (major * 10 + minor)."""
+    config = kernel_config("page_table", arch=arch)
+    num_reqs, blocks = page_table.shape
+    arguments = {
+        "page_table": page_table,
+        "slots": slots,
+        "rows": rows,
+        "seq_lens": seq_lens,
+        "slots_stride": slots.stride(0),
+        "table_stride": page_table.stride(0),
+        "PAGE_SIZE": page_size,
+    }
+    grid = (num_reqs, -(-blocks // config["BLOCKS"]))
+    return Launch(page_table_kernel, grid, arguments | config)

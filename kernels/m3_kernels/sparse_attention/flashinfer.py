@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from m3_kernels.sparse_attention.call import SparseAttention
 
 DISTRIBUTION = "flashinfer-python"
 # Releases whose source was read. What a call keeps, or waits for, no test of results would show.
@@ -32,43 +33,7 @@ TOPK = (4, 8, 16, 32)
 GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class PrefillAttention(Protocol):
-    """Attention of requests of more than `DECODE_ROWS` rows, in the place of the prefill kernel.
-
-    It gets the whole step and may write every row of `out`: those of other requests and of none
-    are written after it. The ids of a row are ascending with a tail of -1, as `index_topk` leaves
-    them. Arguments as in `sparse_attention`.
-    """
-
-    def __call__(
-        self,
-        q: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        block_ids: Tensor,
-        *,
-        page_table: Tensor,
-        cu_seqlens_q: Tensor,
-        seq_lens: Tensor,
-        scale: float,
-        out: Tensor,
-        lse: Tensor | None,
-    ) -> None: ...
-
-
-def flashinfer_prefill(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_ids: Tensor,
-    *,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
+def flashinfer_prefill(call: SparseAttention) -> None:
     """`PrefillAttention` by FlashInfer, which must not refuse the layer (`flashinfer_refusal`).
 
     Compiles at the first call for a dtype, a group and a layout of pages. Allocates the output once
@@ -79,31 +44,32 @@ def flashinfer_prefill(
 
     Raises
     ------
-    ValueError : the pages lie otherwise (`pages_refusal`).
+    ValueError : the page layout is not supported (`pages_refusal`).
     """
     from flashinfer.msa_ops import (  # pyright: ignore[reportMissingImports]
         msa_sparse_attention,
     )
 
+    k_pages, v_pages = call.kv.k_pages, call.kv.v_pages
     if k_pages.is_contiguous() and v_pages.is_contiguous():
         k_pages, v_pages = _plain(k_pages), _plain(v_pages)
     found = msa_sparse_attention(
-        _plain(q),
+        _plain(call.q),
         k_pages,
         v_pages,
-        _plain(block_ids),
-        cu_seqlens_q,
+        _plain(call.block_ids),
+        call.step.cu_seqlens_q,
         causal=True,
-        softmax_scale=scale,
-        page_table=_plain(page_table),
-        seqused_k=seq_lens,
-        return_softmax_lse=lse is not None,
+        softmax_scale=call.scale,
+        page_table=_plain(call.step.page_table),
+        seqused_k=call.step.seq_lens,
+        return_softmax_lse=call.lse is not None,
     )
-    if lse is None:
-        out.copy_(found)
+    if call.lse is None:
+        call.out.copy_(found)
         return
-    out.copy_(found[0])
-    lse.copy_(found[1])
+    call.out.copy_(found[0])
+    call.lse.copy_(found[1])
 
 
 def _plain(tensor: Tensor) -> Tensor:

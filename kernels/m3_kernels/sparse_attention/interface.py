@@ -1,15 +1,25 @@
-"""Contract, validation and dispatch of `sparse_attention`."""
+"""Contract and implementations of `sparse_attention`."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from m3_kernels import validation
-from m3_kernels.capability import Backend, implementation_for
-from m3_kernels.sparse_attention.flashinfer import PrefillAttention
+from m3_kernels.capability import Backend
+from m3_kernels.implementations import Op, Runs
+from m3_kernels.paged import NO_FP8, KVPages, Step
+from m3_kernels.sparse_attention.call import PrefillAttention, SparseAttention
 from m3_kernels.sparse_attention.workspace import SparseAttentionWorkspace
 from m3_kernels.work_plan import WorkPlan
+
+SPARSE_ATTENTION = Op[SparseAttention](
+    "sparse_attention",
+    {
+        "native": Runs("native:sparse_attention_native", NO_FP8),
+        "torch": Runs("torch_cpu:sparse_attention_torch", NO_FP8),
+        "triton": Runs("triton:sparse_attention_triton"),
+        "reference": Runs("reference:sparse_attention_reference"),
+    },
+)
 
 
 def sparse_attention(
@@ -56,7 +66,7 @@ def sparse_attention(
     plan : the step's, read by "triton" only; without one it makes its own, which waits for the
         device and allocates
     workspace : of `allocate_sparse_attention_workspace`, used by "triton" only; None allocates
-    prefill : computes the requests of more than 8 rows in the place of the prefill kernel; used by
+    prefill : computes the requests of more than 8 rows instead of the prefill kernel; used by
         "triton" only; `block_ids` must be as `index_topk` leaves them then
     backend : an implementation by name, or "auto" for the best one here
 
@@ -73,112 +83,17 @@ def sparse_attention(
     NotImplementedError : nothing can run on this device, or not with these dtypes; the reason and
         the alternative are in the message
     """
-    device = q.device
-    validation.require_float("q", q)
-    if k_pages.dtype not in validation.FP8_DTYPES:
-        validation.require_float("k_pages", k_pages)
-    validation.require_dtype("v_pages", v_pages, k_pages.dtype)
-    validation.require_dtype("block_ids", block_ids, torch.int32)
-    words = "[T, num_q_heads, head_dim]"
-    validation.require_shape("q", q, (None, None, None), words)
-    rows, q_heads, dim = q.shape
-    pool = "[P, num_kv_heads, page_size, head_dim]"
-    validation.require_shape("k_pages", k_pages, (None, None, None, dim), pool)
-    validation.require_shape("v_pages", v_pages, tuple(k_pages.shape), pool)
-    kv_heads = k_pages.shape[1]
-    if kv_heads == 0 or q_heads % kv_heads != 0:
-        raise ValueError(f"q must have a multiple of the {kv_heads} KV heads; got {q_heads} heads")
-    ids = "[num_kv_heads, T, topk]"
-    validation.require_shape("block_ids", block_ids, (kv_heads, rows, None), ids)
-    validation.require_dense_rows("q", q)
-    validation.require_dense_rows("k_pages", k_pages)
-    validation.require_dense_rows("v_pages", v_pages)
-    validation.require_dense_rows("block_ids", block_ids)
-    validation.require_device("k_pages", k_pages, device)
-    validation.require_device("v_pages", v_pages, device)
-    validation.require_device("block_ids", block_ids, device)
-    validation.require_batch(
-        page_table=page_table, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, device=device
-    )
-    _require_scale("k_scale", k_scale, kv_heads, device)
-    _require_scale("v_scale", v_scale, kv_heads, device)
-    if out is None:
-        out = torch.empty(rows, q_heads, dim, dtype=q.dtype, device=device)
-    else:
-        validation.require_dtype("out", out, q.dtype)
-        validation.require_shape("out", out, (rows, q_heads, dim), words)
-        validation.require_dense_rows("out", out)
-        validation.require_device("out", out, device)
-    if lse is not None:
-        validation.require_dtype("lse", lse, torch.float32)
-        validation.require_shape("lse", lse, (rows, q_heads), "[T, num_q_heads]")
-        validation.require_device("lse", lse, device)
-
-    implementation = implementation_for(
-        "sparse_attention", backend=backend, device_type=device.type
-    )
-    scaled = k_scale is not None or v_scale is not None
-    if implementation in ("native", "torch") and (scaled or k_pages.dtype in validation.FP8_DTYPES):
-        raise NotImplementedError(
-            f"sparse_attention: backend {implementation!r} reads float32, bfloat16 and float16 "
-            f"pages without scales; got {k_pages.dtype}{' and scales' if scaled else ''}. Keep KV "
-            f"in one of these on a CPU, or ask for backend='reference'"
-        )
-    if implementation == "triton":
-        from m3_kernels.sparse_attention.triton import sparse_attention_triton
-
-        sparse_attention_triton(
-            q,
-            k_pages,
-            v_pages,
-            block_ids,
-            page_table=page_table,
-            cu_seqlens_q=cu_seqlens_q,
-            seq_lens=seq_lens,
-            scale=scale,
-            out=out,
-            lse=lse,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            plan=plan,
-            workspace=workspace,
-            prefill=prefill,
-        )
-        return out
-    if implementation == "native":
-        from m3_kernels.sparse_attention.native import sparse_attention_native as run
-    elif implementation == "torch":
-        from m3_kernels.sparse_attention.torch_cpu import sparse_attention_torch as run
-    else:
-        from m3_kernels.sparse_attention.reference import sparse_attention_reference as run
-
-        k_pages = dequantised(k_pages, k_scale)
-        v_pages = dequantised(v_pages, v_scale)
-    run(
+    call = SparseAttention(
         q,
-        k_pages,
-        v_pages,
+        KVPages(k_pages, v_pages, k_scale, v_scale),
         block_ids,
-        page_table=page_table,
-        cu_seqlens_q=cu_seqlens_q,
-        seq_lens=seq_lens,
-        scale=scale,
-        out=out,
+        Step(page_table, cu_seqlens_q, seq_lens),
+        scale,
+        out=q.new_empty(q.shape) if out is None else out,
         lse=lse,
+        plan=plan,
+        workspace=workspace,
+        prefill=prefill,
     )
-    return out
-
-
-def dequantised(pages: Tensor, scale: Tensor | None) -> Tensor:
-    """The keys or values that stored ones stand for; fp32 if a scale is given."""
-    return pages if scale is None else pages.float() * scale[:, None, None]
-
-
-def _require_scale(name: str, scale: Tensor | None, kv_heads: int, device: torch.device) -> None:
-    if scale is None:
-        return
-    validation.require_dtype(name, scale, torch.float32)
-    size = 1 if scale.numel() == 1 else kv_heads
-    validation.require_shape(name, scale, (size,), "[1] or [num_kv_heads]")
-    validation.require_dense_rows(name, scale)
-    validation.require_device(name, scale, device)
+    SPARSE_ATTENTION.run(call, backend=backend)
+    return call.out

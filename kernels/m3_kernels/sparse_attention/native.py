@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from m3_kernels.native_build import array
+from m3_kernels.native_build import call as run
+from m3_kernels.sparse_attention.call import SparseAttention
 
-from m3_kernels.native_build import array, call
 
-
-def sparse_attention_native(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_ids: Tensor,
-    *,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Fill `out` and `lse`; arguments as in the public function, already checked."""
-    call(
+def sparse_attention_native(call: SparseAttention) -> None:
+    """Fill `call.out` and `call.lse`."""
+    run(
         "m3_sparse_attention",
-        array(q),
-        array(k_pages),
-        array(v_pages),
-        array(block_ids),
-        array(page_table),
-        array(cu_seqlens_q),
-        array(seq_lens),
-        float(scale),
-        array(out),
-        None if lse is None else array(lse),
+        array(call.q),
+        array(call.kv.k_pages),
+        array(call.kv.v_pages),
+        array(call.block_ids),
+        array(call.step.page_table),
+        array(call.step.cu_seqlens_q),
+        array(call.step.seq_lens),
+        float(call.scale),
+        array(call.out),
+        None if call.lse is None else array(call.lse),
     )

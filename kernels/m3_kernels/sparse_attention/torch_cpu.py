@@ -11,27 +11,19 @@ import math
 import torch
 from torch import Tensor
 
+from m3_kernels.sparse_attention.call import SparseAttention
+
 # Bytes of one fp32 gather of chosen keys; the peak is about four of them (K, V, their low
 # precision originals, logits). A single row may exceed it.
 GATHER_BYTES = 64 * 2**20
 
 
-def sparse_attention_torch(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_ids: Tensor,
-    *,
-    page_table: Tensor,
-    cu_seqlens_q: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    """Fill `out` and `lse`; arguments as in the public function, already checked."""
-    kv_heads, page_size, dim = k_pages.shape[1:]
-    topk = block_ids.shape[2]
+def sparse_attention_torch(call: SparseAttention) -> None:
+    """Fill `call.out` and `call.lse`."""
+    step, out, lse = call.step, call.out, call.lse
+    cu_seqlens_q, seq_lens = step.cu_seqlens_q, step.seq_lens
+    kv_heads, page_size, dim = call.kv.k_pages.shape[1:]
+    topk = call.block_ids.shape[2]
     out.zero_()
     if lse is not None:
         lse.fill_(-math.inf)
@@ -47,13 +39,13 @@ def sparse_attention_torch(
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
         attended, log_sum = _attend(
-            q[rows],
-            k_pages,
-            v_pages,
-            block_ids[:, rows].transpose(0, 1).long(),
-            page_table[request[rows]],
+            call.q[rows],
+            call.kv.k_pages,
+            call.kv.v_pages,
+            call.block_ids[:, rows].transpose(0, 1).long(),
+            step.page_table[request[rows]],
             position[rows],
-            scale,
+            call.scale,
         )
         out[rows] = attended.to(out.dtype)
         if lse is not None:

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for every GPU family, without a GPU, and judges the machine code.
 
-Each op lists in `<op>/triton_variants.py` what it launches: `variants(arch)` gives the kernels at
-the configuration chosen for that chip, with a budget of registers and shared memory and the
-instructions they must contain. Spilled registers are a fault everywhere.
+`m3_kernels.testing.production` makes calls of meta tensors as a server does and asks the ops what
+they launch; each launch has a budget of registers and shared memory and the instructions it must
+contain. Spilled registers are a fault everywhere.
 
     python -P -m m3_kernels.testing.compile_gate             # judge all; exit code 1 on a fault
     python -P -m m3_kernels.testing.compile_gate --arch 90 --only index_topk --json
@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
+from m3_kernels.launch import Launch
 
 ARCHS = (80, 89, 90, 100, 120)
 OPS = (
@@ -47,15 +47,6 @@ OPS = (
 # Shared memory one program may use, bytes: the CUDA programming guide's table of capabilities.
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
-TRITON_NAMES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
-    torch.int8: "i8",
-}
-
 # What the table counts: tensor cores (warp, warp group, Blackwell's own memory), TMA, async copies.
 INSTRUCTIONS = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "LDGSTS")
 SPILLS = ("LDL", "STL")
@@ -66,33 +57,27 @@ DEPENDENCY = ("wait", "launch_dependents")
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel at one configuration, as it will be launched.
+    """One launch of serving, and what its machine code must keep to.
 
     Attributes
     ----------
     name : readable, unique within the op and chip
-    kernel : the function decorated with triton.jit
-    signature : Triton type of every argument that is not a constexpr, e.g. "*bf16", "i32",
-        "tensordesc<bf16[128, 128]>"; a scalar written as "i32=1" is specialised to that value
-    constexprs : value of every constexpr
-    options : num_warps, num_stages
+    launch : as an op's `launches` yields it for meta tensors
     registers : most registers a thread may use
     shared : most bytes of shared memory a program may use
     needs : instructions (beginnings of their names) the machine code must contain
-    unaligned : pointers and integers not known to be multiples of 16
-    dependent : whether it waits for the launch before it and lets the next one begin (PDL)
     """
 
     name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    options: Mapping[str, int]
+    launch: Launch
     registers: int
     shared: int
     needs: tuple[str, ...] = ()
-    unaligned: tuple[str, ...] = ()
-    dependent: bool = False
+
+    @property
+    def dependent(self) -> bool:
+        """Whether it waits for the launch before it and lets the next one begin (PDL)."""
+        return bool(self.launch.arguments.get("PDL", False))
 
 
 @dataclass(frozen=True)
@@ -124,7 +109,7 @@ def fingerprint(variant: Variant, arch: int) -> str:
 
     Raises
     ------
-    RuntimeError, ValueError : as `compile_variant`
+    RuntimeError, TypeError : as `compile_variant`
     """
     import triton
     from triton._C.libtriton import ir
@@ -132,10 +117,10 @@ def fingerprint(variant: Variant, arch: int) -> str:
     from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.compiler import make_backend
 
-    source = _source(variant)
+    source, given = _source(variant, arch)
     target = GPUTarget("cuda", arch, 32)
     backend: Any = make_backend(target)
-    options = backend.parse_options(dict(variant.options) | source.parse_options())
+    options = backend.parse_options(given | source.parse_options())
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -148,7 +133,7 @@ def fingerprint(variant: Variant, arch: int) -> str:
     )
     decisive = (
         module.str_nodebug(),
-        sorted(variant.options.items()),
+        sorted(given.items()),
         arch,
         triton.__version__,
         get_ptxas_version(arch),
@@ -162,47 +147,40 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     Raises
     ------
     RuntimeError : Triton runs in interpreter mode in this process
-    ValueError : the signature does not fit the kernel's parameters
+    TypeError : the launch leaves out a parameter of the kernel
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
-    built: Any = triton.compile(
-        _source(variant), target=GPUTarget("cuda", arch, 32), options=dict(variant.options)
-    )
+    source, options = _source(variant, arch)
+    built: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     read = _read_cubin(
         built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
     )
     return dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
 
 
-def _source(variant: Variant) -> Any:
-    """What Triton compiles: the kernel with the types and constants of its arguments."""
-    from triton.compiler import ASTSource
+def _source(variant: Variant, arch: int) -> tuple[Any, dict[str, Any]]:
+    """What Triton itself makes of the launch: the kernel with types and constants, and options."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime import jit
 
-    if os.environ.get("TRITON_INTERPRET") == "1" or not hasattr(variant.kernel, "arg_names"):
+    if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError(f"{variant.name}: nothing compiles with TRITON_INTERPRET=1; unset it")
-    names = list(variant.kernel.arg_names)
-    given = {*variant.signature, *variant.constexprs}
-    if given != set(names):
-        raise ValueError(
-            f"{variant.name}: signature and constexprs must name every parameter of the kernel; "
-            f"missing {sorted(set(names) - given)}, unknown {sorted(given - set(names))}"
-        )
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(names):
-        kind = variant.signature.get(name, "constexpr")
-        kind, _, value = kind.partition("=")
-        if value:
-            kind = "constexpr"
-            constants[(place,)] = int(value)
-        elif kind == "constexpr":
-            constants[(place,)] = variant.constexprs[name]
-        aligned = kind.startswith(("*", "i")) and kind != "i1"
-        if aligned and name not in variant.unaligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        signature[name] = kind
-    return ASTSource(variant.kernel, signature, constants, attributes)
+    kernel, given = variant.launch.kernel, dict(variant.launch.arguments)
+    backend: Any = make_backend(GPUTarget("cuda", arch, 32))
+    bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, options = bind(**given)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, given, bound, specialisation, options
+    )
+    return ASTSource(kernel, signature, constants, attributes), _of_code(options)
+
+
+def _of_code(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Triton's options that decide machine code; how a launch follows another is not among them."""
+    return {name: value for name, value in options.items() if name != "launch_pdl"}
 
 
 def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
@@ -225,7 +203,7 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
 
 def op_variants(op: str, arch: int) -> Sequence[Variant]:
     """What an op launches on a chip, at the configurations chosen for it."""
-    return importlib.import_module(f"m3_kernels.{op}.triton_variants").variants(arch)
+    return list(importlib.import_module(f"m3_kernels.testing.production.{op}").variants(arch))
 
 
 def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:

@@ -112,15 +112,12 @@ def fill_work_plan(
         )
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'reference'; got {backend!r}")
-    plan = WorkPlan(
+    plan = buffers.plan(
+        num_reqs=num_reqs,
+        num_rows=num_rows,
         max_query_len=max_query_len,
         max_seq_len=max_seq_len,
         page_size=page_size,
-        cum_blocks=buffers.cum_blocks[: num_reqs + 1],
-        cum_tiles=buffers.cum_tiles[: num_reqs + 1],
-        range_start=buffers.range_start,
-        range_request=buffers.range_request,
-        row_request=buffers.row_request[:num_rows],
         decode_rows=decode_rows,
     )
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):

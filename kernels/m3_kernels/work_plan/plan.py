@@ -32,6 +32,29 @@ class WorkPlanBuffers:
     range_request: Tensor
     row_request: Tensor
 
+    def plan(
+        self,
+        *,
+        num_reqs: int,
+        num_rows: int,
+        max_query_len: int,
+        max_seq_len: int,
+        page_size: int,
+        decode_rows: int = DECODE_ROWS,
+    ) -> WorkPlan:
+        """A plan of views of this memory, not filled; arguments as in `fill_work_plan`."""
+        return WorkPlan(
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+            page_size=page_size,
+            cum_blocks=self.cum_blocks[: num_reqs + 1],
+            cum_tiles=self.cum_tiles[: num_reqs + 1],
+            range_start=self.range_start,
+            range_request=self.range_request,
+            row_request=self.row_request[:num_rows],
+            decode_rows=decode_rows,
+        )
+
 
 @dataclass(frozen=True)
 class WorkPlan:
@@ -71,3 +94,12 @@ class WorkPlan:
     def num_programs(self) -> int:
         """Programs that share the flat list of blocks."""
         return self.range_request.shape[0]
+
+    def require_step(self, num_reqs: int, num_rows: int, page_size: int) -> None:
+        """Raise ValueError unless the plan is of a step of this size."""
+        planned = self.cum_blocks.shape[0] - 1, self.row_request.shape[0], self.page_size
+        if planned != (num_reqs, num_rows, page_size):
+            raise ValueError(
+                f"plan must be of this step's {num_reqs} requests, {num_rows} rows and pages of "
+                f"{page_size}; it has {planned[0]}, {planned[1]} and {planned[2]}"
+            )

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3_kernels.launch import Launch
 from m3_kernels.tuning import arch_of, kernel_config
 from m3_kernels.work_plan.plan import TILE_ROWS, WorkPlan
 
@@ -106,24 +107,30 @@ def work_plan_kernel(
 
 def fill_work_plan_triton(plan: WorkPlan, *, cu_seqlens_q: Tensor, seq_lens: Tensor) -> None:
     """Fill the tensors of a plan; arguments as in the public function, already checked."""
-    config = kernel_config("work_plan", arch=arch_of(seq_lens.device))
+    arch = arch_of(seq_lens.device)
+    launch_of(plan, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, arch=arch)()
+
+
+def launch_of(plan: WorkPlan, *, cu_seqlens_q: Tensor, seq_lens: Tensor, arch: int) -> Launch:
+    """What fills a plan, with the configuration of a chip (major * 10 + minor)."""
+    config = kernel_config("work_plan", arch=arch)
     num_rows = plan.row_request.shape[0]
     range_tiles = -(-(plan.num_programs + 1) // config["ITEMS"])
     row_tiles = -(-num_rows // config["ITEMS"])
-    work_plan_kernel[(1 + range_tiles + row_tiles,)](
-        cu_seqlens_q,
-        seq_lens,
-        plan.cum_blocks,
-        plan.cum_tiles,
-        plan.range_start,
-        plan.range_request,
-        plan.row_request,
-        seq_lens.shape[0],
-        num_rows,
-        plan.num_programs,
-        range_tiles,
-        PAGE_SIZE=plan.page_size,
-        DECODE_ROWS=plan.decode_rows,
-        TILE_ROWS=TILE_ROWS,
-        **config,
-    )
+    arguments = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "seq_lens": seq_lens,
+        "cum_blocks": plan.cum_blocks,
+        "cum_tiles": plan.cum_tiles,
+        "range_start": plan.range_start,
+        "range_request": plan.range_request,
+        "row_request": plan.row_request,
+        "num_reqs": seq_lens.shape[0],
+        "num_rows": num_rows,
+        "num_programs": plan.num_programs,
+        "range_tiles": range_tiles,
+        "PAGE_SIZE": plan.page_size,
+        "DECODE_ROWS": plan.decode_rows,
+        "TILE_ROWS": TILE_ROWS,
+    }
+    return Launch(work_plan_kernel, (1 + range_tiles + row_tiles,), arguments | config)

@@ -13,10 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from m3_kernels.cache_store.torch_cpu import in_int8
 from m3_kernels.index_pages import bytes_per_token, split_pages
+from m3_kernels.paged import MSACaches
 from m3_kernels.testing.compare import SCORE_ROUNDING, accuracy
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.batch import MSABatch
-from m3_plugin.attention.session import MSACaches, MSASession
+from m3_plugin.attention.session import MSASession
 from m3_plugin.cli.bench.peers import PeerInputs
 from m3_plugin.cli.bench.report import GateError
 from m3_plugin.cli.bench.roofline import PAGE_SIZE, Geometry, Workload

@@ -183,7 +183,8 @@ def test_a_graph_smaller_than_the_buffers_and_a_padded_request() -> None:
 
 def test_a_layer_turns_by_the_angles_beside_its_index_queries() -> None:
     """Norms are those of the layer at the time of the call; angles past the rows are left alone."""
-    from m3_plugin.attention.session import HeadNorms, MSACaches
+    from m3_kernels.norm_rope_store import HeadNorms
+    from m3_kernels.paged import MSACaches
     from m3_plugin.model.rope import RowAngles
 
     random = torch.Generator().manual_seed(0)

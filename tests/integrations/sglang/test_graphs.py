@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.batch import StepCapacity
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession
+from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.model.config import MSAConfig
 from m3_plugin.model.rope import RowAngles

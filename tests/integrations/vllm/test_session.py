@@ -17,9 +17,10 @@ from vllm.config import (
 from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
+from m3_kernels.norm_rope_store import HeadNorms
 from m3_plugin.attention.backends import choose_kernels
 from m3_plugin.attention.batch import MSABatch
-from m3_plugin.attention.session import HeadNorms, MSASession
+from m3_plugin.attention.session import MSASession
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import released_config

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from m3_kernels.launch import Launch
 from m3_kernels.testing.compile_gate import (
     ARCHS,
     OPS,
@@ -126,27 +127,37 @@ def test_fingerprints_follow_what_decides_the_code() -> None:
     """In a process that compiles: a constant, an option, a type, the chip; not the name."""
     program = """
 import dataclasses
+import torch
 from m3_kernels.testing.compile_gate import fingerprint
-from m3_kernels.work_plan.triton_variants import variants
-base = variants(90)[0]
-change = lambda **fields: fingerprint(dataclasses.replace(base, **fields), 90)
-name = next(iter(base.constexprs))
-pointer = next(k for k, v in base.signature.items() if v.startswith("*"))
-same = [fingerprint(base, 90), change(name="other")]
+from m3_kernels.testing.production.work_plan import variants
+base, = variants(90)
+def change(**arguments):
+    arguments = {**base.launch.arguments, **arguments}
+    launch = dataclasses.replace(base.launch, arguments=arguments)
+    return fingerprint(dataclasses.replace(base, launch=launch), 90)
+numbers = torch.zeros(9, dtype=torch.int32)
+same = [
+    fingerprint(base, 90),
+    fingerprint(dataclasses.replace(base, name="other"), 90),
+    change(num_rows=1), change(num_rows=16), change(num_rows=17),
+    change(seq_lens=numbers),
+]
 others = [
     fingerprint(base, 80),
-    change(options={**base.options, "num_warps": 8}),
-    change(unaligned=(pointer,)),
-    change(constexprs={**base.constexprs, name: base.constexprs[name] * 2}),
+    change(num_warps=8),
+    change(seq_lens=numbers[1:]),
+    change(cum_blocks=numbers.long()),
+    change(PAGE_SIZE=64),
 ]
-assert len({*same}) == 1 and len({*same, *others}) == 5, (same, others)
+assert len({*same}) == 1 and len({*same, *others}) == 6, (same, others)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
 
 
 def variant(**changes: object) -> Variant:
-    base = Variant("v", None, {}, {}, {}, registers=64, shared=200_000, needs=("HGMMA",))
+    launch = Launch(None, (1,), {"PDL": changes.pop("dependent", False)})
+    base = Variant("v", launch, registers=64, shared=200_000, needs=("HGMMA",))
     return dataclasses.replace(base, **changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -189,8 +200,9 @@ def kernels_of_a_layer() -> list[Any]:
     """What a layer launches; the plan runs once per step, and the products are of other layers."""
     found = {}
     for op in OPS:
-        if op not in ("work_plan", "mxfp8_linear"):
-            found |= {variant.kernel.__name__: variant.kernel for variant in op_variants(op, 90)}
+        if op not in ("work_plan", "page_table", "mxfp8_linear"):
+            kernels = [variant.launch.kernel for variant in op_variants(op, 90)]
+            found |= {kernel.__name__: kernel for kernel in kernels}
     return list(found.values())
 
 
@@ -218,7 +230,7 @@ def test_which_launches_may_begin_early() -> None:
 
 def test_interpreted_kernels_are_refused() -> None:
     from m3_kernels.testing.compile_gate import compile_variant
-    from m3_kernels.work_plan.triton_variants import variants
+    from m3_kernels.testing.production.work_plan import variants
 
     with pytest.raises(RuntimeError, match="nothing compiles with TRITON_INTERPRET=1; unset it"):
-        compile_variant(variants(90)[0], 90)
+        compile_variant(next(variants(90)), 90)

@@ -17,14 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3_kernels.index_topk import index_topk
+from m3_kernels.paged import KVPages, Step
 from m3_kernels.sparse_attention import (
+    SPARSE_ATTENTION,
+    PrefillAttention,
+    SparseAttention,
     flashinfer,
     flashinfer_prefill,
     flashinfer_refusal,
     pages_refusal,
-    sparse_attention,
 )
+from m3_kernels.testing.calls import attention_call, chosen
 from m3_kernels.testing.cases import Case, Inputs, build
 from m3_kernels.testing.compare import assert_accurate, plain_attention
 from tests.kernels import flashinfer_wheel
@@ -62,34 +65,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def choose(inputs: Inputs) -> Tensor:
-    return index_topk(
-        inputs.index_q,
-        inputs.index_k_pages,
-        **inputs.batch,
-        **inputs.selection,
-        backend="reference",
-    )
-
-
-def attend(inputs: Inputs, ids: Tensor, prefill: Any) -> tuple[Tensor, Tensor]:
-    """The op on Triton with a prefill of another's, into buffers of NaN; outputs and lse."""
-    rows, heads, dim = inputs.q.shape
-    out = torch.full((rows, heads + 1, dim), torch.nan, dtype=inputs.q.dtype)[:, :heads]
-    lse = torch.full((heads, rows), torch.nan).T
-    sparse_attention(
-        inputs.q,
-        inputs.k_pages,
-        inputs.v_pages,
-        ids,
-        **inputs.batch,
-        scale=inputs.scale,
-        out=out,
-        lse=lse,
-        prefill=prefill,
-        backend="triton",
-    )
-    return out, lse
+def attend(inputs: Inputs, ids: Tensor, prefill: PrefillAttention) -> tuple[Tensor, Tensor]:
+    """The op on Triton with another's prefill, into buffers of NaN; outputs and lse."""
+    call = attention_call(inputs, ids, prefill=prefill)
+    SPARSE_ATTENTION.run(call, backend="triton")
+    assert call.lse is not None
+    return call.out, call.lse
 
 
 def assert_exact(inputs: Inputs, ids: Tensor, results: tuple[Tensor, Tensor]) -> None:
@@ -161,15 +142,15 @@ def test_pages_are_refused_exactly_where_flashinfer_refuses_them(
         (inputs.v_pages, inputs.k_pages),
         (inputs.k_pages.transpose(1, 2).contiguous().transpose(1, 2),) * 2,
     ]
-    ids = choose(inputs)
+    ids = chosen(inputs)
     for k_pages, v_pages in pools:
-        arguments = {**inputs.batch, "scale": 1.0, "out": torch.empty_like(inputs.q), "lse": None}
-        arguments["page_table"] = torch.zeros_like(inputs.page_table)
+        step = Step(torch.zeros_like(inputs.page_table), inputs.cu_seqlens_q, inputs.seq_lens)
+        call = attention_call(inputs, ids, kv=KVPages(k_pages, v_pages), step=step, lse=None)
         if pages_refusal(k_pages, v_pages) is None:
-            flashinfer_prefill(inputs.q, k_pages, v_pages, ids, **arguments)
+            flashinfer_prefill(call)
         else:
             with pytest.raises(ValueError, match=r"contiguous|compact"):
-                flashinfer_prefill(inputs.q, k_pages, v_pages, ids, **arguments)
+                flashinfer_prefill(call)
 
 
 def test_the_message_names_what_lies_how() -> None:
@@ -188,20 +169,19 @@ def test_one_head_of_one_request(pages: Any, monkeypatch: pytest.MonkeyPatch) ->
         :, : -inputs.page_table.numel()
     ]
     inputs = dataclasses.replace(inputs, page_table=table)
-    ids = choose(inputs)
-    out = torch.empty_like(inputs.q)
-    step = {**inputs.batch, "scale": inputs.scale, "lse": None}
-    flashinfer_prefill(inputs.q, inputs.k_pages, inputs.v_pages, ids, **step, out=out)
+    ids = chosen(inputs)
+    call = attention_call(inputs, ids, lse=None)
+    flashinfer_prefill(call)
     exact, _ = plain_attention(inputs, ids, torch.float64)
     plain, _ = plain_attention(inputs, ids, torch.float16)
-    assert_accurate(out, exact, plain, what="out")
+    assert_accurate(call.out, exact, plain, what="out")
 
 
 @pytest.mark.parametrize("pages", ["packed-heads", "packed-slots", "separate"])
 def test_its_call_means_what_the_op_means(pages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     flashinfer_wheel.load(monkeypatch)
     inputs = build(dataclasses.replace(MIXED, pages=pages))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     assert (ids[:, 1:12] >= 0).all()  # the long request chooses, and leaves blocks out
     assert_exact(inputs, ids, attend(inputs, ids, flashinfer_prefill))
 
@@ -210,13 +190,11 @@ def test_scale_and_strided_rows_reach_it(monkeypatch: pytest.MonkeyPatch) -> Non
     flashinfer_wheel.load(monkeypatch)
     inputs = build(dataclasses.replace(MIXED, requests=((600, 9),), padding_rows=0))
     assert not inputs.q.is_contiguous()  # of a projection's output, which its checks refuse
-    ids = choose(inputs)
-    step = {**inputs.batch, "scale": 0.5}
-    arguments = (inputs.q, inputs.k_pages, inputs.v_pages, ids)
-    expected = sparse_attention(*arguments, **step, backend="reference")
-    out = torch.empty_like(inputs.q)
-    flashinfer_prefill(*arguments, **step, out=out, lse=None)
-    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+    ids = chosen(inputs)
+    found, expected = (attention_call(inputs, ids, scale=0.5, lse=None) for _ in range(2))
+    SPARSE_ATTENTION.run(expected, backend="reference")
+    flashinfer_prefill(found)
+    torch.testing.assert_close(found.out, expected.out, rtol=2e-3, atol=2e-3)
 
 
 def test_the_call_is_one_of_the_known_releases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,15 +221,10 @@ def test_nothing_before_its_kernels_reads_the_device(monkeypatch: pytest.MonkeyP
     inputs = build(dataclasses.replace(MIXED, pages="separate"))
     with pytest.raises(NotImplementedError, match="meta"):
         inputs.seq_lens.to("meta").tolist()
-    flashinfer_prefill(
-        *(t.to("meta") for t in (inputs.q, inputs.k_pages, inputs.v_pages, choose(inputs))),
-        page_table=inputs.page_table.to("meta"),
-        cu_seqlens_q=inputs.cu_seqlens_q.to("meta"),
-        seq_lens=inputs.seq_lens.to("meta"),
-        scale=1.0,
-        out=torch.empty_like(inputs.q, device="meta"),
-        lse=None,
-    )
+    step = Step(*(t.to("meta") for t in inputs.batch.values()))
+    kv = KVPages(inputs.k_pages.to("meta"), inputs.v_pages.to("meta"))
+    q, ids = inputs.q.to("meta"), chosen(inputs).to("meta")
+    flashinfer_prefill(SparseAttention(q, kv, ids, step, scale=1.0, out=torch.empty_like(q)))
     assert len(launched) == 1
 
 
@@ -266,10 +239,12 @@ def _tiles(real: Any, group: int) -> bool:
 def test_few_rows_and_no_rows_stay_ours() -> None:
     """Whatever a prefill writes there, requests of at most 8 rows and padding are put right."""
     inputs = build(MIXED)
-    ids = choose(inputs)
+    ids = chosen(inputs)
     exact, exact_lse = plain_attention(inputs, ids, torch.float64)
 
-    def prefill(q: Tensor, *_: Any, out: Tensor, lse: Tensor, **__: Any) -> None:
+    def prefill(call: SparseAttention) -> None:
+        out, lse = call.out, call.lse
+        assert lse is not None
         out.fill_(torch.nan)
         lse.fill_(torch.nan)
         for first, last in ((1, 12), (12, 21)):
@@ -284,9 +259,9 @@ def test_few_rows_and_no_rows_stay_ours() -> None:
 
 def test_it_is_not_asked_about_steps_of_few_rows() -> None:
     inputs = build(dataclasses.replace(MIXED, requests=((700, 8), (3, 1)), padding_rows=0))
-    ids = choose(inputs)
+    ids = chosen(inputs)
 
-    def prefill(*_: Any, **__: Any) -> None:
+    def prefill(call: SparseAttention) -> None:
         raise AssertionError("no request has more than 8 rows")
 
     assert_exact(inputs, ids, attend(inputs, ids, prefill))

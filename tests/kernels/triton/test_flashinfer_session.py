@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from m3_kernels.sparse_attention import sparse_attention
+from m3_kernels.sparse_attention import SPARSE_ATTENTION, PrefillAttention, SparseAttention
 from m3_kernels.testing.cases import Case
 from m3_plugin.attention import assembly
 from m3_plugin.attention import self_test as self_test_module
@@ -46,44 +45,44 @@ SHAPE = LayerShape(
 TRITON = KernelChoice("triton", "best available on cuda")
 WITH = dataclasses.replace(TRITON, prefill="flashinfer")
 
-Prefill = Callable[..., None]
+
+def oracle(call: SparseAttention) -> None:
+    SPARSE_ATTENTION.run(call, backend="reference")
 
 
-def oracle(*args: Any, **kw: Any) -> None:
-    sparse_attention(*args, **kw, backend="reference")
+def sees_one_key_too_many(call: SparseAttention) -> None:
+    seq_lens = call.step.seq_lens + 1
+    oracle(dataclasses.replace(call, step=dataclasses.replace(call.step, seq_lens=seq_lens)))
 
 
-def sees_one_key_too_many(*args: Any, seq_lens: Tensor, **kw: Any) -> None:
-    oracle(*args, seq_lens=seq_lens + 1, **kw)
-
-
-def drops_the_last_block(*args: Any, **kw: Any) -> None:
-    ids = args[3].clone()
+def drops_the_last_block(call: SparseAttention) -> None:
+    ids = call.block_ids.clone()
     ids[..., -1] = -1
-    oracle(*args[:3], ids, **kw)
+    oracle(dataclasses.replace(call, block_ids=ids))
 
 
-def depends_on_the_chunk(*args: Any, out: Tensor, cu_seqlens_q: Tensor, **kw: Any) -> None:
+def depends_on_the_chunk(call: SparseAttention) -> None:
     """Right to rounding, with another bit in the third row of whatever is computed together."""
-    oracle(*args, out=out, cu_seqlens_q=cu_seqlens_q, **kw)
-    third = cu_seqlens_q[:-1][cu_seqlens_q.diff() > 8] + 2
-    out.view(torch.int16)[third, 0, 0] ^= 1
+    oracle(call)
+    bounds = call.step.cu_seqlens_q
+    third = bounds[:-1][bounds.diff() > 8] + 2
+    call.out.view(torch.int16)[third, 0, 0] ^= 1
 
 
-def is_not_compiled(*args: Any, **kw: Any) -> None:
+def is_not_compiled(call: SparseAttention) -> None:
     raise ImportError("no module named cutlass")
 
 
 @pytest.fixture
-def standing_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Prefill], list[int]]:
-    """Put a function in FlashInfer's place; the rows of its calls are noted in the result."""
+def standing_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[PrefillAttention], list[int]]:
+    """Put a function where FlashInfer's is; the rows of its calls are noted in the result."""
 
-    def put(prefill: Prefill) -> list[int]:
+    def put(prefill: PrefillAttention) -> list[int]:
         calls: list[int] = []
 
-        def noted(*args: Any, **kw: Any) -> None:
-            calls.append(args[0].shape[0])
-            prefill(*args, **kw)
+        def noted(call: SparseAttention) -> None:
+            calls.append(call.q.shape[0])
+            prefill(call)
 
         monkeypatch.setattr(session_module, "flashinfer_prefill", noted)
         monkeypatch.setattr(assembly, "flashinfer_refusal", lambda **_: None)
@@ -158,7 +157,7 @@ def test_it_serves_after_its_test(
     ],
 )
 @pytest.mark.usefixtures("one_layout")
-def test_faults_are_found(wrong: Prefill, quantities: set[str], standing_in: Any) -> None:
+def test_faults_are_found(wrong: PrefillAttention, quantities: set[str], standing_in: Any) -> None:
     standing_in(wrong)
     assert {f.quantity for f in the_self_test() if not f.ok} == quantities
 
@@ -175,7 +174,7 @@ def test_faults_are_found(wrong: Prefill, quantities: set[str], standing_in: Any
 )
 @pytest.mark.usefixtures("one_layout")
 def test_whatever_goes_wrong_ours_serves(
-    wrong: Prefill,
+    wrong: PrefillAttention,
     reason: str,
     standing_in: Any,
     caplog: pytest.LogCaptureFixture,

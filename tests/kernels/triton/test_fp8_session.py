@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 
+from m3_kernels.norm_rope_store import NORM_ROPE_STORE, NormRopeStore
+from m3_kernels.sparse_attention import SparseAttention
 from m3_kernels.testing.cases import Case
-from m3_plugin.attention import session as session_module
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.self_test import Finding, verify_case
+from tests.plugin.broken_ops import Run, break_op
 
 # One row per kind of kernel, beyond the two blocks a row may read. The interpreter stands for a
 # chip of capability 8.0, which reads e5m2 only.
@@ -29,12 +31,11 @@ CASE = Case(
 @pytest.fixture(autouse=True)
 def _exact_casts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The session stores by the oracle: the interpreter loses the carry when it rounds to fp8."""
-    right = session_module.norm_rope_store
 
-    def exact(*args: Any, **named: Any) -> Any:
-        return right(*args, **named | {"backend": "reference"})
+    def exact(right: Run, call: NormRopeStore) -> None:
+        NORM_ROPE_STORE.run(call, backend="reference")
 
-    monkeypatch.setattr(session_module, "norm_rope_store", exact)
+    break_op(monkeypatch, "norm_rope_store", exact)
 
 
 def found(case: Case = CASE) -> dict[str, Finding]:
@@ -68,11 +69,13 @@ def test_scales_of_each_head_and_of_the_tensor() -> None:
 def test_a_lost_scale_is_seen(
     monkeypatch: pytest.MonkeyPatch, op: str, scale: str, wrong: str
 ) -> None:
-    right = getattr(session_module, op)
 
-    def without(*args: Any, **named: Any) -> Any:
-        return right(*args, **named | {scale: None})
+    def without(right: Run, call: NormRopeStore | SparseAttention) -> None:
+        if isinstance(call, SparseAttention):
+            return right(replace(call, kv=replace(call.kv, **{scale: None})))
+        caches = replace(call.stored.caches, **{scale: None})
+        return right(replace(call, stored=replace(call.stored, caches=caches)))
 
-    monkeypatch.setattr(session_module, op, without)
+    break_op(monkeypatch, op, without)
     case = dataclasses.replace(CASE, requests=((70, 1),))
     assert not found(case)[wrong].ok

@@ -15,6 +15,8 @@ from torch import Tensor
 from m3_kernels.index_topk import index_topk
 from m3_kernels.index_topk.reference import dequantised
 from m3_kernels.index_topk.traffic import index_topk_traffic
+from m3_kernels.paged import IndexPages
+from m3_kernels.testing.calls import chosen, index_call
 from m3_kernels.testing.cases import Case, Inputs, all_cases, build
 from m3_kernels.testing.compare import selection_faults
 from m3_kernels.work_plan import WorkPlan, make_work_plan
@@ -56,31 +58,20 @@ def plan_of(inputs: Inputs, num_programs: int | None = None) -> WorkPlan:
     )
 
 
-def run(inputs: Inputs, **changes: Any) -> Tensor:
+def run(
+    inputs: Inputs,
+    *,
+    arch: int | None = None,
+    use_descriptors: bool | None = None,
+    index_k_scales: Tensor | None = None,
+    **changes: Any,
+) -> Tensor:
     """The kernels into a buffer of garbage."""
     from m3_kernels.index_topk.triton import index_topk_triton
 
-    case = inputs.case
-    out = torch.full((inputs.index_q.shape[1], inputs.index_q.shape[0], case.topk), 123456789)
-    out = out.int()
-    arguments = {
-        **inputs.batch,
-        "num_local_blocks": case.num_local_blocks,
-        "num_init_blocks": case.num_init_blocks,
-        **changes,
-    }
-    index_topk_triton(inputs.index_q, inputs.index_k_pages, out=out, **arguments)
-    return out
-
-
-def reference(inputs: Inputs) -> Tensor:
-    return index_topk(
-        inputs.index_q,
-        inputs.index_k_pages,
-        **inputs.batch,
-        **inputs.selection,
-        backend="reference",
-    )
+    call = index_call(inputs, keys=IndexPages(inputs.index_k_pages, index_k_scales), **changes)
+    index_topk_triton(call, arch=arch, use_descriptors=use_descriptors)
+    return call.out
 
 
 @pytest.mark.parametrize(
@@ -93,7 +84,7 @@ def reference(inputs: Inputs) -> Tensor:
 def test_equals_the_reference(case: Case, use_descriptors: bool) -> None:
     inputs = build(case)
     ids = run(inputs, use_descriptors=use_descriptors)
-    assert selection_faults(ids, reference(inputs), inputs) == []
+    assert selection_faults(ids, chosen(inputs), inputs) == []
 
 
 def test_is_reached_through_the_op() -> None:
@@ -107,7 +98,7 @@ def test_is_reached_through_the_op() -> None:
         workspace=torch.full((30000,), torch.nan),
         backend="triton",
     )
-    assert selection_faults(ids, reference(inputs), inputs) == []
+    assert selection_faults(ids, chosen(inputs), inputs) == []
 
 
 @pytest.mark.parametrize(("scores", "rules", "expected"), RANKINGS)
@@ -138,7 +129,7 @@ def coarse(case: Case) -> Inputs:
 )
 def test_ties_are_ranked_exactly_alike(requests: list[tuple[int, int]], **rules: Any) -> None:
     inputs = coarse(Case("ties", tuple(requests), **rules))
-    assert torch.equal(run(inputs), reference(inputs))
+    assert torch.equal(run(inputs), chosen(inputs))
 
 
 @pytest.mark.parametrize("num_programs", [1, 40])
@@ -193,7 +184,7 @@ def test_slots_past_the_edge_of_a_page_score_nothing(rows: int) -> None:
     inputs = build(Case("edge", ((115, rows),), page_size=20, topk=2, num_local_blocks=0))
     inputs.index_q.abs_()
     inputs.index_k_pages.abs_().neg_()
-    assert torch.equal(run(inputs), reference(inputs))
+    assert torch.equal(run(inputs), chosen(inputs))
 
 
 def test_prefill_in_passes() -> None:
@@ -254,7 +245,7 @@ def test_keys_of_8_bits(dtype: torch.dtype, use_descriptors: bool) -> None:
     )
     assert selection_faults(ids, expected, inputs) == []
     plain = build(MIXED.with_dtype(torch.float16))
-    assert not torch.equal(ids, reference(plain)), "scales changed nothing: no test"
+    assert not torch.equal(ids, chosen(plain)), "scales changed nothing: no test"
 
 
 def test_refusals_name_the_alternative() -> None:
@@ -265,7 +256,9 @@ def test_refusals_name_the_alternative() -> None:
         run(inputs, index_k_scales=scales, arch=86)
     call = {**inputs.batch, **inputs.selection}
     for backend in ("native", "torch"):
-        with pytest.raises(NotImplementedError, match=f"backend '{backend}' reads float32"):
+        with pytest.raises(
+            NotImplementedError, match=f"backend '{backend}' takes index keys of float32"
+        ):
             index_topk(inputs.index_q, inputs.index_k_pages, **call, backend=backend)
     pages = inputs.index_k_pages
     with pytest.raises(ValueError, match="index_k_scales must be given with int8"):

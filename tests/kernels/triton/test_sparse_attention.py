@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3_kernels.index_topk import index_topk
+from m3_kernels.paged import KVPages
 from m3_kernels.sparse_attention import (
     SparseAttentionWorkspace,
     allocate_sparse_attention_workspace,
@@ -19,6 +19,7 @@ from m3_kernels.sparse_attention import (
 )
 from m3_kernels.sparse_attention.traffic import AttentionTraffic, sparse_attention_traffic
 from m3_kernels.sparse_attention.workspace import decode_tiles
+from m3_kernels.testing.calls import attention_call, chosen
 from m3_kernels.testing.cases import (
     INT32_MAX,
     Case,
@@ -78,35 +79,21 @@ def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
-def choose(inputs: Inputs) -> Tensor:
-    return index_topk(
-        inputs.index_q,
-        inputs.index_k_pages,
-        **inputs.batch,
-        **inputs.selection,
-        backend="reference",
-    )
-
-
-def attend(inputs: Inputs, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def attend(
+    inputs: Inputs,
+    ids: Tensor,
+    *,
+    arch: int | None = None,
+    use_descriptors: bool | None = None,
+    **changes: Any,
+) -> tuple[Tensor, Tensor]:
     """Run the kernels into buffers of NaN; outputs and lse."""
     from m3_kernels.sparse_attention.triton import sparse_attention_triton
 
-    rows, heads, dim = inputs.q.shape
-    out = torch.full((rows, heads + 1, dim), torch.nan, dtype=inputs.q.dtype)[:, :heads]
-    lse = torch.full((heads, rows), torch.nan).T
-    sparse_attention_triton(
-        inputs.q,
-        inputs.k_pages,
-        inputs.v_pages,
-        ids,
-        **inputs.batch,
-        scale=inputs.scale,
-        out=out,
-        lse=lse,
-        **options,
-    )
-    return out, lse
+    call = attention_call(inputs, ids, **changes)
+    sparse_attention_triton(call, arch=arch, use_descriptors=use_descriptors)
+    assert call.lse is not None
+    return call.out, call.lse
 
 
 def assert_exact(inputs: Inputs, ids: Tensor, results: tuple[Tensor, Tensor]) -> None:
@@ -144,7 +131,7 @@ def assert_same_bits(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_exact_arithmetic(case: Case) -> None:
     inputs = build(case)
-    ids = choose(inputs)
+    ids = chosen(inputs)
     assert_exact(inputs, ids, attend(inputs, ids, arch=90, use_descriptors=False))
 
 
@@ -152,7 +139,7 @@ def test_descriptors_and_pointers_read_the_same() -> None:
     inputs = build(
         Case("tiles", ((90, 2), (60, 9)), head_dim=64, topk=3, num_q_heads=2, num_kv_heads=1)
     )
-    ids = choose(inputs)
+    ids = chosen(inputs)
     pointers = attend(inputs, ids, arch=90, use_descriptors=False)
     assert_exact(inputs, ids, pointers)
     assert_same_bits(attend(inputs, ids, arch=90, use_descriptors=True), pointers)
@@ -177,7 +164,7 @@ def test_pages_beyond_32_bits() -> None:
         v_pages=far_pool(near.v_pages),
         page_table=near.page_table.where(near.page_table < 0, near.page_table + FAR_PAGE),
     )
-    ids = choose(near)
+    ids = chosen(near)
     assert_same_bits(attend(far, ids, arch=90), attend(near, ids, arch=90))
 
 
@@ -186,7 +173,7 @@ def test_heads_beyond_32_bits() -> None:
     far = dataclasses.replace(
         near, k_pages=far_heads(near.k_pages), v_pages=far_heads(near.v_pages)
     )
-    ids = choose(near)
+    ids = chosen(near)
     assert_same_bits(attend(far, ids), attend(near, ids))
 
 
@@ -197,7 +184,7 @@ def test_the_real_geometry() -> None:
         production_cases()[1], name="m3", requests=((2174, 2),), dtype=torch.float16
     )
     inputs = build(case)
-    ids = choose(inputs)
+    ids = chosen(inputs)
     results = attend(inputs, ids, arch=90, use_descriptors=True)
     assert_exact(inputs, ids, results)
     one, ids_of_one = rows_of(inputs, ids, [(0, 1, 2)])
@@ -209,7 +196,7 @@ def test_the_real_geometry() -> None:
 def test_verification_equals_decoding_bit_by_bit(rows: int) -> None:
     # From the last rows of one block into the next; some blocks are shared by rows, others not.
     inputs = build(Case("verify", ((109, rows), (30, 1)), num_kv_heads=1, num_q_heads=4, topk=5))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     ids[0, 1, :3] = torch.tensor([4, 2, -1])
     together = attend(inputs, ids)
     assert_exact(inputs, ids, together)
@@ -220,7 +207,7 @@ def test_verification_equals_decoding_bit_by_bit(rows: int) -> None:
 
 def test_chunks_and_company_of_a_prefill_do_not_matter() -> None:
     inputs = build(Case("chunks", ((21, 30), (100, 9)), num_kv_heads=1, num_q_heads=4))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     together = attend(inputs, ids, arch=90)
     for first, last in ((0, 13), (13, 30), (5, 30)):
         piece, ids_of_piece = rows_of(inputs, ids, [(0, first, last)])
@@ -232,7 +219,7 @@ def test_chunks_and_company_of_a_prefill_do_not_matter() -> None:
 @pytest.mark.parametrize("rows", [3, 10])
 def test_ids_are_a_set(rows: int) -> None:
     inputs = build(Case("set", ((100, rows),), num_kv_heads=1, num_q_heads=2))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     noise = torch.tensor([INT32_MAX, -1, INT32_MIN, 10_000], dtype=torch.int32)
     noisy = torch.cat([noise.expand(1, rows, 4), ids.flip(-1), ids], dim=-1)
     wider = torch.cat([ids, torch.full((1, rows, 8), -1, dtype=torch.int32)], dim=-1)
@@ -260,7 +247,7 @@ def test_ids_are_a_set(rows: int) -> None:
 def test_keys_of_later_rows_are_invisible_even_if_nan(cached: int, poisoned: int) -> None:
     end = max(44, poisoned + 1)
     inputs = build(Case("later", ((cached, end - cached),), num_kv_heads=1, num_q_heads=2))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     expected = attend(inputs, ids)
     page = int(inputs.page_table[0, 2])  # positions 32 to 47
     inputs.k_pages[page, :, poisoned - 32 :] = torch.nan
@@ -318,7 +305,7 @@ def test_extreme_logits() -> None:
 @pytest.mark.parametrize("rows", [1, 9])
 def test_fp8_pages_with_scales(rows: int, pages: torch.dtype) -> None:
     inputs = build(Case("fp8", ((50, rows),)).with_dtype(torch.float16))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     k_scale, v_scale = torch.tensor([0.5, 2.0]), torch.tensor([3.0])
     stored = dataclasses.replace(
         inputs, k_pages=inputs.k_pages.to(pages), v_pages=inputs.v_pages.to(pages)
@@ -336,14 +323,16 @@ def test_fp8_pages_with_scales(rows: int, pages: torch.dtype) -> None:
         lse=expected_lse,
         backend="reference",
     )
-    out, lse = attend(stored, ids, arch=89, k_scale=k_scale, v_scale=v_scale)
+    out, lse = attend(
+        stored, ids, arch=89, kv=KVPages(stored.k_pages, stored.v_pages, k_scale, v_scale)
+    )
     torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=6e-3)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
 
 
 def test_refusals_name_the_alternative() -> None:
     inputs = build(Case("refused", ((50, 1),)))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     e4m3 = dataclasses.replace(
         inputs,
         k_pages=inputs.k_pages.to(torch.float8_e4m3fn),
@@ -362,7 +351,7 @@ def test_refusals_name_the_alternative() -> None:
 
 def test_the_public_function_and_the_workspace_of_a_session() -> None:
     inputs = build(Case("public", ((60, 3), (20, 1)), padding_rows=1))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     expected, _ = attend(inputs, ids)
     rows, heads, dim = inputs.q.shape
     workspace = allocate_sparse_attention_workspace(
@@ -466,7 +455,7 @@ def test_bytes_are_those_of_the_model(rows: int, monkeypatch: pytest.MonkeyPatch
     from triton.runtime import interpreter
 
     inputs = build(Case("traffic", ((103 - rows, rows), (40, rows)), num_kv_heads=1, num_q_heads=2))
-    ids = choose(inputs)
+    ids = chosen(inputs)
     pool = inputs.k_pages.untyped_storage()
     first, end = pool.data_ptr(), pool.data_ptr() + pool.nbytes()
     counted = 0

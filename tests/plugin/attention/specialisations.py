@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
 from m3_kernels.testing.specialisations import recorded
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.batch import MSABatch, StepCapacity
 from m3_plugin.attention.self_test import self_test
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession
+from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.warm_up import warm_up
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.model.config import MSAConfig

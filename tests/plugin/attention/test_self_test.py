@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from m3_kernels.index_topk import IndexTopk
+from m3_kernels.norm_rope_store import NormRopeStore
+from m3_kernels.sparse_attention import SparseAttention
 from m3_kernels.testing.cases import Case, all_cases
 from m3_plugin.attention import dense as dense_module
-from m3_plugin.attention import session as session_module
 from m3_plugin.attention.backends import KernelChoice, choose_kernels
 from m3_plugin.attention.self_test import (
     Finding,
@@ -22,6 +25,7 @@ from m3_plugin.attention.self_test import (
     verify_case,
 )
 from m3_plugin.model.config import MSAConfig
+from tests.plugin.broken_ops import Run, break_op
 
 CPU = torch.device("cpu")
 # Production's rules on small heads, so that a self-test takes a fraction of a second.
@@ -53,15 +57,6 @@ def case_named(name: str) -> Case:
     return next(case for case in all_cases() if case.name == name)
 
 
-def break_op(
-    monkeypatch: pytest.MonkeyPatch, op: str, wrong: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Replace an op of the session by `wrong(right, *args, **kwargs)`."""
-    right = getattr(session_module, op)
-    monkeypatch.setattr(session_module, op, lambda *args, **kw: wrong(right, *args, **kw))
-    return right
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["native", "torch"])
 def test_right_kernels_pass(family: Any, dtype: torch.dtype) -> None:
@@ -80,10 +75,10 @@ def test_int8_index_keys_are_tried_as_such(family: Any) -> None:
 
 
 def test_a_neighbours_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(
-        right: Callable[..., Tensor], *args: Any, index_k_scales: Tensor, **kw: Any
-    ) -> Tensor:
-        return right(*args, index_k_scales=index_k_scales.roll(1, dims=1), **kw)
+    def wrong(right: Run, call: IndexTopk) -> None:
+        scales = call.keys.index_k_scales
+        assert scales is not None
+        right(replace(call, keys=replace(call.keys, index_k_scales=scales.roll(1, dims=1))))
 
     break_op(monkeypatch, "index_topk", wrong)
     findings = found(index_dtype=torch.int8)
@@ -102,82 +97,72 @@ def test_it_does_not_notice_the_host_building_a_model_around_it() -> None:
     assert all(f.ok for f in findings)
 
 
-def wrong_scale(right: Callable[..., Tensor], *args: Any, scale: float, **kw: Any) -> Tensor:
-    return right(*args, scale=scale * 1.05, **kw)
+def wrong_scale(right: Run, call: SparseAttention) -> None:
+    right(replace(call, scale=call.scale * 1.05))
 
 
 def test_wrong_dense_layers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = dense_module.dense_attention
-    monkeypatch.setattr(
-        dense_module, "dense_attention", lambda *args, **kw: wrong_scale(right, *args, **kw)
-    )
+
+    def wrong_scale_of_dense(*args: Any, scale: float, **kw: Any) -> Tensor:
+        return right(*args, scale=scale * 1.05, **kw)
+
+    monkeypatch.setattr(dense_module, "dense_attention", wrong_scale_of_dense)
     assert {f.quantity for f in found() if not f.ok} == {"dense"}
 
 
-def sees_one_key_too_many(
-    right: Callable[..., Tensor], *args: Any, seq_lens: Tensor, **kw: Any
-) -> Tensor:
-    return right(*args, seq_lens=seq_lens + 1, **kw)
+def sees_one_key_too_many(right: Run, call: SparseAttention) -> None:
+    right(replace(call, step=replace(call.step, seq_lens=call.step.seq_lens + 1)))
 
 
-def drops_the_merge(right: Callable[..., Tensor], *args: Any, **kw: Any) -> Tensor:
+def drops_the_merge(right: Run, call: SparseAttention) -> None:
     """Only the first half of the chosen blocks, as if a split were never merged."""
-    q, k_pages, v_pages, block_ids = args
-    ids = block_ids.clone()
+    ids = call.block_ids.clone()
     ids[..., ids.shape[-1] // 2 :] = -1
-    return right(q, k_pages, v_pages, ids, **kw)
+    right(replace(call, block_ids=ids))
 
 
-def worst_blocks(right: Callable[..., Tensor], index_q: Tensor, *args: Any, **kw: Any) -> Tensor:
-    return right(-index_q, *args, **kw)
+def worst_blocks(right: Run, call: IndexTopk) -> None:
+    right(replace(call, index_q=-call.index_q))
 
 
-def forgets_the_local_block(
-    right: Callable[..., Tensor], *args: Any, num_local_blocks: int, **kw: Any
-) -> Tensor:
-    return right(*args, num_local_blocks=0, **kw)
+def forgets_the_local_block(right: Run, call: IndexTopk) -> None:
+    right(replace(call, num_local_blocks=0))
 
 
-def descending_ids(right: Callable[..., Tensor], *args: Any, **kw: Any) -> Tensor:
-    return right(*args, **kw).flip(-1)
+def descending_ids(right: Run, call: IndexTopk) -> None:
+    right(call)
+    call.out.copy_(call.out.flip(-1))
 
 
-def off_by_one_slot(
-    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, slot_mapping: Tensor, **kw: Any
-) -> tuple[Tensor, Tensor]:
-    return right(*args, slot_mapping=(slot_mapping - 1).clamp_min(-1), **kw)
+def stored_at(call: NormRopeStore, slots: Tensor) -> NormRopeStore:
+    return replace(call, stored=replace(call.stored, slot_mapping=slots))
 
 
-def stores_nothing(
-    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, slot_mapping: Tensor, **kw: Any
-) -> tuple[Tensor, Tensor]:
-    return right(*args, slot_mapping=torch.full_like(slot_mapping, -1), **kw)
+def off_by_one_slot(right: Run, call: NormRopeStore) -> None:
+    right(stored_at(call, (call.stored.slot_mapping - 1).clamp_min(-1)))
 
 
-def swaps_two(
-    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kw: Any
-) -> tuple[Tensor, Tensor]:
-    kw["k_weight"], kw["index_k_weight"] = kw["index_k_weight"], kw["k_weight"]
-    return right(*args, **kw)
+def stores_nothing(right: Run, call: NormRopeStore) -> None:
+    right(stored_at(call, torch.full_like(call.stored.slot_mapping, -1)))
 
 
-def turns_the_other_way(
-    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, cos_sin: Tensor, **kw: Any
-) -> tuple[Tensor, Tensor]:
-    cos, sin = cos_sin.chunk(2, dim=-1)
-    return right(*args, cos_sin=torch.cat((cos, -sin), dim=-1), **kw)
+def swaps_two(right: Run, call: NormRopeStore) -> None:
+    norms = call.norms
+    right(replace(call, norms=replace(norms, k=norms.index_k, index_k=norms.k)))
 
 
-def turns_by_the_neighbours_angle(
-    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, cos_sin: Tensor, **kw: Any
-) -> tuple[Tensor, Tensor]:
-    return right(*args, cos_sin=cos_sin.roll(1, 0), **kw)
+def rotates_the_other_way(right: Run, call: NormRopeStore) -> None:
+    cos, sin = call.cos_sin.chunk(2, dim=-1)
+    right(replace(call, cos_sin=torch.cat((cos, -sin), dim=-1)))
 
 
-def multiplies_by_w_alone(
-    right: Callable[..., tuple[Tensor, Tensor]], *args: Any, index_q_weight: Tensor, **kw: Any
-) -> tuple[Tensor, Tensor]:
-    return right(*args, index_q_weight=index_q_weight - 1, **kw)
+def rotates_by_the_neighbours_angle(right: Run, call: NormRopeStore) -> None:
+    right(replace(call, cos_sin=call.cos_sin.roll(1, 0)))
+
+
+def multiplies_by_w_alone(right: Run, call: NormRopeStore) -> None:
+    right(replace(call, norms=replace(call.norms, index_q=call.norms.index_q - 1)))
 
 
 @pytest.mark.parametrize(
@@ -192,8 +177,8 @@ def multiplies_by_w_alone(
         ("norm_rope_store", off_by_one_slot, "cache"),
         ("norm_rope_store", stores_nothing, "cache"),
         ("norm_rope_store", swaps_two, "cache"),
-        ("norm_rope_store", turns_the_other_way, "queries"),
-        ("norm_rope_store", turns_by_the_neighbours_angle, "cache"),
+        ("norm_rope_store", rotates_the_other_way, "queries"),
+        ("norm_rope_store", rotates_by_the_neighbours_angle, "cache"),
         ("norm_rope_store", multiplies_by_w_alone, "queries"),
     ],
 )
@@ -211,13 +196,12 @@ def test_unsteady_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run right to rounding, yet not the same bits."""
     calls = 0
 
-    def unsteady(right: Callable[..., Tensor], *args: Any, out: Tensor, **kw: Any) -> Tensor:
+    def unsteady(right: Run, call: SparseAttention) -> None:
         nonlocal calls
         calls += 1
-        right(*args, out=out, **kw)
+        right(call)
         if calls == 4:
-            out += out * 2**-10
-        return out
+            call.out.add_(call.out * 2**-10)
 
     break_op(monkeypatch, "sparse_attention", unsteady)
     findings = verify_case(
@@ -232,13 +216,10 @@ def test_unsteady_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_writing_beside_the_pages_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spills(
-        right: Callable[..., tuple[Tensor, Tensor]], *args: Any, **kw: Any
-    ) -> tuple[Tensor, Tensor]:
-        queries = right(*args, **kw)
-        index_pages = args[7]
+    def spills(right: Run, call: NormRopeStore) -> None:
+        right(call)
+        index_pages = call.stored.caches.index_k_pages
         index_pages.as_strided((1,), (1,), index_pages.shape[-1]).fill_(0)
-        return queries
 
     break_op(monkeypatch, "norm_rope_store", spills)
     findings = verify_case(case_named("mixed"), kernels=choose_kernels("cpu"), device=CPU)

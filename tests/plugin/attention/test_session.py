@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
 from m3_plugin.attention.backends import KernelChoice, choose_kernels
 from m3_plugin.attention.batch import MSABatch, StepCapacity
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession, MSAStatistics
+from m3_plugin.attention.session import MSASession, MSAStatistics
 from m3_plugin.attention.workspace import LayerShape, Workspace, allocate_workspace
 from m3_plugin.model.config import MSAConfig
 from m3_plugin.model.rope import RowAngles

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
 from m3_kernels.testing.interpreter import interpreted
 from m3_plugin.attention.backends import KernelChoice, choose_kernels
 from m3_plugin.attention.batch import MSABatch, StepCapacity
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSASession
+from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.rope import RowAngles

@@ -8,22 +8,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
+from m3_kernels.index_topk import IndexTopk
+from m3_kernels.sparse_attention import SparseAttention
 from m3_kernels.testing.cases import Case
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.attention import self_test
-from m3_plugin.attention import session as session_module
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.self_test import Finding, phase_of
 from m3_plugin.cli import app
 from m3_plugin.cli.check import CaseResult, _cases, _run, flashinfer_choice, prefill_cases
+from tests.plugin.broken_ops import Run, break_op
 from tests.plugin.cli.schemas import checked
 
 runner = CliRunner()
@@ -61,12 +63,10 @@ def test_json_on_stdout_is_alone_there() -> None:
 
 
 def test_wrong_kernels_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = session_module.sparse_attention
+    def wrong(right: Run, call: SparseAttention) -> None:
+        right(replace(call, scale=call.scale * 1.1))
 
-    def wrong(*args: Any, scale: float, **kw: Any) -> Tensor:
-        return right(*args, scale=scale * 1.1, **kw)
-
-    monkeypatch.setattr(session_module, "sparse_attention", wrong)
+    break_op(monkeypatch, "sparse_attention", wrong)
     result = run("--only", "verify", "--family", "torch", "--repeats", "0")
     assert result.exit_code == 1
     assert "WRONG" in result.output
@@ -77,14 +77,12 @@ def test_wrong_kernels_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_exception_of_a_kernel_is_wrong_and_the_rest_still_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    right = session_module.index_topk
-
-    def crashes(index_q: Tensor, *args: Any, **kw: Any) -> Tensor:
-        if index_q.dtype == torch.bfloat16:
+    def crashes(right: Run, call: IndexTopk) -> None:
+        if call.index_q.dtype == torch.bfloat16:
             raise RuntimeError("an illegal memory access was encountered")
-        return right(index_q, *args, **kw)
+        right(call)
 
-    monkeypatch.setattr(session_module, "index_topk", crashes)
+    break_op(monkeypatch, "index_topk", crashes)
     file = tmp_path / "check.json"
     result = run("--only", "one-token", "--family", "torch", "--output", str(file))
     assert result.exit_code == 1
@@ -97,10 +95,10 @@ def test_an_exception_of_a_kernel_is_wrong_and_the_rest_still_runs(
 def test_refusals_are_shown_and_are_wrong_only_for_what_is_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuses(*args: Any, **kw: Any) -> Tensor:
+    def refuses(right: Run, call: IndexTopk) -> None:
         raise ValueError("page_size must be 128")
 
-    monkeypatch.setattr(session_module, "index_topk", refuses)
+    break_op(monkeypatch, "index_topk", refuses)
     result = run("--only", "odd-sizes", "--family", "torch")
     assert result.exit_code == 0
     assert "torch refuses odd-sizes-float32: ValueError: page_size must be 128" in result.output

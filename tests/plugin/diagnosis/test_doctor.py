@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from m3_kernels.index_topk import IndexTopk
 from m3_plugin.diagnosis import Finding, Report, device
 from m3_plugin.diagnosis.child import ChildFailed, ask
 from m3_plugin.diagnosis.findings import clean
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts, examine_settings
 from m3_plugin.diagnosis.model import examine_model
+from tests.plugin.broken_ops import Run, break_op
 from tests.plugin.cli.schemas import checked
 
 REPOSITORY = Path(__file__).parents[3]
@@ -309,15 +311,13 @@ def test_a_child_that_dies_is_reported_with_its_last_words(
 
 
 def test_wrong_kernels_fail_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    import m3_plugin.attention.session
     from m3_plugin.diagnosis.device import self_test
 
-    honest = m3_plugin.attention.session.index_topk
+    def off_by_one(right: Run, call: IndexTopk) -> None:
+        right(call)
+        call.out.sub_(1).clamp_(min=0)
 
-    def off_by_one(*args: object, **options: object) -> object:
-        return (honest(*args, **options) - 1).clamp(min=0)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(m3_plugin.attention.session, "index_topk", off_by_one)
+    break_op(monkeypatch, "index_topk", off_by_one)
     with pytest.raises(RuntimeError, match="native"):
         self_test("cpu")
 
