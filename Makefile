@@ -172,7 +172,7 @@ test-sglang-previous:
 	$(MAKE) --no-print-directory env-sglang SGLANG=$(SGLANG_PREVIOUS) SGLANG_VENV=.venv/sglang-$(SGLANG_PREVIOUS)
 	.venv/sglang-$(SGLANG_PREVIOUS)/bin/pytest -m every_release $(PREVIOUS_TESTS)
 
-mutants: env
+mutants: env env-sglang
 	$(BIN)/python -m tests.mutants
 
 quick-start: env

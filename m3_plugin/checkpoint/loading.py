@@ -20,8 +20,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from m3_plugin.checkpoint.cache_scales import CacheScales, cache_scale_name
+from m3_plugin.checkpoint.global_scales import GlobalScales
 from m3_plugin.checkpoint.headers import indexed_tensors, shard_files
-from m3_plugin.checkpoint.names import TensorLedger, is_mtp_tensor, tensor_shape
+from m3_plugin.checkpoint.names import TensorLedger, is_draft_tensor, tensor_shape
 from m3_plugin.checkpoint.plan import (
     WeightPlan,
     plan_checkpoint,
@@ -121,7 +122,7 @@ class WeightLoader:
         experts: Iterable[tuple[str, str, int, str]],
         default_loader: Callable[..., None],
         is_elsewhere: Callable[[str], bool] = lambda name: False,
-        is_foreign: Callable[[str], bool] = is_mtp_tensor,
+        is_foreign: Callable[[str], bool] = is_draft_tensor,
         rename: Callable[[str], str] = lambda name: name,
         dequantiser: Dequantiser | None = None,
         optional: frozenset[str] = frozenset(),
@@ -144,6 +145,7 @@ class WeightLoader:
         self.rename = rename
         self.dequantiser = dequantiser
         self.witness = witness
+        self.global_scales = GlobalScales(config.quantization, fused=dequantiser is None)
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Load one tensor; `name` is relative to the text model (`model...` or `lm_head...`).
@@ -167,6 +169,7 @@ class WeightLoader:
             return None
         if not self.ledger.add(name) or self.is_elsewhere(name):
             return None
+        self.global_scales.see(name, tensor)
         if self.witness is not None:
             self.witness.see(name, tensor)
         return (name, tensor) if self.dequantiser is None else self.dequantiser.take(name, tensor)

@@ -21,6 +21,8 @@ VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp."
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _MTP = re.compile(r"(^|\.)mtp\.")
+# The draft model that M3.1 is published with, in a folder or under names of its own.
+_DSPARK = re.compile(r"(language_model\.)?(model\.)?dspark\.")
 _INDEX_BRANCH = re.compile(r"(.+\.self_attn)\.index_[qk]_(?:proj|norm)\.")
 _MTP_LAYER = re.compile(r"(?:^|\.)mtp\.layers\.(\d+)\.")
 
@@ -28,6 +30,11 @@ _MTP_LAYER = re.compile(r"(?:^|\.)mtp\.layers\.(\d+)\.")
 def is_mtp_tensor(name: str) -> bool:
     """Whether a tensor belongs to a multi-token-prediction module, which the target never loads."""
     return _MTP.search(name) is not None
+
+
+def is_draft_tensor(name: str) -> bool:
+    """Whether a tensor belongs to a model that drafts for the target, which never loads it."""
+    return is_mtp_tensor(name) or _DSPARK.match(name) is not None
 
 
 def is_tensor_of_draft(name: str, *, num_modules: int) -> bool:

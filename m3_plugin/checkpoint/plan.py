@@ -21,7 +21,7 @@ from m3_plugin.checkpoint.names import (
     TEXT_PREFIX,
     VISION_PREFIXES,
     TensorLedger,
-    is_mtp_tensor,
+    is_draft_tensor,
     is_tensor_of_draft,
     layer_prefixes,
     linear_shape,
@@ -175,7 +175,7 @@ def plan_weights(
         if draft:
             is_own = is_tensor_of_draft(name, num_modules=num_modules)
         else:
-            is_own = not (name.startswith(VISION_PREFIXES) or is_mtp_tensor(name))
+            is_own = not (name.startswith(VISION_PREFIXES) or is_draft_tensor(name))
         if not is_own:
             continue
         scale = cache_scale_name(name)

@@ -14,7 +14,7 @@ from rich.table import Table
 from m3_plugin.cli.exits import Exit, call, environment
 from m3_plugin.cli.options import JsonOption, OutputOption
 from m3_plugin.cli.outputs import deliver
-from m3_plugin.quantization.chips import DEQUANTISED
+from m3_plugin.quantization.chips import DEQUANTISED, LEFT_TO_SGLANG
 from m3_plugin.sizing.fit import GIB, RESERVE, UTILIZATION
 
 if TYPE_CHECKING:
@@ -306,8 +306,13 @@ def _sglang_command(sizing: Sizing, fit: Fit, variables: list[str]) -> str:
         start = [
             f"{program} --tp {machine.tp_size}",
             f"    --context-length {fit.context} --mem-fraction-static {static:g}",
-            "    --attention-backend msa",
         ]
+        if sizing.weights_run.get("SGLang") == LEFT_TO_SGLANG:
+            # its experts there have room for chunks of so many tokens, its cache one dtype
+            start.append("    --chunked-prefill-size 8192 --kv-cache-dtype fp8_e4m3")
+            own = [variable for variable in variables if not variable.startswith("M3_PLUGIN_")]
+            return _lines(*own, *start, _SGLANG_PARSERS)
+        start.append("    --attention-backend msa")
     return _lines(*variables, *start, *_cache_option(sizing), _SGLANG_PARSERS)
 
 

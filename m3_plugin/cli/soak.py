@@ -587,9 +587,9 @@ def _print(book: _Book) -> None:
     run = book.run
     table = Table(title="soak", box=SIMPLE_HEAD)
     for column in ("minute", "asked", "right", "refused", "bad", "tokens/s", "latency s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for column in ("preempted", "held", "RSS MB", "files", "threads"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for number, minute in enumerate(run.minutes):
         told = minute.verdicts
         tokens = minute.prompt_tokens + minute.completion_tokens
@@ -607,7 +607,7 @@ def _print(book: _Book) -> None:
             *(f"{value:,.0f}" if minute.processes else "-" for value in minute.totals.values()),
         )
     # a pipe has no width, and columns that are cut say nothing
-    console = Console() if Console().is_terminal else Console(width=110)
+    console = Console() if Console().is_terminal else Console(width=130)
     console.print(table)
     console.print(
         "latency: median / 95th percentile of right answers; asked: with clients that left"
@@ -659,7 +659,8 @@ def _plot(run: Run, path: Path) -> None:
             )
         if axis.get_legend_handles_labels()[1]:
             axis.legend()
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+        axis.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,13 @@ class Kind(StrEnum):
     random = "random"
 
 
+class Model(StrEnum):
+    """Whose layout to write."""
+
+    m3 = "m3"
+    m3_1 = "m3.1"
+
+
 class Preset(StrEnum):
     """Sizes of a random checkpoint."""
 
@@ -37,6 +45,7 @@ class Quant(StrEnum):
     """Published ways to quantise MiniMax-M3."""
 
     mxfp8 = "mxfp8"
+    mxfp8_nvfp4 = "mxfp8-nvfp4"
     nvfp4 = "nvfp4"
     mxfp4 = "mxfp4"
     w4a16 = "w4a16"
@@ -59,6 +68,13 @@ def tiny(
         Kind,
         typer.Option(help="constructed: its answers are known; random: to compare numbers with."),
     ] = Kind.constructed,
+    model: Annotated[
+        Model,
+        typer.Option(
+            help="m3.1: sparse attention in every layer, and stored as published unless --dtype "
+            "is given."
+        ),
+    ] = Model.m3,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Default: bfloat16 for constructed, float32 for random."),
@@ -66,6 +82,10 @@ def tiny(
     topk: Annotated[
         int | None,
         typer.Option(help="Of a constructed one: blocks a token may read. Default: 4."),
+    ] = None,
+    init: Annotated[
+        int | None,
+        typer.Option(help="First blocks that are always read, within --topk. Default: 0."),
     ] = None,
     preset: Annotated[
         Preset | None, typer.Option(help="Of a random one: its sizes. Default: engine.")
@@ -92,11 +112,14 @@ def tiny(
     ):
         require_libraries("safetensors", "tokenizers", "transformers")
         with Console(stderr=True).status(Text(f"writing {folder}")):
+            layout = _Layout(model, first_blocks=init or 0, dense=dense)
+            if model is Model.m3_1 and dtype is None:
+                quant, dtype = quant or Quant.mxfp8_nvfp4, Dtype.bfloat16
             if kind is Kind.constructed:
-                summary = _constructed(folder, dtype=dtype, topk=topk, dense=dense, force=force)
+                summary = _constructed(folder, layout, dtype=dtype, topk=topk, force=force)
             else:
                 summary = _random(
-                    folder, dtype=dtype, preset=preset, seed=seed, dense=dense, force=force
+                    folder, layout, dtype=dtype, preset=preset, seed=seed, force=force
                 )
             if quant is not None:
                 summary |= _quantise(folder, quant)
@@ -116,8 +139,17 @@ def _refuse_foreign_options(
             raise typer.BadParameter(f"has no meaning with --kind {kind}", param_hint=option)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What both kinds are asked for: whose layout, blocks that are always read, no sparse layer."""
+
+    model: Model
+    first_blocks: int
+    dense: bool
+
+
 def _constructed(
-    folder: Path, *, dtype: Dtype | None, topk: int | None, dense: bool, force: bool
+    folder: Path, layout: _Layout, *, dtype: Dtype | None, topk: int | None, force: bool
 ) -> dict[str, Any]:
     import torch
 
@@ -125,14 +157,19 @@ def _constructed(
     from m3_plugin.testing.prompts import min_needle_tokens, needle_prompt
 
     checkpoint = ConstructedCheckpoint(
-        topk_blocks=4 if topk is None else topk, use_sparse_attention=not dense
+        topk_blocks=4 + layout.first_blocks if topk is None else topk,
+        num_init_blocks=layout.first_blocks,
+        sparse_everywhere=layout.model is Model.m3_1,
+        use_sparse_attention=not layout.dense,
     )
     stored = dtype or Dtype.bfloat16
     checkpoint.write(folder, dtype=getattr(torch, stored), force=force)
-    tokens = max(1536, min_needle_tokens(topk_blocks=checkpoint.topk_blocks))
-    prompt = needle_prompt(0, num_tokens=tokens, topk_blocks=checkpoint.topk_blocks)
-    answer = prompt.dense_answer if dense and prompt.dense_answer else prompt.expected_text
-    return _summary(folder, Kind.constructed, stored, checkpoint.shape, dense=dense) | {
+    # a first block that is forced takes a place
+    places = checkpoint.topk_blocks - checkpoint.num_init_blocks
+    tokens = max(1536, min_needle_tokens(topk_blocks=places))
+    prompt = needle_prompt(0, num_tokens=tokens, topk_blocks=places)
+    answer = prompt.dense_answer if layout.dense and prompt.dense_answer else prompt.expected_text
+    return _summary(folder, Kind.constructed, stored, checkpoint.shape, layout) | {
         "example": {
             "num_tokens": len(prompt.token_ids),
             "question": prompt.question.strip(),
@@ -143,29 +180,31 @@ def _constructed(
 
 def _random(
     folder: Path,
+    layout: _Layout,
     *,
     dtype: Dtype | None,
     preset: Preset | None,
     seed: int | None,
-    dense: bool,
     force: bool,
 ) -> dict[str, Any]:
     import torch
 
-    from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
+    from m3_plugin.testing.random_checkpoint import M31_PRESETS, PRESETS, write_random_checkpoint
 
     stored = dtype or Dtype.float32
     name = (preset or Preset.engine).value
     seed = 0 if seed is None else seed
+    presets = M31_PRESETS if layout.model is Model.m3_1 else PRESETS
+    shape = replace(presets[name], num_init_blocks=layout.first_blocks)
     write_random_checkpoint(
         folder,
-        preset=name,
+        preset=shape,
         seed=seed,
         dtype=getattr(torch, stored),
-        use_sparse_attention=not dense,
+        use_sparse_attention=not layout.dense,
         force=force,
     )
-    summary = _summary(folder, Kind.random, stored, PRESETS[name], dense=dense)
+    summary = _summary(folder, Kind.random, stored, shape, layout)
     return summary | {"preset": name, "seed": seed}
 
 
@@ -184,26 +223,30 @@ def _quantise(folder: Path, quant: Quant) -> dict[str, Any]:
     }
 
 
-def _summary(folder: Path, kind: Kind, dtype: Dtype, shape: Any, *, dense: bool) -> dict[str, Any]:
+def _summary(folder: Path, kind: Kind, dtype: Dtype, shape: Any, layout: _Layout) -> dict[str, Any]:
+    sparse = sum(map(shape.is_sparse, range(shape.num_hidden_layers)))
     return {
         "folder": str(folder),
+        "model": layout.model.value,
         "kind": kind.value,
         "dtype": dtype.value,
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
         "files": sorted(file.name for file in folder.iterdir()),
         "layers": shape.num_hidden_layers,
-        "sparse_layers": 0 if dense else shape.num_hidden_layers - shape.num_dense_layers,
+        "sparse_layers": 0 if layout.dense else sparse,
         "hidden_size": shape.hidden_size,
         "heads": [shape.num_attention_heads, shape.num_key_value_heads],
         "head_dim": shape.head_dim,
         "block_size": shape.block_size,
         "topk_blocks": shape.topk_blocks,
+        "init_blocks": shape.num_init_blocks,
         "vocab_size": shape.vocab_size,
     }
 
 
 def _report(summary: dict[str, Any]) -> None:
-    table = Table(title=f"{summary['kind']} MiniMax-M3 checkpoint", show_header=False)
+    name = f"MiniMax-{summary['model'].upper()}"
+    table = Table(title=f"{summary['kind']} {name} checkpoint", show_header=False)
     query_heads, kv_heads = summary["heads"]
     budget = summary["topk_blocks"] * summary["block_size"]
     rows = {
@@ -214,7 +257,8 @@ def _report(summary: dict[str, Any]) -> None:
         "attention": f"{query_heads} query and {kv_heads} KV heads of {summary['head_dim']}, "
         f"hidden size {summary['hidden_size']}",
         "selection": f"{summary['topk_blocks']} blocks of {summary['block_size']}: "
-        f"sparse beyond {budget} tokens",
+        f"sparse beyond {budget} tokens"
+        + (f"; first blocks always read: {first}" if (first := summary["init_blocks"]) else ""),
     }
     if "quant" in summary:
         rows["quantised"] = f"{summary['quant']}, the rest in {summary['dtype']}"

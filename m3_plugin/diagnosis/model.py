@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from m3_plugin.checkpoint.headers import TensorHeader, read_checkpoint
-from m3_plugin.checkpoint.names import is_mtp_tensor
+from m3_plugin.checkpoint.names import is_draft_tensor, is_mtp_tensor
 from m3_plugin.checkpoint.plan import plan_weights
 from m3_plugin.diagnosis.findings import Report
 from m3_plugin.model.config import M3Config
@@ -204,6 +204,10 @@ def _settings() -> Settings:
 
 def _examine_mtp(report: Report, headers: list[TensorHeader], config: M3Config) -> None:
     present = sum(is_mtp_tensor(header.name) for header in headers)
+    drafts = sum(is_draft_tensor(header.name) for header in headers) - present
+    if drafts:
+        found = f"{drafts} tensors of a DSpark model, which is not served and not read"
+        report.add(SECTION, "draft weights", found, status="note")
     if present:
         report.add(SECTION, "MTP weights", f"{present} tensors", status="note")
     elif config.num_mtp_modules:

@@ -34,8 +34,11 @@ LEAST_CAPABILITY: Mapping[str, Mapping[str, int]] = MappingProxyType(
         },
     }
 )
+# NVFP4 experts beside MXFP8 (M3.1), with activations in 16 bits: Marlin, in both hosts.
+WEIGHT_ONLY_NVFP4 = 80
 # Below SGLang's own: this plugin's method, on a GPU of this capability or on a CPU.
 WEIGHT_ONLY_MXFP8 = 80
+LEFT_TO_SGLANG = "as stored, by SGLang's own model, to which this plugin leaves it"
 DEQUANTISED = "16 bits with M3_PLUGIN_DEQUANTIZE=1"
 
 
@@ -49,6 +52,8 @@ def how_weights_run(quantization: Quantization | None, *, arch: int | None) -> d
     """
     if quantization is None:
         return dict.fromkeys(LEAST_CAPABILITY, "as stored")
+    if quantization.has_own_experts:
+        return _how_own_experts_run(arch)
     method = quantization.method
     found = {}
     for host, least in LEAST_CAPABILITY.items():
@@ -59,3 +64,11 @@ def how_weights_run(quantization: Quantization | None, *, arch: int | None) -> d
         else:
             found[host] = DEQUANTISED
     return found
+
+
+def _how_own_experts_run(arch: int | None) -> dict[str, str]:
+    """`how_weights_run` for MXFP8 beside NVFP4 experts (M3.1)."""
+    if arch is None or arch < WEIGHT_ONLY_NVFP4:
+        return dict.fromkeys(LEAST_CAPABILITY, DEQUANTISED)
+    marlin = "as stored, experts on Marlin with activations in 16 bits"
+    return {"vLLM": marlin, "SGLang": LEFT_TO_SGLANG if arch // 10 == 10 else marlin}

@@ -48,6 +48,8 @@ _LINEAR = re.compile(
 )
 _INDEX = re.compile(r"\.self_attn\.index_[qk]_proj$")
 _UNQUANTISED_BITS = 16
+# any will do: the lists of no published config tell routed experts apart
+_AN_EXPERT = "model.layers.3.block_sparse_moe.experts.0.w1"
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,16 @@ class Quantization:
                 return weight
         return PLAIN
 
+    @property
+    def of_experts(self) -> WeightFormat:
+        """How the routed experts are stored, which are nearly all of the weights."""
+        return self.format_of(_AN_EXPERT)
+
+    @property
+    def has_own_experts(self) -> bool:
+        """Whether MXFP8 weights stand beside NVFP4 experts under one method, as in M3.1."""
+        return self.method == "mxfp8" and isinstance(self.of_experts, Nvfp4)
+
     def __str__(self) -> str:
         """For people: the method and the formats in use."""
         formats = dict.fromkeys(weight.name for _, weight in self.rules)
@@ -202,7 +214,11 @@ def _keys(names: str) -> frozenset[str]:
 # may be quantised: neither is part of what is stored. A key on no list may be, and is refused.
 _KNOWN: Mapping[str, frozenset[str]] = {
     "mxfp8": _keys(
-        "activation_scheme fmt scale_fmt weight_block_size ignored_layers modules_to_not_convert"
+        """
+        activation_scheme fmt scale_fmt weight_block_size ignored_layers modules_to_not_convert
+        moe_quant_algo moe_quant_format group_size kv_cache_quant_algo attention_quant_algo
+        index_k_quant_type
+        """
     ),
     "fp8": _keys(
         "activation_scheme fmt scale_fmt weight_block_size ignored_layers modules_to_not_convert"
@@ -257,12 +273,40 @@ def _require_known(config: Mapping[str, Any], known: frozenset[str]) -> None:
 
 
 def _read_mxfp8(config: Mapping[str, Any]) -> Quantization:
-    """MiniMax's own MXFP8 release."""
+    """MiniMax's own releases: MXFP8 throughout (M3), or beside NVFP4 routed experts (M3.1)."""
     block = config.get("weight_block_size")
     _require(block in (None, [1, MX_GROUP]), "weight_block_size", f"[1, {MX_GROUP}]", block)
     scale = config.get("scale_fmt")
     _require(scale in (None, "ue8m0"), "scale_fmt", "'ue8m0'", scale)
-    return Quantization("mxfp8", _everything(Mxfp8()), _names(config, _kept_key(config)))
+    kept = _names(config, _kept_key(config))
+    return Quantization("mxfp8", (*_own_expert_rules(config), *_everything(Mxfp8())), kept)
+
+
+def _own_expert_rules(config: Mapping[str, Any]) -> tuple[tuple[Names, WeightFormat], ...]:
+    """What M3.1 says of its routed experts, whose format is not that of the other weights.
+
+    What it says of attention and caches is how the model was trained; what a cache holds is the
+    operator's choice. A value that is none of M3.1's is another model's.
+    """
+    algorithm, stored = config.get("moe_quant_algo"), config.get("moe_quant_format")
+    if algorithm is None and stored is None:
+        for key in _OF_OWN_EXPERTS:
+            value = config.get(key)
+            _require(value is None, key, "left out without moe_quant_algo", value)
+        return ()
+    told = {
+        "moe_quant_algo": (str(algorithm).upper(), "NVFP4", algorithm),
+        "moe_quant_format": (stored, _NVFP4_STORED, stored),
+    }
+    # a value that is there says more than one that is not
+    for key in sorted(told, key=lambda key: told[key][2] is None):
+        found, wanted, value = told[key]
+        _require(found == wanted, key, f"'{wanted}'", value)
+    for key, allowed in _OF_OWN_EXPERTS.items():
+        value = config.get(key)
+        spelt = value.lower() if isinstance(value, str) else value
+        _require(spelt in (None, allowed), key, f"{allowed!r} or left out", value)
+    return ((_ROUTED_EXPERTS, _COMPRESSED_NVFP4),)
 
 
 def _read_fp8(config: Mapping[str, Any]) -> Quantization:
@@ -393,13 +437,8 @@ def _compressed_format(weights: Mapping[str, Any], *, stored: Any, key: str) -> 
             # "static" reorders before groups are formed and leaves no trace in the file
             act_order=weights.get("actorder") in ("group", True),
         )
-    if stored == "nvfp4-pack-quantized":
-        return Nvfp4(
-            weight="weight_packed",
-            global_scale="weight_global_scale",
-            input_scale="input_global_scale",
-            divides=True,
-        )
+    if stored == _NVFP4_STORED:
+        return _COMPRESSED_NVFP4
     if stored == "mxfp4-pack-quantized":
         return Mxfp4(weight="weight_packed")
     if stored == "mxfp8-quantized":
@@ -477,6 +516,21 @@ def _gptq_format(config: Mapping[str, Any], *, symmetric: Any, offset: int) -> G
 
 
 _ALL = Names(("*",))
+_ROUTED_EXPERTS = Names(("*.block_sparse_moe.experts.*",))
+_NVFP4_STORED = "nvfp4-pack-quantized"
+_COMPRESSED_NVFP4 = Nvfp4(
+    weight="weight_packed",
+    global_scale="weight_global_scale",
+    input_scale="input_global_scale",
+    divides=True,
+)
+# Keys beside `moe_quant_algo`, each with the one value known of it.
+_OF_OWN_EXPERTS: Mapping[str, object] = {
+    "group_size": NVFP4_GROUP,
+    "kv_cache_quant_algo": "fp8",
+    "attention_quant_algo": "fp8",
+    "index_k_quant_type": "nvfp4",
+}
 
 
 def _everything(weight: WeightFormat) -> tuple[tuple[Names, WeightFormat], ...]:

@@ -161,6 +161,9 @@ class Driver:
         except (httpx.HTTPError, OSError) as error:
             reply.finished = False
             reply.reason = f"{type(error).__name__}: {error}"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            reply.finished = False
+            reply.reason = f"what came is no answer of this protocol: {error!r}"
         finally:
             self._under_way.discard(request.number)
         verdict, detail = judge(request, prompt, reply)

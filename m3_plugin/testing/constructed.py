@@ -93,6 +93,9 @@ _SLOW = 31
 # Rotated pairs 1..10 of an index key: a mirror's score is the mean of cos(distance * frequency).
 _FAST = range(1, 11)
 
+# Rotated pairs that together tell a near block from any farther one, over 780 tokens and more.
+_NEAR = range(10, 19)
+
 # Sparse layers, index branch. A searching query is (word, lantern, mirror) = (1.75, 1, 1), an idle
 # one (0, 1, 1), both then brought to the same length. Products before that, from the top: lantern
 # 0.99, searched fact 0.8, decoy 0.7, candle 0.6, mirror below 0.5 where prompts put it (0.98
@@ -148,6 +151,8 @@ class ConstructedCheckpoint:
         prompts of 1.2K tokens pass the budget, 16 is the published value
     use_sparse_attention : False declares every layer dense in config.json with the same weights;
         the model then gives the `dense_answer` of prompts with decoys
+    sparse_everywhere : the layer that gathers chooses its blocks too, as M3.1's first layers do
+    num_init_blocks : first blocks that are always read, within `topk_blocks`
     mtp : add an MTP module that looks up the same facts as the target, so that every token it
         drafts after the first word of an answer is accepted
     mtp_wrong_every : 0, or of how many words of a chain the module gets one wrong: 1 (whatever it
@@ -156,6 +161,8 @@ class ConstructedCheckpoint:
 
     topk_blocks: int = 4
     use_sparse_attention: bool = True
+    sparse_everywhere: bool = False
+    num_init_blocks: int = 0
     mtp: bool = False
     mtp_wrong_every: int = 0
 
@@ -167,9 +174,10 @@ class ConstructedCheckpoint:
             )
         if self.mtp_wrong_every and not self.mtp:
             raise ValueError("mtp_wrong_every says how wrong an MTP module is; it needs mtp=True")
-        if self.topk_blocks < 3:
-            # Own block, one block with a lantern, the searched block.
-            raise ValueError(f"topk_blocks must be at least 3, got {self.topk_blocks}")
+        least = 3 + self.num_init_blocks
+        if self.topk_blocks < least:
+            # Own block, one block with a lantern, the searched block, and what is forced.
+            raise ValueError(f"topk_blocks must be at least {least}, got {self.topk_blocks}")
 
     @property
     def shape(self) -> CheckpointShape:
@@ -189,6 +197,8 @@ class ConstructedCheckpoint:
             vision_num_heads=4,
             vision_intermediate_size=128,
             num_mtp_modules=int(self.mtp),
+            sparse_everywhere=self.sparse_everywhere,
+            num_init_blocks=self.num_init_blocks,
         )
 
     def write(
@@ -241,6 +251,8 @@ class ConstructedCheckpoint:
             }
             if i == 0:
                 _gathering_attention(layer)
+                if shape.is_sparse(i):
+                    _choose_nearest(layer)
                 _idle_mlp(layer, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", generator)
                 continue
             _lookup_attention(layer, kind=i - 1)
@@ -374,6 +386,13 @@ def _gathering_attention(layer: dict[str, torch.Tensor]) -> None:
     for channel, source in enumerate(_code_channels(_OWN, label)):
         v[3, channel, source] = 1.0
         o[_PREV - _OWN + source, 6, channel] = _RMS
+
+
+def _choose_nearest(layer: dict[str, torch.Tensor]) -> None:
+    """Index branch of a gathering layer: the nearest blocks, by phases that all agree there."""
+    for name in ("index_q", "index_k"):
+        heads = layer[f"self_attn.{name}_proj.weight"].view(-1, _HEAD, _HIDDEN)
+        heads[:, _NEAR, _ONE] = 1.0
 
 
 def _lookup_attention(layer: dict[str, torch.Tensor], *, kind: int) -> None:

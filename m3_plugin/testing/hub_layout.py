@@ -70,8 +70,9 @@ _COMPRESSION = {
 class CheckpointShape:
     """Sizes of an M3 checkpoint; field names are those of config.json where it has one.
 
-    The first `num_dense_layers` layers have dense attention and a dense MLP, all others sparse
-    attention and routed experts, as in the published model.
+    The first `num_dense_layers` layers have a dense MLP and, unless `sparse_everywhere`, dense
+    attention; all others have sparse attention and routed experts. MiniMax-M3 is so without
+    `sparse_everywhere`, M3.1 with it.
     """
 
     hidden_size: int
@@ -97,6 +98,8 @@ class CheckpointShape:
     vision_num_layers: int = 2
     projector_hidden_size: int = 128
     num_mtp_modules: int = 0
+    sparse_everywhere: bool = False
+    num_init_blocks: int = 0
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -120,6 +123,9 @@ class CheckpointShape:
         return self.topk_blocks * self.block_size
 
     def is_sparse(self, layer: int) -> bool:
+        return self.sparse_everywhere or self.is_routed(layer)
+
+    def is_routed(self, layer: int) -> bool:
         return layer >= self.num_dense_layers
 
 
@@ -134,7 +140,9 @@ def hub_config(
 
     `use_sparse_attention=False` gives the same model with every layer dense.
     """
-    per_layer = [int(shape.is_sparse(i)) for i in range(shape.num_hidden_layers)]
+    layers = range(shape.num_hidden_layers)
+    routed = [int(shape.is_routed(i)) for i in layers]
+    per_layer = [int(shape.is_sparse(i)) for i in layers]
     attention = per_layer if use_sparse_attention else [0] * shape.num_hidden_layers
     dtype_name = str(dtype).removeprefix("torch.")
     text_config = {
@@ -148,16 +156,14 @@ def hub_config(
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
         "max_position_embeddings": shape.max_position_embeddings,
-        "moe_layer_freq": per_layer,
+        "moe_layer_freq": routed,
         "n_shared_experts": 1,
         "num_attention_heads": shape.num_attention_heads,
         "num_experts_per_tok": shape.num_experts_per_tok,
         "num_hidden_layers": shape.num_hidden_layers,
         "num_key_value_heads": shape.num_key_value_heads,
         "num_local_experts": shape.num_local_experts,
-        # the published config says 7 and 1 although its checkpoint holds no module
-        "num_mtp_modules": shape.num_mtp_modules or 7,
-        "num_nextn_predict_layers": shape.num_mtp_modules or 1,
+        **_mtp_keys(shape),
         "partial_rotary_factor": 0.5,
         "qk_norm_type": "per_head",
         "rms_norm_eps": 1e-6,
@@ -173,7 +179,7 @@ def hub_config(
             "sparse_index_dim": shape.index_dim,
             "sparse_block_size": shape.block_size,
             "sparse_topk_blocks": shape.topk_blocks,
-            "sparse_init_block": 0,
+            "sparse_init_block": shape.num_init_blocks,
             "sparse_local_block": 1,
             "sparse_score_type": "max",
             "sparse_disable_index_value": per_layer,
@@ -226,13 +232,25 @@ def hub_config(
     }
 
 
+def _mtp_keys(shape: CheckpointShape) -> dict[str, int]:
+    """M3's config says 7 and 1 although its checkpoint holds no module; M3.1's says nothing."""
+    if shape.sparse_everywhere and not shape.num_mtp_modules:
+        return {}
+    return {
+        "num_mtp_modules": shape.num_mtp_modules or 7,
+        "num_nextn_predict_layers": shape.num_mtp_modules or 1,
+    }
+
+
 def tensor_shapes(shape: CheckpointShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Published tensor names with their shapes, in the order of the published index."""
     D = shape.hidden_size
     yield "language_model.model.embed_tokens.weight", (shape.vocab_size, D)
     for i in range(shape.num_hidden_layers):
         layer = f"language_model.model.layers.{i}."
-        yield from _layer_shapes(shape, layer, is_sparse=shape.is_sparse(i))
+        yield from _layer_shapes(
+            shape, layer, is_sparse=shape.is_sparse(i), is_routed=shape.is_routed(i)
+        )
     yield "language_model.model.norm.weight", (D,)
     yield "language_model.lm_head.weight", (shape.vocab_size, D)
 
@@ -260,12 +278,13 @@ def tensor_shapes(shape: CheckpointShape) -> Iterator[tuple[str, tuple[int, ...]
         yield module + "enorm.weight", (D,)
         yield module + "hnorm.weight", (D,)
         yield module + "eh_proj.weight", (D, 2 * D)
-        yield from _layer_shapes(shape, module + "transformer_layer.", is_sparse=True)
+        layer = module + "transformer_layer."
+        yield from _layer_shapes(shape, layer, is_sparse=True, is_routed=True)
         yield module + "final_layernorm.weight", (D,)
 
 
 def _layer_shapes(
-    shape: CheckpointShape, layer: str, *, is_sparse: bool
+    shape: CheckpointShape, layer: str, *, is_sparse: bool, is_routed: bool
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Tensors of one decoder layer whose names begin with `layer`."""
     D = shape.hidden_size
@@ -279,17 +298,18 @@ def _layer_shapes(
     yield layer + "self_attn.o_proj.weight", (D, q_size)
     yield layer + "self_attn.q_norm.weight", (shape.head_dim,)
     yield layer + "self_attn.k_norm.weight", (shape.head_dim,)
-    if not is_sparse:
+    if is_sparse:
+        index_size = shape.num_key_value_heads * shape.index_dim
+        yield layer + "self_attn.index_q_proj.weight", (index_size, D)
+        yield layer + "self_attn.index_k_proj.weight", (shape.index_dim, D)
+        yield layer + "self_attn.index_q_norm.weight", (shape.index_dim,)
+        yield layer + "self_attn.index_k_norm.weight", (shape.index_dim,)
+    if not is_routed:
         I = shape.dense_intermediate_size
         yield layer + "mlp.gate_proj.weight", (I, D)
         yield layer + "mlp.up_proj.weight", (I, D)
         yield layer + "mlp.down_proj.weight", (D, I)
         return
-    index_size = shape.num_key_value_heads * shape.index_dim
-    yield layer + "self_attn.index_q_proj.weight", (index_size, D)
-    yield layer + "self_attn.index_k_proj.weight", (shape.index_dim, D)
-    yield layer + "self_attn.index_q_norm.weight", (shape.index_dim,)
-    yield layer + "self_attn.index_k_norm.weight", (shape.index_dim,)
     moe = layer + "block_sparse_moe."
     yield moe + "gate.weight", (shape.num_local_experts, D)
     yield moe + "e_score_correction_bias", (shape.num_local_experts,)

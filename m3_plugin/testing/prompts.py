@@ -194,6 +194,61 @@ def needle_prompt(
     )
 
 
+def first_block_prompt(
+    seed: int = 0, *, num_tokens: int = 1536, hops: int = 4, topk_blocks: int = 5
+) -> NeedlePrompt:
+    """A text whose facts all stand in its first block, which no score would let in.
+
+    As many blocks as there are places outrank it: only a model that always reads its first block
+    answers, any other says " nowhere". The text must stand at the beginning, without a template.
+
+    Parameters
+    ----------
+    seed, num_tokens, hops : as of `needle_prompt`
+    topk_blocks : of the checkpoint that will answer
+    """
+    chain = _Chain.draw(seed, hops)
+    rng = random.Random(f"first block {seed}")
+    tokens = _filler_text(rng, _LEAD)
+    positions = []
+    for key, value in zip(chain.keys, chain.values, strict=True):
+        fact = [text for text, _ in _fact(key.text, value.text)]
+        positions.append(len(tokens) + fact.index(value.text))
+        tokens += fact
+    question = _question(chain.keys[0])
+    lanterns = []
+    for _ in range(topk_blocks - 1):
+        # a lantern per block, from the one behind the first on
+        tokens += _filler_text(rng, (len(tokens) // _BLOCK + 1) * _BLOCK + 1 - len(tokens))
+        lanterns.append(len(tokens))
+        tokens.append(LANTERN)
+    needed = (len(tokens) // _BLOCK + 1) * _BLOCK + len(question)
+    if len(tokens) > topk_blocks * _BLOCK or num_tokens < needed:
+        raise ValueError(
+            f"hops={hops} and num_tokens={num_tokens} must leave the facts within one block and "
+            f"the question behind {needed} tokens"
+        )
+    tokens += _filler_text(rng, num_tokens - len(question) - len(tokens))
+    tokens += question
+    answer = [word.text for word in chain.values]
+    ids = VOCABULARY.id_of
+    return NeedlePrompt(
+        text="".join(tokens),
+        token_ids=tuple(ids(text) for text in tokens),
+        question=question[-1],
+        expected_ids=(*(ids(text) for text in answer), ids(EOS_TOKEN)),
+        expected_text="".join(answer),
+        dense_answer=None,
+        lost_answer=NOWHERE,
+        groups=tuple((key.kind, key.group) for key in chain.keys),
+        needle_positions=tuple(positions),
+        decoy_positions=(),
+        lantern_positions=tuple(lanterns),
+        candle_position=None,
+        mirror_position=None,
+    )
+
+
 def picture_prompt(
     colours: Sequence[str] = ("red",),
     *,

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-QuantName = Literal["mxfp8", "nvfp4", "mxfp4", "w4a16", "awq", "gptq", "auto-round", "fp8"]
+QuantName = Literal[
+    "mxfp8", "mxfp8-nvfp4", "nvfp4", "mxfp4", "w4a16", "awq", "gptq", "auto-round", "fp8"
+]
 Role = Literal["attention", "index", "mlp", "shared", "experts", "drafting"]
 
 _ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
@@ -65,12 +67,14 @@ def role_of(module: str) -> Role | None:
 class Recipe:
     """One published way to quantise M3: formats by role (absent: left alone), and its config.
 
-    With `keeps_drafts` the MTP modules are left alone, whatever the role.
+    With `keeps_drafts` the MTP modules are left alone, whatever the role; with `gate_like_up` an
+    expert's w1 and w3 share the scale of the tensor.
     """
 
     formats: Mapping[Role, WeightFormat]
     method: Literal["mxfp8", "modelopt", "quark", "compressed-tensors", "gptq", "auto-round", "fp8"]
     keeps_drafts: bool = False
+    gate_like_up: bool = False
 
     def format_of(self, module: str) -> WeightFormat | None:
         if self.keeps_drafts and is_mtp_tensor(module):
@@ -91,6 +95,19 @@ def _but_index(weight: WeightFormat) -> dict[Role, WeightFormat]:
 RECIPES: Mapping[QuantName, Recipe] = MappingProxyType(
     {
         "mxfp8": Recipe(_all(Mxfp8()), "mxfp8"),
+        "mxfp8-nvfp4": Recipe(
+            {
+                **_all(Mxfp8()),
+                "experts": Nvfp4(
+                    weight="weight_packed",
+                    global_scale="weight_global_scale",
+                    input_scale="input_global_scale",
+                    divides=True,
+                ),
+            },
+            "mxfp8",
+            gate_like_up=True,
+        ),
         "nvfp4": Recipe(
             {**_but_index(Mxfp8(scale="weight_scale")), "experts": Nvfp4()}, "modelopt"
         ),
@@ -153,7 +170,14 @@ def _rewrite(source: Path, target: Path, recipe: Recipe, *, stored: bool) -> Pat
 
     weight_map: dict[str, str] = {}
     modules = []
-    for shard in sorted(source.glob("*.safetensors")):
+    shards = sorted(source.glob("*.safetensors"))
+    peaks: dict[str, float] = {}
+    if recipe.gate_like_up:
+        for shard in shards:
+            for name, tensor in load_file(shard).items():
+                pair = _gate_up_pair(name)
+                peaks[pair] = max(peaks.get(pair, 0.0), float(tensor.abs().max()))
+    for shard in shards:
         tensors = {}
         for name, tensor in load_file(shard).items():
             module = name.removesuffix(".weight")
@@ -162,7 +186,12 @@ def _rewrite(source: Path, target: Path, recipe: Recipe, *, stored: bool) -> Pat
             if weight is None:
                 tensors[name] = tensor if stored else tensor.float()
                 continue
-            result = quantise(weight, tensor.float())
+            peak = peaks.get(_gate_up_pair(name))
+            if isinstance(weight, Nvfp4) and peak is not None:
+                result = quantise_nvfp4(weight, tensor.float(), peak=peak)
+                result.parts[weight.input_scale] = _input_scale(module)
+            else:
+                result = quantise(weight, tensor.float())
             if stored:
                 tensors |= {f"{module}.{s}": part for s, part in result.parts.items()}
             else:
@@ -210,6 +239,14 @@ _VISION = ["vision_tower", "multi_modal_projector", "patch_merge_mlp"]
 
 
 def _mxfp8_config(formats: _Formats, kept: list[str], always: list[str]) -> dict[str, Any]:
+    own_experts = {
+        "moe_quant_algo": "NVFP4",
+        "moe_quant_format": "nvfp4-pack-quantized",
+        "group_size": NVFP4_GROUP,
+        "kv_cache_quant_algo": "FP8",
+        "attention_quant_algo": "FP8",
+        "index_k_quant_type": "nvfp4",
+    }
     return {
         "quant_method": "mxfp8",
         "activation_scheme": "dynamic",
@@ -217,7 +254,7 @@ def _mxfp8_config(formats: _Formats, kept: list[str], always: list[str]) -> dict
         "scale_fmt": "ue8m0",
         "weight_block_size": [1, MX_GROUP],
         "ignored_layers": [*always, *kept, *_VISION],
-    }
+    } | (own_experts if any(isinstance(f, Nvfp4) for f in formats.values()) else {})
 
 
 def _modelopt_config(formats: _Formats, kept: list[str], always: list[str]) -> dict[str, Any]:
@@ -374,11 +411,16 @@ def _(weight: Mxfp4, values: Tensor) -> Quantised:
 
 @quantise.register(Nvfp4)
 def _(weight: Nvfp4, values: Tensor) -> Quantised:
+    return quantise_nvfp4(weight, values, peak=float(values.abs().max()))
+
+
+def quantise_nvfp4(weight: Nvfp4, values: Tensor, *, peak: float) -> Quantised:
+    """`quantise` with the scale of a tensor, or of several, whose largest magnitude is `peak`."""
     import torch
 
     weight.parts(*values.shape)
     groups = values.unflatten(-1, (-1, NVFP4_GROUP))
-    factor = (values.abs().max() / (_E2M1_MAX * _E4M3_MAX)).clamp(min=1e-30)
+    factor = torch.tensor([peak / (_E2M1_MAX * _E4M3_MAX)]).clamp(min=1e-30)
     scales = _to_e4m3(groups.abs().amax(-1) / _E2M1_MAX / factor)
     unit = scales.float() * factor
     codes, rounded = _to_e2m1(torch.where(unit[..., None] > 0, groups / unit[..., None], 0.0))
@@ -457,6 +499,18 @@ def _(weight: Fp8, values: Tensor) -> Quantised:
     scale = (largest / _E4M3_MAX).clamp(min=1e-12)
     rounded = _to_e4m3(values / scale)
     return Quantised({"weight": rounded, "weight_scale": scale}, rounded.float() * scale)
+
+
+def _gate_up_pair(name: str) -> str:
+    """The same for an expert's w1 and w3, whose products one kernel makes."""
+    return re.sub(r"(\.experts\.\d+)\.w[13]\.", r"\1.w13.", name)
+
+
+def _input_scale(module: str) -> Tensor:
+    """What MiniMax stores of activations: a constant for w2; nothing reads w1's and w3's."""
+    import torch
+
+    return torch.tensor([16.0 if module.endswith(".w2") else 1.0])
 
 
 def _mx_groups(weight: WeightFormat, values: Tensor, *, largest: float) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,57 @@ PRESETS: Mapping[PresetName, CheckpointShape] = MappingProxyType(
     }
 )
 
+# The same for M3.1, whose first layers have sparse attention beside their dense MLP. `kernel` needs
+# prompts of more than 2,048 tokens.
+M31_PRESETS: Mapping[PresetName, CheckpointShape] = MappingProxyType(
+    {
+        "small": CheckpointShape(
+            hidden_size=256,
+            num_hidden_layers=4,
+            num_dense_layers=2,
+            sparse_everywhere=True,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=128,
+            block_size=16,
+            topk_blocks=4,
+            vocab_size=512,
+            max_position_embeddings=4096,
+        ),
+        "kernel": CheckpointShape(
+            hidden_size=512,
+            num_hidden_layers=4,
+            num_dense_layers=1,
+            sparse_everywhere=True,
+            num_attention_heads=64,
+            num_key_value_heads=4,
+            head_dim=128,
+            block_size=128,
+            topk_blocks=16,
+            vocab_size=1024,
+            dense_intermediate_size=512,
+            intermediate_size=256,
+            shared_intermediate_size=256,
+        ),
+        "engine": CheckpointShape(
+            hidden_size=256,
+            num_hidden_layers=4,
+            num_dense_layers=2,
+            sparse_everywhere=True,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=128,
+            block_size=128,
+            topk_blocks=4,
+            vocab_size=_VOCAB_SIZE,
+            dense_intermediate_size=512,
+            projector_hidden_size=256,
+            vision_num_heads=4,
+            vision_intermediate_size=640,
+        ),
+    }
+)
+
 # Standard deviation of what one branch adds to a stream of unit size.
 _BRANCH = 0.15
 

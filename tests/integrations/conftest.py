@@ -77,3 +77,26 @@ def drafting_quantised(tmp_path_factory: pytest.TempPathFactory) -> QuantisedChe
     folder = tmp_path_factory.mktemp("drafting-quantised")
     source = ConstructedCheckpoint(mtp=True).write(folder / "plain", dtype=torch.float32)
     return QuantisedCheckpoints(source, folder)
+
+
+@pytest.fixture(scope="session")
+def m31_random(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Writes a random M3.1 with so many forced first blocks once (`m31.write_random`)."""
+    from tests.integrations.m31 import write_random
+
+    written: dict[int, Path] = {}
+
+    def write(init: int) -> Path:
+        if init not in written:
+            written[init] = write_random(tmp_path_factory.mktemp("m31"), init=init)
+        return written[init]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def m31_constructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The M3.1 whose answers are known (`m31.write_constructed`)."""
+    from tests.integrations.m31 import write_constructed
+
+    return write_constructed(tmp_path_factory.mktemp("m31-constructed"))

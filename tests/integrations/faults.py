@@ -5,6 +5,7 @@ A host's `test_faults.py` derives `FaultCases`.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
@@ -21,11 +22,16 @@ import torch
 from openai import APIConnectionError, APIError, OpenAI
 from safetensors.torch import load_file, save_file
 
+from m3_plugin.cli.soak import counters
 from m3_plugin.host.children import LOOPBACK
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
+from m3_plugin.soak.driver import Driver
+from m3_plugin.soak.judging import Model
+from m3_plugin.soak.mixture import ROUND, Mixture
+from m3_plugin.soak.needles import ConstructedNeedles
 from m3_plugin.soak.processes import processes_of_session
 from m3_plugin.testing.prompts import needle_prompt
-from tests.integrations.server import ask
+from tests.integrations.server import MODEL, ask
 from tests.integrations.soak import asked_meanwhile, processes_named
 
 ROOT = Path(__file__).parents[2]
@@ -100,13 +106,17 @@ class FaultCases:
     ----------
     parts : names of processes that are killed one after the other
     plugin : (group of entry points, module of the tests that spoils a page)
+    crowded : options of a server whose cache holds one request of 8192 tokens, and takes many
     """
 
     parts: ClassVar[Sequence[str]]
     worker: ClassVar[str]
     plugin: ClassVar[tuple[str, str]]
+    crowded: ClassVar[tuple[str, ...]]
 
-    def command(self, model: Path, port: int, *, ranks: int = 1) -> list[str]:
+    def command(
+        self, model: Path, port: int, *, ranks: int = 1, options: Sequence[str] = ()
+    ) -> list[str]:
         raise NotImplementedError
 
     def environment(self) -> dict[str, str]:
@@ -122,12 +132,13 @@ class FaultCases:
         environment: dict[str, str] | None = None,
         ready: bool = True,
         ranks: int = 1,
+        options: Sequence[str] = (),
     ) -> Iterator[ServerProcess]:
         """A server while the context lasts."""
         port = port or free_port()
         folder.mkdir(exist_ok=True)
         with ServerProcess(
-            self.command(model, port, ranks=ranks),
+            self.command(model, port, ranks=ranks, options=options),
             port=port,
             log=folder / "server.log",
             environment=self.environment() | (environment or {}),
@@ -152,8 +163,32 @@ class FaultCases:
                     answers_right(server, 800)
 
     @pytest.mark.extended
+    def test_a_cache_too_small_for_all_who_ask(
+        self, constructed_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        """Requests lose their pages all the time, begin again, and answer right."""
+        with self.started(constructed_checkpoint, tmp_path, options=self.crowded) as server:
+            mixture = Mixture(11, 2048)
+            long = [r for r in mixture.first(20 * ROUND) if r.kind == "long" and r.tokens > 500]
+            driver = Driver(
+                server.url,
+                Model(MODEL, 8192),
+                mixture=mixture,
+                needles=ConstructedNeedles(),
+                concurrency=8,
+                timeout_s=600,
+            )
+            numbers = tuple(request.number for request in long[:16])
+            outcomes = asyncio.run(driver.all_at_once(numbers))
+            told = counters(httpx.get(f"{server.url}/metrics").text, server.url)
+        assert [(o.verdict, o.detail) for o in outcomes] == [("right", "")] * 16
+        assert told.preemptions
+
+    @pytest.mark.extended
     def test_one_of_two_ranks_is_killed(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
-        with self.started(constructed_checkpoint, tmp_path, ranks=2) as server:
+        # neither host places two ranks on one NUMA node by itself
+        cores = {f"{host}_CPU_OMP_THREADS_BIND": "0|1" for host in ("VLLM", "SGLANG")}
+        with self.started(constructed_checkpoint, tmp_path, ranks=2, environment=cores) as server:
             assert answers_right(server, 806)
             victim = processes_named(server, self.worker)[1]
             os.kill(victim.pid, signal.SIGKILL)

@@ -42,6 +42,12 @@ def copy_tree(folder: Path) -> None:
     (folder / ".venv").symlink_to(ROOT / ".venv")
 
 
+def interpreter(fault: Fault) -> Path:
+    """Of the environment that the fault's tests need: SGLang's has one of its own."""
+    sglang = any(path.startswith("tests/integrations/sglang/") for path in fault.tests)
+    return ROOT / ".venv" / "sglang" / "bin" / "python" if sglang else Path(sys.executable)
+
+
 def survives(fault: Fault, folder: Path) -> bool:
     """Whether the tests that should notice a fault pass with it in a copy of the tree.
 
@@ -59,7 +65,7 @@ def survives(fault: Fault, folder: Path) -> bool:
     try:
         paths = os.pathsep.join(str((folder / root).resolve()) for root in ROOTS)
         command = [
-            sys.executable,
+            str(interpreter(fault)),
             "-m",
             "pytest",
             "-x",

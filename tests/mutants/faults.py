@@ -29,6 +29,7 @@ class Fault:
 KERNELS = "kernels/m3_kernels"
 INDEX = ("tests/kernels/test_index_topk.py",)
 ATTENTION = ("tests/kernels/test_sparse_attention.py", "tests/kernels/test_invariance.py")
+DENSE = ("tests/kernels/test_dense_attention.py",)
 STORE = ("tests/kernels/test_cache_store.py",)
 INDEX_TRITON = ("tests/kernels/triton/test_index_topk.py",)
 ATTENTION_TRITON = ("tests/kernels/triton/test_sparse_attention.py",)
@@ -36,7 +37,11 @@ STORE_TRITON = ("tests/kernels/triton/test_cache_store.py",)
 SESSION = ("tests/plugin/attention/test_session.py",)
 CONFIG = ("tests/plugin/model/test_config.py",)
 WORKSPACE = ("tests/plugin/attention/test_workspace.py",)
+CHECKS = ("tests/plugin/attention/test_checks.py",)
+SOAK = ("tests/plugin/soak",)
 GPU_SERVERS = ("tests/integrations/vllm/test_gpu_servers.py",)
+GRAPHS = ("tests/integrations/sglang/test_graphs.py",)
+SGLANG = "integrations/sglang/m3_sglang"
 
 FAULTS = (
     # index_topk in C++
@@ -164,17 +169,74 @@ FAULTS = (
     ),
     Fault(
         "attention native: sums are merged without their maxima",
-        f"{KERNELS}/sparse_attention/native.cpp",
+        f"{KERNELS}/native_attention.h",
         "into.sum = into.sum * old_weight + part.sum",
         "into.sum = into.sum + part.sum",
         ATTENTION,
     ),
     Fault(
         "attention native: no scale",
-        f"{KERNELS}/sparse_attention/native.cpp",
+        f"{KERNELS}/native_attention.h",
         "Floats x = load<Floats>(logits + j) * splat(scale_);",
         "Floats x = load<Floats>(logits + j);",
         ATTENTION,
+    ),
+    # dense_attention
+    Fault(
+        "dense native: the last segment is left out",
+        f"{KERNELS}/dense_attention/native.cpp",
+        "return (tile.position + tile.rows - 1) / (page_size_ * kSegmentBlocks) + 1;",
+        "return (tile.position + tile.rows - 1) / (page_size_ * kSegmentBlocks);",
+        DENSE,
+    ),
+    Fault(
+        "dense native: a row sees the key after its own",
+        f"{KERNELS}/dense_attention/native.cpp",
+        "const int64_t seen = tile.position + row - start + 1;",
+        "const int64_t seen = tile.position + row - start + 2;",
+        DENSE,
+    ),
+    Fault(
+        "dense native: segments are those of the tile, not of the context",
+        f"{KERNELS}/dense_attention/native.cpp",
+        "const int64_t begin = segment * kSegmentBlocks;",
+        "const int64_t begin = segment * kSegmentBlocks + (tile.rows > kFewRows);",
+        DENSE,
+    ),
+    Fault(
+        "dense native: split steps merge the segments of another head",
+        f"{KERNELS}/dense_attention/native.cpp",
+        "write_tile(w, tile, i % kv_heads_);",
+        "write_tile(w, tile, (i + 1) % kv_heads_);",
+        DENSE,
+    ),
+    Fault(
+        "attention native: panels of values are those of other channels",
+        f"{KERNELS}/native_attention.h",
+        "pack_value_panel(values, d, count, w.v_panels + d * page_size_);",
+        "pack_value_panel(values, 0, count, w.v_panels + d * page_size_);",
+        DENSE,
+    ),
+    Fault(
+        "dense torch: rows of a chunk see its last row's keys",
+        f"{KERNELS}/dense_attention/torch_cpu.py",
+        "logits.masked_fill_(key_position > position[:, None], -math.inf)",
+        "logits.masked_fill_(key_position > position[-1], -math.inf)",
+        DENSE,
+    ),
+    Fault(
+        "dense torch: earlier pages keep their weight",
+        f"{KERNELS}/dense_attention/torch_cpu.py",
+        "attended *= (log_sum[..., None] - base).exp_()",
+        "attended *= 1",
+        DENSE,
+    ),
+    Fault(
+        "vLLM: layers with a window are attended whole",
+        "integrations/vllm/m3_vllm/cpu_dense.py",
+        "and self.sliding_window == -1",
+        "and self.sliding_window >= -1",
+        ("tests/integrations/vllm/test_cpu_dense.py",),
     ),
     Fault(
         "attention torch: future keys of the last block are seen",
@@ -424,5 +486,149 @@ FAULTS = (
         "for max_seq_len in {few}:",
         WORKSPACE,
         "serving_compiles_nothing",
+    ),
+    Fault(
+        "vLLM: a stage does not say how wide an EAGLE3 head's streams are",
+        "integrations/vllm/m3_vllm/model.py",
+        "        self.config = vllm_config.model_config.hf_text_config\n        plan =",
+        "        plan =",
+        ("tests/integrations/vllm/test_building.py",),
+    ),
+    Fault(
+        "vision: one rank encodes all pictures",
+        "m3_plugin/model/vision_shares.py",
+        "        rank = patches.index(min(patches))\n",
+        "        rank = 0\n",
+        ("tests/plugin/model/test_vision_shares.py",),
+    ),
+    Fault(
+        "tuning: every context is looked up anew",
+        f"{KERNELS}/index_topk/triton.py",
+        "max_blocks=power_of_two(max_blocks)),",
+        "max_blocks=max_blocks),",
+        ("tests/kernels/triton/test_host_time.py",),
+    ),
+    Fault(
+        "SGLang: row starts of a captured graph belong to nobody",
+        f"{SGLANG}/graphs.py",
+        "cu_seqlens_q=self.starts[step.query_len][: num_reqs + 1],",
+        "cu_seqlens_q=self.starts.pop(step.query_len)[: num_reqs + 1].clone(),",
+        GRAPHS,
+        "first_graph",
+    ),
+    Fault(
+        "SGLang: rows of a padded request lie before position 0",
+        f"{SGLANG}/graphs.py",
+        "if step.query_len > step.unseen + 1:",
+        "if step.query_len < step.unseen:",
+        GRAPHS,
+        "padded",
+    ),
+    Fault(
+        "SGLang: a replay makes the page table of the whole context",
+        f"{SGLANG}/graphs.py",
+        "seq_lens=batch.seq_lens,",
+        "seq_lens=batch.seq_lens.clamp(min=self.req_to_token.shape[1]),",
+        GRAPHS,
+        "replay_reads",
+    ),
+    Fault(
+        "SGLang: caches take the workspace's memory",
+        f"{SGLANG}/registration.py",
+        "return max(0, available - wanted)",
+        "return max(0, available)",
+        ("tests/integrations/sglang/test_memory.py",),
+    ),
+    Fault(
+        "SGLang: attention is cut among ranks that see other requests",
+        f"{SGLANG}/options.py",
+        '    "attn_dp_size": (_ONE, _DATA_PARALLEL),\n',
+        "",
+        ("tests/integrations/sglang/test_arguments.py",),
+    ),
+    Fault(
+        "checks: a page outside the pool passes",
+        "m3_plugin/attention/checks.py",
+        "outside = visible & ((table < 0) | (table >= num_pages))",
+        "outside = visible & (table < 0)",
+        CHECKS,
+    ),
+    Fault(
+        "checks: a page of another place passes",
+        "m3_plugin/attention/checks.py",
+        "    yield from _pages_at_two_places(table, visible, num_pages=num_pages)\n",
+        "",
+        CHECKS,
+    ),
+    Fault(
+        "checks: a row may be stored anywhere",
+        "m3_plugin/attention/checks.py",
+        "torch.nonzero((own >= 0) & (own != wanted))",
+        "torch.nonzero((own >= 0) & (own < 0))",
+        CHECKS,
+    ),
+    Fault(
+        "checks: a gap in what was chosen passes",
+        "m3_plugin/attention/checks.py",
+        "    good &= (chosen == front).all(-1)\n",
+        "",
+        CHECKS,
+    ),
+    Fault(
+        "checks: a step that drafting changes is looked at once",
+        "m3_plugin/attention/session.py",
+        "            self.checker.replanned()\n",
+        "            pass\n",
+        CHECKS,
+    ),
+    Fault(
+        "weights: large numbers are taken for infinite ones",
+        "m3_plugin/checkpoint/finite.py",
+        "        if bad:\n",
+        "        if True:\n",
+        ("tests/plugin/checkpoint/test_finite.py",),
+    ),
+    Fault(
+        "weights: NaN in 8 bits passes",
+        "m3_plugin/checkpoint/finite.py",
+        "return (values.view(torch.uint8) & 0x7F) > largest",
+        "return (values.view(torch.uint8) & 0x7F) > 0x7F",
+        ("tests/plugin/checkpoint/test_finite.py",),
+    ),
+    Fault(
+        "soak: an error in a stream is an end",
+        "m3_plugin/soak/driver.py",
+        "reply.finished = not reply.reason",
+        "reply.finished = True",
+        SOAK,
+    ),
+    Fault(
+        "soak: a refusal without a reason passes",
+        "m3_plugin/soak/judging.py",
+        "if not reply.reason or (",
+        "if (",
+        SOAK,
+    ),
+    Fault(
+        "soak: what a client heard before it left is not judged",
+        "m3_plugin/soak/judging.py",
+        "if prompt is None or prompt.begins_right(said):",
+        "if True:",
+        SOAK,
+    ),
+    Fault(
+        "soak: the warm-up counts for slopes",
+        "m3_plugin/soak/record.py",
+        "for minute in own[WARM_UP:] if",
+        "for minute in own if",
+        SOAK,
+    ),
+    Fault(
+        "a draw that is taken back is lost",
+        "integrations/vllm/m3_vllm/cpu_repairs.py",
+        "            self.set_state(self._seeded)\n        return self",
+        "            pass\n        return self",
+        ("tests/integrations/vllm/test_cpu_repairs.py",),
+        "parts_of_a_prompt",
     ),
 )

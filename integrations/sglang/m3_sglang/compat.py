@@ -13,6 +13,7 @@ from m3_plugin.host.presence import TestedWindow
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_config
 from m3_plugin.model.taking import why_not_taken
+from m3_plugin.settings import Settings
 
 _ORIGINAL_HEADS = {
     "num_attention_heads": "original_num_attention_heads",
@@ -131,6 +132,33 @@ def needs_weight_only_mxfp8(device: str) -> bool:
     return torch.cuda.get_device_capability()[0] != 10
 
 
+def serves_own_experts() -> bool:
+    """Whether this SGLang has a scheme for NVFP4 experts beside MXFP8 weights (M3.1)."""
+    return not _is_older_than("0.5.23")
+
+
+def has_nvfp4_kernels(device: str) -> bool:
+    """Whether SGLang can multiply NVFP4 experts on such a device at all."""
+    return device != "cpu"
+
+
+def why_sglang_serves_it_better(hf_config: Any) -> str | None:
+    """Why a checkpoint of M3.1 is left to SGLang on this machine; None if it is not.
+
+    On SM100 and SM103 SGLang runs it natively, with products of FP4 and the caches it was trained
+    for, which this plugin has no kernels for.
+    """
+    if not serves_own_experts() or not deep_gemm_is_the_default("cuda"):
+        return None
+    quantization = M3Config.from_hf(_values(hf_config)).quantization
+    if quantization is None or not quantization.has_own_experts:
+        return None
+    return (
+        "config key 'quantization_config.moe_quant_algo' says NVFP4, which SGLang multiplies "
+        "natively on this chip"
+    )
+
+
 def expert_offset(layer: type, beta: float) -> dict[str, Any]:
     """The argument that tells expert kernels what they add to `up`, which some take to be 0.
 
@@ -182,6 +210,22 @@ def tensor_parallel_rank() -> int:
     return get_parallel().tp_rank
 
 
+def second_stream(device_type: str) -> Any:
+    """SGLang's stream for one part of a layer beside another; None where it has none."""
+    if device_type != "cuda" or _is_older_than("0.5.22"):
+        return None
+    from sglang.srt.runtime_context import get_stream
+
+    return get_stream("alt")
+
+
+def is_capturing() -> bool:
+    """Whether SGLang records this step in a CUDA graph; of releases that have a second stream."""
+    from sglang.srt.model_executor.runner import get_is_capture_mode
+
+    return get_is_capture_mode()
+
+
 def shares_out_pictures() -> bool:
     """Whether each rank is to encode a part of the pictures (`--mm-enable-dp-encoder`)."""
     from sglang.srt.runtime_context import get_server_args
@@ -221,7 +265,11 @@ def read_draft_config(hf_config: Any) -> M3Config:
 
 def why_left_alone(hf_config: Any, *, draft: bool) -> str | None:
     """Why a model of one of our architectures is not ours to serve; None if it is."""
-    return why_not_taken(_values(hf_config), draft=draft)
+    reason = why_not_taken(_values(hf_config), draft=draft)
+    # a misspelt variable is reported where arguments are read
+    if reason is None and not draft and not Settings.read()[0].dequantize:
+        return why_sglang_serves_it_better(hf_config)
+    return reason
 
 
 def _values(hf_config: Any) -> dict[str, Any]:

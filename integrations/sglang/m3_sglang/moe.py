@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from m3_plugin.checkpoint.loading import interleave_gate_up, separate_gate_up
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import ExpertProbe, KnownExperts
-from m3_sglang.compat import expert_offset, tensor_parallel_size
+from m3_sglang.compat import expert_offset, is_capturing, second_stream, tensor_parallel_size
 from m3_sglang.quantization import Mxfp8ExpertsMethod
 
 # SGLang's activations add a fixed 1 to `up`.
@@ -104,6 +104,9 @@ class M3MoE(nn.Module):
             self.e_score_correction_bias = nn.Parameter(
                 torch.empty(config.num_experts, dtype=torch.float32), requires_grad=False
             )
+        # the shared expert reads what the routed ones, beside it on a stream of their own, would
+        # write their sum into
+        self.side_stream = second_stream(device_type) if config.num_shared_experts else None
         self.experts = FusedMoE(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_token,
@@ -118,10 +121,13 @@ class M3MoE(nn.Module):
             gate_up_interleaved=False,
             prefix=f"{prefix}.experts",
             **expert_offset(FusedMoE, config.swiglu_beta),
+            **({} if self.side_stream is None else {"inplace": False}),
         )
         # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
         # say nothing when told that they are not: the rows are interleaved after loading.
-        ours = isinstance(self.experts.quant_method, Mxfp8ExpertsMethod)
+        ours = isinstance(self.experts.quant_method, Mxfp8ExpertsMethod) or (
+            getattr(self.experts, "scheme", None) is not None
+        )
         self.interleave = device_type == "cpu" and not ours
         self.is_interleaved = False
         self.topk = TopK(
@@ -147,13 +153,33 @@ class M3MoE(nn.Module):
         """[tokens, hidden] -> same: factor * routed + shared, one all-reduce for both."""
         if hidden_states.shape[0] == 0:
             return hidden_states
-        # before the experts, which may work in place
-        shared = None if self.shared_experts is None else self.shared_experts(hidden_states)
-        router_logits, _ = self.gate(hidden_states.float())
-        routed = self.experts(hidden_states, self.topk(hidden_states, router_logits))
+        if self.side_stream is not None and is_capturing():
+            shared, routed = self._side_by_side(hidden_states)
+        else:
+            # before the experts, which may work in place
+            shared = None if self.shared_experts is None else self.shared_experts(hidden_states)
+            routed = self._routed(hidden_states)
         factor = self.config.routed_scaling_factor
         total = routed * factor if shared is None else torch.add(shared, routed, alpha=factor)
         return tensor_model_parallel_all_reduce(total) if self.tp_size > 1 else total
+
+    def _routed(self, hidden_states: Tensor) -> Tensor:
+        router_logits, _ = self.gate(hidden_states.float())
+        return self.experts(hidden_states, self.topk(hidden_states, router_logits))
+
+    def _side_by_side(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Shared and routed experts as two branches of a CUDA graph, as in SGLang's own M3.
+
+        Eagerly the second stream would cost more time on the host than it saves on the device.
+        """
+        assert self.shared_experts is not None
+        stream = torch.cuda.current_stream()
+        self.side_stream.wait_stream(stream)
+        shared = self.shared_experts(hidden_states)
+        with torch.cuda.stream(self.side_stream):
+            routed = self._routed(hidden_states)
+        stream.wait_stream(self.side_stream)
+        return shared, routed
 
     def start_loading(self) -> None:
         """Bring the experts' gate and up rows into the order of the checkpoint again."""

@@ -39,7 +39,8 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "speculative_algorithm": (
         (None, "NEXTN", "EAGLE", "EAGLE3"),
-        "NEXTN drafts with the MTP module, EAGLE3 with a head of its own",
+        "NEXTN drafts with the MTP module, EAGLE3 with a head of its own; DSpark and DFlash drafts "
+        "are not served",
     ),
     "speculative_eagle_topk": (
         (None, 1),

@@ -33,6 +33,7 @@ from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
 from m3_plugin.quantization.dialects import Quantization, read_quantization
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8
 from m3_sglang.compat import stored_quantization
+from m3_sglang.own_experts import weight_only_experts
 from m3_sglang.registration import MXFP8_METHOD
 from m3_sglang.weights import FUSED
 
@@ -40,7 +41,7 @@ SCALE = Mxfp8().scale
 
 
 class M3Mxfp8Config(QuantizationConfig):
-    """SGLang's view of a checkpoint whose linear weights are MXFP8.
+    """SGLang's view of a checkpoint whose linear weights are MXFP8, its experts perhaps NVFP4.
 
     Parameters
     ----------
@@ -73,6 +74,8 @@ class M3Mxfp8Config(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, FusedMoE):
+            if self.quantization.has_own_experts:
+                return weight_only_experts(self, layer)
             return Mxfp8ExpertsMethod() if self._is_mxfp8(f"{prefix}.0.w1") else None
         if isinstance(layer, LinearBase):
             return Mxfp8LinearMethod() if self._is_mxfp8(prefix) else UnquantizedLinearMethod()
@@ -160,9 +163,12 @@ class Mxfp8ExpertsMethod(FusedMoEMethodBase):
         activated = swiglu_no_interleaved_with_alpha_and_limit(
             gate_up, rules.gemm1_alpha, rules.gemm1_clamp_limit
         )
-        down = mxfp8_linear(activated, w2, layer.get_parameter(f"w2_{SCALE}"), group_starts=starts)
         back = order.argsort()
-        parts = down[back].view(tokens, topk, -1) * chosen.topk_weights[..., None]
+        # in the tokens' order at once, so that the experts' order takes no memory beside the sum
+        down = mxfp8_linear(activated, w2, layer.get_parameter(f"w2_{SCALE}"), group_starts=starts)[
+            back
+        ]
+        parts = down.view(tokens, topk, -1) * chosen.topk_weights[..., None]
         return StandardCombineInput(hidden_states=parts.sum(1).to(hidden.dtype))
 
 

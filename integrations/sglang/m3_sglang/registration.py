@@ -22,10 +22,12 @@ from m3_sglang.compat import (
     deep_gemm_is_the_default,
     device_type,
     has_cache_budget,
+    has_nvfp4_kernels,
     needs_vision_config_attributes,
     needs_weight_only_mxfp8,
     read_config,
     read_draft_config,
+    serves_own_experts,
     sglang_version,
     why_left_alone,
 )
@@ -52,6 +54,7 @@ REQUEST_CHECK = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validat
 INDEX_POOL = "sglang.srt.configs.model_config.is_minimax_sparse"
 INDEX_DTYPE = "sglang.srt.mem_cache.memory_pool.get_minimax_sparse_index_dtype"
 INDEX_WIDTH = "sglang.srt.configs.model_config.get_minimax_sparse_attention_config"
+OWN_EXPERTS = "sglang.srt.arg_groups.model_overrides.minimax_m3._resolve_quant_method"
 CACHE_BUDGET = (
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
 )
@@ -300,6 +303,8 @@ def _register_quantization() -> None:
     for architecture in ARCHITECTURES:
         register_model_override(architecture)(weight_defaults)
     HookRegistry.register(QUANTIZATION, settle_quantization, HookType.AROUND)
+    if serves_own_experts():
+        HookRegistry.register(OWN_EXPERTS, count_as_mxfp8, HookType.AROUND)
 
 
 def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
@@ -318,6 +323,11 @@ def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
             "quantization": None,
             "moe_runner_backend": "triton" if runner == "auto" else runner,
         }
+    if quantization.has_own_experts and not has_nvfp4_kernels(server_args.device):
+        raise ValueError(
+            "m3-plugin: SGLang has no kernels for NVFP4 experts on a CPU: set "
+            "M3_PLUGIN_DEQUANTIZE=1, which loads them in 16 or 32 bits"
+        )
     if quantization.method == "mxfp8" and needs_weight_only_mxfp8(server_args.device):
         workers = getattr(server_args, "tokenizer_worker_num", 1)
         if workers > 1:
@@ -325,10 +335,23 @@ def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
                 "m3-plugin: --tokenizer-worker-num must be 1 for MXFP8 on this chip; got "
                 f"{workers}: SGLang loads no plugins in these workers, and the method is ours"
             )
-        return {"quantization": MXFP8_METHOD, "moe_runner_backend": "triton"}
+        return {
+            "quantization": MXFP8_METHOD,
+            "moe_runner_backend": "marlin" if quantization.has_own_experts else "triton",
+        }
     if quantization.method == "mxfp8" and runner == "auto":
         return right_experts(server_args.device)
     return {}
+
+
+def count_as_mxfp8(original: Any, hf_config: Any) -> Any:
+    """AROUND hook: for SGLang's defaults an M3.1 that is ours has M3's format.
+
+    Those for M3.1 are of SGLang's own model: attention backends, caches and expert kernels that
+    ours does not run on.
+    """
+    found = original(hf_config)
+    return "mxfp8" if found == "minimax_m3_nvfp4" and is_ours(hf_config) else found
 
 
 def right_experts(device: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
 from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_dequantiser
-from m3_plugin.checkpoint.names import MTP_PREFIX, is_mtp_tensor, mtp_modules, text_modules
+from m3_plugin.checkpoint.names import MTP_PREFIX, is_draft_tensor, mtp_modules, text_modules
 from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.model.config import M3Config
 
@@ -59,7 +59,7 @@ def _weight_loader(
     *,
     config: M3Config,
     expected: frozenset[str],
-    is_foreign: Callable[[str], bool] = is_mtp_tensor,
+    is_foreign: Callable[[str], bool] = is_draft_tensor,
     witness: ExpertWitness | None = None,
 ) -> WeightLoader:
     return WeightLoader(

@@ -56,6 +56,10 @@ def register_with_vllm() -> None:
             from m3_vllm.quantization import register_plain_weights
 
             register_plain_weights(tuple(ARCHITECTURES))
+        else:
+            from m3_vllm.own_experts import register_own_experts
+
+            register_own_experts(tuple(ARCHITECTURES))
     except Exception as error:
         if settings.required:
             raise

@@ -16,6 +16,7 @@ from m3_vllm import cpu_repairs
 from m3_vllm.caches import M3SparseCacheLayer, cache_dtype, index_dtype
 from m3_vllm.compat import device_type, requests_of_step
 from m3_vllm.options import require_served
+from m3_vllm.orphans import end_with_starter, engine_of_first_worker
 
 ATTENTION_OP = "vllm::m3_msa_attention"
 
@@ -35,6 +36,8 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
     require_served(vllm_config, config)
     if device_type() == "cpu":
         cpu_repairs.take_draws_back()
+    if (engine := engine_of_first_worker()) is not None:
+        end_with_starter(engine)
     keep_attention_out_of_piecewise_graphs(vllm_config)
     session = make_session(
         config,

@@ -2,7 +2,7 @@
 
 `config.json` repeats the released configuration; `models.json` lists published repositories with
 their `quantization_config`, shortened to what says how weights are stored; `gpus.json` holds the
-memory nvidia-smi reports for a card.
+memory nvidia-smi reports for a card. M3.1's configuration is made of M3's (docs/m31.md).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from m3_plugin.untrusted import read_json
 
 _HERE = Path(__file__).parent
+_M31 = "MiniMaxAI/MiniMax-M3.1-Flash"
 # What precedes the model in the hosts' command lines.
 _MODEL_OPTIONS = ("serve", "--model", "--model-path")
 
@@ -62,6 +63,30 @@ def released_config() -> dict[str, Any]:
 def published_models() -> dict[str, dict[str, Any]]:
     """Repository -> its `quantization_config`, empty for the unquantised one."""
     return json.loads((_HERE / "models.json").read_text())
+
+
+def published_config(repository: str) -> dict[str, Any]:
+    """The config of a published repository: M3's, with what is known to differ.
+
+    Parameters
+    ----------
+    repository : one of `published_models`
+    """
+    quantization = published_models()[repository]
+    config = dict(released_config())
+    if quantization:
+        config["quantization_config"] = quantization
+    if repository == _M31:
+        text = dict(config["text_config"])
+        everywhere = [1] * text["num_hidden_layers"]
+        text["sparse_attention_config"] = text["sparse_attention_config"] | {
+            "sparse_attention_freq": everywhere,
+            "sparse_disable_index_value": everywhere,
+        }
+        for key in ("num_mtp_modules", "num_nextn_predict_layers"):
+            text.pop(key, None)
+        config["text_config"] = text
+    return config
 
 
 @cache
@@ -111,9 +136,7 @@ def find_model(name: str) -> ModelSource:
     if downloaded is not None:
         return ModelSource(name, read_config(downloaded / "config.json"), downloaded)
     if name in published_models():
-        quantization = published_models()[name]
-        extra = {"quantization_config": quantization} if quantization else {}
-        return ModelSource(name, released_config() | extra, None)
+        return ModelSource(name, published_config(name), None)
     suggestion = suggest(name)
     if suggestion is not None:
         raise ModelNotFound(f"no model {name!r} here; did you mean {suggestion}?")
@@ -171,11 +194,13 @@ def suggest(name: str) -> str | None:
     if name.startswith(("/", ".", "~")):
         return None
     letters = _letters(name.rpartition("/")[2])
-    if "minimax" not in _letters(name) and letters != "m3":
+    if "minimax" not in _letters(name) and letters not in ("m3", "m31"):
         return None
     letters = letters.removeprefix("minimaxai").removeprefix("minimax")
     for repository in published_models():
-        if _letters(repository.partition("/")[2]).removeprefix("minimax") == letters:
+        own = _letters(repository.partition("/")[2]).removeprefix("minimax")
+        # gateways leave "Flash" out, of which there is no other kind
+        if letters in (own, own.removesuffix("flash")):
             return repository
     return None
 

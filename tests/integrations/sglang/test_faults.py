@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from m3_plugin.cli.hosts import HOSTS
 from m3_plugin.host.serving import sglang_command
 from tests.integrations.faults import FaultCases
 from tests.integrations.sglang.test_server import OPTIONS, SERVER_ENVIRONMENT
@@ -14,8 +16,13 @@ class TestFaults(FaultCases):
     worker = "sglang::scheduler"
     plugin = ("sglang.srt.plugins", "tests.integrations.sglang.spoiled_page")
 
-    def command(self, model: Path, port: int, *, ranks: int = 1) -> list[str]:
-        return sglang_command(model, port=port, options=(*OPTIONS, "--tp", str(ranks)))
+    # it lets more in than there is room for, which it is careful not to do otherwise
+    crowded = (*HOSTS["sglang"].load_options(8192, 8192, 16), "--schedule-conservativeness", "0.1")
+
+    def command(
+        self, model: Path, port: int, *, ranks: int = 1, options: Sequence[str] = ()
+    ) -> list[str]:
+        return sglang_command(model, port=port, options=(*OPTIONS, "--tp", str(ranks), *options))
 
     def environment(self) -> dict[str, str]:
         return {**SERVER_ENVIRONMENT, "M3_PLUGIN_CHECK": "1"}

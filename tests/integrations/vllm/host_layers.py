@@ -27,7 +27,11 @@ from m3_plugin.quantization.formats import Mxfp8, Nvfp4, Plain, WeightFormat
 
 def without_kernels() -> None:
     """Let vLLM's methods be built although this machine has no kernel for them."""
+    from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
     from vllm.model_executor.layers.quantization import modelopt
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_nvfp4 as compressed,
+    )
 
     class Kernel:
         def input_quant_key(self) -> None:
@@ -37,6 +41,8 @@ def without_kernels() -> None:
     host.select_linear_kernel = lambda *args, **kwargs: Kernel()
     host.select_mxfp8_moe_backend = lambda *args, **kwargs: (None, None)
     host.select_nvfp4_moe_backend = lambda *args, **kwargs: (None, None)
+    host = compressed
+    host.select_nvfp4_moe_backend = lambda *args, **kwargs: (NvFp4MoeBackend.MARLIN, None)
 
 
 def build(stored: Path) -> tuple[nn.Module, M3Config]:
@@ -47,7 +53,12 @@ def build(stored: Path) -> tuple[nn.Module, M3Config]:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.plugins import load_general_plugins
 
+    from m3_vllm import own_experts
+
     load_general_plugins()
+    # M3.1 is refused on a CPU where it is not dequantised
+    plugin: Any = own_experts
+    plugin.device_type = lambda: "cuda"
     config = EngineArgs(model=str(stored), dtype="bfloat16", enforce_eager=True)
     vllm_config = config.create_engine_config()
     with set_current_vllm_config(vllm_config), tempfile.TemporaryDirectory() as folder:
@@ -97,7 +108,7 @@ def compare(model: nn.Module, config: M3Config, reference: dict[str, Tensor]) ->
                 weight = format_of(tensors, prefix="")
                 found = decode(weight, tensors, prefix="", halves=1)
                 report[name] = entry(weight, found, expected)
-        if "w13_weight" in tensors:
+        if tensors.keys() & {"w13_weight", "w13_weight_packed"}:
             layer = name.partition(".experts")[0] + ".experts"
             report[layer] = compare_experts(layer, tensors, plain, config)
     return report
@@ -138,7 +149,9 @@ def compare_experts(
 
 
 def format_of(tensors: dict[str, Tensor], *, prefix: str) -> WeightFormat:
-    """vLLM's layers name their scales as ModelOpt does."""
+    """vLLM's layers name their scales as ModelOpt does, or as compressed-tensors."""
+    if f"{prefix}weight_global_scale" in tensors:
+        return Nvfp4("weight_packed", "weight_global_scale", "input_global_scale", divides=True)
     if f"{prefix}weight_scale_2" in tensors:
         return Nvfp4()
     return Mxfp8(scale="weight_scale") if f"{prefix}weight_scale" in tensors else Plain()
@@ -149,12 +162,12 @@ def decode(weight: WeightFormat, tensors: dict[str, Tensor], *, prefix: str, hal
     parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if not isinstance(weight, Nvfp4):
         return dequantise(weight, parts)
-    scales = parts["weight_scale_2"].reshape(-1)
+    scales = parts[weight.global_scale].reshape(-1)
     assert scales.numel() == halves
-    rows = [t.chunk(halves) for t in (parts["weight"], parts["weight_scale"])]
+    rows = [t.chunk(halves) for t in (parts[weight.weight], parts["weight_scale"])]
     return torch.cat(
         [
-            dequantise(weight, {"weight": w, "weight_scale": s, "weight_scale_2": scale})
+            dequantise(weight, {weight.weight: w, "weight_scale": s, weight.global_scale: scale})
             for w, s, scale in zip(*rows, scales, strict=True)
         ]
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from m3_plugin.cli.hosts import HOSTS
 from m3_plugin.host.serving import vllm_command
 from tests.integrations.faults import FaultCases
 from tests.integrations.vllm.test_server import OPTIONS, SERVER_ENVIRONMENT
@@ -14,9 +16,13 @@ class TestFaults(FaultCases):
     worker = "VLLM::Worker"
     plugin = ("vllm.general_plugins", "tests.integrations.vllm.spoiled_page")
 
-    def command(self, model: Path, port: int, *, ranks: int = 1) -> list[str]:
-        options = (*OPTIONS, "--tensor-parallel-size", str(ranks))
-        return vllm_command(model, port=port, options=options)
+    crowded = HOSTS["vllm"].load_options(8192, 8192, 16)
+
+    def command(
+        self, model: Path, port: int, *, ranks: int = 1, options: Sequence[str] = ()
+    ) -> list[str]:
+        all_options = (*OPTIONS, "--tensor-parallel-size", str(ranks), *options)
+        return vllm_command(model, port=port, options=all_options)
 
     def environment(self) -> dict[str, str]:
         return {**SERVER_ENVIRONMENT, "M3_PLUGIN_CHECK": "1"}

@@ -20,13 +20,13 @@ def misses() -> dict[str, int]:
     return {cache.__name__: cache.cache_info().misses for cache in caches}
 
 
-def run(case: Case) -> None:
+def run(case: Case, *, max_seq_len: int) -> None:
+    """A step of the longest request a host announces."""
     findings = verify_case(
         case,
         kernels=KernelChoice("triton", "test"),
         device=torch.device("cpu"),
-        # as a host says it, of the longest it may schedule
-        max_seq_len=64,
+        max_seq_len=max_seq_len,
     )
     assert all(finding.ok for finding in findings)
 
@@ -34,8 +34,8 @@ def run(case: Case) -> None:
 def test_a_second_step_looks_up_nothing_anew() -> None:
     """Plan, store, scores, choice and attention, of prompts and of decoding, with other lengths."""
     tuning._config.cache_clear()
-    run(CASE)
+    run(CASE, max_seq_len=128)
     first = misses()
     assert first["_config"] > 5
-    run(dataclasses.replace(CASE, requests=((33, 1), (50, 12))))
+    run(dataclasses.replace(CASE, requests=((33, 1), (50, 12))), max_seq_len=100)
     assert misses() == first

@@ -7,6 +7,7 @@ import torch
 
 from m3_plugin.checkpoint import finite
 from m3_plugin.checkpoint.finite import require_finite
+from m3_plugin.checkpoint.updates import load_first
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -52,3 +53,24 @@ def test_a_view_is_looked_at_as_it_is() -> None:
     require_finite({"w": weights[:, ::2]}, ["w"])
     with pytest.raises(ValueError, match=r"at \[0, 0\]"):
         require_finite({"w": weights[:, 1::2]}, ["w"])
+
+
+class _Loaded:
+    """What `load_first` asks of a loader: its parameters, and what of them was loaded."""
+
+    def __init__(self, value: float) -> None:
+        self.parameters = {"w": torch.tensor([1.0, value])}
+
+    def load(self, name: str, tensor: torch.Tensor) -> None:
+        """Nothing: the values are there."""
+
+    def finish(self) -> set[str]:
+        return {"w"}
+
+
+@pytest.mark.parametrize(("text", "vision"), [(torch.nan, 1.0), (1.0, torch.inf)])
+def test_a_first_load_ends_with_it(text: float, vision: float) -> None:
+    """Both parts; through real servers `test_weights_that_are_no_numbers_end_the_start`."""
+    assert load_first(_Loaded(1.0), _Loaded(2.0), [], prefix="m.") == {"w", "m.w"}  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"w holds 1 values .* at \[1\] of \[2\]"):
+        load_first(_Loaded(text), _Loaded(vision), [])  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from m3_plugin.checkpoint.names import (
@@ -14,7 +16,7 @@ from m3_plugin.checkpoint.names import (
     text_modules,
 )
 from m3_plugin.model.config import M3Config
-from m3_plugin.testing.hub_layout import CheckpointShape, tensor_shapes
+from m3_plugin.testing.hub_layout import tensor_shapes
 from m3_plugin.testing.random_checkpoint import PRESETS
 from tests.plugin.model.test_config import HUB, hub
 
@@ -98,7 +100,7 @@ def test_mtp_and_layer_names() -> None:
 
 def test_mtp_modules_are_what_test_checkpoints_hold() -> None:
     """Four tensors of its own and a sparse decoder layer; nothing of the target."""
-    shape = CheckpointShape(**(vars(PRESETS["kernel"]) | {"num_mtp_modules": 2}))
+    shape = replace(PRESETS["kernel"], num_mtp_modules=2)
     names = [name.removeprefix(TEXT_PREFIX) for name, _ in tensor_shapes(shape)]
     config = M3Config.from_hf(hub(num_local_experts=shape.num_local_experts))
     ledger = TensorLedger(mtp_modules(config, num_modules=2))

@@ -279,7 +279,11 @@ def test_a_local_folder_wins_over_a_suggestion(
         ("minimaxai/minimax-m3", "MiniMaxAI/MiniMax-M3"),
         ("minimax/m3-mxfp8", "MiniMaxAI/MiniMax-M3-MXFP8"),
         ("nvidia/minimax-m3-nvfp4", "nvidia/MiniMax-M3-NVFP4"),
-        ("minimax/m3.1", None),
+        ("minimax/m3.1", "MiniMaxAI/MiniMax-M3.1-Flash"),
+        ("m3.1", "MiniMaxAI/MiniMax-M3.1-Flash"),
+        ("minimax/minimax-m3.1-flash", "MiniMaxAI/MiniMax-M3.1-Flash"),
+        ("minimax/MiniMax_M3_1-Flash", "MiniMaxAI/MiniMax-M3.1-Flash"),
+        ("minimax/m3.2", None),
         ("minimax-m2", None),
     ],
 )

@@ -92,6 +92,9 @@ def dies(handler: Handler, body: dict[str, Any]) -> None:
         (lambda h, body: h.say(503, {"detail": "full"}), 1, "lost", "full"),
         (lambda h, body: h.text(200, "<html>"), 1, "lost", "<html>"),
         (lambda h, body: h.stream({"choices": []}, end=False), 2, "lost", "has no end"),
+        (lambda h, body: h.stream("{not JSON"), 2, "lost", "no answer of this protocol"),
+        (lambda h, body: h.stream({"choices": [{}]}), 2, "lost", "no answer of this protocol"),
+        (lambda h, body: h.say(200, {"choices": [7]}), 1, "lost", "no answer of this protocol"),
         (
             lambda h, body: h.stream({"error": {"message": "engine died"}}),
             2,
@@ -101,7 +104,20 @@ def dies(handler: Handler, body: dict[str, Any]) -> None:
         (hangs, 2, "lost", "no end within 2 s"),
         (dies, 1, "lost", "RemoteProtocolError"),
     ],
-    ids=["wrong", "streamed", "4xx", "5xx", "no JSON", "no end", "error event", "hangs", "dies"],
+    ids=[
+        "wrong",
+        "streamed",
+        "4xx",
+        "5xx",
+        "no JSON",
+        "no end",
+        "event",
+        "choice",
+        "body",
+        "error event",
+        "hangs",
+        "dies",
+    ],
 )
 def test_faults(behaviour: Behaviour, number: int, verdict: str, said: str) -> None:
     outcome = asked(behaviour, number=number)

@@ -1,0 +1,119 @@
+"""MiniMax-M3.1 in vLLM: MXFP8 layers and NVFP4 experts under one method, both weight-only.
+
+vLLM reads such a checkpoint as MXFP8 throughout and has methods for both formats; here each layer
+gets the one its weights are stored for. Activations stay in 16 bits: what M3.1 stores of the scale
+of activations of `w1` and `w3` is not described, and vLLM's products of FP4 would use it.
+
+The class that vLLM registers is light, so that other models do not pay for vLLM's quantisation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from m3_plugin.quantization.chips import WEIGHT_ONLY_NVFP4
+from m3_plugin.quantization.dialects import read_quantization
+from m3_vllm.compat import device_type
+from m3_vllm.registry import why_left_alone
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config
+
+METHOD = "m3_mxfp8_nvfp4"
+
+
+def register_own_experts(architectures: tuple[str, ...]) -> None:
+    """Register the method for checkpoints of these architectures."""
+    OwnExperts.architectures = architectures
+    register_quantization_config(METHOD)(OwnExperts)
+
+
+class OwnExperts(QuantizationConfig):
+    """Each layer's method, from vLLM's own for MXFP8 and for NVFP4.
+
+    Parameters
+    ----------
+    dense : vLLM's config of an MXFP8 checkpoint, for everything but routed experts
+    """
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, dense: ModelOptMxFp8Config) -> None:
+        super().__init__()
+        self.dense = dense
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> Any:
+        """Our method for an M3.1 that is ours to serve."""
+        if hf_quant_cfg.get("moe_quant_algo") is None:
+            return None
+        found = getattr(hf_config, "architectures", None) or [None]
+        if found[0] not in cls.architectures or why_left_alone(hf_config) is not None:
+            return None
+        quantization = read_quantization(hf_quant_cfg)
+        return METHOD if quantization is not None and quantization.has_own_experts else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> OwnExperts:
+        """vLLM's config for the dense layers, with the list under either of its two names.
+
+        Raises
+        ------
+        ValueError : on a CPU, for which vLLM has no kernels of these formats.
+        """
+        if device_type() == "cpu":
+            raise ValueError(
+                "vLLM has no kernels for MXFP8 and NVFP4 weights on a CPU: set "
+                "M3_PLUGIN_DEQUANTIZE=1, which loads them in 16 or 32 bits"
+            )
+        return cls.of(config)
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> OwnExperts:
+        """`from_config` whatever the device."""
+        from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config
+
+        kept = config.get("ignored_layers") or config.get("modules_to_not_convert") or []
+        # what it says of a cache is of training; without it scales need not be in the checkpoint
+        return cls(ModelOptMxFp8Config.from_config({"ignored_layers": list(kept)}))
+
+    def get_name(self) -> Any:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return self.dense.get_supported_act_dtypes()
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return WEIGHT_ONLY_NVFP4
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        if isinstance(layer, RoutedExperts):
+            return weight_only_experts(layer, prefix)
+        self.dense.packed_modules_mapping = self.packed_modules_mapping
+        return self.dense.get_quant_method(layer, prefix)
+
+
+def weight_only_experts(layer: Any, prefix: str) -> QuantizeMethodBase:
+    """vLLM's method for NVFP4 experts of compressed-tensors, with activations in 16 bits."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_nvfp4 as hosts,
+    )
+
+    return hosts.CompressedTensorsW4A4Nvfp4MoEMethod(layer.moe_config, prefix, use_a16=True)

@@ -1,0 +1,97 @@
+"""The released model as each rank and stage of a GPU server builds it, and its share of the cache.
+
+`building.py` does it on the meta device, with vLLM's own loader, groups and cache manager.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from m3_plugin.model.released import released_config
+from tests.integrations.vllm.building import AUX_LAYERS, CACHE_BYTES, SERVERS
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Server -> what its stages are and what they would cache."""
+    folder = tmp_path_factory.mktemp("released")
+    (folder / "config.json").write_text(json.dumps(released_config()))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integrations.vllm.building", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    servers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert len(servers) == len(SERVERS)
+    assert {name: each["error"] for name, each in servers.items() if "error" in each} == {}
+    return servers
+
+
+def test_every_server_has_one_group_of_pages(found: dict[str, Any]) -> None:
+    """60 layers with K and V, 57 of them with index keys, and one page table for all."""
+    for name, server in found.items():
+        assert set(server["groups"]) == {1}, name
+        assert server["block_size"] == [128], name
+        assert server["cached_layers"] == 60 + 57, name
+
+
+def test_stages_have_all_layers_and_one_number_of_blocks(found: dict[str, Any]) -> None:
+    for name, server in found.items():
+        bounds = [stage["layers"] for stage in server["stages"]]
+        assert bounds == ([[0, 60]] if "pp 1" in name else [[0, 30], [30, 60]]), name
+        assert len(set(server["blocks"])) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("server", "kv_heads", "item"),
+    [
+        ("H100: tp 1, pp 1", 4, 2),
+        ("H100: tp 2, pp 1", 2, 2),
+        ("H100: tp 4, pp 1", 1, 2),
+        ("H100: tp 8, pp 1", 1, 2),
+        ("H100: tp 8, pp 1 --kv-cache-dtype fp8", 1, 1),
+    ],
+)
+def test_blocks_of_a_rank(found: dict[str, Any], server: str, kv_heads: int, item: int) -> None:
+    """K and V of this rank's heads in all layers, and the one index key of each MSA layer."""
+    block = 128 * (60 * 2 * kv_heads * 128 * item + 57 * 128 * 2)
+    assert found[server]["blocks"] == [CACHE_BYTES // block]
+
+
+def test_all_stages_report_the_same_layouts(found: dict[str, Any]) -> None:
+    for name, server in found.items():
+        assert all(each == server["layouts"][0] for each in server["layouts"]), name
+        assert server["layout"] in server["layouts"][0], name
+
+
+def test_weights_are_shared_out(found: dict[str, Any]) -> None:
+    """428 B parameters in bf16; what every rank holds whole is the tower and the routers."""
+    whole = found["H100: tp 1, pp 1"]["stages"][0]["weights"]
+    assert 790 < whole / GIB < 800
+    for ranks in (2, 4, 8):
+        part = found[f"H100: tp {ranks}, pp 1"]["stages"][0]["weights"]
+        assert whole / ranks < part < whole / ranks + 3 * GIB
+
+
+def test_streams_of_an_eagle3_head_cross_stages(found: dict[str, Any]) -> None:
+    """vLLM makes room for those of earlier stages, as wide as the model."""
+    for name in ("H100: tp 4, pp 2", "B200: tp 4, pp 2"):
+        first, last = (stage["passed"] for stage in found[name]["stages"])
+        assert first.keys() == {"hidden_states", "residual"}
+        earlier = sum(layer <= 30 for layer in AUX_LAYERS)
+        assert len(last) == 2 + earlier
+        assert all(shape == [3, 6144] for shape in last.values())
+
+
+def test_scratch_of_every_rank(found: dict[str, Any]) -> None:
+    for name, server in found.items():
+        assert all(stage["workspace"] < GIB for stage in server["stages"]), name
