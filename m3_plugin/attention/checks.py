@@ -20,8 +20,9 @@ from torch import Tensor
 from m3_plugin.host.metrics import count_checked_step
 
 if TYPE_CHECKING:
+    from m3_kernels.paged import MSACaches
     from m3_plugin.attention.batch import MSABatch
-    from m3_plugin.attention.session import MSACaches, MSAPlan
+    from m3_plugin.attention.session import MSAPlan
     from m3_plugin.model.config import MSAConfig
 
 logger = logging.getLogger(__name__)

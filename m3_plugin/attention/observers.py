@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from m3_kernels.norm_rope_store import HeadNorms
-from m3_kernels.paged import MSACaches
 from m3_plugin.attention.session import MSAPlan, MSASession, MSAStatistics
 from m3_plugin.host.metrics import layer_timers, read_counters
 
@@ -47,42 +45,12 @@ class TimedSession(MSASession):
         self._seconds, self._steps = layer_timers()
         self._last_plan: MSAPlan | None = None
 
-    def store(
-        self,
-        plan: MSAPlan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index_q: Tensor,
-        index_k: Tensor,
-        *,
-        norms: HeadNorms,
-        cos_sin: Tensor,
-        caches: MSACaches,
-    ) -> tuple[Tensor, Tensor]:
-        """As `MSASession.store`; the first layer that stores under a plan counts a step."""
+    @contextmanager
+    def timed(self, part: str, plan: MSAPlan) -> Iterator[None]:
+        """Adds the time within to the metric; the first part under a plan counts a step."""
         if plan is not self._last_plan:
             self._last_plan = plan
             self._steps.labels(phase=plan.batch.phase).inc()
-        with self._timed("store", plan):
-            return super().store(
-                plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
-            )
-
-    def select(self, plan: MSAPlan, index_q: Tensor, *, caches: MSACaches) -> Tensor:
-        """As `MSASession.select`."""
-        with self._timed("select", plan):
-            return super().select(plan, index_q, caches=caches)
-
-    def attend(
-        self, plan: MSAPlan, q: Tensor, block_ids: Tensor, *, caches: MSACaches, out: Tensor
-    ) -> None:
-        """As `MSASession.attend`."""
-        with self._timed("attend", plan):
-            super().attend(plan, q, block_ids, caches=caches, out=out)
-
-    @contextmanager
-    def _timed(self, part: str, plan: MSAPlan) -> Iterator[None]:
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from m3_plugin.attention.recorder import SelectionRecorder
 
 logger = logging.getLogger(__name__)
+
+NOT_TIMED = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -218,17 +221,24 @@ class MSASession:
         """
         if self.checker is not None:
             self.checker.before(plan, caches=caches)
-        q, index_q = self.store(
-            plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
-        )
-        block_ids = self.select(plan, index_q, caches=caches)
-        self.attend(plan, q, block_ids, caches=caches, out=out)
+        with self.timed("store", plan):
+            q, index_q = self.store(
+                plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
+            )
+        with self.timed("select", plan):
+            block_ids = self.select(plan, index_q, caches=caches)
+        with self.timed("attend", plan):
+            self.attend(plan, q, block_ids, caches=caches, out=out)
         if self.checker is not None:
             self.checker.after(plan, q, block_ids, out, caches=caches)
         if self.statistics is not None:
             self.statistics.add(block_ids, batch=plan.batch, block_size=self.msa.block_size)
         if self.recorder is not None:
             self.recorder.add(block_ids, batch=plan.batch)
+
+    def timed(self, part: str, plan: MSAPlan) -> AbstractContextManager[None]:
+        """Around each part of `run`, for sessions that report how long it takes; here nothing."""
+        return NOT_TIMED
 
     def store(
         self,

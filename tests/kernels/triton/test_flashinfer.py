@@ -221,7 +221,11 @@ def test_nothing_before_its_kernels_reads_the_device(monkeypatch: pytest.MonkeyP
     inputs = build(dataclasses.replace(MIXED, pages="separate"))
     with pytest.raises(NotImplementedError, match="meta"):
         inputs.seq_lens.to("meta").tolist()
-    step = Step(*(t.to("meta") for t in inputs.batch.values()))
+    step = Step(
+        inputs.page_table.to("meta"),
+        inputs.cu_seqlens_q.to("meta"),
+        inputs.seq_lens.to("meta"),
+    )
     kv = KVPages(inputs.k_pages.to("meta"), inputs.v_pages.to("meta"))
     q, ids = inputs.q.to("meta"), chosen(inputs).to("meta")
     flashinfer_prefill(SparseAttention(q, kv, ids, step, scale=1.0, out=torch.empty_like(q)))

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3_kernels.norm_rope_store import HeadNorms
+from m3_kernels.paged import MSACaches
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.batch import MSABatch
 from m3_plugin.attention.checks import StepChecker, StepCheckError
-from m3_plugin.attention.session import HeadNorms, MSACaches, MSAPlan, MSASession
+from m3_plugin.attention.session import MSAPlan, MSASession
 from m3_plugin.model.config import MSAConfig
 
 PAGE = 128

@@ -93,7 +93,8 @@ def kv_pages(dtype: torch.dtype) -> KVPages:
     """Pages of keys and values beside each other; fp8 ones have a scale each."""
     pair = meta(PAGES, PAGE_SIZE, KV_HEADS, 2 * HEAD_DIM, dtype=dtype).transpose(1, 2)
     scale = meta(1, dtype=torch.float32) if dtype.itemsize == 1 else None
-    return KVPages(*pair.split(HEAD_DIM, dim=-1), scale, scale)
+    k_pages, v_pages = pair.split(HEAD_DIM, dim=-1)
+    return KVPages(k_pages, v_pages, scale, scale)
 
 
 def slots(rows: int) -> Tensor:
