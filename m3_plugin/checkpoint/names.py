@@ -23,6 +23,15 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _MTP = re.compile(r"(^|\.)mtp\.")
 # The draft model that M3.1 is published with, in a folder or under names of its own.
 _DSPARK = re.compile(r"(language_model\.)?(model\.)?dspark\.")
+# How transformers calls them in memory, and writes with `save_original_format=False`.
+_OF_TRANSFORMERS = re.compile(
+    r"model\.(language_model|vision_tower|multi_modal_projector)\.|model\.layers\.\d+\."
+    r"(mlp\.experts\.(gate_up|down)_proj$|self_attn\.indexer\.)"
+)
+# What its conversion back to the published names gets wrong.
+_SAVED_BY_TRANSFORMERS = re.compile(
+    r"model\.layers\.\d+\.block_sparse_moe\.(gate|up|down)_proj\.weight$"
+)
 _INDEX_BRANCH = re.compile(r"(.+\.self_attn)\.index_[qk]_(?:proj|norm)\.")
 _MTP_LAYER = re.compile(r"(?:^|\.)mtp\.layers\.(\d+)\.")
 
@@ -266,10 +275,26 @@ class TensorLedger:
             problems.append(f"left over {_sample(sorted(self.leftover))}")
         if problems:
             raise ValueError(
-                "checkpoint does not match its config.json: "
-                + "; ".join(problems)
-                + ". Check that all shards are there and that the config is the checkpoint's own."
+                f"checkpoint does not match its config.json: {'; '.join(problems)}. "
+                + _cure(self.leftover)
             )
+
+
+def _cure(leftover: Iterable[str]) -> str:
+    """What to do about tensors of other names, by whose names they are."""
+    names = list(leftover)
+    if any(_OF_TRANSFORMERS.match(name) for name in names):
+        return (
+            "These are transformers' own names; save the model once more with "
+            "save_pretrained(FOLDER, save_original_format=True)."
+        )
+    if any(_SAVED_BY_TRANSFORMERS.match(name) for name in names):
+        return (
+            "transformers 5.19 saves the MLP of dense layers under the name of the experts; rename "
+            "layers.N.block_sparse_moe.{gate,up,down}_proj.weight to layers.N.mlp.* in the files "
+            "and their index."
+        )
+    return "Check that all shards are there and that the config is the checkpoint's own."
 
 
 def _sample(names: list[str], *, limit: int = 5) -> str:

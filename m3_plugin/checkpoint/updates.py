@@ -89,7 +89,8 @@ def _tower_parameter(name: str) -> str:
     for checkpoint, ours in CHECKPOINT_PREFIXES.items():
         if name.startswith(checkpoint):
             return ours + name.removeprefix(checkpoint)
-    return name
+    # transformers 5 gives the tower's MLP the name of the text's experts when it saves a checkpoint
+    return name.replace(".block_sparse_moe.fc", ".mlp.fc")
 
 
 def require_no_missing(vision: Collection[str]) -> None:

@@ -139,6 +139,22 @@ class _M3AttentionBase(nn.Module):
         self.k_norm = HiddenNorm(self.head_dim, eps=self.eps)
 
 
+def dense_rope(config: M3Config, *, max_model_len: int) -> nn.Module:
+    """vLLM's RoPE, with a table for every position that a request can have.
+
+    `VLLM_ALLOW_LONG_MAX_MODEL_LEN` admits more of them than the config names; sparse layers compute
+    their angles from positions and need no table.
+    """
+    return get_rope(
+        config.head_dim,
+        max_position=max(config.max_position_embeddings, max_model_len),
+        rope_parameters={
+            "rope_theta": config.rope_theta,
+            "partial_rotary_factor": config.partial_rotary_factor,
+        },
+    )
+
+
 class M3DenseAttention(_M3AttentionBase):
     """Causal GQA over the whole context (the first layers), by what `dense_backend` chooses."""
 
@@ -163,14 +179,7 @@ class M3DenseAttention(_M3AttentionBase):
             attn_backend=dense_backend(vllm_config, head_dim=self.head_dim),
             prefix=f"{prefix}.attn",
         )
-        self.rotary_emb = get_rope(
-            self.head_dim,
-            max_position=config.max_position_embeddings,
-            rope_parameters={
-                "rope_theta": config.rope_theta,
-                "partial_rotary_factor": config.partial_rotary_factor,
-            },
-        )
+        self.rotary_emb = dense_rope(config, max_model_len=vllm_config.model_config.max_model_len)
 
     def forward(self, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor) -> Tensor:
         # called as MSA layers are; the host's RoPE has its own table and leaves cos_sin alone
