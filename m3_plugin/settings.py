@@ -11,6 +11,7 @@
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
 | `M3_PLUGIN_INDEX_KEYS` | auto, int8 | int8: index keys in half the bytes, blocks may differ |
+| `M3_PLUGIN_DENSE` | auto, host | host: dense layers on a CPU stay on the host's own kernels |
 | `M3_PLUGIN_KERNELS` | auto, flashinfer, triton, native, torch, reference | force kernels |
 
 A plugin that no host loads (another environment, an allow-list without it) checks nothing, REQUIRED
@@ -35,6 +36,7 @@ PREFIX = "M3_PLUGIN_"
 
 KernelFamily = Literal["auto", "flashinfer", "triton", "native", "torch", "reference"]
 IndexKeys = Literal["auto", "int8"]
+DenseLayers = Literal["auto", "host"]
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 # What Kubernetes, and Docker before it, derive from the name of a Service and its ports. A Service
@@ -57,6 +59,7 @@ class Settings:
     record_blocks: Path | None = None
     dequantize: bool = False
     index_keys: IndexKeys = "auto"
+    dense: DenseLayers = "auto"
     kernels: KernelFamily = "auto"
 
     @classmethod
@@ -111,6 +114,7 @@ class Settings:
             record_blocks=Path(folder) if (folder := given.get("RECORD_BLOCKS")) else None,
             dequantize=_flag(given, "DEQUANTIZE", mistakes),
             index_keys=cast(IndexKeys, _choice(given, "INDEX_KEYS", get_args(IndexKeys), mistakes)),
+            dense=cast(DenseLayers, _choice(given, "DENSE", get_args(DenseLayers), mistakes)),
             kernels=cast(KernelFamily, _choice(given, "KERNELS", get_args(KernelFamily), mistakes)),
         )
         return settings, tuple(mistakes)

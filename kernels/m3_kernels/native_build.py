@@ -37,12 +37,24 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
-HEADER = PACKAGE / "native_common.h"
+HEADERS = tuple(PACKAGE / name for name in ("native_common.h", "native_attention.h"))
 SOURCES = tuple(
     PACKAGE / op / "native.cpp"
-    for op in ("index_topk", "sparse_attention", "cache_store", "norm_rope_store")
+    for op in (
+        "index_topk",
+        "sparse_attention",
+        "dense_attention",
+        "cache_store",
+        "norm_rope_store",
+    )
 )
-FUNCTIONS = ("m3_index_topk", "m3_sparse_attention", "m3_cache_store", "m3_norm_and_rope")
+FUNCTIONS = (
+    "m3_index_topk",
+    "m3_sparse_attention",
+    "m3_dense_attention",
+    "m3_cache_store",
+    "m3_norm_and_rope",
+)
 # No fast-math: the kernels rely on NaN and infinity. Contraction is on because one chain of fused
 # multiply-adds per result is what makes results independent of tiling.
 COMPILE_FLAGS = (
@@ -262,7 +274,7 @@ def _fingerprint(compiler: Sequence[str]) -> str:
     # the arguments too: "g++ -m32" has the version of g++
     parts = [version, *compiler[1:], " ".join(COMPILE_FLAGS), platform.machine(), _cpu_features()]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for source in (HEADER, *SOURCES):
+    for source in (*HEADERS, *SOURCES):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -428,7 +428,14 @@ inline void multiply_rows(const float* const* a, const float* panel, int64_t dep
 inline void multiply_panel(const float* const* a, int64_t rows, const float* panel, int64_t depth,
                            float* const* c) {
   int64_t r = 0;
-  for (; r + kRowTile <= rows; r += kRowTile) multiply_rows<kRowTile>(a + r, panel, depth, c + r);
+  for (; r + kRowTile <= rows; r += kRowTile) {
+    if (kRowTile == 6 && rows - r == 10) {  // two of five are faster than six and four
+      multiply_rows<5>(a + r, panel, depth, c + r);
+      multiply_rows<5>(a + r + 5, panel, depth, c + r + 5);
+      return;
+    }
+    multiply_rows<kRowTile>(a + r, panel, depth, c + r);
+  }
   if (kRowTile > 4 && r + 4 <= rows) {
     multiply_rows<4>(a + r, panel, depth, c + r);
     r += 4;

@@ -28,9 +28,12 @@ from m3_kernels.validation import FP8_DTYPES, LOW_PRECISION_DTYPES
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.batch import MSABatch, StepCapacity
+from m3_plugin.attention.dense import FAMILIES as DENSE_FAMILIES
+from m3_plugin.attention.dense import DenseAttention
 from m3_plugin.attention.session import HeadNorms, MSACaches, MSAPlan, MSASession
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.model.config import MSAConfig
+from m3_plugin.settings import Settings
 
 CPU = torch.device("cpu")
 # The layouts of K and V which another library's prefill may meet (`pages_refusal`).
@@ -48,7 +51,8 @@ class Finding:
     Attributes
     ----------
     case, phase : name of the case; "decode", "verify", "prefill" or "mixed"
-    quantity : "queries", "cache", "selection", "attention", "run", "repeats", "chunks" or "graph"
+    quantity : "queries", "cache", "selection", "attention", "dense", "run", "repeats", "chunks" or
+        "graph"
     error, allowed : largest absolute error and its limit, where the quantity has one
     faults : what is wrong, for a person to read; empty if nothing is
     """
@@ -220,6 +224,8 @@ def verify_case(
                 max_seq_len=max_seq_len,
             )
             findings = [run.queries(), run.cache(), run.selection(), run.attention(), run.whole()]
+            if kernels.family in DENSE_FAMILIES and case.kv_dtype is None:
+                findings.append(run.dense())
             if repeats:
                 findings.append(run.repeats(repeats))
             if kernels.prefill is not None:
@@ -345,6 +351,30 @@ class _CaseRun:
         fault = f"error {found.error:.3g}, allowed {found.allowed:.3g}"
         return self._finding(
             "attention",
+            error=found.error,
+            allowed=found.allowed,
+            faults=() if found.ok else (fault,),
+        )
+
+    def dense(self) -> Finding:
+        """What a dense layer makes of the same keys, against the oracle over all blocks."""
+        out = _poisoned_like(self.moved.q)
+        DenseAttention(self.session.kernels.family, settings=Settings()).attend(
+            self.batch,
+            self.moved.q,
+            self.moved.k_pages,
+            self.moved.v_pages,
+            scale=self.session.scale,
+            out=out,
+        )
+        blocks = torch.arange(self.inputs.page_table.shape[1], dtype=torch.int32)
+        ids = blocks.expand(self.case.num_kv_heads, out.shape[0], -1)
+        exact, _ = plain_attention(self.inputs, ids, torch.float64)
+        plain, _ = plain_attention(self.inputs, ids, self.case.dtype)
+        found = accuracy(out.cpu(), exact, plain)
+        fault = f"error {found.error:.3g}, allowed {found.allowed:.3g}"
+        return self._finding(
+            "dense",
             error=found.error,
             allowed=found.allowed,
             faults=() if found.ok else (fault,),

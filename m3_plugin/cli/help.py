@@ -214,8 +214,8 @@ NOTES: Mapping[str, Notes] = {
         summary="How fast are the CPU kernels, beside dense attention?",
         examples={
             "m3-plugin bench cpu": "8K to 128K tokens, beside dense attention; minutes",
-            "m3-plugin bench cpu --contexts 8192 --prefill-contexts '' --no-dense --json": (
-                "decoding at 8K alone, as JSON"
+            "m3-plugin bench cpu --contexts '' --prefill-contexts '' --step-contexts 8192": (
+                "a server's decode step, with our dense layers and the host's"
             ),
         },
         variables={"OMP_NUM_THREADS": "threads, where --threads is 0"},

@@ -73,8 +73,11 @@ def _triton() -> dict[str, Any]:
 
 
 def _kernels(device_type: str, *, is_there: bool) -> dict[str, Any]:
+    import torch
+
     from m3_kernels import kernel_families
     from m3_plugin.attention.backends import NoKernelError, choose_kernels
+    from m3_plugin.attention.dense import choose_dense
     from m3_plugin.settings import Settings
 
     found: dict[str, Any] = {
@@ -86,6 +89,11 @@ def _kernels(device_type: str, *, is_there: bool) -> dict[str, Any]:
     except (NoKernelError, ValueError) as error:
         return found | {"kernel_error": str(error)}
     found["kernels"] = choice.describe()
+    if device_type == "cpu":
+        dense = choose_dense(
+            device_type, cache_dtype=torch.bfloat16, settings=Settings.from_environment()
+        )
+        found["dense"] = dense.describe("the host's own kernels")
     if not is_there:
         return found
     try:
@@ -200,6 +208,8 @@ def _examine_kernels(report: Report, found: Mapping[str, Any]) -> None:
         )
         return
     report.add("kernels", "choice", found["kernels"])
+    if "dense" in found:
+        report.add("kernels", "dense layers", found["dense"])
     if "self_test_error" in found:
         report.add(
             "kernels",

@@ -7,6 +7,8 @@ with a code for the reason; the reason itself, which may hold paths, is in the l
 `m3_plugin:msa_rows_total` and `msa_blocks_*_total` count what MSA layers read, under
 `M3_PLUGIN_STATISTICS=1`; `m3_plugin:msa_seconds_total` how long they took, and
 `m3_plugin:msa_steps_total` over how many steps, under `M3_PLUGIN_TIMINGS=1`.
+`m3_plugin:dense_rows_total` and `m3_plugin:dense_seconds_total`, under the same variables, are of
+dense layers where our kernel serves them.
 `m3_plugin:checked_steps_total` counts steps that `M3_PLUGIN_CHECK` looked at.
 
 Workers are processes of their own, so the host must run prometheus_client in its multi-process
@@ -118,6 +120,21 @@ def layer_timers() -> tuple[Counter, Counter]:
         ),
         Counter("m3_plugin:msa_steps", "Steps over which that time was spent", ["phase"]),
     )
+
+
+@cache
+def dense_counters() -> dict[str, Counter]:
+    """Rows and seconds of dense layers on our kernel, labelled by phase."""
+    from prometheus_client import Counter
+
+    described = {
+        "rows": "Query rows of dense layers on m3-plugin's kernel, times those layers",
+        "seconds": "Time spent attending in these layers",
+    }
+    return {
+        name: Counter(f"m3_plugin:dense_{name}", text, labelnames=["phase"])
+        for name, text in described.items()
+    }
 
 
 @cache

@@ -46,6 +46,7 @@ __all__ = [
     "reading_media",
     "require_frame_limit",
     "require_long_side",
+    "require_plausible_counts",
     "require_video_fps",
     "require_video_pixels",
     "sampled_frames",
@@ -66,6 +67,8 @@ MIN_VIDEO_FPS = 0.2
 MAX_VIDEO_FPS = 5.0
 # Twice what Pillow warns of, which is where Pillow refuses and vLLM's own limit lies.
 MAX_IMAGE_PIXELS = 178_956_970
+# Boxes of an MP4 on the way to its tables of times.
+_NESTED_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 # Beyond this aspect ratio transformers refuses an image.
 MAX_ASPECT = 200
 
@@ -189,7 +192,10 @@ def sampled_frames(
     ValueError : no frames, no frame rate, or a length beyond `MAX_VIDEO_SECONDS`.
     """
     if total <= 0 or not math.isfinite(fps) or fps <= 0 or wanted_fps <= 0:
-        raise ValueError(f"a video needs frames and a frame rate; got {total} and {fps}")
+        raise ValueError(
+            f"a video needs frames and a frame rate; its header says {total} and {fps:g}: write it "
+            "anew with its length, e.g. ffmpeg -i FILE -c copy NEW.mp4"
+        )
     if total / fps > MAX_VIDEO_SECONDS:
         raise ValueError(
             f"a video must last at most {MAX_VIDEO_SECONDS:,} s; its header claims "
@@ -208,6 +214,61 @@ def sampled_frames(
     if max_frames == 1:
         return [total - 1]
     return [index(round(i * (count - 1) / (max_frames - 1))) for i in range(max_frames)]
+
+
+def require_plausible_counts(data: bytes) -> None:
+    """Refuse a video whose header claims more frames than the file has bytes.
+
+    Decoders size their tables by that count before they look for a frame, and one that cannot have
+    the memory ends the process: C++ leaves nothing to catch. MP4, MOV and AVI state such a count.
+
+    Raises
+    ------
+    ValueError : the count, the size and what to send.
+    """
+    if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+        claimed = _frames_of_avi(data)
+    else:
+        claimed = _frames_of_boxes(data, 0, len(data), depth=0)
+    if claimed > len(data):
+        raise ValueError(
+            f"a video's header claims {claimed:,} frames in {len(data):,} bytes; send a whole file"
+        )
+
+
+def _frames_of_avi(data: bytes) -> int:
+    """The largest number of frames in an AVI's main header and headers of streams."""
+    # where the count stands behind a chunk's name and size
+    fields = ((b"avih", 16), (b"strh", 32))
+    found = 0
+    for name, offset in fields:
+        at = data.find(name)
+        while at >= 0:
+            field = data[at + 8 + offset : at + 12 + offset]
+            found = max(found, int.from_bytes(field, "little"))
+            at = data.find(name, at + 4)
+    return found
+
+
+def _frames_of_boxes(data: bytes, begin: int, end: int, *, depth: int) -> int:
+    """The largest number of frames in the tables of times of an MP4's tracks."""
+    found = 0
+    while begin + 8 <= end:
+        size, name = int.from_bytes(data[begin : begin + 4], "big"), data[begin + 4 : begin + 8]
+        head = 8
+        if size == 1:
+            size, head = int.from_bytes(data[begin + 8 : begin + 16], "big"), 16
+        # a size of nothing reaches to the end; one that is too small ends what can be read
+        stop = end if size == 0 else min(begin + size, end)
+        if stop < begin + head:
+            break
+        if name in _NESTED_BOXES and depth < len(_NESTED_BOXES):
+            found = max(found, _frames_of_boxes(data, begin + head, stop, depth=depth + 1))
+        elif name == b"stts":
+            entries = range(begin + head + 8, stop - 7, 8)
+            found = max(found, sum(int.from_bytes(data[at : at + 4], "big") for at in entries))
+        begin = stop
+    return found
 
 
 def time_stamp(

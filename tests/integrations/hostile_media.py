@@ -74,11 +74,15 @@ def _videos(rng: random.Random) -> Iterator[Hostile]:
         "mp4": mp4(frames, fps=2, size=(56, 56)),
         "mkv": mkv(frames, [i / 2 for i in range(6)], duration=3.0, size=(56, 56)),
         "webm": mkv(frames, [0] * 6, duration=None, size=(56, 56), kind=b"webm"),
+        "avi": media_files.avi(frames, claimed=6, size=(56, 56)),
         "y4m": b"YUV4MPEG2 W28 H28 F2:1 Ip C444\n" + (b"FRAME\n" + bytes(28 * 28 * 3)) * 4,
     }
     for kind, data in files.items():
         for name, broken in _broken(rng, data):
             yield Hostile(name=f"{kind} {name}", body=_ask(video(broken)))
+    for claimed in (0, 2**24, 2**31 - 1, 2**32 - 1):
+        data = media_files.avi(frames, claimed=claimed, size=(56, 56))
+        yield Hostile(name=f"avi claims {claimed}", body=_ask(video(data)))
     mp4_file, mkv_file = files["mp4"], files["mkv"]
     for box in (b"ftyp", b"moov", b"mvhd", b"trak", b"tkhd", b"mdhd", b"stts", b"stsz", b"stco"):
         at = mp4_file.index(box)
@@ -137,7 +141,7 @@ def _lying_pictures() -> dict[str, bytes]:
 
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("a", b"a")
+        file.writestr(zipfile.ZipInfo("a"), b"a")
     jpeg_file = jpeg(RED, size=(28, 28))
     frame = jpeg_file.index(b"\xff\xc0") + 5
     bitmap = encoded(Image.new("RGB", (28, 28), RED), "BMP")
@@ -166,7 +170,7 @@ def _lying_pictures() -> dict[str, bytes]:
         "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
         "pdf": b"%PDF-1.4\n1 0 obj<<>>endobj\ntrailer<<>>",
         "zip": archive.getvalue(),
-        "gzip bomb": gzip.compress(bytes(10_000_000)),
+        "gzip bomb": gzip.compress(bytes(10_000_000), mtime=0),
         "picture with an archive behind it": whole + archive.getvalue(),
         "video as a picture": mp4([jpeg_file]),
         "pickle": b"\x80\x04cos\nsystem\n(S'true'\ntR.",

@@ -179,6 +179,28 @@ def _box(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body) + 8) + name + body
 
 
+def avi(frames: Sequence[bytes], *, claimed: int, size: tuple[int, int] = (112, 84)) -> bytes:
+    """AVI of JPEG frames, one a second, whose headers claim another number of them."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return name + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)
+
+    def group(name: bytes, *chunks: bytes) -> bytes:
+        return chunk(b"LIST", name + b"".join(chunks))
+
+    width, height = size
+    main = struct.pack("<14I", 10**6, 0, 0, 16, claimed, 0, 1, 0, width, height, 0, 0, 0, 0)
+    stream = b"vidsMJPG" + struct.pack("<10I", 0, 0, 0, 1, 1, 0, claimed, 0, 0, 0) + bytes(8)
+    picture = struct.pack("<IiiHH4s5I", 40, width, height, 1, 24, b"MJPG", *[0] * 5)
+    header = group(
+        b"hdrl",
+        chunk(b"avih", main),
+        group(b"strl", chunk(b"strh", stream), chunk(b"strf", picture)),
+    )
+    movie = group(b"movi", *(chunk(b"00dc", frame) for frame in frames))
+    return chunk(b"RIFF", b"AVI " + header + movie)
+
+
 def endless_mkv() -> bytes:
     """Some 70 KB whose header and last cue claim 3,000,000 s, as does a seek to the end."""
     frames = [jpeg((255, 0, 0))] * 81

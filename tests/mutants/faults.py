@@ -29,6 +29,7 @@ class Fault:
 KERNELS = "kernels/m3_kernels"
 INDEX = ("tests/kernels/test_index_topk.py",)
 ATTENTION = ("tests/kernels/test_sparse_attention.py", "tests/kernels/test_invariance.py")
+DENSE = ("tests/kernels/test_dense_attention.py",)
 STORE = ("tests/kernels/test_cache_store.py",)
 INDEX_TRITON = ("tests/kernels/triton/test_index_topk.py",)
 ATTENTION_TRITON = ("tests/kernels/triton/test_sparse_attention.py",)
@@ -166,17 +167,74 @@ FAULTS = (
     ),
     Fault(
         "attention native: sums are merged without their maxima",
-        f"{KERNELS}/sparse_attention/native.cpp",
+        f"{KERNELS}/native_attention.h",
         "into.sum = into.sum * old_weight + part.sum",
         "into.sum = into.sum + part.sum",
         ATTENTION,
     ),
     Fault(
         "attention native: no scale",
-        f"{KERNELS}/sparse_attention/native.cpp",
+        f"{KERNELS}/native_attention.h",
         "Floats x = load<Floats>(logits + j) * splat(scale_);",
         "Floats x = load<Floats>(logits + j);",
         ATTENTION,
+    ),
+    # dense_attention
+    Fault(
+        "dense native: the last segment is left out",
+        f"{KERNELS}/dense_attention/native.cpp",
+        "return (tile.position + tile.rows - 1) / (page_size_ * kSegmentBlocks) + 1;",
+        "return (tile.position + tile.rows - 1) / (page_size_ * kSegmentBlocks);",
+        DENSE,
+    ),
+    Fault(
+        "dense native: a row sees the key after its own",
+        f"{KERNELS}/dense_attention/native.cpp",
+        "const int64_t seen = tile.position + row - start + 1;",
+        "const int64_t seen = tile.position + row - start + 2;",
+        DENSE,
+    ),
+    Fault(
+        "dense native: segments are those of the tile, not of the context",
+        f"{KERNELS}/dense_attention/native.cpp",
+        "const int64_t begin = segment * kSegmentBlocks;",
+        "const int64_t begin = segment * kSegmentBlocks + (tile.rows > kFewRows);",
+        DENSE,
+    ),
+    Fault(
+        "dense native: split steps merge the segments of another head",
+        f"{KERNELS}/dense_attention/native.cpp",
+        "write_tile(w, tile, i % kv_heads_);",
+        "write_tile(w, tile, (i + 1) % kv_heads_);",
+        DENSE,
+    ),
+    Fault(
+        "attention native: panels of values are those of other channels",
+        f"{KERNELS}/native_attention.h",
+        "pack_value_panel(values, d, count, w.v_panels + d * page_size_);",
+        "pack_value_panel(values, 0, count, w.v_panels + d * page_size_);",
+        DENSE,
+    ),
+    Fault(
+        "dense torch: rows of a chunk see its last row's keys",
+        f"{KERNELS}/dense_attention/torch_cpu.py",
+        "logits.masked_fill_(key_position > position[:, None], -math.inf)",
+        "logits.masked_fill_(key_position > position[-1], -math.inf)",
+        DENSE,
+    ),
+    Fault(
+        "dense torch: earlier pages keep their weight",
+        f"{KERNELS}/dense_attention/torch_cpu.py",
+        "attended *= (log_sum[..., None] - base).exp_()",
+        "attended *= 1",
+        DENSE,
+    ),
+    Fault(
+        "vLLM: layers with a window are attended whole",
+        "integrations/vllm/m3_vllm/cpu_dense.py",
+        "and self.sliding_window == -1",
+        "and self.sliding_window >= -1",
+        ("tests/integrations/vllm/test_cpu_dense.py",),
     ),
     Fault(
         "attention torch: future keys of the last block are seen",

@@ -82,7 +82,7 @@ class _M3AttentionBase(nn.Module):
 
 
 class M3DenseAttention(_M3AttentionBase):
-    """Causal GQA over the whole context (the first layers), on SGLang's own attention backend."""
+    """Causal GQA over the whole context (the first layers); the backend says by which kernel."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""SGLang's attention backend `msa`: MSA layers through MSASession, dense layers on the host's own.
+"""SGLang's attention backend `msa`: MSA layers through MSASession, dense ones by a dense backend.
 
 K, V and index keys live in SGLang's `MiniMaxSparseKVPool`. Index keys share the slots of K and V
 there, so that paged allocation, radix cache, eviction and retraction need nothing from us.
@@ -20,7 +20,7 @@ from m3_plugin.host.presence import PluginRefusal, attestation
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_plugin.settings import Settings
 from m3_sglang.attention import M3SparseAttention
-from m3_sglang.batch import UniformStep, captured_step, msa_batch
+from m3_sglang.batch import UniformStep, captured_step, msa_batch, paged
 from m3_sglang.compat import (
     read_config,
     read_draft_config,
@@ -28,6 +28,7 @@ from m3_sglang.compat import (
     sglang_version,
     tensor_parallel_size,
 )
+from m3_sglang.cpu_dense import cpu_dense_backend
 from m3_sglang.graphs import GraphBuffers
 from m3_sglang.options import require_served
 from m3_sglang.plain_dense import PlainDenseBackend
@@ -85,7 +86,9 @@ def attested(backend: M3AttentionBackend, runner: Any) -> M3AttentionBackend:
 
 
 def dense_backend(runner: Any) -> AttentionBackend:
-    """The host's own choice for dense attention, able to take part in speculation."""
+    """For dense attention ours on a CPU, else the host's own choice; takes part in speculation."""
+    if torch.device(runner.device).type == "cpu":
+        return cpu_dense_backend(runner)
     return speculating(runner, ATTENTION_BACKENDS[dense_backend_name(runner)](runner))
 
 
@@ -351,11 +354,6 @@ class M3AttentionBackend(AttentionBackend):
                 index_k_scales=index_k_scales,
             )
         return self.caches[layer_id]
-
-
-def paged(slots: Tensor) -> Tensor:
-    """[pages * 128, heads, dim] -> [pages, heads, 128, dim], a view."""
-    return slots.unflatten(0, (-1, PAGED_BLOCK_SIZE)).transpose(1, 2)
 
 
 def require_complete_presence(runner: Any) -> None:

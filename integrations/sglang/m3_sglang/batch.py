@@ -125,6 +125,11 @@ def page_table(req_to_token: Tensor, rows: Tensor, *, max_seq_len: int) -> Tenso
     return (first_slots // PAGED_BLOCK_SIZE).to(torch.int32)
 
 
+def paged(slots: Tensor) -> Tensor:
+    """[pages * 128, heads, dim] -> [pages, heads, 128, dim], a view."""
+    return slots.unflatten(0, (-1, PAGED_BLOCK_SIZE)).transpose(1, 2)
+
+
 def _max_seq_len(forward_batch: Any, *, capacity: int, unseen: int) -> int:
     """No less than the longest request of the step, from the host's mirror of the lengths.
 

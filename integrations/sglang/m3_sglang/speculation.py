@@ -17,8 +17,8 @@ from sglang.srt.speculative.eagle_utils import per_step_draft_out_cache_loc
 from m3_sglang import cpu_repairs
 from m3_sglang.backend import M3AttentionBackend, dense_backend_name
 from m3_sglang.batch import UniformStep, msa_batch
+from m3_sglang.cpu_dense import cpu_dense_backend
 from m3_sglang.options import BACKEND_NAME
-from m3_sglang.plain_dense import PlainDenseBackend
 from m3_sglang.registration import apply_around, is_ours
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class PlainDraftBackends:
 
     def __init__(self, runner: Any, *, num_steps: int) -> None:
         self.attn_backends = [
-            PlainDenseBackend(runner, drafted=i + 1) for i in range(num_steps - 1)
+            cpu_dense_backend(runner, drafted=i + 1) for i in range(num_steps - 1)
         ]
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -143,7 +143,7 @@ def create_draft_extend_backend(original: Callable[[Any], Any], factory: Any) ->
     if is_ours(runner.model_config.hf_config):
         return _named(M3AttentionBackend(runner, dense=NoDenseLayers()))
     if torch.device(runner.device).type == "cpu":
-        return _named(PlainDenseBackend(runner))
+        return _named(cpu_dense_backend(runner))
     return original(_with_dense_name(factory))
 
 

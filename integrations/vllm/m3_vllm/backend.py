@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -22,14 +24,18 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from m3_plugin.attention.batch import MSABatch
+from m3_plugin.attention.dense import DenseChoice, choose_dense
 from m3_plugin.attention.session import MSAPlan
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
+from m3_plugin.settings import Settings
 from m3_vllm.compat import device_major, device_type
 
 logger = init_logger("vllm.m3_plugin.backend")
 
 # What serves the dense layers where vLLM's own choice has no pages of 128 tokens, in this order.
 _DENSE_FALLBACKS = ("FLASH_ATTN", "TRITON_ATTN")
+# Ours for CPUs, by name as vLLM names its own: only a CPU needs vLLM's module that it derives from.
+_CPU_DENSE_BACKEND = "m3_vllm.cpu_dense.M3DenseBackend"
 
 
 @dataclass
@@ -203,16 +209,34 @@ def dense_backend_problem(backend: Any, *, cache_dtype: str) -> str | None:
     return None
 
 
-def dense_backend(vllm_config: VllmConfig, *, head_dim: int) -> type[AttentionBackend]:
-    """The backend of the dense layers: vLLM's choice, or the next one if that has no such pages.
+def dense_choice(vllm_config: VllmConfig) -> DenseChoice:
+    """Whether our kernel attends in dense layers, as it does on a CPU.
 
-    vLLM chooses before it knows the page, and on some machines a backend of small pages:
-    FlashInfer, wherever its kernels for Blackwell cannot be used.
+    An attention backend that the operator named is theirs to have.
+    """
+    attention = vllm_config.attention_config
+    return choose_dense(
+        device_type(),
+        cache_dtype=kv_cache_dtype_str_to_dtype(
+            vllm_config.cache_config.cache_dtype, vllm_config.model_config
+        ),
+        settings=Settings.from_environment(),
+        named=attention.backend is not None or bool(attention.backend_per_kind),
+    )
+
+
+def dense_backend(vllm_config: VllmConfig, *, head_dim: int) -> type[AttentionBackend]:
+    """The backend of the dense layers: ours on a CPU, elsewhere vLLM's choice.
+
+    Or the next one if that has no such pages: vLLM chooses before it knows the page, on some
+    machines a backend of small pages: FlashInfer, where its kernels for Blackwell cannot be used.
 
     Raises
     ------
     ValueError : the user named one that has no such pages, or nothing else can run.
     """
+    if dense_choice(vllm_config).backend is not None:
+        return resolve_obj_by_qualname(_CPU_DENSE_BACKEND)
     cache_dtype = vllm_config.cache_config.cache_dtype
     chosen = get_attn_backend(
         head_size=head_dim, dtype=vllm_config.model_config.dtype, kv_cache_dtype=cache_dtype

@@ -71,6 +71,7 @@ from m3_plugin.model.media import (
     pieces_of,
     reading_media,
     require_frame_limit,
+    require_plausible_counts,
     require_video_fps,
     require_video_pixels,
     sampled_frames,
@@ -476,6 +477,7 @@ class M3VideoLoader(VideoBackend):
         if num_frames not in (-1, _NO_WISH):
             max_frames = num_frames
         require_frame_limit(max_frames)
+        require_plausible_counts(data)
         with reading_media(RuntimeError):
             frames, metadata = super().load_bytes(
                 data,

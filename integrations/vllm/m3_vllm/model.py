@@ -139,7 +139,7 @@ class _M3AttentionBase(nn.Module):
 
 
 class M3DenseAttention(_M3AttentionBase):
-    """Causal GQA over the whole context (the first layers), on vLLM's own attention backend."""
+    """Causal GQA over the whole context (the first layers), by what `dense_backend` chooses."""
 
     def __init__(self, config: M3Config, *, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__(config, vllm_config=vllm_config, prefix=prefix)
@@ -591,9 +591,14 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
                 host_version=vllm_version(),
                 kernels=session.kernels.describe(),
                 detail=f"serving MiniMax-M3 with {sparse} MSA and {len(stage) - sparse} dense "
-                "attention layers in this process",
+                f"attention layers in this process{self._dense_kernel()}",
             ),
         )
+
+    def _dense_kernel(self) -> str:
+        dense = (m for m in self.model.modules() if isinstance(m, M3DenseAttention))
+        first = next(dense, None)
+        return "" if first is None else f", dense ones on {first.attn.attn_backend.__name__}"
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)

@@ -47,7 +47,8 @@ class M3Renderer(HfRenderer):
         return self._typed.messages(messages), replace(params, chat_template_kwargs=kwargs)
 
     def _reading(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._typed is None else reading_media()
+        # vLLM's loader has no class of its own for a URL it may not open
+        return nullcontext() if self._typed is None else reading_media(RuntimeError)
 
     def render_messages(self, messages: Any, params: Any) -> tuple[Any, Any]:
         with self._reading():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.transformers_utils.config import get_safetensors_params_metadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from m3_plugin.checkpoint.names import require_mtp_modules
 from m3_vllm import cpu_repairs
-from m3_vllm.backend import dense_backend_problem
+from m3_vllm.backend import dense_backend_problem, dense_choice
 from m3_vllm.compat import device_type
 
 
@@ -41,6 +42,17 @@ def prepare_speculation(vllm_config: VllmConfig) -> None:
     require_speculation(vllm_config)
     if vllm_config.speculative_config is not None and device_type() == "cpu":
         cpu_repairs.put_right()
+        take_draft_layers(vllm_config)
+
+
+def take_draft_layers(vllm_config: VllmConfig) -> None:
+    """Have the layers of a draft model that is not ours (EAGLE3) attend as our dense ones do.
+
+    vLLM builds them after the target, with the backend that its registry names for a CPU. For a
+    model that this process may build later, the same class uses vLLM's own kernel.
+    """
+    if dense_choice(vllm_config).backend is not None:
+        register_backend(AttentionBackendEnum.CPU_ATTN, "m3_vllm.cpu_dense.M3DraftDenseBackend")
 
 
 def require_speculation(vllm_config: VllmConfig) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from vllm.model_executor.layers.attention import Attention
+
 from m3_plugin.attention.session import MSASession, MSAStatistics
 from m3_vllm.caches import M3IndexCache
 
@@ -24,6 +26,19 @@ class M3WorkerExtension:
         layers = self.model_runner.get_model().modules()
         cache = next(layer for layer in layers if isinstance(layer, M3IndexCache))
         return str(cache.kv_cache.dtype)
+
+    def m3_dense_rows(self) -> dict[str, int | None]:
+        """Rows that each dense layer has served, a draft model's too; None of one on vLLM's kernel.
+
+        Names are vLLM's names of attention layers.
+        """
+        layers = self.model_runner.compilation_config.static_forward_context
+        served = {
+            name: getattr(layer.impl, "dense", None)
+            for name, layer in layers.items()
+            if isinstance(layer, Attention)
+        }
+        return {name: None if dense is None else dense.rows for name, dense in served.items()}
 
     def m3_record_statistics(self, enabled: bool) -> None:
         """Count blocks read by the MSA layers from zero on, or stop counting."""

@@ -25,9 +25,13 @@ from m3_plugin.cli.bench.report import (
     short,
     table_of,
 )
-from m3_plugin.cli.exits import Exit, fail
-from m3_plugin.cli.options import JsonOption, OutputOption, PlotOption
+from m3_plugin.cli.bench.serve import ClientFailed
+from m3_plugin.cli.bench.step import StepRow, measure_steps
+from m3_plugin.cli.exits import Exit, environment, fail
+from m3_plugin.cli.hosts import host_to_start
+from m3_plugin.cli.options import FrameworkOption, JsonOption, OutputOption, PlotOption
 from m3_plugin.cli.outputs import deliver
+from m3_plugin.host.serving import ServerFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +78,7 @@ class Report:
     machine: dict[str, Any]
     geometry: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    steps: list[StepRow] = field(default_factory=list)
 
     def median(self, phase: str, name: str, context: int) -> float | None:
         """Median milliseconds of one measurement, None if it was not made."""
@@ -106,11 +111,19 @@ def bench_cpu(
     ] = 15,
     threads: Annotated[int, typer.Option(help="Threads; 0 for torch's own choice.")] = 0,
     dense: Annotated[bool, typer.Option(help="Time dense attention too.")] = True,
+    step_contexts: Annotated[
+        str,
+        typer.Option(
+            help="Whole decode steps of a real server at these contexts, with our dense layers and "
+            "with the host's; starts two servers."
+        ),
+    ] = "",
+    framework: FrameworkOption = None,
     as_json: JsonOption = False,
     output: OutputOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """How fast are the CPU kernels? One sparse layer in bf16 beside dense attention.
+    """How fast are the CPU kernels? One layer in bf16, sparse and dense, beside torch.
 
     Results are compared first; nothing is timed that is wrong.
     """
@@ -120,6 +133,7 @@ def bench_cpu(
         torch.set_num_threads(threads)
     decode_at = numbers(contexts, "--contexts")
     prefill_at = numbers(prefill_contexts, "--prefill-contexts")
+    steps_at = numbers(step_contexts, "--step-contexts")
     if any(context < prefill_rows for context in prefill_at):
         raise typer.BadParameter("a context is shorter than the chunk", param_hint="--prefill-rows")
     report = Report(machine=_facts(), geometry=_geometry())
@@ -140,6 +154,10 @@ def bench_cpu(
                 )
     except GateError as error:
         fail(f"no numbers: {error}", Exit.WRONG_RESULT)
+    if steps_at:
+        with environment(LookupError, ServerFailed, ClientFailed):
+            host = host_to_start(framework)
+            report.steps = measure_steps(steps_at, host=host, console=Console(stderr=True))
     report.machine["load_average_after"] = load_average()
     if not as_json:
         _print(report, Console())
@@ -187,6 +205,7 @@ def measure(
         functions[f"{name} index_topk"] = lambda name=name: layer.index_topk(name)
         functions[f"{name} sparse_attention"] = lambda name=name: layer.sparse_attention(name)
         functions[name] = lambda name=name: layer.both(name)
+        functions[f"{name} dense_attention"] = lambda name=name: layer.whole(name)
     if dense:
         functions["dense sdpa"] = layer.dense_sdpa if rows == 1 else layer.dense_sdpa_chunk
         if rows == 1:
@@ -268,6 +287,21 @@ class _Layer:
     def both(self, backend: Any) -> Tensor:
         return self.sparse_attention(backend, self.index_topk(backend))
 
+    def whole(self, backend: Any) -> Tensor:
+        """What a dense layer computes of the same keys."""
+        from m3_kernels.dense_attention import dense_attention
+
+        return dense_attention(
+            self.q,
+            self.k_pages,
+            self.v_pages,
+            page_table=self.page_table,
+            cu_seqlens_q=self.cu_seqlens_q,
+            seq_lens=self.seq_lens,
+            scale=SCALE,
+            backend=backend,
+        )
+
     def dense_keys(self) -> tuple[Tensor, Tensor]:
         """K and V [num_kv_heads, context, head_dim] without paging: the peers' best case."""
         if self._dense is None:
@@ -326,19 +360,20 @@ def _check(layer: _Layer) -> None:
     """Raise GateError unless the methods agree, so that no speed of a wrong result is printed.
 
     C++ against plain torch on the last rows: one id in 16 may differ, by scores closer than
-    rounding. In decode also C++ over all blocks against the dense peers.
+    rounding. In decode also the dense op in C++ against the dense peers.
     """
-    import torch
 
     last = layer.last_rows(4)
     native_ids, plain_ids = last.index_topk("native"), last.index_topk("torch")
     different = float((native_ids != plain_ids).float().mean())
     if different > 1 / TOPK:
         raise GateError(f"{different:.1%} of the blocks chosen by C++ and by torch differ")
-    results = {"torch": (last.sparse_attention("native"), last.sparse_attention("torch"))}
+    results = {
+        "torch": (last.sparse_attention("native"), last.sparse_attention("torch")),
+        "torch over all blocks": (last.whole("native"), last.whole("torch")),
+    }
     if layer.rows == 1:
-        everything = torch.arange(layer.pages, dtype=torch.int32).expand(NUM_KV_HEADS, 1, -1)
-        dense = layer.sparse_attention("native", everything)
+        dense = layer.whole("native")
         results["dense sdpa"] = dense, layer.dense_sdpa().view_as(dense)
         results["dense bmm"] = dense, layer.dense_bmm().view_as(dense)
     for name, (ours, theirs) in results.items():
@@ -352,7 +387,7 @@ def _bytes_read(name: str, context: int) -> int | None:
     keys_and_values = 2 * NUM_KV_HEADS * HEAD_DIM * BYTES_PER_VALUE
     index = context * INDEX_DIM * BYTES_PER_VALUE
     chosen = min(context, TOPK * PAGE_SIZE) * keys_and_values
-    if name in DENSE:
+    if name in DENSE or name.endswith("dense_attention"):
         return context * keys_and_values
     if name.endswith("index_topk"):
         return index
@@ -450,12 +485,43 @@ def _print(report: Report, console: Console) -> None:
                 end_section=row is rows[-1] or rows[rows.index(row) + 1].context != row.context,
             )
         console.print(table)
-    console.print("speed-up: over the faster dense method of the same run", highlight=False)
+    if report.rows:
+        console.print("speed-up: over the faster dense method of the same run", highlight=False)
+    if report.steps:
+        _print_steps(report.steps, console)
+
+
+def _print_steps(steps: list[StepRow], console: Console) -> None:
+    table = table_of(
+        "decode step of a server: 1 dense and 3 sparse layers, 64 heads, hidden size 1,024, bf16",
+        left=("context", "dense layer"),
+        right=("first token", "step ms", "dense", "MSA", "rest", "share of dense"),
+    )
+    for row in steps:
+        table.add_row(
+            f"{row.context:,}",
+            row.dense,
+            f"{row.first_token_ms / 1e3:.1f} s",
+            *(short(ms) for ms in (row.step_ms, row.dense_ms, row.msa_ms, row.rest_ms)),
+            f"{row.dense_ms / row.step_ms:.0%}",
+            end_section=row.dense == "host",
+        )
+    console.print(table)
 
 
 def _plot(report: Report, path: Path) -> None:
-    names = {"native": "sparse, C++", "torch": "sparse, plain torch"}
-    colours = {"native": "C3", "torch": "C1", "dense sdpa": "C0", "dense bmm": "C2"}
+    names = {
+        "native": "sparse, C++",
+        "torch": "sparse, plain torch",
+        "native dense_attention": "dense, C++",
+    }
+    colours = {
+        "native": "C3",
+        "torch": "C1",
+        "native dense_attention": "C4",
+        "dense sdpa": "C0",
+        "dense bmm": "C2",
+    }
     panels = []
     for phase in ("decode", "prefill"):
         curves = []

@@ -97,6 +97,7 @@ class Row:
     store_ms, select_ms, attend_ms : what all MSA layers together took of a decode step on one rank,
         as the server counted it, on average: storing keys, selecting blocks, attending
     msa_share : these three over `step_ms`; None, as they are, where the server does not count them
+    dense_ms : what all dense layers took, where our kernel serves them
     """
 
     server: str
@@ -113,6 +114,7 @@ class Row:
     select_ms: float | None = None
     attend_ms: float | None = None
     msa_share: float | None = None
+    dense_ms: float | None = None
 
 
 @dataclass
@@ -263,6 +265,7 @@ class Decoding:
     drafts : verified chains of drafts
     steps : decode steps, added up over ranks
     store, select, attend : seconds of MSA layers in them, added up over ranks
+    dense : seconds of dense layers on our kernel, alike
     """
 
     requests: float
@@ -272,6 +275,7 @@ class Decoding:
     store: float
     select: float
     attend: float
+    dense: float
 
     def since(self, before: Decoding) -> Decoding:
         """What came after `before`."""
@@ -297,6 +301,7 @@ def read_decoding(url: str, *, host: Host) -> Decoding:
         store=seconds("store"),
         select=seconds("select"),
         attend=seconds("attend"),
+        dense=total(text, "m3_plugin:dense_seconds_total", label=phase),
     )
 
 
@@ -318,6 +323,7 @@ def with_attention(row: Row, before: Decoding, after: Decoding) -> Row:
         select_ms=select,
         attend_ms=attend,
         msa_share=sum(parts) / per_token,
+        dense_ms=1e3 * counted.dense / counted.steps if counted.dense else None,
     )
 
 

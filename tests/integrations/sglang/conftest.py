@@ -42,7 +42,12 @@ def random_engine(
 ) -> Iterator[EngineProcess]:
     """An engine on the random checkpoint of preset `engine`, in fp32."""
     log = tmp_path_factory.mktemp("random-engine") / "engine.log"
-    with EngineProcess(random_checkpoint("engine"), log=log) as engine:
+    with EngineProcess(
+        random_checkpoint("engine"),
+        log=log,
+        enable_metrics=True,
+        environment={"M3_PLUGIN_STATISTICS": "1"},
+    ) as engine:
         yield engine
 
 

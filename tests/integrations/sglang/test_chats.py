@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,16 @@ import pytest
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from tests.integrations import media_files
-from tests.integrations.media_cases import frame_list, picture, png, text, video
+from tests.integrations.hostile_media import corpus
+from tests.integrations.media_cases import (
+    CASES,
+    TOKENS,
+    frame_list,
+    picture,
+    png,
+    text,
+    video,
+)
 from tests.integrations.sglang import media_processor
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
@@ -98,6 +108,34 @@ def test_a_continued_answer_may_be_typed(front: Front, with_picture: bool) -> No
     assert front.tokenizer.decode(ids).endswith(f"so {IMAGE}")
     plain = front.ids([*asked, {"role": "assistant", "content": "so"}], continue_final_message=True)
     assert front.added(ids) == front.added(plain)
+
+
+def outcome(front: Front, body: dict[str, Any]) -> int | str | None:
+    """Tokens of a request's prompt, None if it is refused, and what the server would answer 5xx."""
+    options = {"max_tokens": 2, "chat_template_kwargs": {"thinking_mode": "disabled"}}
+    sent = json.loads(json.dumps({**options, **body}))
+    try:
+        return len(front.ids(sent.pop("messages"), **sent))
+    except ValueError:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_every_case_is_laid_out_or_refused(front: Front) -> None:
+    for case in CASES:
+        # the limit of items belongs to the server
+        if case.name != "too-many":
+            found = outcome(front, case.body("sglang"))
+            assert not isinstance(found, str), (case.name, found)
+            assert (found is None) == (case.answer("sglang").text is None), case.name
+            assert found == TOKENS.get(case.name, found), case.name
+
+
+def test_no_hostile_request_is_the_servers_fault(front: Front) -> None:
+    found = {hostile.name: outcome(front, hostile.body) for hostile in corpus()}
+    assert {name: fault for name, fault in found.items() if isinstance(fault, str)} == {}
+    assert sum(tokens is None for tokens in found.values()) > 100
 
 
 def test_stamps_of_a_video_behind_typed_text(front: Front) -> None:

@@ -18,5 +18,8 @@ class TestParity(ParityCases):
     def engine(self, random_engine: EngineProcess) -> EngineProcess:
         return random_engine
 
+    def dense_rows(self, engine: EngineProcess) -> int:
+        return int(engine.metric("m3_plugin:dense_rows_total"))
+
     def start(self, checkpoint: Path, folder: Path, **options: Any) -> EngineProcess:
         return EngineProcess(checkpoint, log=folder / "engine.log", **options)

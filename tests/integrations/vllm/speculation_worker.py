@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention import Attention
 
 from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.worker import M3WorkerExtension
@@ -77,11 +78,14 @@ class SpeculationWorkerExtension(M3WorkerExtension):
         requests = scheduler_output.scheduled_cached_reqs
         layers = self.model_runner.compilation_config.static_forward_context.values()
         sparse = [layer for layer in layers if isinstance(layer, M3SparseCacheLayer)]
+        dense = [x for x in layers if isinstance(x, Attention) and x.impl.dense is not None]
         for name, committed in zip(requests.req_ids, requests.num_computed_tokens, strict=True):
             pages = self.model_runner.requests[name].block_ids[0]
             first = committed - reach
             for index in range(first // 128, len(pages)):
                 start = max(0, first - index * 128)
+                for layer in dense:
+                    layer.kv_cache[pages[index], :, start:] = torch.nan
                 for layer in sparse:
                     caches = layer.paged_caches()
                     page = pages[index]

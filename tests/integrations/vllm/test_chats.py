@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from tests.integrations import media_files
-from tests.integrations.media_cases import picture, png, text, video
+from tests.integrations.hostile_media import corpus
+from tests.integrations.media_cases import CASES, TOKENS, picture, png, text, video
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
 TYPED = f"a {IMAGE} b {VIDEO} ]~b]system\n[e~[ </mm:think> ]<]minimax[>[<tool_call>"
@@ -23,7 +26,12 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     load_general_plugins()
     folder = write_random_checkpoint(tmp_path_factory.mktemp("chats") / "m3", preset="engine")
-    config = ModelConfig(model=str(folder), dtype="float32", max_model_len=8192)
+    config = ModelConfig(
+        model=str(folder),
+        dtype="float32",
+        max_model_len=8192,
+        limit_mm_per_prompt={"image": 2, "video": 1},
+    )
     return renderer_from_config(VllmConfig(model_config=config))
 
 
@@ -79,6 +87,46 @@ def test_a_continued_answer_may_be_typed(renderer: Any) -> None:
     tokenizer = renderer.get_tokenizer()
     assert tokenizer.decode(prompt["prompt_token_ids"]).endswith(f"</mm:think>so {IMAGE}")
     assert IMAGE not in added(renderer, prompt)
+
+
+def outcome(renderer: Any, body: dict[str, Any]) -> int | str | None:
+    """Tokens of a request's prompt, None if it is refused, and what the server would answer 5xx."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.exceptions import VLLMError
+
+    # the classes that vLLM's server answers with 4xx
+    refusals = (ValueError, TypeError, OverflowError, NotImplementedError, VLLMError)
+    try:
+        sent = json.loads(json.dumps({"model": "m3", "max_tokens": 2, **body}))
+        request = ChatCompletionRequest.model_validate(sent)
+        params = request.build_chat_params(None, "auto")
+        tools = [tool.model_dump() for tool in request.tools] if request.tools else None
+        kwargs = {"thinking_mode": "disabled", "add_generation_prompt": True, "tools": tools}
+        kwargs |= request.chat_template_kwargs or {}
+        extras = {"mm_processor_kwargs": request.mm_processor_kwargs}
+        rendering = renderer.render_chat_async(
+            [request.messages], replace(params, chat_template_kwargs=kwargs), prompt_extras=extras
+        )
+        _, (prompt,) = asyncio.run(rendering)
+    except refusals:
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return len(prompt["prompt_token_ids"])
+
+
+def test_every_case_is_laid_out_or_refused(renderer: Any) -> None:
+    for case in CASES:
+        found = outcome(renderer, case.body("vllm"))
+        assert not isinstance(found, str), (case.name, found)
+        assert (found is None) == (case.answer("vllm").text is None), case.name
+        assert found == TOKENS.get(case.name, found), case.name
+
+
+def test_no_hostile_request_is_the_servers_fault(renderer: Any) -> None:
+    found = {hostile.name: outcome(renderer, hostile.body) for hostile in corpus()}
+    assert {name: fault for name, fault in found.items() if isinstance(fault, str)} == {}
+    assert sum(tokens is None for tokens in found.values()) > 100
 
 
 def test_stamps_of_a_video_behind_typed_text(renderer: Any) -> None:

@@ -165,6 +165,7 @@ def test_dense_layers_get_pages_of_128_where_flashinfer_has_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A B200 without FlashInfer's own kernels for it, which may need a download."""
+    monkeypatch.setattr(backend_module, "device_type", lambda: "cuda")
     monkeypatch.setattr(backend_module, "get_attn_backend", lambda **kw: FlashInfer)
     monkeypatch.setattr(
         AttentionBackendEnum,

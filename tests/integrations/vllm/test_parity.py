@@ -28,6 +28,11 @@ def engine(random_checkpoint: Callable[[str], Path]) -> Iterator[EngineProcess]:
 class TestParity(ParityCases):
     """The cases of all hosts."""
 
+    def dense_rows(self, engine: EngineProcess) -> int:
+        (served,) = engine.rpc("m3_dense_rows")
+        (rows,) = served.values()
+        return rows
+
     def start(self, checkpoint: Path, folder: Path, **options: Any) -> EngineProcess:
         return EngineProcess(checkpoint, max_num_batched_tokens=2048, **options)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from m3_kernels.testing.cases import Case, all_cases
+from m3_plugin.attention import dense as dense_module
 from m3_plugin.attention import session as session_module
 from m3_plugin.attention.backends import KernelChoice, choose_kernels
 from m3_plugin.attention.self_test import (
@@ -67,7 +68,7 @@ def test_right_kernels_pass(family: Any, dtype: torch.dtype) -> None:
     findings = found(choose_kernels("cpu", family), dtype=dtype)
     assert [f for f in findings if not f.ok] == []
     assert {f.phase for f in findings} == {"decode", "verify", "prefill"}
-    quantities = {"queries", "cache", "selection", "attention", "run", "repeats"}
+    quantities = {"queries", "cache", "selection", "attention", "dense", "run", "repeats"}
     assert {f.quantity for f in findings} == quantities
     require_right(findings, kernels=choose_kernels("cpu", family), device="cpu")
 
@@ -103,6 +104,14 @@ def test_it_does_not_notice_the_host_building_a_model_around_it() -> None:
 
 def wrong_scale(right: Callable[..., Tensor], *args: Any, scale: float, **kw: Any) -> Tensor:
     return right(*args, scale=scale * 1.05, **kw)
+
+
+def test_wrong_dense_layers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = dense_module.dense_attention
+    monkeypatch.setattr(
+        dense_module, "dense_attention", lambda *args, **kw: wrong_scale(right, *args, **kw)
+    )
+    assert {f.quantity for f in found() if not f.ok} == {"dense"}
 
 
 def sees_one_key_too_many(

@@ -49,7 +49,8 @@ def test_report(tmp_path: Path) -> None:
     assert not any(family == "reference" for family, _ in ran)
     for entry in report["results"]:
         quantities = {finding["quantity"]: finding for finding in entry["findings"]}
-        assert set(quantities) == {"queries", "cache", "selection", "attention", "run", "repeats"}
+        parts = {"queries", "cache", "selection", "attention", "dense", "run", "repeats"}
+        assert set(quantities) == parts
         assert 0 < quantities["attention"]["error"] < quantities["attention"]["allowed"]
 
 

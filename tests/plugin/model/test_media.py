@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m3_plugin.model import media
-from m3_plugin.model.media import MediaTokens, Piece, find_places, lay_out, pieces_of
+from m3_plugin.model.media import (
+    MediaTokens,
+    Piece,
+    find_places,
+    lay_out,
+    pieces_of,
+    reading_media,
+    require_plausible_counts,
+)
+from tests.integrations import media_files
 
 TOKENS = MediaTokens(image=1, video=2, start=3, end=4)
 
@@ -173,3 +183,41 @@ def test_pictures_are_upright_over_white_and_scaled() -> None:
     turned.info["exif"] = exif.tobytes()
     assert media.upright_rgb(turned).size == (6, 8)
     assert media.upright_rgb(Image.new("CMYK", (2, 2), (0, 255, 255, 0))).mode == "RGB"
+
+
+def test_counts_that_no_file_can_hold_are_refused() -> None:
+    frames = [media_files.jpeg((0, 0, 0), size=(28, 28))] * 3
+    whole = media_files.mp4(frames)
+    for data in (b"", whole, whole[:99], media_files.avi(frames, claimed=3), b"RIFFxxxxAVI "):
+        require_plausible_counts(data)
+    at = whole.index(b"stts") + 12
+    for count in (len(whole) + 1, 2**32 - 1):
+        lying = whole[:at] + count.to_bytes(4, "big") + whole[at + 4 :]
+        with pytest.raises(ValueError, match=f"claims {count:,} frames in {len(whole):,} bytes"):
+            require_plausible_counts(lying)
+    with pytest.raises(ValueError, match="claims 2,147,483,648 frames"):
+        require_plausible_counts(media_files.avi(frames, claimed=2**31))
+    # sizes of boxes that lie lead nowhere, or to a refusal
+    for size in (0, 1, 7, 2**32 - 1):
+        for box in (b"moov", b"trak", b"stbl", b"stts"):
+            place = whole.index(box) - 4
+            with contextlib.suppress(ValueError):
+                require_plausible_counts(
+                    whole[:place] + size.to_bytes(4, "big") + whole[place + 4 :]
+                )
+
+
+def test_what_decoders_raise_is_the_clients_mistake() -> None:
+    import struct
+    import zlib
+
+    from PIL import Image
+
+    for kind in (Image.DecompressionBombError, struct.error, zlib.error, SyntaxError, KeyError):
+        with pytest.raises(ValueError, match=kind.__name__), reading_media():
+            raise kind("x")
+    for kind in (ConnectionError, RuntimeError, TimeoutError):
+        with pytest.raises(kind), reading_media():
+            raise kind
+    with pytest.raises(ValueError, match="RuntimeError"), reading_media(RuntimeError):
+        raise RuntimeError

@@ -31,7 +31,7 @@ from sglang.srt.multimodal.processors.base_processor import (
     BaseMultimodalProcessor,
     MultimodalSpecialTokens,
 )
-from sglang.srt.utils import load_image
+from sglang.srt.utils import common, load_image
 from torch import Tensor
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
 
@@ -48,6 +48,7 @@ from m3_plugin.model.media import (
     reading_media,
     require_frame_limit,
     require_long_side,
+    require_plausible_counts,
     require_video_fps,
     require_video_pixels,
     sampled_frames,
@@ -109,8 +110,10 @@ class M3Processor(BaseMultimodalProcessor):
     @classmethod
     def _load_single_item(cls, data: Any, modality: Modality, *args: Any, **kwargs: Any) -> Any:
         """Runs in SGLang's threads; pictures as vLLM loads them, and no picture's fault a 500."""
-        if modality == Modality.VIDEO and (frames := FrameList.of(data)) is not None:
-            return frames
+        if modality == Modality.VIDEO:
+            if (frames := FrameList.of(data)) is not None:
+                return frames
+            data = plausible(data)
         if modality != Modality.IMAGE or cls._is_preprocessed_input(data):
             return super()._load_single_item(data, modality, *args, **kwargs)
         try:
@@ -297,6 +300,30 @@ class M3Processor(BaseMultimodalProcessor):
         return lay_out(prompt, places, self.ids, stamped=stamped)
 
 
+def plausible(data: Any) -> Any:
+    """A video's bytes whose header does not lie to the decoder; anything but a file as it is.
+
+    Raises
+    ------
+    ValueError : it cannot be fetched or decoded from base64, or claims what it cannot hold.
+    """
+    url = getattr(data, "url", data)
+    if not isinstance(url, (str, bytes)):
+        return data
+    fetch = getattr(common, "_normalize_video_input", None)
+    # what an older release fetches is not seen before its decoder opens it
+    if fetch is None:
+        return data
+    try:
+        source = fetch(url)
+    except OSError as error:
+        raise ValueError(f"Failed to load video: {error}") from error
+    if isinstance(source, bytes):
+        require_plausible_counts(source)
+        return source
+    return data
+
+
 class FrameList:
     """A video sent as `data:video/jpeg;base64,FRAME,FRAME,...`, decoded a few frames at a time.
 
@@ -442,21 +469,22 @@ def video_frames(
             "fps": None,
             "frames_indices": None,
         }
-    total = len(video)
+    decoder: Any = video
+    total = len(decoder)
     if isinstance(video, FrameList):
         rate, indices = wish.fps, list(range(total))
     else:
-        rate = video.avg_fps
+        rate = decoder.avg_fps
         indices = sampled_frames(
             total, fps=rate or 0.0, wanted_fps=wish.fps, max_frames=wish.max_frames
         )
-    height, width = getattr(video, "frame_shape", None) or video[0].shape[:2]
+    height, width = getattr(decoder, "frame_shape", None) or decoder[0].shape[:2]
     require_video_pixels(len(indices), *size(height, width))
     at_once = max(_PIXELS_AT_ONCE // (height * width), 1)
     parts = []
     for first in range(0, len(indices), at_once):
         # not as a tensor, for which SGLang pins memory even where there is no accelerator
-        part = torch.as_tensor(video.get_frames_at(indices[first : first + at_once]))
+        part = torch.as_tensor(decoder.get_frames_at(indices[first : first + at_once]))
         part = part.permute(0, 3, 1, 2)
         # what is decoded may be turned against what the header says
         parts.append(resized(part, size(*part.shape[-2:])))
