@@ -8,6 +8,7 @@ its own: vLLM leaves Triton out on a CPU unless it is told that it runs on somet
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import sys
@@ -71,8 +72,11 @@ def first_configuration(tuner: Any, *args: Any, **kwargs: Any) -> Any:
 def in_tree(step: Step) -> Counter[str]:
     """The same of vLLM's own model, on chips where its kernels are Triton's: all but SM100."""
     from triton.runtime.autotuner import Autotuner
-    from vllm.models.minimax_m3.common import indexer, sparse_attention
     from vllm.models.minimax_m3.nvidia import model
+
+    own = "vllm.models.minimax_m3.common"
+    indexer: Any = importlib.import_module(f"{own}.indexer")
+    sparse_attention: Any = importlib.import_module(f"{own}.sparse_attention")
 
     # one call of an operation in C++ stands for norm, RoPE and store
     source = inspect.getsource(model.MiniMaxM3SparseAttention.forward)
