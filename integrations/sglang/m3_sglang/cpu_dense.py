@@ -81,6 +81,7 @@ class M3DenseBackend(PlainDenseBackend):
         if save_kv_cache and k is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
         if self.step is None:
+            assert self.req_to_token_pool is not None
             self.step = msa_batch(
                 forward_batch,
                 req_to_token=self.req_to_token_pool.req_to_token,

@@ -121,7 +121,7 @@ class M3MoE(nn.Module):
             gate_up_interleaved=False,
             prefix=f"{prefix}.experts",
             **expert_offset(FusedMoE, config.swiglu_beta),
-            **({} if self.side_stream is None else {"inplace": False}),
+            inplace=self.side_stream is None,
         )
         # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
         # say nothing when told that they are not: the rows are interleaved after loading.
@@ -154,7 +154,7 @@ class M3MoE(nn.Module):
         if hidden_states.shape[0] == 0:
             return hidden_states
         if self.side_stream is not None and is_capturing():
-            shared, routed = self._side_by_side(hidden_states)
+            shared, routed = self._side_by_side(hidden_states, self.side_stream)
         else:
             # before the experts, which may work in place
             shared = None if self.shared_experts is None else self.shared_experts(hidden_states)
@@ -167,18 +167,20 @@ class M3MoE(nn.Module):
         router_logits, _ = self.gate(hidden_states.float())
         return self.experts(hidden_states, self.topk(hidden_states, router_logits))
 
-    def _side_by_side(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _side_by_side(
+        self, hidden_states: Tensor, side_stream: torch.cuda.Stream
+    ) -> tuple[Tensor, Tensor]:
         """Shared and routed experts as two branches of a CUDA graph, as in SGLang's own M3.
 
         Eagerly the second stream would cost more time on the host than it saves on the device.
         """
         assert self.shared_experts is not None
         stream = torch.cuda.current_stream()
-        self.side_stream.wait_stream(stream)
+        side_stream.wait_stream(stream)
         shared = self.shared_experts(hidden_states)
-        with torch.cuda.stream(self.side_stream):
+        with torch.cuda.stream(side_stream):
             routed = self._routed(hidden_states)
-        stream.wait_stream(self.side_stream)
+        stream.wait_stream(side_stream)
         return shared, routed
 
     def start_loading(self) -> None:
