@@ -242,9 +242,10 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
         """Have every kernel compiled for these pages, once both of this layer's caches are there.
 
         vLLM binds caches before it captures graphs and before it serves, the one for measuring
-        graphs among them.
+        graphs among them. Between the two of a layer, one is new and the other of the last time.
         """
-        if self.kv_cache.numel() and self.index_cache.kv_cache.numel():
+        main, index = self.kv_cache, self.index_cache.kv_cache
+        if main.numel() and index.numel() and main.shape[0] == index.shape[0]:
             warm_up(self.session, self.paged_caches())
 
     @property
