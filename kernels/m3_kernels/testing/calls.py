@@ -13,16 +13,17 @@ from m3_kernels.sparse_attention import SparseAttention
 from m3_kernels.testing.cases import Inputs
 
 
-def index_call(inputs: Inputs, **changes: Any) -> IndexTopk:
+def index_call(inputs: Inputs, *, keys: IndexPages | None = None, **changes: Any) -> IndexTopk:
     """The choice of blocks of a case, into a buffer of garbage."""
     heads, topk = inputs.index_q.shape[1], inputs.case.topk
     given = {
         "out": torch.full((heads, inputs.index_q.shape[0], topk), 123456789, dtype=torch.int32),
-        "keys": IndexPages(inputs.index_k_pages, inputs.index_k_scales),
         "step": Step(**inputs.batch),
         **inputs.selection,
     }
-    return IndexTopk(inputs.index_q, **(given | changes))
+    if keys is None:
+        keys = IndexPages(inputs.index_k_pages, inputs.index_k_scales)
+    return IndexTopk(inputs.index_q, keys=keys, **(given | changes))
 
 
 def chosen(inputs: Inputs) -> Tensor:
