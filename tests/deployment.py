@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from m3_plugin.host import metrics
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -41,15 +44,14 @@ def sample_name(name: str) -> str:
     return re.sub(r"_(total|bucket|sum|count)$", "", name)
 
 
-def _plugin_metrics() -> Iterator[str]:
-    source = (ROOT / "m3_plugin" / "host" / "metrics.py").read_text()
-    yield from re.findall(r'"(m3_plugin:\w+)"', source)
-    yield from (
-        f"m3_plugin:msa_{name}" for name in re.findall(r'^        "(\w+)": "', source, re.MULTILINE)
-    )
-
-
-PLUGIN_METRICS = frozenset(_plugin_metrics())
+@cache
+def plugin_metrics() -> frozenset[str]:
+    """Ours, from the functions that make them: each remembers what it made."""
+    makers = [maker for maker in vars(metrics).values() if hasattr(maker, "cache_info")]
+    made = [maker() for maker in makers]
+    several = [list(m.values()) if isinstance(m, dict) else m for m in made]
+    flat = [one for some in several for one in (some if isinstance(some, list | tuple) else [some])]
+    return frozenset(one._name for one in flat)
 
 
 def unknown_metrics(host: Host, package: Path) -> set[str]:

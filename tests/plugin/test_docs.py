@@ -15,8 +15,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from m3_plugin.cli import app
-from m3_plugin.host import metrics
 from m3_plugin.settings import PREFIX, Settings
+from tests.deployment import plugin_metrics, sample_name
 from tests.integrations.parser_corpus import CASES, MODES, STREAMED, Mode
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -59,17 +59,11 @@ def test_every_variable_is_documented() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    """Every function that makes metrics remembers them: those in the module's caches are all."""
-    makers = [maker for maker in vars(metrics).values() if hasattr(maker, "cache_info")]
-    assert len(makers) >= 6
-    exported = set()
-    for made in (maker() for maker in makers):
-        several = made.values() if isinstance(made, dict) else made
-        exported |= {one._name for one in (several if isinstance(made, dict | tuple) else (made,))}
+    assert len(plugin_metrics()) >= 8
     listed = {
         row[0].strip("`").partition("{")[0] for row in table_rows("operations", "`m3_plugin:")
     }
-    assert {name.removesuffix("_total") for name in listed} == exported
+    assert {sample_name(name) for name in listed} == plugin_metrics()
 
 
 def commands() -> list[str]:
