@@ -25,11 +25,11 @@ from m3_plugin.cli import app
 from m3_plugin.settings import Settings
 from tests.deployment import (
     DEPLOY,
-    plugin_metrics,
     Host,
     absent_instances,
     alerts,
     metric_names,
+    plugin_metrics,
     queries,
     sample_name,
     server_arguments,
