@@ -108,6 +108,7 @@ class InsightCases:
         assert 'kernels="' in info
         assert info.endswith(" 1.0")
 
+    @pytest.mark.extended
     def test_bench_serve_with_the_hosts_own_client(
         self, server: ServerProcess, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-# Our kernels by the names under which a session calls them. They run in plain torch, whatever the
-# family; what that family would read is recorded with the rest.
+from m3_kernels.implementations import Op
+
+# Kernels by the names under which a step calls them, beside the ops that a session binds. All run
+# in plain torch, whatever the family; what that family would read is recorded with the rest.
 KERNELS = {
-    "m3_plugin.attention.session": ("norm_rope_store", "index_topk", "sparse_attention"),
     "m3_plugin.attention.workspace": ("fill_work_plan",),
     "m3_sglang.graphs": ("fill_page_table",),
 }
@@ -137,6 +138,20 @@ def record_kernels(patch: pytest.MonkeyPatch) -> None:
         for name in names:
             kernel = getattr(importlib.import_module(module), name)
             patch.setattr(f"{module}.{name}", functools.partial(_launch, kernel))
+    bound = Op.bound
+
+    def recorded(op: Op[Any], name: str) -> Callable[[Any], None]:
+        return functools.partial(_launch_op, bound(op, "reference"), op.name)
+
+    patch.setattr(Op, "bound", recorded)
+
+
+def _launch_op(run: Callable[[Any], None], name: str, call: Any) -> None:
+    if not _RECORDING:
+        run(call)
+        return
+    with _disable_current_modes():
+        _RECORDING[-1].record(run, (call,), {}, name=name)
 
 
 def _launch(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

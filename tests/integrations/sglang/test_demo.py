@@ -5,6 +5,7 @@ import pytest
 from tests.integrations.demo import check_demo
 
 
+@pytest.mark.extended
 def test_demo_answers_everything_right() -> None:
     check_demo("sglang")
 

@@ -20,6 +20,7 @@ from tests.integrations.sglang.rehearsal import CHIPS
 from tests.integrations.sglang.test_multimodal import request
 
 
+@pytest.mark.extended
 class TestM31(M31Cases):
     """The cases of all hosts."""
 

@@ -29,6 +29,8 @@ OPTIONS = (
     *("--limit-mm-per-prompt", '{"image": 2, "video": 1}'),
     "--enforce-eager",
     "--enable-prompt-tokens-details",
+    # wishes of a single request
+    "--trust-request-mm-kwargs",
     *("--reasoning-parser", "minimax_m3"),
     # a constrained answer is constrained from its first word on, thoughts included
     *("--structured-outputs-config", '{"enable_in_reasoning": true}'),

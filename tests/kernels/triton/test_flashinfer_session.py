@@ -157,6 +157,7 @@ def test_it_serves_after_its_test(
     ],
 )
 @pytest.mark.usefixtures("one_layout")
+@pytest.mark.extended
 def test_faults_are_found(wrong: PrefillAttention, quantities: set[str], standing_in: Any) -> None:
     standing_in(wrong)
     assert {f.quantity for f in the_self_test() if not f.ok} == quantities
