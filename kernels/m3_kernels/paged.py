@@ -262,3 +262,47 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
     """Dtypes in words, e.g. "float32, bfloat16 and float16"."""
     *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def require_attention(
+    q: Tensor, kv: KVPages, step: Step, *, out: Tensor, lse: Tensor | None
+) -> tuple[int, int]:
+    """What attention asks of its heads and results, whichever keys it reads.
+
+    Parameters
+    ----------
+    q : [T, num_q_heads, head_dim], any strides with a contiguous last dimension
+    kv : pages [P, num_kv_heads, page_size, head_dim]
+    step : of the same device
+    out : [T, num_q_heads, head_dim] of q's dtype
+    lse : fp32 [T, num_q_heads], or None
+
+    Returns
+    -------
+    T and num_kv_heads
+
+    Raises
+    ------
+    TypeError : a dtype is not in the contract
+    ValueError : a shape, device or layout is not in the contract
+    """
+    words, pool = "[T, num_q_heads, head_dim]", "[P, num_kv_heads, page_size, head_dim]"
+    validation.require_float("q", q)
+    validation.require_shape("q", q, (None, None, None), words)
+    rows, q_heads, dim = q.shape
+    validation.require_shape("k_pages", kv.k_pages, (None, None, None, dim), pool)
+    kv_heads = kv.k_pages.shape[1]
+    if kv_heads == 0 or q_heads % kv_heads != 0:
+        raise ValueError(f"q must have a multiple of the {kv_heads} KV heads; got {q_heads} heads")
+    validation.require_dense_rows("q", q)
+    validation.require_device("k_pages", kv.k_pages, q.device)
+    step.require_device(q.device)
+    validation.require_dtype("out", out, q.dtype)
+    validation.require_shape("out", out, (rows, q_heads, dim), words)
+    validation.require_dense_rows("out", out)
+    validation.require_device("out", out, q.device)
+    if lse is not None:
+        validation.require_dtype("lse", lse, torch.float32)
+        validation.require_shape("lse", lse, (rows, q_heads), "[T, num_q_heads]")
+        validation.require_device("lse", lse, q.device)
+    return rows, kv_heads

@@ -99,7 +99,7 @@ class DenseAttention:
 
         Parameters
         ----------
-        k, v : [rows, num_kv_heads, head_dim], normalised and turned
+        k, v : [rows, num_kv_heads, head_dim], normalised and rotated
         k_pages, v_pages : [pages, num_kv_heads, page_size, head_dim], any strides
         slot_mapping : int64 [rows], page * page_size + offset; negative = do not store
         """
@@ -131,7 +131,7 @@ class DenseAttention:
         Parameters
         ----------
         batch : the step; its slots are not read
-        q : [rows, num_q_heads, head_dim], normalised and turned
+        q : [rows, num_q_heads, head_dim], normalised and rotated
         k_pages, v_pages : [pages, num_kv_heads, page_size, head_dim], any strides; hold the step's
             own keys already
         scale : softmax scale

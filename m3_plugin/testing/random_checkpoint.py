@@ -122,22 +122,7 @@ M31_PRESETS: Mapping[PresetName, CheckpointShape] = MappingProxyType(
             intermediate_size=256,
             shared_intermediate_size=256,
         ),
-        "engine": CheckpointShape(
-            hidden_size=256,
-            num_hidden_layers=4,
-            num_dense_layers=2,
-            sparse_everywhere=True,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=128,
-            block_size=128,
-            topk_blocks=4,
-            vocab_size=_VOCAB_SIZE,
-            dense_intermediate_size=512,
-            projector_hidden_size=256,
-            vision_num_heads=4,
-            vision_intermediate_size=640,
-        ),
+        "engine": replace(PRESETS["engine"], num_dense_layers=2, sparse_everywhere=True),
     }
 )
 

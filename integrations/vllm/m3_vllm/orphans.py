@@ -88,4 +88,5 @@ def _watch(engine: int, starter: int) -> None:
         deadline = time.monotonic() + _GRACE_S
         while parent_of(engine) is not None and time.monotonic() < deadline:
             time.sleep(_EVERY_S)
-        os.kill(engine, signal.SIGKILL)
+        if parent_of(engine) is not None:
+            os.kill(engine, signal.SIGKILL)

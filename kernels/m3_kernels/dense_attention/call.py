@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m3_kernels import validation
-from m3_kernels.paged import KVPages, Step
+from m3_kernels.paged import KVPages, Step, require_attention
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,8 @@ class DenseAttention:
     lse: Tensor | None = None
 
     def __post_init__(self) -> None:
-        device = self.device
-        words = "[T, num_q_heads, head_dim]"
-        validation.require_float("q", self.q)
-        validation.require_shape("q", self.q, (None, None, None), words)
-        rows, q_heads, dim = self.q.shape
-        k_pages, pool = self.kv.k_pages, "[P, num_kv_heads, page_size, head_dim]"
-        validation.require_float("k_pages", k_pages)
-        validation.require_shape("k_pages", k_pages, (None, None, None, dim), pool)
-        kv_heads = k_pages.shape[1]
-        if kv_heads == 0 or q_heads % kv_heads != 0:
-            raise ValueError(
-                f"q must have a multiple of the {kv_heads} KV heads; got {q_heads} heads"
-            )
-        validation.require_dense_rows("q", self.q)
-        validation.require_device("k_pages", k_pages, device)
-        self.step.require_device(device)
-        validation.require_dtype("out", self.out, self.q.dtype)
-        validation.require_shape("out", self.out, (rows, q_heads, dim), words)
-        validation.require_dense_rows("out", self.out)
-        validation.require_device("out", self.out, device)
-        if self.lse is not None:
-            validation.require_dtype("lse", self.lse, torch.float32)
-            validation.require_shape("lse", self.lse, (rows, q_heads), "[T, num_q_heads]")
-            validation.require_device("lse", self.lse, device)
+        validation.require_float("k_pages", self.kv.k_pages)
+        require_attention(self.q, self.kv, self.step, out=self.out, lse=self.lse)
 
     @property
     def device(self) -> torch.device:

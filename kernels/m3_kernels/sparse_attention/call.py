@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m3_kernels import validation
-from m3_kernels.paged import KVPages, Step
+from m3_kernels.paged import KVPages, Step, require_attention
 from m3_kernels.sparse_attention.workspace import SparseAttentionWorkspace
 from m3_kernels.work_plan import WorkPlan
 
@@ -49,34 +49,12 @@ class SparseAttention:
     prefill: PrefillAttention | None = None
 
     def __post_init__(self) -> None:
-        device = self.device
-        words = "[T, num_q_heads, head_dim]"
-        validation.require_float("q", self.q)
-        validation.require_shape("q", self.q, (None, None, None), words)
-        rows, q_heads, dim = self.q.shape
-        k_pages, pool = self.kv.k_pages, "[P, num_kv_heads, page_size, head_dim]"
-        validation.require_shape("k_pages", k_pages, (None, None, None, dim), pool)
-        kv_heads = k_pages.shape[1]
-        if kv_heads == 0 or q_heads % kv_heads != 0:
-            raise ValueError(
-                f"q must have a multiple of the {kv_heads} KV heads; got {q_heads} heads"
-            )
-        validation.require_dense_rows("q", self.q)
-        validation.require_device("k_pages", k_pages, device)
+        rows, kv_heads = require_attention(self.q, self.kv, self.step, out=self.out, lse=self.lse)
         ids = "[num_kv_heads, T, topk]"
         validation.require_dtype("block_ids", self.block_ids, torch.int32)
         validation.require_shape("block_ids", self.block_ids, (kv_heads, rows, None), ids)
         validation.require_dense_rows("block_ids", self.block_ids)
-        validation.require_device("block_ids", self.block_ids, device)
-        self.step.require_device(device)
-        validation.require_dtype("out", self.out, self.q.dtype)
-        validation.require_shape("out", self.out, (rows, q_heads, dim), words)
-        validation.require_dense_rows("out", self.out)
-        validation.require_device("out", self.out, device)
-        if self.lse is not None:
-            validation.require_dtype("lse", self.lse, torch.float32)
-            validation.require_shape("lse", self.lse, (rows, q_heads), "[T, num_q_heads]")
-            validation.require_device("lse", self.lse, device)
+        validation.require_device("block_ids", self.block_ids, self.device)
 
     @property
     def device(self) -> torch.device:
