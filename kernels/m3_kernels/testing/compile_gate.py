@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from m3_kernels.launch import Launch
+from m3_kernels.testing import sass
 
 ARCHS = (80, 89, 90, 100, 120)
 OPS = (
@@ -47,12 +48,38 @@ OPS = (
 # Shared memory one program may use, bytes: the CUDA programming guide's table of capabilities.
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
+# What the programs of one multiprocessor share, from the same table: bytes of shared memory, of
+# which each takes 1 KB beside its own, and warps. Registers are 65,536, given to warps by 256.
+SHARED_PER_SM = {80: 167936, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
+WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
+PROGRAMS_PER_SM = {80: 32, 89: 24, 90: 32, 100: 32, 120: 24}
+
 # What the table counts: tensor cores (warp, warp group, Blackwell's own memory), TMA, async copies.
 INSTRUCTIONS = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "LDGSTS")
 SPILLS = ("LDL", "STL")
 
 # Of a kernel in a chain of dependent launches: first the wait, before any access to memory.
 DEPENDENCY = ("wait", "launch_dependents")
+
+
+@dataclass(frozen=True)
+class LoopBudget:
+    """What the hot loop of a kernel may cost; names as in `sass.Loop`.
+
+    Attributes
+    ----------
+    duplicates : how often the same part of a product may be computed
+    programs_per_sm : at least so many programs must fit on a multiprocessor
+    """
+
+    instructions: int
+    period: int
+    conversions: int = 0
+    barriers: int = 0
+    shuffles: int = 0
+    awaited_loads: int = 0
+    duplicates: int = 1
+    programs_per_sm: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,7 @@ class Variant:
     registers : most registers a thread may use
     shared : most bytes of shared memory a program may use
     needs : instructions (beginnings of their names) the machine code must contain
+    loop : of the hot loop; None for kernels that have none, or run once per step
     """
 
     name: str
@@ -73,6 +101,7 @@ class Variant:
     registers: int
     shared: int
     needs: tuple[str, ...] = ()
+    loop: LoopBudget | None = None
 
     @property
     def dependent(self) -> bool:
@@ -91,6 +120,9 @@ class Compiled:
     warps : per program
     instructions : how many of each of INSTRUCTIONS and SPILLS the code holds
     dependency : the PTX instructions of grid dependency, in their order
+    timeline : loops of the machine code, and cycles before and after the hot one
+    duplicates : how many times a part of a product is computed at most: more than once where warps
+        outnumber the parts
     """
 
     registers: int
@@ -99,6 +131,18 @@ class Compiled:
     warps: int
     instructions: Mapping[str, int] = field(default_factory=dict)
     dependency: tuple[str, ...] = ()
+    timeline: sass.Timeline = sass.NO_LOOPS
+    duplicates: int = 1
+
+    def programs_per_sm(self, arch: int) -> int:
+        """How many programs fit on a multiprocessor at a time."""
+        registers = self.warps * (-(-max(self.registers, 1) * 32 // 256) * 256)
+        return min(
+            PROGRAMS_PER_SM[arch],
+            WARPS_PER_SM[arch] // self.warps,
+            65536 // registers,
+            SHARED_PER_SM[arch] // (self.shared + 1024),
+        )
 
 
 def fingerprint(variant: Variant, arch: int) -> str:
@@ -157,7 +201,11 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     read = _read_cubin(
         built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
     )
-    return dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
+    return dataclasses.replace(
+        read,
+        dependency=dependency(built.asm["ptx"]),
+        duplicates=duplicates(built.asm["ttgir"]),
+    )
 
 
 def _source(variant: Variant, arch: int) -> tuple[Any, dict[str, Any]]:
@@ -194,11 +242,30 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
     shared = min(variant.shared, SHARED_LIMIT[arch])
     if compiled.shared > shared:
         found.append(f"{compiled.shared} bytes of shared memory, budget {shared}")
+    found += _loop_faults(variant.loop, compiled, arch) if variant.loop else []
     found += [f"no {name}" for name in variant.needs if not compiled.instructions[name]]
     wanted = DEPENDENCY if variant.dependent else ()
     if compiled.dependency != wanted:
         found.append(f"grid dependency {compiled.dependency}, not {wanted}")
     return [f"sm_{arch} {variant.name}: {line}" for line in found]
+
+
+def _loop_faults(budget: LoopBudget, compiled: Compiled, arch: int) -> list[str]:
+    timeline = compiled.timeline
+    if timeline.hot < 0:
+        return ["no loop"]
+    loop = timeline.loops[timeline.hot]
+    figures = dataclasses.asdict(loop) | {"duplicates": compiled.duplicates}
+    allowed = dataclasses.asdict(budget)
+    least = allowed.pop("programs_per_sm")
+    found = [
+        f"hot loop: {name.replace('_', ' ')} {figures[name]}, budget {most}"
+        for name, most in allowed.items()
+        if figures[name] > most
+    ]
+    if (programs := compiled.programs_per_sm(arch)) < least:
+        found.append(f"{programs} programs on a multiprocessor, not {least}")
+    return found
 
 
 def op_variants(op: str, arch: int) -> Sequence[Variant]:
@@ -211,7 +278,7 @@ def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
         file.write(cubin)
         file.flush()
         usage = _output("cuobjdump", "--dump-resource-usage", file.name)
-        code = _output("nvdisasm", "-c", file.name)
+        code = _output("nvdisasm", "-c", "-hex", file.name)
     opcodes = Counter(
         re.findall(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_]+)", code, re.M)
     )
@@ -225,7 +292,28 @@ def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
         shared=shared,
         warps=warps,
         instructions=counts,
+        timeline=sass.read(code),
     )
+
+
+def duplicates(ttgir: str) -> int:
+    """How many times a part of a product is computed at most.
+
+    Warps that outnumber the parts of a tile compute the same one. Blackwell's own products are
+    started by one thread, and by the front end cut into no warps.
+    """
+    most = 1
+    layout = r"^(#\w+) = #ttg\.nvidia_mma<\{.*warpsPerCTA = \[(.*?)\].*instrShape = \[(.*?)\]"
+    for name, warps, instruction in re.findall(layout, ttgir, re.M):
+        covered = [
+            int(w) * int(size)
+            for w, size in zip(warps.split(","), instruction.split(",")[:2], strict=True)
+        ]
+        shapes = re.findall(rf"dot .*-> tensor<(\d+)x(\d+)x\w+, {name}>", ttgir)
+        for shape in shapes:
+            parts = [max(1, c // int(size)) for c, size in zip(covered, shape, strict=True)]
+            most = max(most, parts[0] * parts[1])
+    return most
 
 
 def dependency(ptx: str) -> tuple[str, ...]:
@@ -289,6 +377,9 @@ def read_known(path: Path) -> dict[str, Compiled]:
     for kernel in json.loads(text)["kernels"] if text else ():
         figures = {name: kernel[name] for name in names}
         figures["dependency"] = tuple(figures["dependency"])
+        timeline = dict(figures["timeline"])
+        timeline["loops"] = tuple(sass.Loop(**loop) for loop in timeline["loops"])
+        figures["timeline"] = sass.Timeline(**timeline)
         known[kernel["fingerprint"]] = Compiled(**figures)
     return known
 
@@ -328,7 +419,38 @@ def _markdown(results: Sequence[Judged]) -> str:
             f"| {made.op} | {made.variant.name} | sm_{made.arch} | {compiled.warps} "
             f"| {compiled.registers} | {compiled.shared / 1024:.1f} | {compiled.stack} | {counts} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_loops_markdown(results)])
+
+
+def _loops_markdown(results: Sequence[Judged]) -> list[str]:
+    """The table of hot loops."""
+    lines = [
+        "## Hot loops",
+        "",
+        "Of the loop that works on whole tiles, per turn and warp: instructions; those of them for",
+        "tensor cores and for the narrow conversion unit; barriers of the program; shuffles; loads",
+        "that the same turn waits for. Duplicates: how often a part of a product is computed.",
+        "Programs: as many as fit on a multiprocessor. Cycles of a turn, of the way to the loop,",
+        "and of the way from it to an end come from the code's control bits, for one warp alone",
+        "and with assumed latencies (`m3_kernels/testing/sass.py`): a model, no measurement.",
+        "",
+        "| op | kernel | chip | instructions | products | conversions | barriers | shuffles "
+        "| awaited loads | duplicates | programs | cycles | before | after |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for made in sorted(results, key=lambda r: (OPS.index(r.op), r.variant.name)):
+        compiled, timeline = made.compiled, made.compiled.timeline
+        if timeline.hot < 0:
+            continue
+        loop = timeline.loops[timeline.hot]
+        cells = (
+            *(made.op, made.variant.name, f"sm_{made.arch}", loop.instructions, loop.products),
+            *(loop.conversions, loop.barriers, loop.shuffles, loop.awaited_loads),
+            *(compiled.duplicates, compiled.programs_per_sm(made.arch)),
+            *(loop.period, timeline.before, timeline.after),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
