@@ -33,7 +33,8 @@ def test_a_turn_is_as_long_as_what_it_waits_for() -> None:
     assert turn(CHIP, slow, 0, 1) == 4 * 128 * 32 / 16
     # 128 x 128 x 128 at 4,096 a cycle, computed twice
     twice = dataclasses.replace(KERNEL, duplicates=2)
-    assert turn(CHIP, twice, 2 * 128**3, 1) == 2048
+    assert turn(CHIP, twice, 2 * 128**3, 1) == 700 + 2048
+    assert turn(CHIP, twice, 2 * 128**3, 2) == 2 * 2048
 
 
 def test_one_program_is_a_path() -> None:

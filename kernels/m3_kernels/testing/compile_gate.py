@@ -58,6 +58,9 @@ PROGRAMS_PER_SM = {80: 32, 89: 24, 90: 32, 100: 32, 120: 24}
 INSTRUCTIONS = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "LDGSTS")
 SPILLS = ("LDL", "STL")
 
+# Chips whose loops are read and have budgets: those that the time model knows.
+LOOPS_READ = (90,)
+
 # Of a kernel in a chain of dependent launches: first the wait, before any access to memory.
 DEPENDENCY = ("wait", "launch_dependents")
 
@@ -120,7 +123,8 @@ class Compiled:
     warps : per program
     instructions : how many of each of INSTRUCTIONS and SPILLS the code holds
     dependency : the PTX instructions of grid dependency, in their order
-    timeline : loops of the machine code, and cycles before and after the hot one
+    timeline : loops of the machine code, and cycles before and after the hot one; on the chips of
+        LOOPS_READ alone, as is
     duplicates : how many times a part of a product is computed at most: more than once where warps
         outnumber the parts
     """
@@ -201,10 +205,12 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     read = _read_cubin(
         built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
     )
+    read = dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
+    if arch not in LOOPS_READ:
+        return read
+    code = _printed(built.asm["cubin"], "nvdisasm", "-c", "-hex")
     return dataclasses.replace(
-        read,
-        dependency=dependency(built.asm["ptx"]),
-        duplicates=duplicates(built.asm["ttgir"]),
+        read, timeline=sass.read(code), duplicates=duplicates(built.asm["ttgir"])
     )
 
 
@@ -274,11 +280,8 @@ def op_variants(op: str, arch: int) -> Sequence[Variant]:
 
 
 def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
-        code = _output("nvdisasm", "-c", "-hex", file.name)
+    usage = _printed(cubin, "cuobjdump", "--dump-resource-usage")
+    code = _printed(cubin, "nvdisasm", "-c")
     opcodes = Counter(
         re.findall(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_]+)", code, re.M)
     )
@@ -292,7 +295,6 @@ def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
         shared=shared,
         warps=warps,
         instructions=counts,
-        timeline=sass.read(code),
     )
 
 
@@ -326,10 +328,13 @@ def dependency(ptx: str) -> tuple[str, ...]:
     return tuple(names[: last + 1])
 
 
-def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run(
-        [_tool(tool), *arguments], capture_output=True, text=True, check=True
-    ).stdout
+def _printed(cubin: bytes, tool: str, *options: str) -> str:
+    """What a tool prints about machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool(tool), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @cache
@@ -384,12 +389,48 @@ def read_known(path: Path) -> dict[str, Compiled]:
     return known
 
 
-def judge(op: str, arch: int, variant: Variant, known: Mapping[str, Compiled]) -> Judged:
-    """Figures of a variant: those of equal machine code where they are known, else compiled now."""
-    key = fingerprint(variant, arch)
-    compiled = known.get(key)
-    made = compile_variant(variant, arch) if compiled is None else compiled
-    return Judged(op, arch, variant, key, made, was_known=compiled is not None)
+def judge_chip(
+    arch: int, ops: Sequence[str], known: Mapping[str, Compiled], *, apart: bool
+) -> list[Judged]:
+    """Figures of all variants: those of equal machine code where they are known, else compiled now.
+
+    Parameters
+    ----------
+    apart : compile in a process of its own. Triton 3.6 takes its conversions of fp8 from the first
+        chip that a process compiles for, which a server never has two of
+
+    Raises
+    ------
+    RuntimeError : the process of its own failed
+    """
+    found = [(op, v, fingerprint(v, arch)) for op in ops for v in op_variants(op, arch)]
+    made = dict(known)
+    for op in ops if apart else ():
+        if any(key not in known for other, _, key in found if other == op):
+            made |= _compiled_apart(arch, op)
+    return [
+        Judged(
+            *(op, arch, variant, key),
+            made[key] if key in made else compile_variant(variant, arch),
+            was_known=key in known,
+        )
+        for op, variant, key in found
+    ]
+
+
+def _compiled_apart(arch: int, op: str) -> dict[str, Compiled]:
+    """Figures of an op's kernels by fingerprint; whoever asked judges them."""
+    with tempfile.NamedTemporaryFile("w+", suffix=".json") as file:
+        command = (sys.executable, "-P", "-W", "ignore", "-m", "m3_kernels.testing.compile_gate")
+        done = subprocess.run(
+            [*command, "--json", "--arch", str(arch), "--only", op],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"sm_{arch} {op} was not compiled: {done.stderr[-2000:]}")
+        return read_known(Path(file.name))
 
 
 def _markdown(results: Sequence[Judged]) -> str:
@@ -471,12 +512,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     known = read_known(options.known) if options.known else {}
-    results = [
-        judge(op, arch, variant, known)
-        for arch in options.arch or ARCHS
-        for op in options.only or OPS
-        for variant in op_variants(op, arch)
-    ]
+    ops = options.only or OPS
+    archs = options.arch or ARCHS
+    apart = len(archs) > 1
+    results = [made for arch in archs for made in judge_chip(arch, ops, known, apart=apart)]
     found = [line for r in results for line in faults(r.variant, r.compiled, r.arch)]
     if options.json:
         report = {

@@ -100,7 +100,7 @@ class Timeline:
     hot : place in `loops` of the one that works on whole tiles: most products, then the shortest;
         the longest where nothing is multiplied. -1 without loops
     before, after : cycles from the start to the hot loop and from there to an end, on the way of
-        fewest instructions; without loops all the code is before
+        fewest instructions; without loops all of it is before
     """
 
     loops: tuple[Loop, ...]
@@ -123,7 +123,8 @@ def read(disassembly: str) -> Timeline:
     bodies = code.innermost_loops()
     loops = tuple(_figures([code.instructions[i] for i in body]) for body in bodies)
     if not loops:
-        return Timeline((), -1, elapsed(code.instructions), 0)
+        way = code.shortest(0, None, early=False)
+        return Timeline((), -1, elapsed([code.instructions[i] for i in way]), 0)
     most = max(loop.products for loop in loops)
     places = [place for place, loop in enumerate(loops) if loop.products == most]
     choose = min if most else max
@@ -315,8 +316,11 @@ class Code:
                     waiting.append(block)
         return body
 
-    def shortest(self, start: int, goal: int | None) -> list[int]:
-        """Instructions from a block to another's first one, or to the end of the kernel."""
+    def shortest(self, start: int, goal: int | None, *, early: bool = True) -> list[int]:
+        """Instructions from a block to another's first one, or to an end of the kernel.
+
+        `early` counts ends that are taken under a condition.
+        """
         waiting: list[tuple[int, int, tuple[int, ...]]] = [(0, start, ())]
         done = set()
         while waiting:
@@ -328,7 +332,7 @@ class Code:
                 return [*(i for start in way for i in self.block(start)), block]
             way = (*way, block)
             last = self.instructions[self.block(block)[-1]]
-            if goal is None and _leaves(last):
+            if goal is None and _leaves(last) and (early or not last.guarded):
                 return [i for start in way for i in self.block(start)]
             for later in self.following[block]:
                 heapq.heappush(waiting, (cost + len(self.block(block)), later, way))

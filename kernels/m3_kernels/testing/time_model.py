@@ -98,14 +98,18 @@ def microseconds(chip: Chip, compiled: Compiled, work: Work) -> float:
 
 
 def turn(chip: Chip, compiled: Compiled, operations: int, resident: int) -> float:
-    """Cycles of a turn of the hot loop while so many programs share a multiprocessor."""
+    """Cycles of a turn of the hot loop while so many programs share a multiprocessor.
+
+    A program waits for its products; only another program's work can hide that.
+    """
     loop = compiled.timeline.loops[compiled.timeline.hot]
     lanes = 32 * compiled.warps * resident
+    products = operations * compiled.duplicates / chip.operations
     return max(
-        loop.period,
+        loop.period + products,
         lanes * loop.instructions / 128 / ISSUED,
         lanes * loop.conversions / CONVERSION_LANES,
-        operations * compiled.duplicates * resident / chip.operations,
+        products * resident,
     )
 
 

@@ -28,7 +28,7 @@ OPS = ("norm_rope_store", "index_topk", "sparse_attention")
 # Of the dtypes of index keys: bytes of a token.
 INDEX_BYTES = {"bf16": 256, "int8": 130, "e4m3": 128}
 # Blocks that 8 neighbouring rows of a prompt choose together, where published overlaps of
-# neighbours hold (docs/gpu-kernels.md); and bytes of scores that a pass of a prompt may have.
+# neighbours hold (docs/gpu-kernels.md).
 SHARED_UNION = 20
 # Keys and values of a verified request against those of one row, by the same overlaps.
 VERIFY_UNION = 1.3
@@ -111,11 +111,16 @@ def figures_of(
     OSError : the record cannot be read
     RuntimeError : Triton runs in interpreter mode in this process
     """
-    from m3_kernels.testing.compile_gate import judge, op_variants, read_known
+    from m3_kernels.testing.compile_gate import (
+        compile_variant,
+        fingerprint,
+        op_variants,
+        read_known,
+    )
 
     known = read_known(record) if record else {}
     return {
-        (op, variant.name): judge(op, arch, variant, known).compiled
+        (op, variant.name): known.get(fingerprint(variant, arch)) or compile_variant(variant, arch)
         for op in OPS
         for variant in op_variants(op, arch)
         if (op, variant.name) in wanted
@@ -189,16 +194,16 @@ def _decode(w: Workload, index: str, g: Geometry, chip: Chip) -> list[Part]:
     name, choice = _choice(w, g, "decode")
     # programs of a request and KV head take two blocks of each row; two keys' worth of tiles each
     segments = -(-min(g.topk, w.blocks) // 2)
-    shared = 1.0 if w.rows == 1 else VERIFY_UNION
+    union = VERIFY_UNION if w.pattern == "shared" else min(w.rows, max(1, w.blocks / g.topk))
     rows = 1 if w.rows == 1 else min(4, w.rows)
     groups = -(-w.rows // rows)
     group = g.num_q_heads // g.num_kv_heads
     attention = Work(
         programs=w.batch * groups * g.num_kv_heads * segments,
-        turns=math.ceil(2 * shared) * (PAGE_SIZE // 64),
+        turns=math.ceil(2 * min(union, rows)) * (PAGE_SIZE // 64),
         operations=4 * 64 * g.head_dim * group * rows,
         fold_turns=segments * rows if segments > 1 else 0,
-        bytes_moved=int(_chosen_bytes(w, g) * shared),
+        bytes_moved=int(_chosen_bytes(w, g) * union),
     )
     return [
         Part("scores", "index_topk", f"decode scores {index} q_len {length}", scores),
@@ -277,7 +282,4 @@ def print_model(rows: Sequence[Modelled], chip: Chip, error: float, console: Con
         )
         table.add_row(workload.label, row.index, *cells)
     console.print(table)
-    console.print(
-        f"Modelled from machine code compiled for sm_{chip.arch} and from bytes, within "
-        f"{error:.0%}. No kernel ran."
-    )
+    console.print(f"Out of machine code for sm_{chip.arch} and bytes; off by up to {error:.0%}.")
