@@ -92,7 +92,7 @@ def project(inputs: Inputs) -> Projections:
 
 
 def normed_and_rotated(given: Projections, *, eps: float = EPS) -> dict[str, Tensor]:
-    """q, k, index_q and index_k in float64, by their names; pairs are rotated as complex numbers."""
+    """q, k, index_q and index_k in float64, by their names; pairs rotate as complex numbers."""
     found = {}
     half = given.cos_sin.shape[1] // 2
     angles = torch.complex(*given.cos_sin.double().split(half, dim=1)) if half else None
