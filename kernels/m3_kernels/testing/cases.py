@@ -35,7 +35,7 @@ class Case:
         slot; or in two tensors
     kv_dtype : fp8 pages of K and V; None has them in `dtype`
     index_dtype : fp8 or int8 pages of index keys; None has them in `dtype`
-    rotary_dim : channels of every head that RoPE turns
+    rotary_dim : channels of every head that RoPE rotates
     """
 
     name: str
