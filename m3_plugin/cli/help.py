@@ -201,9 +201,6 @@ NOTES: Mapping[str, Notes] = {
             "m3-plugin bench kernels --output kernels.json --plot kernels.png": (
                 "all workloads on the first GPU, beside the hosts' own kernels"
             ),
-            "m3-plugin bench kernels --decode 64x131072 --verify '' --prefill '' --json": (
-                "one decode step of 64 requests of 128K tokens"
-            ),
             "m3-plugin bench kernels --model H100": (
                 "what a model expects there, from the kernels' machine code; needs no GPU"
             ),

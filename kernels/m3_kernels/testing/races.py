@@ -83,7 +83,8 @@ class Launched:
 
     def begin(self, grid: tuple[int, int, int], chance: random.Random) -> None:
         """Before the first program."""
-        self.order = list(product(*map(range, grid)))
+        width, height, depth = grid
+        self.order = list(product(range(width), range(height), range(depth)))
         chance.shuffle(self.order)
         self.clocks = np.ones(len(self.order) + 1, np.int32)
 

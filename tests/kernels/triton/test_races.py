@@ -31,6 +31,10 @@ def seen(launch: Callable[[], None], seed: int = 1) -> Watch:
     return watch
 
 
+def run(kernel: Any, programs: int, *arguments: Any) -> None:
+    kernel[(programs,)](*arguments)
+
+
 def said(watch: Watch) -> str:
     (fault,) = watch.faults
     return fault
@@ -41,7 +45,7 @@ def test_planted_races(seed: int) -> None:
     from tests.kernels.triton import planted_races as planted
 
     def together(shared: int) -> Watch:
-        return seen(lambda: planted.write_together[(4,)](zeros(64), shared), seed)
+        return seen(lambda: run(planted.write_together, 4, zeros(64), shared), seed)
 
     assert not together(0).faults
     found = together(4)
@@ -49,7 +53,7 @@ def test_planted_races(seed: int) -> None:
     assert found.faults.total() == 3 * 4 * 4
 
     def neighbour(distance: int) -> Watch:
-        return seen(lambda: planted.read_neighbour[(4,)](zeros(8), distance), seed)
+        return seen(lambda: run(planted.read_neighbour, 4, zeros(8), distance), seed)
 
     assert not neighbour(0).faults
     assert not neighbour(4).faults
@@ -67,7 +71,7 @@ def test_atomics_order_programs_if_they_acquire_and_release(seed: int) -> None:
 
     def summed(sem: str) -> Watch:
         parts, arrivals, out = zeros(8), zeros(1, torch.int32), zeros(1)
-        watch = seen(lambda: planted.last_sums[(8,)](parts, arrivals, out, 8, sem), seed)
+        watch = seen(lambda: run(planted.last_sums, 8, parts, arrivals, out, 8, sem), seed)
         assert out.item() == 8
         return watch
 
@@ -80,12 +84,12 @@ def test_atomics_order_programs_if_they_acquire_and_release(seed: int) -> None:
 def test_lanes_and_bounds() -> None:
     from tests.kernels.triton import planted_races as planted
 
-    assert "from two lanes" in said(seen(lambda: planted.one_address[(1,)](zeros(16))))
+    assert "from two lanes" in said(seen(lambda: run(planted.one_address, 1, zeros(16))))
     # memory of the same storage that the argument does not span is out of bounds
     storage = zeros(64)
 
     def copied(count: int, masked: bool) -> Watch:
-        return seen(lambda: planted.copy[(1,)](storage[:count], zeros(16), count, masked))
+        return seen(lambda: run(planted.copy, 1, storage[:count], zeros(16), count, masked))
 
     assert not copied(16, masked=False).faults
     assert not copied(10, masked=True).faults
