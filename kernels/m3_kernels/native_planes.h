@@ -59,6 +59,9 @@ inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
+// Loads a vector once: a processor adds and multiplies more of them than it loads.
+inline void in_register(__m256i& x) { asm("" : "+x"(x)); }
+
 // Sums of the four 32-bit numbers of each half of four vectors.
 inline __m256i sums_of_halves(const __m256i* x) {
   const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(x[0], x[1]),
@@ -79,11 +82,15 @@ inline __m512i add_products(__m512i sum, __m512i a, __m512i b) {
 }
 #endif
 
-// Products of two keys [padded] with `kQueries` queries [padded] each behind the other.
+// Products of two keys [padded] with `kQueries` queries [padded] each behind the other. `Channels`
+// is `padded` where it is known, for then no loop is left.
+template <int64_t Channels>
 inline PairInts products_of_pair(const int8_t* first, const int8_t* second, const int16_t* queries,
                                  int64_t padded) {
+  if (Channels > 0) padded = Channels;
 #if defined(__AVX512BW__)
   __m512i wide[2][kQueries] = {};
+#pragma GCC unroll 4
   for (int64_t d = 0; d < padded; d += 32) {
     const __m512i a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(first + d)));
     const __m512i b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(second + d)));
@@ -103,12 +110,14 @@ inline PairInts products_of_pair(const int8_t* first, const int8_t* second, cons
   }
 #elif defined(__AVX2__)
   __m256i sum[2][kQueries] = {};
+#pragma GCC unroll 8
   for (int64_t d = 0; d < padded; d += 16) {
     const __m256i a = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(first + d)));
     const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(second + d)));
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q) {
-      const __m256i query = _mm256_loadu_si256((const __m256i*)(queries + q * padded + d));
+      __m256i query = _mm256_loadu_si256((const __m256i*)(queries + q * padded + d));
+      in_register(query);
       sum[0][q] = add_products(sum[0][q], a, query);
       sum[1][q] = add_products(sum[1][q], b, query);
     }

@@ -1,4 +1,4 @@
-"""Index keys in two planes: the choice is the one that all 16 bits would make, whatever they hold."""
+"""Index keys in two planes: the choice is that of all 16 bits, whatever they hold."""
 
 from __future__ import annotations
 

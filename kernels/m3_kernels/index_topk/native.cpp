@@ -20,6 +20,7 @@ constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kMaxBlocksPerItem = 64;
 // Of so many blocks one may be scored whole for a row and head before all are, for all at once.
 constexpr int64_t kCrowded = 8;
+constexpr int64_t kUsualChannels = 128;
 
 struct Tile {
   int64_t request, row, rows, position;
@@ -448,12 +449,17 @@ class PlanesTopk : public TiledStep {
       scale[keys] = std::numeric_limits<float>::quiet_NaN();  // of the second of an odd pair
       const bool causal = seen_by(tile, 0, block) < keys;
       for (int64_t lane = 0; lane < lanes; lane += kQueries) {
-        bound_block(tile, lane, std::min(kQueries, lanes - lane), block, page, keys, causal,
-                    memory);
+        const int64_t count = std::min(kQueries, lanes - lane);
+        if (dim_ == kUsualChannels) {
+          bound_block<kUsualChannels>(tile, lane, count, block, page, keys, causal, memory);
+        } else {
+          bound_block<0>(tile, lane, count, block, page, keys, causal, memory);
+        }
       }
     }
   }
 
+  template <int64_t Channels>
   void bound_block(const Tile& tile, int64_t lane, int64_t count, int64_t block, int64_t page,
                    int64_t keys, bool causal, Memory& memory) const {
     const PairFloats nothing = PairFloats{} + kMinusInfinity;
@@ -468,9 +474,9 @@ class PlanesTopk : public TiledStep {
     const float* scale = memory.scale.data();
     for (int64_t key = 0; key < keys; key += 2) {
       const int64_t other = key + 1 < keys ? key + 1 : key;
-      const PairInts sums =
-          products_of_pair(row_of(pages_, page, key, &memory.rows[0]),
-                           row_of(pages_, page, other, &memory.rows[padded_]), codes, padded_);
+      const PairInts sums = products_of_pair<Channels>(
+          row_of(pages_, page, key, &memory.rows[0]),
+          row_of(pages_, page, other, &memory.rows[padded_]), codes, padded_);
       const float a = scale[key], b = scale[key + 1];
       const PairFloats scales{a, a, a, a, b, b, b, b};
       PairFloats bound = (__builtin_convertvector(sums, PairFloats) * 256.0f + slack) * scales;
@@ -513,7 +519,7 @@ class PlanesTopk : public TiledStep {
     float best[kQueries] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
     for (int64_t key = 0; key < keys; ++key) {
       const PairInts sums =
-          products_of_pair(row_of(pages_, page, key, &memory.rows[0]),
+          products_of_pair<0>(row_of(pages_, page, key, &memory.rows[0]),
                            row_of(low_, page, key, &memory.rows[padded_]), codes, padded_);
       const float scale = scale_of(page, key);
       for (int64_t i = 0; i < count; ++i) {

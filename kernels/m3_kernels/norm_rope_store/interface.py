@@ -52,8 +52,8 @@ def norm_rope_store(
 
     Every head of q, k, index_q and index_k is normalised (Gemma RMSNorm) and its first channels are
     rotated by the angles of their row; then K, V and index keys are written as `cache_store` does.
-    Computed in fp32 and rounded once, to the dtype of the argument, before anything is stored. Index
-    keys that are stored in two planes are rounded to those alone.
+    Computed in fp32 and rounded once, to the dtype of the argument, before anything is stored.
+    Index keys that are stored in two planes are rounded to those alone.
 
     Parameters
     ----------
