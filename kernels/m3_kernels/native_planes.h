@@ -18,9 +18,11 @@ constexpr int64_t kQueries = 4;
 // Channels that are padded to, by zeros in queries: two bytes each, one widest vector.
 constexpr int64_t kChannels = 32;
 constexpr float kLargestQueryCode = 32767.0f;
-// Rest of a key times query, in units of low bytes: at most half a step per channel. Rounding of
-// the three fp32 operations that make a bound of it takes less than the excess over 128.
+// The low bytes of a key times a query of sum of sizes 1 are at most 128. Rounding of the three fp32
+// operations that make a bound of it takes less than 0.02, and each of the multiply-adds less than
+// 2^-24 * 256 * 127 where the products themselves are sums of fp32.
 constexpr float kLowPlaneBound = 128.02f;
+constexpr float kLowPlaneBoundPerChannel = 0.002f;
 
 // [key of a pair][query], and two such pairs side by side.
 typedef float PairFloats __attribute__((vector_size(32)));
@@ -47,7 +49,7 @@ inline float fixed_point(const float* query, int64_t dim, int64_t padded, int16_
     codes[d] = static_cast<int16_t>(code);
     whole += std::fabs(code);  // at most 512 channels: below 2^24, exact
   }
-  return whole * kLowPlaneBound;
+  return whole * (kLowPlaneBound + kLowPlaneBoundPerChannel * static_cast<float>(dim));
 }
 
 #if defined(__AVX2__)

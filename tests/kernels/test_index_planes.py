@@ -191,8 +191,11 @@ def test_the_high_plane_bounds_the_score(seed: int, spread: float, dim: int) -> 
     total = query.abs().sum()
     assert bool((lows.abs() <= 128 * total).all())
     scores = (256 * highs + lows).float() * scales.float()
-    bounds = (highs.float() * 256 + total * 128.02) * scales.float()
-    assert bool((scores <= bounds).all())
+    # sums of fp32 in any order, as the kernel takes them where it multiplies whole tiles
+    summed = high.float() @ query.float()
+    slack = total * (128.02 + 0.002 * dim)
+    for found in (highs.float(), summed):
+        assert bool((scores <= (found * 256 + slack) * scales.float()).all())
 
 
 @settings(max_examples=100, deadline=None)

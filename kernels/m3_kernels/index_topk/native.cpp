@@ -8,6 +8,7 @@
 #include "native_planes.h"
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -18,9 +19,12 @@ constexpr int64_t kTileLanes = 128;                    // (row, head) pairs of a
 constexpr int64_t kWaveFloats = 16 * 1024 * 1024;      // scores alive at once: 64 MiB
 constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kMaxBlocksPerItem = 64;
-// Of so many blocks one may be scored whole for a row and head before all are, for all at once.
-constexpr int64_t kCrowded = 8;
+// If more than one block of so many is in question for a row and head, and as many again as are
+// chosen, all blocks are scored, for all rows and heads of a tile at once.
+constexpr int64_t kCrowded = 4;
 constexpr int64_t kUsualChannels = 128;
+constexpr int64_t kKeysAhead = 16;
+constexpr int64_t kManyLanes = 24;  // of a tile, from which on keys are turned to columns
 
 struct Tile {
   int64_t request, row, rows, position;
@@ -325,13 +329,28 @@ class PlanesTopk : public TiledStep {
         padded_(round_up(dim_, kChannels)) {}
 
  private:
+  // A block and what its score is at least and at most.
+  struct Range {
+    float low, high;
+    int32_t id;
+  };
+
   // What a thread works with: queries and slacks of a tile's lanes, scales, copies of rows, a heap.
   struct Memory {
     std::vector<int16_t> codes;
     std::vector<float> slack, scale;
     std::vector<int8_t> rows;
+    std::vector<int32_t> products;
     std::vector<Candidate> heap;
+    std::vector<int32_t> likely;
+    std::vector<Range> ranges;
+    std::vector<float> values;
     const Tile* tile = nullptr;  // whose queries these are
+    // Of tiles of many lanes: queries, products, a panel and what was found, and where these lie.
+    std::vector<float> floats;
+    std::vector<const float*> query_rows;
+    std::vector<float*> product_rows;
+    const Tile* rows_of_tile = nullptr;
   };
 
   void start() override {
@@ -341,8 +360,13 @@ class PlanesTopk : public TiledStep {
       memory.codes.resize(lanes * padded_);
       memory.slack.resize(lanes);
       memory.scale.resize(page_size_ + 1);
-      memory.rows.resize(3 * padded_);
+      memory.rows.resize((page_size_ + 2) * padded_);
+      memory.products.resize((page_size_ + 1) * kQueries);
+      if (lanes >= kManyLanes) {
+        memory.floats.resize(lanes * (dim_ + kPanel + 3 * kLanes) + dim_ * kPanel);
+      }
       memory.heap.resize(topk_);
+      memory.likely.resize(topk_);
     }
   }
 
@@ -356,7 +380,7 @@ class PlanesTopk : public TiledStep {
     }
     std::vector<std::atomic<bool>> crowded(num_tiles);
     for (auto& flag : crowded) flag.store(false);
-    for (Memory& memory : memory_) memory.tile = nullptr;
+    for (Memory& memory : memory_) memory.tile = memory.rows_of_tile = nullptr;
     const auto tile_of = [&](int64_t lane) {
       return std::upper_bound(first_lane.begin(), first_lane.end(), lane) - first_lane.begin() - 1;
     };
@@ -426,6 +450,15 @@ class PlanesTopk : public TiledStep {
     return copy;
   }
 
+  // Rows of a block's high plane, `*stride` apart; copies where vectors would read past their ends.
+  const int8_t* rows_of(int64_t page, int64_t keys, Memory& memory, int64_t* stride) const {
+    *stride = padded_ == dim_ ? pages_.stride[1] : padded_;
+    int8_t* const copies = &memory.rows[2 * padded_];
+    if (padded_ == dim_) return row_of(pages_, page, 0, copies);
+    for (int64_t key = 0; key < keys; ++key) row_of(pages_, page, key, copies + key * padded_);
+    return copies;
+  }
+
   float scale_of(int64_t page, int64_t token) const {
     return load_one_as_float(element(scales_, page * scales_.stride[0] + token), scales_.dtype);
   }
@@ -448,20 +481,101 @@ class PlanesTopk : public TiledStep {
       load_floats(scale, element(scales_, page * scales_.stride[0]), scales_.dtype, keys);
       scale[keys] = std::numeric_limits<float>::quiet_NaN();  // of the second of an odd pair
       const bool causal = seen_by(tile, 0, block) < keys;
+      int64_t stride;
+      const int8_t* const rows = rows_of(page, keys, memory, &stride);
+      if (lanes >= kManyLanes) {
+        bound_panels(tile, block, page, keys, causal, memory);
+        continue;
+      }
       for (int64_t lane = 0; lane < lanes; lane += kQueries) {
         const int64_t count = std::min(kQueries, lanes - lane);
         if (dim_ == kUsualChannels) {
-          bound_block<kUsualChannels>(tile, lane, count, block, page, keys, causal, memory);
+          bound_block<kUsualChannels>(tile, lane, count, block, rows, stride, keys, causal, memory);
         } else {
-          bound_block<0>(tile, lane, count, block, page, keys, causal, memory);
+          bound_block<0>(tile, lane, count, block, rows, stride, keys, causal, memory);
         }
       }
     }
   }
 
+  // As `bound_block` for all lanes of a tile: with many of them, keys are worth turning to columns,
+  // and multiply-adds of fp32 are as fast as those of 16-bit integers. Their rounding is in `slack`.
+  void bound_panels(const Tile& tile, int64_t block, int64_t page, int64_t keys, bool causal,
+                    Memory& memory) {
+    const int64_t lanes = tile.rows * heads_;
+    float* const queries = memory.floats.data();
+    float* const products = queries + lanes * dim_;
+    float* const panel = products + lanes * kPanel;
+    float* const state = panel + dim_ * kPanel;  // per lane: best, second, token of each vector lane
+    if (memory.rows_of_tile != &tile) {
+      memory.rows_of_tile = &tile;
+      memory.query_rows.resize(lanes);
+      memory.product_rows.resize(lanes);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        for (int64_t d = 0; d < dim_; ++d) {
+          queries[lane * dim_ + d] = memory.codes[lane * padded_ + d];
+        }
+        memory.query_rows[lane] = queries + lane * dim_;
+        memory.product_rows[lane] = products + lane * kPanel;
+      }
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      store(state + (3 * lane) * kLanes, splat(kMinusInfinity));
+      store(state + (3 * lane + 1) * kLanes, splat(kMinusInfinity));
+      store(state + (3 * lane + 2) * kLanes, Floats{});
+    }
+    float scale[kPanel];
+    for (int64_t key = 0; key < keys; key += kPanel) {
+      const int64_t present = std::min(kPanel, keys - key);
+      const char* rows = element(pages_, page * pages_.stride[0] + key * pages_.stride[1]);
+      stream_rows(rows, pages_.stride[1], pages_.dtype, present, dim_);
+      pack_keys(panel, rows, pages_.stride[1], pages_.dtype, present, dim_);
+      multiply_panel(memory.query_rows.data(), lanes, panel, dim_, memory.product_rows.data());
+      for (int64_t j = 0; j < kPanel; ++j) {
+        scale[j] = j < present ? memory.scale[key + j] : std::numeric_limits<float>::quiet_NaN();
+      }
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        float* const own = state + 3 * lane * kLanes;
+        const Floats slack = splat(memory.slack[lane]);
+        Floats best = load<Floats>(own), second = load<Floats>(own + kLanes);
+        Floats token = load<Floats>(own + 2 * kLanes);
+        const int64_t seen = causal ? seen_by(tile, lane, block) - key : kPanel;
+        for (int v = 0; v < kPanelVectors; ++v) {
+          Floats bound = load<Floats>(products + lane * kPanel + v * kLanes);
+          bound = (bound * 256.0f + slack) * load<Floats>(scale + v * kLanes);
+          if (seen < kPanel) {
+            bound = first_lanes(seen - v * kLanes) ? bound : splat(kMinusInfinity);
+          }
+          const Floats number = lane_numbers() + splat(static_cast<float>(key + v * kLanes));
+          const Ints better = bound > best;
+          const Floats behind = bound > second ? bound : second;
+          second = better ? best : behind;
+          best = better ? bound : best;
+          token = better ? number : token;
+        }
+        store(own, best);
+        store(own + kLanes, second);
+        store(own + 2 * kLanes, token);
+      }
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const float* const own = state + 3 * lane * kLanes;
+      int64_t first = 0;
+      for (int64_t i = 1; i < kLanes; ++i) first = own[i] > own[first] ? i : first;
+      float second = own[kLanes + first];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        if (i != first) second = own[i] > second ? own[i] : second;
+      }
+      bounds(tile, lane)[block] = own[first];
+      seconds(tile, lane)[block] = second;
+      tokens(tile, lane)[block] = own[2 * kLanes + first];
+    }
+  }
+
   template <int64_t Channels>
-  void bound_block(const Tile& tile, int64_t lane, int64_t count, int64_t block, int64_t page,
-                   int64_t keys, bool causal, Memory& memory) const {
+  void bound_block(const Tile& tile, int64_t lane, int64_t count, int64_t block,
+                   const int8_t* rows, int64_t stride, int64_t keys, bool causal,
+                   Memory& memory) const {
     const PairFloats nothing = PairFloats{} + kMinusInfinity;
     PairFloats slack, best = nothing, second = nothing;
     PairInts seen{}, token{}, number{0, 0, 0, 0, 1, 1, 1, 1};
@@ -472,11 +586,22 @@ class PlanesTopk : public TiledStep {
     }
     const int16_t* codes = &memory.codes[lane * padded_];
     const float* scale = memory.scale.data();
+    const int64_t padded = padded_;
+    int32_t* const products = memory.products.data();
     for (int64_t key = 0; key < keys; key += 2) {
-      const int64_t other = key + 1 < keys ? key + 1 : key;
-      const PairInts sums = products_of_pair<Channels>(
-          row_of(pages_, page, key, &memory.rows[0]),
-          row_of(pages_, page, other, &memory.rows[padded_]), codes, padded_);
+      const int8_t* const row = rows + key * stride;
+      if (lane == 0) {
+        // Beyond the end of a block this asks for what lies there, which does no harm.
+        for (int64_t byte = 0; byte < 2 * padded; byte += 64) {
+          __builtin_prefetch(row + kKeysAhead * stride + byte);
+        }
+      }
+      store(products + 4 * key, products_of_pair<Channels>(
+                                    row, key + 1 < keys ? row + stride : row, codes, padded));
+    }
+    // Apart from the products, which take all registers.
+    for (int64_t key = 0; key < keys; key += 2) {
+      const PairInts sums = load<PairInts>(products + 4 * key);
       const float a = scale[key], b = scale[key + 1];
       const PairFloats scales{a, a, a, a, b, b, b, b};
       PairFloats bound = (__builtin_convertvector(sums, PairFloats) * 256.0f + slack) * scales;
@@ -562,38 +687,72 @@ class PlanesTopk : public TiledStep {
   // Appends the `count` best ids of more than so many to `ids`; false if too many are in question.
   bool select_bounded(const Tile& tile, int64_t lane, int64_t first, int64_t last, int64_t count,
                       Memory& memory, int32_t*& ids) {
-    float* const bound = bounds(tile, lane);
+    const float* const bound = bounds(tile, lane);
     const float* const second = seconds(tile, lane);
     Candidate* const heap = memory.heap.data();
-    // What the blocks of the largest bounds have at least, the count-th best has at least.
-    std::vector<int32_t> likely(count);
-    int32_t* likely_end = likely.data();
+    // What one token of a block scores, the block scores at least: `count` blocks reach the least
+    // of these, so that no block whose bound stays below it is among the best.
+    int32_t* const likely = memory.likely.data();
+    int32_t* likely_end = likely;
     select(bound, first, last, count, heap, likely_end);
     float least = std::numeric_limits<float>::infinity();
-    for (const int32_t block : likely) {
-      least = std::min(least, score_of_token(tile, lane, block, memory));
+    for (int64_t i = 0; i < count; ++i) {
+      least = std::min(least, score_of_token(tile, lane, likely[i], memory));
     }
-    int64_t whole = 0;
-    for (int64_t b = first; b < last; ++b) whole += bound[b] >= least && second[b] >= least;
-    if (whole > count + (last - first) / kCrowded) return false;
-    int64_t found = 0;
+    std::vector<Range>& ranges = memory.ranges;
+    ranges.clear();
+    const size_t most = static_cast<size_t>(count + (last - first) / kCrowded);
     for (int64_t b = first; b < last; ++b) {
-      // An equal bound may be an equal score, which a lower id wins and a higher one does not.
       if (!(bound[b] >= least)) continue;
-      float score = score_of_token(tile, lane, b, memory);
-      if (second[b] > score && second[b] >= least) score = score_of_block(tile, lane, b, memory);
-      if (found < count) {
-        heap[found++] = {score, static_cast<int32_t>(b)};
-        if (found == count) std::make_heap(heap, heap + count, better);
-      } else if (score > heap[0].score) {
-        std::pop_heap(heap, heap + count, better);
-        heap[count - 1] = {score, static_cast<int32_t>(b)};
-        std::push_heap(heap, heap + count, better);
-      }
-      if (found == count) least = std::max(least, heap[0].score);
+      if (ranges.size() == most) return false;
+      const float score = score_of_token(tile, lane, b, memory);
+      ranges.push_back({score, std::max(score, second[b]), static_cast<int32_t>(b)});
     }
-    for (int64_t i = 0; i < found; ++i) *ids++ = heap[i].id;
+    // Better than all that could be the next best is chosen; worse than `count` others is not. Of
+    // the rest those are scored whole whose second token leaves a doubt.
+    const float floor = nth_largest(&Range::low, count, memory);
+    const float ceiling = static_cast<int64_t>(ranges.size()) > count
+                              ? nth_largest(&Range::high, count + 1, memory)
+                              : kMinusInfinity;
+    int64_t left = count, doubts = 0;
+    Candidate* end = heap;
+    for (Range& range : ranges) {
+      if (range.low > ceiling) {
+        *ids++ = range.id;
+        --left;
+        range.high = kMinusInfinity;
+        range.id = -1;
+      } else if (range.high >= floor && range.high > range.low) {
+        if (++doubts > (last - first) / kCrowded) {
+          ids -= count - left;
+          return false;
+        }
+        range.low = score_of_block(tile, lane, range.id, memory);
+      }
+    }
+    for (const Range& range : ranges) {
+      if (range.id < 0 || range.high < floor) continue;
+      const Candidate found{range.low, range.id};
+      if (end - heap < left) {
+        *end++ = found;
+        if (end - heap == left) std::make_heap(heap, end, better);
+      } else if (left > 0 && better(found, heap[0])) {
+        std::pop_heap(heap, end, better);
+        end[-1] = found;
+        std::push_heap(heap, end, better);
+      }
+    }
+    for (Candidate* chosen = heap; chosen != end; ++chosen) *ids++ = chosen->id;
     return true;
+  }
+
+  // The n-th largest, from one on, of one end of the ranges.
+  static float nth_largest(float Range::*side, int64_t n, Memory& memory) {
+    std::vector<float>& values = memory.values;
+    values.clear();
+    for (const Range& range : memory.ranges) values.push_back(range.*side);
+    std::nth_element(values.begin(), values.begin() + n - 1, values.end(), std::greater<float>());
+    return values[n - 1];
   }
 
   float score_of_token(const Tile& tile, int64_t lane, int64_t block, Memory& memory) {
@@ -605,9 +764,15 @@ class PlanesTopk : public TiledStep {
 
   float score_of_block(const Tile& tile, int64_t lane, int64_t block, Memory& memory) {
     const int64_t page = page_of(tile, block), seen = seen_by(tile, lane, block);
+    const int16_t* const codes = &memory.codes[lane * padded_];
+    const float slack = memory.slack[lane];
     float best = kMinusInfinity;
     for (int64_t token = 0; token < seen; ++token) {
-      const float found = exactly(page, token, &memory.codes[lane * padded_], memory);
+      const int32_t high = product(row_of(pages_, page, token, &memory.rows[0]), codes, padded_);
+      const float scale = scale_of(page, token);
+      if (!((high * 256.0f + slack) * scale > best)) continue;
+      const int8_t* low = row_of(low_, page, token, &memory.rows[padded_]);
+      const float found = score_of(high, product(low, codes, padded_), scale);
       best = found > best ? found : best;
     }
     return best;
