@@ -24,7 +24,7 @@ from m3_kernels.testing.projections import (
     EPS,
     Projections,
     largest_rounding,
-    normed_and_turned,
+    normed_and_rotated,
     project,
 )
 from m3_kernels.validation import FP8_DTYPES, LOW_PRECISION_DTYPES
@@ -112,7 +112,7 @@ def self_test(
     Parameters
     ----------
     num_q_heads, num_kv_heads : of one rank
-    rotary_dim : channels that RoPE turns
+    rotary_dim : channels that RoPE rotates
     dtype : of activations
     kv_dtype, index_dtype : of the pages of K and V, of index keys; pages of 8 bits are tried as
         such, all others in `dtype`
@@ -276,7 +276,7 @@ class _CaseRun:
     def queries(self) -> Finding:
         """q and index_q after norm and RoPE."""
         step = _Step(self.inputs, self.device)
-        exact = normed_and_turned(step.given.to(CPU))
+        exact = normed_and_rotated(step.given.to(CPU))
         q, index_q = step.store(self.session, self.plan)
         faults = (
             _rounding_fault("q", q.cpu(), exact["q"]),
@@ -291,7 +291,7 @@ class _CaseRun:
         """
         step, expected = _Step(self.inputs, self.device), _Step(self.inputs, CPU).inputs
         given = step.given.to(CPU)
-        keys = normed_and_turned(given)
+        keys = normed_and_rotated(given)
         cache_store(
             keys["k"].to(given.k.dtype),
             given.v,

@@ -160,7 +160,7 @@ def _gemma_norm(values: Tensor, weight: Tensor, config: M3Config) -> Tensor:
 
 
 def _rope(heads: Tensor, config: M3Config) -> Tensor:
-    """Turn the first `rotary_dim` channels of [tokens, heads, dim] by position."""
+    """Rotate the first `rotary_dim` channels of [tokens, heads, dim] by position."""
     import torch
 
     half = config.rotary_dim // 2

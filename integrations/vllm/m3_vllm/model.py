@@ -191,7 +191,7 @@ class M3DenseAttention(_M3AttentionBase):
         return output
 
     def norm_and_rope(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise each head, then turn its first `rotary_dim` channels.
+        """Normalise each head, then rotate its first `rotary_dim` channels.
 
         Parameters
         ----------

@@ -36,7 +36,7 @@ class Case:
     kv_dtype : fp8 pages of K and V; None has them in `dtype`
     index_dtype : fp8 or int8 pages of index keys, `PLANES_DTYPE` for two planes of bytes; None has
         them in `dtype`
-    rotary_dim : channels of every head that RoPE turns
+    rotary_dim : channels of every head that RoPE rotates
     """
 
     name: str
