@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from m3_kernels.cache_store.reference import in_two_planes
 from m3_kernels.cache_store.torch_cpu import LARGEST_CODE, in_planes
+from m3_kernels.capability import Backend
 from m3_kernels.index_pages import (
     PLANES_DTYPE,
     PLANES_SCALE_DTYPE,
@@ -22,7 +24,7 @@ from m3_kernels.index_pages import (
 from m3_kernels.index_topk import index_topk
 from m3_kernels.index_topk.torch_cpu import in_fixed_point
 
-BACKENDS = ("native", "torch")
+BACKENDS: tuple[Backend, ...] = ("native", "torch")
 DIM, PAGE = 32, 16
 
 
@@ -41,7 +43,9 @@ def in_pages(keys: Tensor, *, page_size: int = PAGE) -> tuple[IndexViews, Tensor
     return views, order.int()[None]
 
 
-def choose(queries: Tensor, keys: Tensor, backend: str, *, topk: int = 4, **rules: int) -> Tensor:
+def choose(
+    queries: Tensor, keys: Tensor, backend: Backend, *, topk: int = 4, **rules: Any
+) -> Tensor:
     """Ids of the last rows of one sequence of these keys."""
     views, page_table = in_pages(keys)
     return index_topk(
@@ -122,7 +126,7 @@ KEYS = (
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", range(len(KEYS)))
 @pytest.mark.parametrize("rows", [1, 4, 37])
-def test_the_choice_is_that_of_all_bits(kind: int, rows: int, backend: str) -> None:
+def test_the_choice_is_that_of_all_bits(kind: int, rows: int, backend: Backend) -> None:
     queries, keys = numbers(1, rows, 3, DIM), KEYS[kind](numbers(2, 60 * PAGE - 5, DIM))
     queries[0, 1] = 0
     expected = choose(queries, keys, "reference")
@@ -142,7 +146,7 @@ def test_the_choice_is_that_of_all_bits(kind: int, rows: int, backend: str) -> N
         {"topk": 100},
     ],
 )
-def test_forced_blocks_and_few_blocks(rules: dict[str, int], backend: str) -> None:
+def test_forced_blocks_and_few_blocks(rules: dict[str, int], backend: Backend) -> None:
     queries, keys = numbers(3, 5, 2, DIM), numbers(4, 30 * PAGE + 1, DIM)
     expected = choose(queries, keys, "reference", **rules)
     assert torch.equal(choose(queries, keys, backend, **rules), expected)
@@ -150,7 +154,7 @@ def test_forced_blocks_and_few_blocks(rules: dict[str, int], backend: str) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_query_that_is_not_finite_scores_nothing(bad: float, backend: str) -> None:
+def test_a_query_that_is_not_finite_scores_nothing(bad: float, backend: Backend) -> None:
     queries = numbers(5, 2, 2, DIM)
     queries[0, 0, 3] = bad
     ids = choose(queries, numbers(6, 20 * PAGE, DIM), backend)
