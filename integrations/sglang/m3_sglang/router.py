@@ -46,7 +46,7 @@ class M3Router(ReplicatedLinear):
         # a buffer: SGLang keeps those while a sleeping server gives its weights up
         self.register_buffer("parts", parts, persistent=False)
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Logits, and None for the bias, as of every linear layer of SGLang."""
         if self.parts is None or input_.dtype != torch.bfloat16:
             logits, _ = super().forward(input_.float())
@@ -60,7 +60,7 @@ class M3Router(ReplicatedLinear):
     def finish_loading(self) -> None:
         """Split the weights anew, where graphs read the parts."""
         if self.parts is not None:
-            self.parts.copy_(bf16_parts(self.weight))
+            self.parts.copy_(bf16_parts(self.get_parameter("weight")))
 
 
 class _SplitsRouter(UnquantizedLinearMethod):

@@ -92,7 +92,7 @@ def caches(record: Any, config: Any, model: Any) -> Any:
     asked = resolving_view(record).kv_cache_dtype
     dtype = torch.float8_e4m3fn if asked == "fp8_e4m3" else torch.bfloat16
     group = SimpleNamespace(world_size=1, rank_in_group=0, is_last_rank=True, is_first_rank=True)
-    layers = SimpleNamespace(
+    layers: Any = SimpleNamespace(
         start_layer=0,
         end_layer=config.num_hidden_layers,
         num_effective_layers=config.num_hidden_layers,
@@ -100,6 +100,7 @@ def caches(record: Any, config: Any, model: Any) -> Any:
         swa_attention_layer_ids=None,
         full_attention_layer_ids=None,
     )
+    none: Any = SpeculativeAlgorithm.from_string(None)
     return host.KVCacheConfigurator(
         device="meta",
         gpu_id=0,
@@ -113,7 +114,7 @@ def caches(record: Any, config: Any, model: Any) -> Any:
         model_dtype=torch.bfloat16,
         page_size=128,
         sliding_window_size=None,
-        spec_algorithm=SpeculativeAlgorithm.from_string(None),
+        spec_algorithm=none,
         is_draft_worker=False,
         post_capture_kv_active=False,
         spec_aux_config=SpecAuxHiddenStateConfig(),

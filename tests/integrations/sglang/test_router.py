@@ -34,7 +34,7 @@ def router() -> Any:
     from m3_sglang.router import M3Router
 
     config: Any = SimpleNamespace(hidden_size=HIDDEN, num_experts=EXPERTS)
-    made = M3Router(config, device_type="cuda", prefix="gate")
+    made: Any = M3Router(config, device_type="cuda", prefix="gate")
     random = torch.Generator().manual_seed(0)
     made.weight.data.copy_(torch.randn(EXPERTS, HIDDEN, generator=random) / 20)
     made.quant_method.process_weights_after_loading(made)
@@ -95,7 +95,7 @@ def test_a_cpu_multiplies_in_fp32() -> None:
     from m3_sglang.router import M3Router
 
     config: Any = SimpleNamespace(hidden_size=HIDDEN, num_experts=EXPERTS)
-    router = M3Router(config, device_type="cpu", prefix="gate")
+    router: Any = M3Router(config, device_type="cpu", prefix="gate")
     assert router.parts is None
     router.weight.data.normal_()
     rows = rows_of(3)
