@@ -7,6 +7,7 @@ call then checks only what is its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ class KVPages:
         strides with a contiguous last dimension
     k_scale, v_scale : fp32 [1] or [num_kv_heads], what stored numbers are multiplied with; None
         is 1
+    descriptors : of these pages, by what a kernel reads at once; each is made for the first launch
 
     Raises
     ------
@@ -105,6 +107,9 @@ class KVPages:
     v_pages: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    descriptors: dict[tuple[object, ...], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         words = "[P, num_kv_heads, page_size, head_dim]"
@@ -153,6 +158,7 @@ class IndexPages:
         contiguous last dimension
     index_k_scales : floating [P, page_size], what a stored key is multiplied with; int8 keys need
         it, fp8 keys may have it, others have none
+    descriptors : of these pages, by what a kernel reads at once; each is made for the first launch
 
     Raises
     ------
@@ -162,6 +168,9 @@ class IndexPages:
 
     index_k_pages: Tensor
     index_k_scales: Tensor | None = None
+    descriptors: dict[tuple[object, ...], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         pages, scales = self.index_k_pages, self.index_k_scales
