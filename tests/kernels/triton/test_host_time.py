@@ -46,6 +46,8 @@ def test_a_second_step_looks_up_nothing_anew() -> None:
 
 def test_a_second_step_makes_no_descriptor_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """They describe a layer's pages, which stay where a host has bound them."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     from m3_kernels import triton_shared
 
     inputs = build(CASE)
@@ -58,7 +60,7 @@ def test_a_second_step_makes_no_descriptor_anew(monkeypatch: pytest.MonkeyPatch)
     )
     made: list[object] = []
 
-    class Counted(triton_shared.TensorDescriptor):
+    class Counted(TensorDescriptor):
         def __post_init__(self) -> None:
             made.append(self)
             super().__post_init__()
