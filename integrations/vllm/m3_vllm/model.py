@@ -564,7 +564,7 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3, SupportsLoRA):
     """
 
     # set by vLLM once it has put its LoRA layers around ours
-    lora_manager: LoRAModelManager | None = None
+    lora_manager: "LoRAModelManager | None" = None
     # vLLM's quantisation maps its fused names back to the checkpoint's through this
     packed_modules_mapping: ClassVar = {  # pyright: ignore[reportIncompatibleVariableOverride]
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -675,7 +675,7 @@ class M3ForConditionalGeneration(
 ):
     """The released model: vision tower and projector in front of the text model."""
 
-    lora_manager: LoRAModelManager | None = None
+    lora_manager: "LoRAModelManager | None" = None
     packed_modules_mapping = M3ForCausalLM.packed_modules_mapping
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
