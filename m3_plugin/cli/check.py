@@ -259,6 +259,8 @@ def _cases(family: str, only: str, *, arch: int | None) -> Iterator[Case]:
     # bfloat16 arithmetic is wrong in Triton's interpreter
     dtypes = [dtype for dtype in DTYPES if not (interpreted and dtype == torch.bfloat16)]
     cases = [*regular_cases(), *corner_cases(), *production_cases(), *int8_cases()]
+    if family != "triton":
+        cases += planes_cases()
     if arch is not None:
         served = production_cases()[0]
         cases += [replace(served, name=name, requests=steps) for name, steps in LONG_STEPS.items()]
@@ -283,6 +285,16 @@ def int8_cases() -> list[Case]:
 
     return [
         replace(case, name=f"{case.name}-int8-index", index_dtype=torch.int8)
+        for case in _eight_bit_steps()
+    ]
+
+
+def planes_cases() -> list[Case]:
+    """Index keys in two planes, which the families of a CPU read."""
+    from m3_kernels.index_pages import PLANES_DTYPE
+
+    return [
+        replace(case, name=f"{case.name}-planes-index", index_dtype=PLANES_DTYPE)
         for case in _eight_bit_steps()
     ]
 

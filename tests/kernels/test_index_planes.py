@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from m3_kernels import native_build
 from m3_kernels.cache_store.reference import in_two_planes
 from m3_kernels.cache_store.torch_cpu import LARGEST_CODE, in_planes
 from m3_kernels.capability import Backend
@@ -23,6 +25,17 @@ from m3_kernels.index_pages import (
 )
 from m3_kernels.index_topk import index_topk
 from m3_kernels.index_topk.torch_cpu import in_fixed_point
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks and rows are shared out, however few: which thread meets which is chance."""
+    monkeypatch.setattr(native_build, "WORK_PER_THREAD", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
 
 BACKENDS: tuple[Backend, ...] = ("native", "torch")
 DIM, PAGE = 32, 16
@@ -162,7 +175,11 @@ def test_a_query_that_is_not_finite_scores_nothing(bad: float, backend: Backend)
     assert torch.equal(ids, choose(queries, numbers(6, 20 * PAGE, DIM), "reference"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     seed=st.integers(0, 2**31),
     tokens=st.integers(1, 25 * PAGE),
@@ -184,7 +201,11 @@ def test_any_inputs(
         assert torch.equal(choose(queries, keys, backend), expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(seed=st.integers(0, 2**31), spread=st.sampled_from([0.0, 1.0, 10.0]), dim=st.integers(1, 64))
 def test_the_high_plane_bounds_the_score(seed: int, spread: float, dim: int) -> None:
     """The inequality that docs/index-planes.md derives, in the integers and in fp32."""
@@ -202,7 +223,11 @@ def test_the_high_plane_bounds_the_score(seed: int, spread: float, dim: int) -> 
         assert bool((scores <= (found * 256 + slack) * scales.float()).all())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(seed=st.integers(0, 2**31), exponent=st.integers(-45, 37))
 def test_codes_hold_a_key_to_half_a_step(seed: int, exponent: int) -> None:
     keys = numbers(seed, 8, DIM) * 10.0**exponent

@@ -28,6 +28,7 @@ class Fault:
 
 KERNELS = "kernels/m3_kernels"
 INDEX = ("tests/kernels/test_index_topk.py",)
+PLANES = ("tests/kernels/test_index_planes.py",)
 ATTENTION = ("tests/kernels/test_sparse_attention.py", "tests/kernels/test_invariance.py")
 DENSE = ("tests/kernels/test_dense_attention.py",)
 STORE = ("tests/kernels/test_cache_store.py",)
@@ -100,6 +101,42 @@ FAULTS = (
         "page * scales_->stride[0] + key, present);",
         "page * scales_->stride[0] + key + (key + present < page_size_), present);",
         INDEX,
+    ),
+    # index keys in two planes
+    Fault(
+        "planes native: the low bytes may be of half their size",
+        f"{KERNELS}/native_planes.h",
+        "constexpr float kLowPlaneBound = 128.02f;",
+        "constexpr float kLowPlaneBound = 2.0f;",
+        PLANES,
+    ),
+    Fault(
+        "planes native: a block is what one of its tokens scores",
+        f"{KERNELS}/index_topk/native.cpp",
+        "std::max(score, second[b])",
+        "score",
+        PLANES,
+    ),
+    Fault(
+        "planes native: what could be as good as the next is chosen",
+        f"{KERNELS}/index_topk/native.cpp",
+        "if (range.low > ceiling) {",
+        "if (range.low >= floor) {",
+        PLANES,
+    ),
+    Fault(
+        "planes native: tokens behind a row are seen",
+        f"{KERNELS}/index_topk/native.cpp",
+        "if (causal) bound = number < seen ? bound : nothing;",
+        "",
+        PLANES,
+    ),
+    Fault(
+        "planes: low bytes of the next token",
+        f"{KERNELS}/cache_store/native.cpp",
+        "page * low_pages->stride[0] + offset * low_pages->stride[1], low->size[1]);",
+        "page * low_pages->stride[0], low->size[1]);",
+        STORE,
     ),
     # index_topk in torch
     Fault(
@@ -320,8 +357,8 @@ FAULTS = (
     Fault(
         "sizing: int8 index keys have no scales",
         "m3_plugin/sizing/cache_bytes.py",
-        "_INT8_SCALE_BYTES = 2",
-        "_INT8_SCALE_BYTES = 0",
+        '_SCALE_BYTES = {"int8": 2,',
+        '_SCALE_BYTES = {"int8": 0,',
         ("tests/plugin/sizing/test_cache_bytes.py",),
     ),
     Fault(

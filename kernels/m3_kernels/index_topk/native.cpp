@@ -19,8 +19,8 @@ constexpr int64_t kTileLanes = 128;                    // (row, head) pairs of a
 constexpr int64_t kWaveFloats = 16 * 1024 * 1024;      // scores alive at once: 64 MiB
 constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kMaxBlocksPerItem = 64;
-// If more than one block of so many is in question for a row and head, and as many again as are
-// chosen, all blocks are scored, for all rows and heads of a tile at once.
+// If more than one block of so many would be scored whole for a row and head, all blocks are scored
+// for it at once, and for those beside it.
 constexpr int64_t kCrowded = 4;
 constexpr int64_t kUsualChannels = 128;
 constexpr int64_t kKeysAhead = 16;
@@ -118,6 +118,16 @@ class TiledStep {
   virtual void run_wave(Tile* tiles, int64_t num_tiles, const std::vector<Item>& items) = 0;
 
   bool scored(const Tile& tile) const { return tile.blocks > topk_; }
+
+  // Blocks that a row of a tile sees, the forced ones from 0 to `init_end` and from `local_begin`.
+  struct Visible {
+    int64_t blocks, init_end, local_begin;
+  };
+  Visible visible_to(const Tile& tile, int64_t row) const {
+    const int64_t visible = (tile.position + row) / page_size_ + 1;
+    const int64_t init_end = std::min(num_init_, visible);
+    return {visible, init_end, std::max(init_end, visible - std::min(num_local_, visible))};
+  }
   int64_t floats_of(const Tile& tile) const {
     return tile.rows * heads_ * tile.blocks * floats_per_score_;
   }
@@ -290,9 +300,7 @@ class IndexTopk : public TiledStep {
 
   void choose(const Tile& tile, Candidate* heap) const {
     for (int64_t row = 0; row < tile.rows; ++row) {
-      const int64_t visible = (tile.position + row) / page_size_ + 1;
-      const int64_t init_end = std::min(num_init_, visible);
-      const int64_t local_begin = std::max(init_end, visible - std::min(num_local_, visible));
+      const auto [visible, init_end, local_begin] = visible_to(tile, row);
       for (int64_t head = 0; head < heads_; ++head) {
         int32_t* const begin = ids(head, tile.row + row);
         int32_t* end = begin;
@@ -378,7 +386,8 @@ class PlanesTopk : public TiledStep {
     for (int64_t t = 0; t < num_tiles; ++t) {
       first_lane[t + 1] = first_lane[t] + tiles[t].rows * heads_;
     }
-    std::vector<std::atomic<bool>> crowded(num_tiles);
+    // By the first lane of each `kQueries`, which are multiplied together.
+    std::vector<std::atomic<bool>> crowded(first_lane[num_tiles]);
     for (auto& flag : crowded) flag.store(false);
     for (Memory& memory : memory_) memory.tile = memory.rows_of_tile = nullptr;
     const auto tile_of = [&](int64_t lane) {
@@ -393,16 +402,18 @@ class PlanesTopk : public TiledStep {
       const bool complete = failure_.status == kOk;
       for (int64_t i; complete && (i = next_lane.fetch_add(1)) < first_lane[num_tiles];) {
         const int64_t t = tile_of(i);
-        if (!choose(tiles[t], i - first_lane[t], memory, false)) crowded[t].store(true);
+        const int64_t lane = i - first_lane[t];
+        if (!choose(tiles[t], lane, memory, false)) crowded[i - lane % kQueries].store(true);
       }
 #pragma omp barrier
       for (int64_t i; complete && (i = next_exact.fetch_add(1)) < num_items;) {
-        if (crowded[items[i].tile - tiles].load()) score(items[i], memory);
+        score(items[i], &crowded[first_lane[items[i].tile - tiles]], memory);
       }
 #pragma omp barrier
       for (int64_t i; complete && (i = next_choice.fetch_add(1)) < first_lane[num_tiles];) {
         const int64_t t = tile_of(i);
-        if (crowded[t].load()) choose(tiles[t], i - first_lane[t], memory, true);
+        const int64_t lane = i - first_lane[t];
+        if (crowded[i - lane % kQueries].load()) choose(tiles[t], lane, memory, true);
       }
     }
   }
@@ -623,16 +634,21 @@ class PlanesTopk : public TiledStep {
     }
   }
 
-  // Scores of the blocks of an item, from both planes, in place of their bounds.
-  void score(const Item& item, Memory& memory) {
+  // Scores of the blocks of an item, from both planes, in place of their bounds, for the lanes
+  // that could not be chosen for.
+  void score(const Item& item, const std::atomic<bool>* crowded, Memory& memory) {
     const Tile& tile = *item.tile;
-    load_queries(tile, memory);
     const int64_t lanes = tile.rows * heads_;
+    bool any = false;
+    for (int64_t lane = 0; lane < lanes; lane += kQueries) any = any || crowded[lane].load();
+    if (!any) return;
+    load_queries(tile, memory);
     for (int64_t block = item.first_block; block < item.last_block; ++block) {
       const int64_t page = page_of(tile, block);
       if (page < 0) return;
       const int64_t keys = seen_by(tile, lanes - 1, block);
       for (int64_t lane = 0; lane < lanes; lane += kQueries) {
+        if (!crowded[lane].load()) continue;
         score_block(tile, lane, std::min(kQueries, lanes - lane), block, page, keys, memory);
       }
     }
@@ -661,7 +677,7 @@ class PlanesTopk : public TiledStep {
 
   // False if so many blocks are in question that all should be scored at once.
   bool choose(const Tile& tile, int64_t lane, Memory& memory, bool exact) {
-    const int64_t visible = (tile.position + lane / heads_) / page_size_ + 1;
+    const auto [visible, init_end, local_begin] = visible_to(tile, lane / heads_);
     int32_t* const begin = ids(lane % heads_, tile.row + lane / heads_);
     int32_t* end = begin;
     if (visible <= topk_) {
@@ -669,8 +685,6 @@ class PlanesTopk : public TiledStep {
       return true;
     }
     load_queries(tile, memory);
-    const int64_t init_end = std::min(num_init_, visible);
-    const int64_t local_begin = std::max(init_end, visible - std::min(num_local_, visible));
     const int64_t edges[] = {0, init_end, local_begin, visible, init_end, local_begin};
     for (int part = 0; part < 6; part += 2) {
       const int64_t first = edges[part], last = edges[part + 1], count = topk_ - (end - begin);
@@ -701,10 +715,8 @@ class PlanesTopk : public TiledStep {
     }
     std::vector<Range>& ranges = memory.ranges;
     ranges.clear();
-    const size_t most = static_cast<size_t>(count + (last - first) / kCrowded);
     for (int64_t b = first; b < last; ++b) {
       if (!(bound[b] >= least)) continue;
-      if (ranges.size() == most) return false;
       const float score = score_of_token(tile, lane, b, memory);
       ranges.push_back({score, std::max(score, second[b]), static_cast<int32_t>(b)});
     }

@@ -36,6 +36,7 @@ from m3_plugin.host.serving import ServerFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from m3_kernels.index_pages import IndexViews
     from m3_kernels.testing.timing import Timing
 
 # MiniMax-M3's own geometry: one sparse layer on one device.
@@ -45,6 +46,9 @@ GROUP = NUM_Q_HEADS // NUM_KV_HEADS
 SCALE = HEAD_DIM**-0.5
 BYTES_PER_VALUE = 2
 DENSE = ("dense sdpa", "dense bmm")
+PLANES = "native planes"
+# of an index key in two planes, which a scan reads: its high byte of each channel and its scale
+SCANNED_BYTES = INDEX_DIM + 2
 BMM_KEYS = 8192
 
 
@@ -206,6 +210,12 @@ def measure(
         functions[f"{name} sparse_attention"] = lambda name=name: layer.sparse_attention(name)
         functions[name] = lambda name=name: layer.both(name)
         functions[f"{name} dense_attention"] = lambda name=name: layer.whole(name)
+    if "native" in ours:
+        layer.planes()
+        functions[f"{PLANES} index_topk"] = lambda: layer.index_topk_planes("native")
+        functions[PLANES] = lambda: layer.sparse_attention(
+            "native", layer.index_topk_planes("native")
+        )
     if dense:
         functions["dense sdpa"] = layer.dense_sdpa if rows == 1 else layer.dense_sdpa_chunk
         if rows == 1:
@@ -244,6 +254,7 @@ class _Layer:
         self.seq_lens = torch.tensor([context], dtype=torch.int32)
         self.block_ids = self.index_topk("auto")
         self._dense: tuple[Tensor, Tensor] | None = None
+        self._planes: IndexViews | None = None
 
     def last_rows(self, count: int) -> _Layer:
         """The same layer with at most the last `count` query rows."""
@@ -266,6 +277,47 @@ class _Layer:
             cu_seqlens_q=self.cu_seqlens_q,
             seq_lens=self.seq_lens,
             topk=TOPK,
+            backend=backend,
+        )
+
+    def planes(self) -> IndexViews:
+        """The index keys in two planes, as hosts allocate them."""
+        import torch
+
+        from m3_kernels.cache_store.torch_cpu import in_planes
+        from m3_kernels.index_pages import PLANES_DTYPE, channels, split_planes
+
+        if self._planes is None:
+            width = channels(INDEX_DIM, PLANES_DTYPE)
+            views = split_planes(torch.zeros(self.pages, PAGE_SIZE, width, dtype=PLANES_DTYPE))
+            assert views.scales is not None
+            assert views.low is not None
+            # In pieces: the fp32 copies of a long context would not fit beside the rest.
+            for part in torch.arange(self.pages).split(2**9):
+                keys = self.index_k_pages[part].flatten(0, 1)
+                high, low, scales = in_planes(keys, views.scales.dtype)
+                shape = (len(part), PAGE_SIZE)
+                views.keys[part], views.low[part] = (
+                    high.unflatten(0, shape),
+                    low.unflatten(0, shape),
+                )
+                views.scales[part] = scales.unflatten(0, shape)
+            self._planes = views
+        return self._planes
+
+    def index_topk_planes(self, backend: Any) -> Tensor:
+        from m3_kernels.index_topk import index_topk
+
+        views = self.planes()
+        return index_topk(
+            self.index_q,
+            views.keys,
+            page_table=self.page_table,
+            cu_seqlens_q=self.cu_seqlens_q,
+            seq_lens=self.seq_lens,
+            topk=TOPK,
+            index_k_scales=views.scales,
+            index_k_low=views.low,
             backend=backend,
         )
 
@@ -360,7 +412,8 @@ def _check(layer: _Layer) -> None:
     """Raise GateError unless the methods agree, so that no speed of a wrong result is printed.
 
     C++ against plain torch on the last rows: one id in 16 may differ, by scores closer than
-    rounding. In decode also the dense op in C++ against the dense peers.
+    rounding; none from keys in two planes, whose scores are sums of integers. In decode also the
+    dense op in C++ against the dense peers.
     """
 
     last = layer.last_rows(4)
@@ -368,6 +421,8 @@ def _check(layer: _Layer) -> None:
     different = float((native_ids != plain_ids).float().mean())
     if different > 1 / TOPK:
         raise GateError(f"{different:.1%} of the blocks chosen by C++ and by torch differ")
+    if not last.index_topk_planes("native").equal(last.index_topk_planes("torch")):
+        raise GateError("blocks chosen by C++ and by torch from keys in two planes differ")
     results = {
         "torch": (last.sparse_attention("native"), last.sparse_attention("torch")),
         "torch over all blocks": (last.whole("native"), last.whole("torch")),
@@ -385,7 +440,7 @@ def _check(layer: _Layer) -> None:
 
 def _bytes_read(name: str, context: int) -> int | None:
     keys_and_values = 2 * NUM_KV_HEADS * HEAD_DIM * BYTES_PER_VALUE
-    index = context * INDEX_DIM * BYTES_PER_VALUE
+    index = context * (SCANNED_BYTES if name.startswith(PLANES) else INDEX_DIM * BYTES_PER_VALUE)
     chosen = min(context, TOPK * PAGE_SIZE) * keys_and_values
     if name in DENSE or name.endswith("dense_attention"):
         return context * keys_and_values
@@ -472,7 +527,7 @@ def _print(report: Report, console: Console) -> None:
             right=("median ms", "quartiles", "GB/s", "speed-up"),
         )
         for row in rows:
-            whole = row.name in ("native", "torch")
+            whole = row.name in ("native", "torch", PLANES)
             speedup = report.speedup(phase, row.name, row.context) if whole else None
             table.add_row(
                 f"{row.context:,}",
@@ -509,14 +564,25 @@ def _print_steps(steps: list[StepRow], console: Console) -> None:
     console.print(table)
 
 
+def _reading(report: Report) -> Curve:
+    """How long it takes to read what a scan of two planes reads, at the bandwidth of this run."""
+    bandwidth = report.machine["read_gb_per_second"]
+    contexts = sorted({row.context for row in report.rows if row.phase == "decode"})
+    times = [context * SCANNED_BYTES / bandwidth / 1e6 for context in contexts]
+    points = tuple((at, time, time, time) for at, time in zip(contexts, times, strict=True))
+    return Curve(f"reading one plane at {bandwidth} GB/s", "C7", points)
+
+
 def _plot(report: Report, path: Path) -> None:
     names = {
         "native": "sparse, C++",
+        PLANES: "sparse, C++, two planes",
         "torch": "sparse, plain torch",
         "native dense_attention": "dense, C++",
     }
     colours = {
         "native": "C3",
+        PLANES: "C5",
         "torch": "C1",
         "native dense_attention": "C4",
         "dense sdpa": "C0",
@@ -531,6 +597,8 @@ def _plot(report: Report, path: Path) -> None:
                 (r.context, r.median_ms, r.first_quartile_ms, r.third_quartile_ms) for r in rows
             )
             curves.append(Curve(names.get(name, name), colour, points))
+        if phase == "decode":
+            curves.append(_reading(report))
         title = "decode, one row" if phase == "decode" else "prefill chunk"
         panels.append(Panel(title, tuple(curve for curve in curves if curve.points)))
     machine = report.machine
