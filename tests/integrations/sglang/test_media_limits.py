@@ -192,6 +192,33 @@ def test_files_without_a_frame_are_the_clients_mistake(processor: Any, data: byt
 FILE = data_url(media_files.mp4([media_files.jpeg((0, 0, 0))] * 16, fps=4))
 
 
+def test_local_files_are_looked_at_too(processor: Any, tmp_path: Path) -> None:
+    """SGLang opens paths that a client names."""
+    red = [media_files.jpeg((255, 0, 0))] * 4
+    whole = media_files.mkv(red, [0, 1, 2, 3], duration=4.0)
+    files = {
+        "whole.mkv": whole,
+        "recorded.webm": media_files.mkv(red, [0, 1, 2, 3], duration=None),
+        "animated.gif": media_files.encoded(
+            Image.new("RGB", (112, 84)),
+            "GIF",
+            save_all=True,
+            append_images=[
+                Image.new("RGB", (112, 84), colour) for colour in ("red", "blue", "white")
+            ],
+            duration=1000,
+        ),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        (item,) = prepare(processor, VIDEO, video=[f"file://{tmp_path / name}"]).mm_items
+        assert item.video_grid_thw[0].tolist() == [2, 6, 8]
+    lying = tmp_path / "lying.avi"
+    lying.write_bytes(media_files.avi(red, claimed=2**32 - 1))
+    for path in (lying, "/dev/zero", tmp_path):
+        assert refusal(processor, VIDEO, video=[f"file://{path}"])
+
+
 def test_wishes_are_honoured(processor: Any) -> None:
     from sglang.srt.utils.common import VideoData
 
@@ -256,6 +283,18 @@ def test_phones_turn_their_videos(processor: Any) -> None:
         video = data_url(media_files.mp4(frames, matrix=matrix))
         (item,) = prepare(processor, VIDEO, video=[video]).mm_items
         assert item.video_grid_thw[0].tolist() == grid
+
+
+@pytest.mark.parametrize("matrix", sorted(media_files.TURNED))
+def test_phones_videos_are_upright(processor: Any, matrix: str) -> None:
+    from sglang.srt.managers.schedule_batch import Modality
+
+    from m3_sglang.processors.minimax_m3 import video_frames
+
+    data = media_files.turned_video(matrix)
+    video = processor._load_single_item(data_url(data), Modality.VIDEO)
+    frames, _ = video_frames(video)
+    media_files.require_upright(frames[0].permute(1, 2, 0).numpy(), matrix)
 
 
 def test_expanded_prompts_are_kept_or_refused(processor: Any) -> None:

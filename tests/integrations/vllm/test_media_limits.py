@@ -150,6 +150,13 @@ def test_a_video_of_one_frame_is_one() -> None:
     assert (len(frames), metadata["frames_indices"]) == (1, [0])
 
 
+@pytest.mark.parametrize("matrix", sorted(media_files.TURNED))
+def test_phones_videos_are_upright(matrix: str) -> None:
+    frames, metadata = load(media_files.turned_video(matrix))
+    assert metadata["frames_indices"] == [0, 1]
+    media_files.require_upright(frames[0], matrix)
+
+
 def test_wishes_are_honoured() -> None:
     data = media_files.mp4([media_files.jpeg((0, 0, 0))] * 16, fps=4)
     given = ({}, {"fps": 2}, {"max_frames": 3}, {"num_frames": 3}, {"num_frames": 32})
