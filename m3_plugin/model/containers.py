@@ -273,10 +273,10 @@ class Animation:
         self.avg_fps = 1000.0 * self._total / milliseconds
 
     @classmethod
-    def of(cls, data: bytes) -> Animation | None:
+    def of(cls, data: bytes | mmap) -> Animation | None:
         """None for any other file."""
         if data[:4] == b"GIF8" or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
-            return cls(data)
+            return cls(data[:])
         return None
 
     def __len__(self) -> int:

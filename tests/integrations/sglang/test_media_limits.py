@@ -327,3 +327,45 @@ def test_prepared_items_are_refused_by_name(processor: Any) -> None:
     for kind in ("processor_output", "precomputed_embedding"):
         item = {"format": kind, "feature": torch.zeros(4, 8)}
         assert "are not served by m3-plugin" in refusal(processor, IMAGE, image=[item])
+
+
+def pad_values(processor: Any, modality: str, item: Any) -> list[int]:
+    """By which SGLang's prefix and embedding caches know an item."""
+    prompt = {"image": IMAGE, "video": VIDEO}[modality]
+    (found,) = prepare(processor, prompt, **{modality: [item]}).mm_items
+    found.set_pad_value()
+    return [found.hash, found.pad_value]
+
+
+def test_the_same_file_with_other_settings_is_another_item(processor: Any) -> None:
+    from sglang.srt.utils.common import ImageData, VideoData
+
+    colours = [(40 * i, 0, 0) for i in range(6)]
+    frames = [media_files.jpeg(c, size=(168, 84)) for c in colours]
+    clip = data_url(media_files.mp4(frames, size=(168, 84)))
+    picture = data_url(media_files.encoded(Image.new("RGB", (400, 300), (9, 99, 200)), "PNG"))
+    items: list[tuple[str, Any]] = [
+        ("image", ImageData(picture, max_long_side_pixel=side)) for side in (None, 112, 224)
+    ]
+    items += [
+        ("video", VideoData(clip, max_long_side_pixel=side, preprocess_kwargs=wish))
+        for side in (None, 112)
+        for wish in ({}, {"fps": 0.5}, {"max_frames": 2}, {"max_frames": 3})
+    ]
+    known = [pad_values(processor, *item) for item in items]
+    assert [pad_values(processor, *item) for item in items] == known
+    for values in zip(*known, strict=True):
+        assert len(set(values)) == len(items)
+
+
+def test_pictures_of_the_same_patches_in_another_shape_are_two(processor: Any) -> None:
+    """Of one colour, so that every patch is the same; and a video of one such frame."""
+    wide, tall = (Image.new("RGB", size, (1, 2, 3)) for size in ((112, 56), (56, 112)))
+    still = np.asarray(wide)[None]
+    items: list[tuple[str, Any]] = [("image", wide), ("image", tall), ("video", still)]
+    features = [
+        prepare(processor, {"image": IMAGE, "video": VIDEO}[m], **{m: [item]}).mm_items[0]
+        for m, item in items
+    ]
+    assert torch.equal(features[0].feature, features[1].feature)
+    assert len({tuple(pad_values(processor, *item)) for item in items}) == 3

@@ -221,3 +221,54 @@ def test_surplus_placeholders_are_refused(processor) -> None:
     tokens = processor.info.get_tokenizer().encode(IMAGE * 2)
     with pytest.raises(ValueError, match="more image placeholders"):
         prepared(processor, tokens, {"image": Image.new("RGB", (56, 56))})
+
+
+def test_the_same_file_with_other_settings_is_another_item(processor) -> None:
+    """With vLLM's own processor cache: what a wish changes is never taken from an earlier one."""
+    from vllm.multimodal.cache import MultiModalProcessorOnlyCache
+    from vllm.multimodal.media.image import ImageMediaIO
+    from vllm.multimodal.media.video import VideoMediaIO
+
+    colours = [(40 * i, 0, 0) for i in range(6)]
+    clip = media_files.mp4([media_files.jpeg(c, size=(168, 84)) for c in colours], size=(168, 84))
+    picture = media_files.encoded(Image.new("RGB", (400, 300), (9, 99, 200)), "PNG")
+    bounds = [{}, {"max_pixels": 112 * 84}, {"max_pixels": 112 * 112}, {"min_pixels": 600 * 600}]
+    by_kind = {
+        kind: [{f"{kind}s_kwargs": bound} if bound else {} for bound in bounds]
+        for kind in ("image", "video")
+    }
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("image", {}, kwargs) for kwargs in by_kind["image"]
+    ]
+    cases += [
+        ("video", wish, kwargs)
+        for wish in ({}, {"fps": 0.5}, {"max_frames": 2}, {"max_frames": 3})
+        for kwargs in by_kind["video"]
+    ]
+    cache = MultiModalProcessorOnlyCache(processor.info.ctx.model_config)
+    hashes: set[str] = set()
+    seen: set[str] = set()
+    for kind, wish, kwargs in cases * 2:
+        if kind == "image":
+            item: Any = ImageMediaIO().load_bytes(picture)
+        else:
+            loader = VideoMediaIO(ImageMediaIO(), video_backend="m3_plugin", **wish)
+            item = loader.load_bytes(clip)
+        prompt = processor.info.get_tokenizer().encode({"image": IMAGE, "video": VIDEO}[kind])
+        fresh, cached = (
+            processor(
+                prompt,
+                processor.info.parse_mm_data({kind: [item]}),
+                hf_processor_mm_kwargs=kwargs,
+                cache=used,
+            )
+            for used in (None, cache)
+        )
+        assert cached["prompt_token_ids"] == fresh["prompt_token_ids"], (wish, kwargs)
+        ours, expected = (result["mm_kwargs"][kind][0].get_data() for result in (cached, fresh))
+        assert all(torch.equal(ours[name], value) for name, value in expected.items())
+        assert cached["mm_hashes"] == fresh["mm_hashes"]
+        (found,) = fresh["mm_hashes"][kind]
+        seen.add(f"{kind} {wish} {kwargs}")
+        hashes.add(found)
+    assert len(hashes) == len(seen) == len(cases)

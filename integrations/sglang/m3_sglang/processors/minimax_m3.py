@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
+import hashlib
 import io
 import mmap
 import os
@@ -28,6 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from sglang.srt.managers.mm_utils import hash_feature
 from sglang.srt.managers.schedule_batch import Modality, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import (
     BaseMultimodalProcessor,
@@ -204,6 +206,8 @@ class M3Processor(BaseMultimodalProcessor):
             video_metadata=[metadata for _, metadata in videos],
             prompt=prompt,
         )
+        for item in items:
+            item.set_hash(identity(item))
         return items, input_ids
 
     def _frame_size(self, height: int, width: int) -> tuple[int, int]:
@@ -303,6 +307,16 @@ class M3Processor(BaseMultimodalProcessor):
         added = frozenset(processor.tokenizer.get_added_vocab().values())
         stamped = partial(with_stamp, added=added, encode=encode, decode=decode)
         return lay_out(prompt, places, self.ids, stamped=stamped)
+
+
+def identity(item: Any) -> int:
+    """What SGLang's caches of features and prefixes know an item by: its patches and their grid.
+
+    SGLang would take the patches alone, which are the same for two shapes of few colours.
+    """
+    grid = getattr(item, f"{item.modality.name.lower()}_grid_thw")
+    words = f"{item.modality.name} {grid.tolist()} {hash_feature(item.feature)}"
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
 
 
 def plausible(data: Any) -> Any:
