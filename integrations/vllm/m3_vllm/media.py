@@ -187,7 +187,15 @@ class M3ProcessingInfo(BaseProcessingInfo):
         export_from_front_end()
 
     def get_hf_processor(self, **kwargs: object) -> MiniMaxM3VLProcessor:
-        return self.ctx.get_hf_processor(MiniMaxM3VLProcessor, **kwargs)
+        """Raises ValueError, which names the file, for a checkpoint without processor files."""
+        try:
+            return self.ctx.get_hf_processor(MiniMaxM3VLProcessor, **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"{self.ctx.model_config.model} lacks what pictures and videos are prepared by, "
+                f"its preprocessor_config.json ({error}): copy it from the original repository, "
+                "or serve text alone with --language-model-only"
+            ) from error
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return dict.fromkeys(_PLACEHOLDERS)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from tests.integrations import media_files
 from tests.integrations.sglang.media_processor import build, prepare
 
@@ -369,3 +370,11 @@ def test_pictures_of_the_same_patches_in_another_shape_are_two(processor: Any) -
     ]
     assert torch.equal(features[0].feature, features[1].feature)
     assert len({tuple(pad_values(processor, *item)) for item in items}) == 3
+
+
+def test_a_checkpoint_without_processor_files_is_refused_at_the_start(tmp_path: Path) -> None:
+    """By SGLang, before it asks us; `--language-model-only` serves its text."""
+    folder = write_random_checkpoint(tmp_path / "m3", preset="small")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match=r"a file named preprocessor_config\.json"):
+        build(folder)

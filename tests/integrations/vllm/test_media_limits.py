@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,3 +274,35 @@ def test_the_same_file_with_other_settings_is_another_item(processor) -> None:
         seen.add(f"{kind} {wish} {kwargs}")
         hashes.add(found)
     assert len(hashes) == len(seen) == len(cases)
+
+
+def test_a_checkpoint_without_processor_files(tmp_path: Path) -> None:
+    """Text is rendered, and whatever asks for the processor is told which file is missing."""
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.exceptions import VLLMValidationError
+    from vllm.plugins import load_general_plugins
+    from vllm.renderers.params import ChatParams
+    from vllm.renderers.registry import renderer_from_config
+
+    load_general_plugins()
+    folder = write_random_checkpoint(tmp_path / "m3", preset="engine")
+    for name in ("", "video_"):
+        (folder / f"{name}preprocessor_config.json").unlink()
+    (folder / "processor_config.json").unlink()
+
+    def rendered(content: Any, **options: Any) -> list[int]:
+        config = ModelConfig(model=str(folder), dtype="float32", max_model_len=8192, **options)
+        renderer = renderer_from_config(VllmConfig(model_config=config))
+        (prompt,) = renderer.render_chat([[{"role": "user", "content": content}]], ChatParams())[1]
+        return prompt["prompt_token_ids"]
+
+    assert rendered("so") == rendered("so", language_model_only=True)
+    file = media_files.encoded(Image.new("RGB", (56, 56)), "PNG")
+    part = {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{b64encode(file).decode()}"},
+    }
+    with pytest.raises(ValueError, match=r"its preprocessor_config\.json .* --language-model-only"):
+        rendered([part])
+    with pytest.raises(VLLMValidationError, match="At most 0 image"):
+        rendered([part], language_model_only=True)
