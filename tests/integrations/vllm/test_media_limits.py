@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations import media_files
+from tests.integrations import media_files, media_memory
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
 
@@ -306,3 +306,13 @@ def test_a_checkpoint_without_processor_files(tmp_path: Path) -> None:
         rendered([part])
     with pytest.raises(VLLMValidationError, match="At most 0 image"):
         rendered([part], language_model_only=True)
+
+
+def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
+    shape, grown = media_memory.grown_by(
+        media_memory.file_of_large_frames(tmp_path),
+        prepare="from m3_vllm.media import M3VideoLoader",
+        load="M3VideoLoader.load_bytes(data)[0].shape",
+    )
+    assert shape == [media_memory.FRAMES, 560, 1008, 3]
+    assert grown < media_memory.LIMIT
