@@ -380,6 +380,7 @@ def test_a_checkpoint_without_processor_files_is_refused_at_the_start(tmp_path: 
         build(folder)
 
 
+@pytest.mark.extended
 def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
     shape, grown = media_memory.grown_by(
         media_memory.file_of_large_frames(tmp_path),
