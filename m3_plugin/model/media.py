@@ -20,6 +20,7 @@ import sys
 import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -216,7 +217,7 @@ def sampled_frames(
     return [index(round(i * (count - 1) / (max_frames - 1))) for i in range(max_frames)]
 
 
-def require_plausible_counts(data: bytes) -> None:
+def require_plausible_counts(data: bytes | mmap) -> None:
     """Refuse a video whose header claims more frames than the file has bytes.
 
     Decoders size their tables by that count before they look for a frame, and one that cannot have
@@ -236,7 +237,7 @@ def require_plausible_counts(data: bytes) -> None:
         )
 
 
-def _frames_of_avi(data: bytes) -> int:
+def _frames_of_avi(data: bytes | mmap) -> int:
     """The largest number of frames in an AVI's main header and headers of streams."""
     # where the count stands behind a chunk's name and size
     fields = ((b"avih", 16), (b"strh", 32))
@@ -250,7 +251,7 @@ def _frames_of_avi(data: bytes) -> int:
     return found
 
 
-def _frames_of_boxes(data: bytes, begin: int, end: int, *, depth: int) -> int:
+def _frames_of_boxes(data: bytes | mmap, begin: int, end: int, *, depth: int) -> int:
     """The largest number of frames in the tables of times of an MP4's tracks."""
     found = 0
     while begin + 8 <= end:

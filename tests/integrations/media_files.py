@@ -7,12 +7,20 @@ import struct
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
 JPEG = b"jpeg"
 # Rows of the display matrix, as in tkhd: 16.16, 16.16, 2.30.
 UPRIGHT = (1, 0, 0, 0, 1, 0)
 QUARTER = (0, 1, 0, -1, 0, 0)
+# Clockwise turns of the display matrix, in degrees.
+TURNED = {
+    "0": UPRIGHT,
+    "90": QUARTER,
+    "180": (-1, 0, 0, 0, -1, 0),
+    "270": (0, -1, 0, 1, 0, 0),
+}
 
 
 def jpeg(colour: tuple[int, int, int], *, size: tuple[int, int] = (112, 84)) -> bytes:
@@ -206,3 +214,27 @@ def endless_mkv() -> bytes:
     frames = [jpeg((255, 0, 0))] * 81
     times = [0.5 * i for i in range(40)] + [3e6 - 41 + i for i in range(41)]
     return mkv(frames, times, duration=3e6)
+
+
+def turned_video(matrix: str) -> bytes:
+    """MP4 of two frames whose four corners are told apart, turned by `TURNED[matrix]`."""
+    image = Image.new("RGB", (112, 56))
+    for colour, corner in zip(_CORNERS, ((0, 0), (56, 0), (56, 28), (0, 28)), strict=True):
+        image.paste(colour, (*corner, corner[0] + 56, corner[1] + 28))
+    frame = encoded(image, "JPEG", quality=95)
+    return mp4([frame] * 2, size=(112, 56), matrix=TURNED[matrix])
+
+
+# Clockwise from the top left.
+_CORNERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
+
+
+def require_upright(frame: np.ndarray, matrix: str) -> None:
+    """The frame [height, width, 3] of `turned_video(matrix)` is turned as a player turns it."""
+    turns = int(matrix) // 90
+    height, width = frame.shape[:2]
+    assert (height, width) == ((56, 112), (112, 56))[turns % 2]
+    corners = [frame[y, x] for y, x in ((5, 5), (5, -5), (-5, -5), (-5, 5))]
+    # a clockwise turn takes each corner to the next place
+    expected = _CORNERS[-turns:] + _CORNERS[:-turns] if turns else _CORNERS
+    assert np.abs(np.array(corners, int) - np.array(expected)).max() < 40

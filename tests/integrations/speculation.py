@@ -94,3 +94,40 @@ def picture_question() -> tuple[str, list[Any]]:
     shown = picture_prompt(colours, ask=1).text.rpartition(" question")[0]
     text = f"{shown} note : amber means second . and so on . question : follow amber?"
     return text, pictures
+
+
+def around_a_chunk_end(tokenizer: Any, text: str, *, filler: str, size: int, end: int) -> list[str]:
+    """The text behind fillers: `end` is a position before, inside and behind its first picture.
+
+    Parameters
+    ----------
+    filler : one token
+    size : of the picture, its start and end included
+    """
+    placeholder = tokenizer.convert_tokens_to_ids("]<]image[>[")
+    at = tokenizer(text).input_ids.index(placeholder)
+    texts = [filler * (end - inside - at) + text for inside in (0, 1, size // 2, size - 1, size)]
+    for longer, inside in zip(texts, (0, 1, size // 2, size - 1, size), strict=True):
+        assert tokenizer(longer).input_ids.index(placeholder) == end - inside
+    return texts
+
+
+def pictures_around_a_chunk_end(checkpoint: Path, *, end: int) -> list[tuple[str, list[Any]]]:
+    """`picture_question` so; its first picture is 16 tokens between two."""
+    from transformers import AutoTokenizer
+
+    text, pictures = picture_question()
+    texts = around_a_chunk_end(
+        AutoTokenizer.from_pretrained(checkpoint),
+        text,
+        filler=VOCABULARY.fillers[0],
+        size=18,
+        end=end,
+    )
+    return [(longer, pictures) for longer in texts]
+
+
+def long_picture_questions(count: int, *, num_fillers: int) -> list[tuple[str, list[Any]]]:
+    """`picture_question` behind texts that share no prefix."""
+    text, pictures = picture_question()
+    return [(VOCABULARY.fillers[i] * num_fillers + text, pictures) for i in range(count)]

@@ -55,9 +55,11 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
+from vllm.multimodal.video_decoders.base import VideoSourceMetadata
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from m3_plugin.host.metrics import count_refused_request
+from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
     MAX_ASPECT,
     MAX_FRAMES,
@@ -185,7 +187,15 @@ class M3ProcessingInfo(BaseProcessingInfo):
         export_from_front_end()
 
     def get_hf_processor(self, **kwargs: object) -> MiniMaxM3VLProcessor:
-        return self.ctx.get_hf_processor(MiniMaxM3VLProcessor, **kwargs)
+        """Raises ValueError, which names the file, for a checkpoint without processor files."""
+        try:
+            return self.ctx.get_hf_processor(MiniMaxM3VLProcessor, **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"{self.ctx.model_config.model} lacks what pictures and videos are prepared by, "
+                f"its preprocessor_config.json ({error}): copy it from the original repository, "
+                "or serve text alone with --language-model-only"
+            ) from error
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return dict.fromkeys(_PLACEHOLDERS)
@@ -478,6 +488,9 @@ class M3VideoLoader(VideoBackend):
             max_frames = num_frames
         require_frame_limit(max_frames)
         require_plausible_counts(data)
+        if (animation := Animation.of(data)) is not None:
+            return cls._of_animation(animation, fps=rate, max_frames=max_frames)
+        data = with_times(data) or data
         with reading_media(RuntimeError):
             frames, metadata = super().load_bytes(
                 data,
@@ -495,6 +508,24 @@ class M3VideoLoader(VideoBackend):
         if len(frames) == 0:
             raise ValueError("no frame of the video could be decoded")
         return frames, metadata
+
+    @classmethod
+    def _of_animation(
+        cls, animation: Animation, *, fps: float, max_frames: int
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Frames [n, height, width, 3] of an animated GIF or WebP, one after the other."""
+        total, rate = len(animation), animation.avg_fps
+        indices = sampled_frames(total, fps=rate, wanted_fps=fps, max_frames=max_frames)
+        height, width = animation.frame_shape
+        size = fitted_size(height, width, **_FRAME_AREA)
+        require_video_pixels(len(indices), *size)
+        shrink = len(indices) * height * width > _MAX_HELD_PIXELS
+        frames = []
+        for index in indices:
+            (frame,) = animation.get_frames_at([index])
+            frames.append(_resized(frame, size) if shrink else frame)
+        source = VideoSourceMetadata(total, rate, total / rate)
+        return np.stack(frames), cls.create_hf_metadata(source, indices, "pillow")
 
     @classmethod
     def compute_frames_index_to_sample(

@@ -68,6 +68,22 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     ),
 )
 
+# the same, for which MSA layers are not the reason
+_REFUSED_MEDIA: tuple[tuple[str, str, str], ...] = (
+    (
+        "mm_encoder_only",
+        "--mm-encoder-only",
+        "the vision tower runs beside the text model; leave it out, or share the tower out by "
+        "--mm-encoder-tp-mode data",
+    ),
+    (
+        "enable_mm_embeds",
+        "--enable-mm-embeds",
+        "pictures and videos are taken as files or pixels, from which their tokens are laid out; "
+        "leave it out and send image_url or video_url",
+    ),
+)
+
 # (is it asked for?, what of it is not heard), each for a recipe written for vLLM's own M3
 _UNHEARD: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
@@ -90,7 +106,7 @@ _UNHEARD: tuple[tuple[Callable[[Any], bool], str], ...] = (
 
 
 def require_served(vllm_config: VllmConfig, config: M3Config) -> None:
-    """Refuse options under which MSA layers would be wrong or do nothing; log what is not heard.
+    """Refuse options under which the model would be wrong or do nothing; log what is not heard.
 
     Raises
     ------
@@ -99,6 +115,10 @@ def require_served(vllm_config: VllmConfig, config: M3Config) -> None:
     for asked, option, reason in _REFUSED:
         if asked(vllm_config):
             raise ValueError(f"{option} cannot be used with MSA layers: {reason}")
+    media = getattr(vllm_config.model_config, "multimodal_config", None)
+    for name, option, reason in _REFUSED_MEDIA:
+        if getattr(media, name, False):
+            raise ValueError(f"{option} cannot be used with MiniMax-M3: {reason}")
     _require_one_cache_dtype(vllm_config, config)
     for asked, message in _UNHEARD:
         if asked(vllm_config):

@@ -100,6 +100,7 @@ class EngineProcess(EnginePipe):
     ) -> None:
         from m3_sglang.compat import needs_triton_on_cpu
 
+        self.model = model
         arguments = {"model_path": str(model), **OPTIONS, **options}
         variables = ENVIRONMENT | (environment or {})
         if options.get("enable_metrics"):

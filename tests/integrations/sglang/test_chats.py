@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,3 +157,43 @@ def test_lists_of_frames_have_time_stamps(front: Front) -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             front.ids(user(video(frame_list(parts))))
+
+
+def test_ollamas_chat_too(front: Front) -> None:
+    from sglang.srt.entrypoints.ollama.protocol import OllamaChatRequest
+    from sglang.srt.entrypoints.ollama.serving import OllamaServing
+
+    sent: list[list[int]] = []
+
+    class Manager:
+        """What reaches the scheduler; everything else is the chat endpoint's own manager."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(front.chat.tokenizer_manager, name)
+
+        async def generate_request(self, request: Any, raw: Any) -> Any:
+            sent.append(request.input_ids)
+            yield {"text": "", "meta_info": {}}
+
+    def ids(words: str) -> list[int]:
+        messages: Any = [{"role": "user", "content": words}]
+        request = OllamaChatRequest(model="m3", messages=messages, stream=False)
+        asyncio.run(OllamaServing(Manager()).handle_chat(request, None))
+        return sent.pop()
+
+    assert front.added(ids(TYPED)) == front.added(ids("so"))
+    assert TYPED in front.tokenizer.decode(ids(TYPED))
+    rendered = front.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "so"}], add_generation_prompt=True, return_dict=False
+    )
+    assert ids("so") == rendered
+
+
+@pytest.mark.parametrize("kind", ["openai.serving_decisions", "systemone.serving"])
+def test_decisions_are_refused(front: Front, kind: str) -> None:
+    """They render their prompts in places of their own."""
+    module = importlib.import_module(f"sglang.srt.entrypoints.{kind}")
+    name = "OpenAIServingDecisions" if "openai" in kind else "SystemOneServing"
+    serving = SimpleNamespace(tokenizer_manager=front.chat.tokenizer_manager)
+    reason = getattr(module, name)._validate_request(serving, SimpleNamespace())
+    assert "does not serve decisions" in reason

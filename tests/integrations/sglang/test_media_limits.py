@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from tests.integrations import media_files
 from tests.integrations.sglang.media_processor import build, prepare
 
@@ -192,6 +193,33 @@ def test_files_without_a_frame_are_the_clients_mistake(processor: Any, data: byt
 FILE = data_url(media_files.mp4([media_files.jpeg((0, 0, 0))] * 16, fps=4))
 
 
+def test_local_files_are_looked_at_too(processor: Any, tmp_path: Path) -> None:
+    """SGLang opens paths that a client names."""
+    red = [media_files.jpeg((255, 0, 0))] * 4
+    whole = media_files.mkv(red, [0, 1, 2, 3], duration=4.0)
+    files = {
+        "whole.mkv": whole,
+        "recorded.webm": media_files.mkv(red, [0, 1, 2, 3], duration=None),
+        "animated.gif": media_files.encoded(
+            Image.new("RGB", (112, 84)),
+            "GIF",
+            save_all=True,
+            append_images=[
+                Image.new("RGB", (112, 84), colour) for colour in ("red", "blue", "white")
+            ],
+            duration=1000,
+        ),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        (item,) = prepare(processor, VIDEO, video=[f"file://{tmp_path / name}"]).mm_items
+        assert item.video_grid_thw[0].tolist() == [2, 6, 8]
+    lying = tmp_path / "lying.avi"
+    lying.write_bytes(media_files.avi(red, claimed=2**32 - 1))
+    for path in (lying, "/dev/zero", tmp_path):
+        assert refusal(processor, VIDEO, video=[f"file://{path}"])
+
+
 def test_wishes_are_honoured(processor: Any) -> None:
     from sglang.srt.utils.common import VideoData
 
@@ -258,6 +286,18 @@ def test_phones_turn_their_videos(processor: Any) -> None:
         assert item.video_grid_thw[0].tolist() == grid
 
 
+@pytest.mark.parametrize("matrix", sorted(media_files.TURNED))
+def test_phones_videos_are_upright(processor: Any, matrix: str) -> None:
+    from sglang.srt.managers.schedule_batch import Modality
+
+    from m3_sglang.processors.minimax_m3 import video_frames
+
+    data = media_files.turned_video(matrix)
+    video = processor._load_single_item(data_url(data), Modality.VIDEO)
+    frames, _ = video_frames(video)
+    media_files.require_upright(frames[0].permute(1, 2, 0).numpy(), matrix)
+
+
 def test_expanded_prompts_are_kept_or_refused(processor: Any) -> None:
     tokenizer = processor._tokenizer
     images = [Image.new("RGB", (112, 84)), Image.new("RGB", (56, 56))]
@@ -288,3 +328,53 @@ def test_prepared_items_are_refused_by_name(processor: Any) -> None:
     for kind in ("processor_output", "precomputed_embedding"):
         item = {"format": kind, "feature": torch.zeros(4, 8)}
         assert "are not served by m3-plugin" in refusal(processor, IMAGE, image=[item])
+
+
+def pad_values(processor: Any, modality: str, item: Any) -> list[int]:
+    """By which SGLang's prefix and embedding caches know an item."""
+    prompt = {"image": IMAGE, "video": VIDEO}[modality]
+    (found,) = prepare(processor, prompt, **{modality: [item]}).mm_items
+    found.set_pad_value()
+    return [found.hash, found.pad_value]
+
+
+def test_the_same_file_with_other_settings_is_another_item(processor: Any) -> None:
+    from sglang.srt.utils.common import ImageData, VideoData
+
+    colours = [(40 * i, 0, 0) for i in range(6)]
+    frames = [media_files.jpeg(c, size=(168, 84)) for c in colours]
+    clip = data_url(media_files.mp4(frames, size=(168, 84)))
+    picture = data_url(media_files.encoded(Image.new("RGB", (400, 300), (9, 99, 200)), "PNG"))
+    items: list[tuple[str, Any]] = [
+        ("image", ImageData(picture, max_long_side_pixel=side)) for side in (None, 112, 224)
+    ]
+    items += [
+        ("video", VideoData(clip, max_long_side_pixel=side, preprocess_kwargs=wish))
+        for side in (None, 112)
+        for wish in ({}, {"fps": 0.5}, {"max_frames": 2}, {"max_frames": 3})
+    ]
+    known = [pad_values(processor, *item) for item in items]
+    assert [pad_values(processor, *item) for item in items] == known
+    for values in zip(*known, strict=True):
+        assert len(set(values)) == len(items)
+
+
+def test_pictures_of_the_same_patches_in_another_shape_are_two(processor: Any) -> None:
+    """Of one colour, so that every patch is the same; and a video of one such frame."""
+    wide, tall = (Image.new("RGB", size, (1, 2, 3)) for size in ((112, 56), (56, 112)))
+    still = np.asarray(wide)[None]
+    items: list[tuple[str, Any]] = [("image", wide), ("image", tall), ("video", still)]
+    features = [
+        prepare(processor, {"image": IMAGE, "video": VIDEO}[m], **{m: [item]}).mm_items[0]
+        for m, item in items
+    ]
+    assert torch.equal(features[0].feature, features[1].feature)
+    assert len({tuple(pad_values(processor, *item)) for item in items}) == 3
+
+
+def test_a_checkpoint_without_processor_files_is_refused_at_the_start(tmp_path: Path) -> None:
+    """By SGLang, before it asks us; `--language-model-only` serves its text."""
+    folder = write_random_checkpoint(tmp_path / "m3", preset="small")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match=r"a file named preprocessor_config\.json"):
+        build(folder)

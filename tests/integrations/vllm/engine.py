@@ -77,6 +77,7 @@ class EngineProcess(EnginePipe):
     def __init__(
         self, model: Path, *, environment: dict[str, str] | None = None, **options: Any
     ) -> None:
+        self.model = model
         arguments: dict[str, Any] = {
             "model": str(model),
             "dtype": "float32",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations import media_files
+from tests.integrations import media_files, media_memory
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
 
@@ -150,6 +152,13 @@ def test_a_video_of_one_frame_is_one() -> None:
     assert (len(frames), metadata["frames_indices"]) == (1, [0])
 
 
+@pytest.mark.parametrize("matrix", sorted(media_files.TURNED))
+def test_phones_videos_are_upright(matrix: str) -> None:
+    frames, metadata = load(media_files.turned_video(matrix))
+    assert metadata["frames_indices"] == [0, 1]
+    media_files.require_upright(frames[0], matrix)
+
+
 def test_wishes_are_honoured() -> None:
     data = media_files.mp4([media_files.jpeg((0, 0, 0))] * 16, fps=4)
     given = ({}, {"fps": 2}, {"max_frames": 3}, {"num_frames": 3}, {"num_frames": 32})
@@ -214,3 +223,97 @@ def test_surplus_placeholders_are_refused(processor) -> None:
     tokens = processor.info.get_tokenizer().encode(IMAGE * 2)
     with pytest.raises(ValueError, match="more image placeholders"):
         prepared(processor, tokens, {"image": Image.new("RGB", (56, 56))})
+
+
+def test_the_same_file_with_other_settings_is_another_item(processor) -> None:
+    """With vLLM's own processor cache: what a wish changes is never taken from an earlier one."""
+    from vllm.multimodal.cache import MultiModalProcessorOnlyCache
+    from vllm.multimodal.media.image import ImageMediaIO
+    from vllm.multimodal.media.video import VideoMediaIO
+
+    colours = [(40 * i, 0, 0) for i in range(6)]
+    clip = media_files.mp4([media_files.jpeg(c, size=(168, 84)) for c in colours], size=(168, 84))
+    picture = media_files.encoded(Image.new("RGB", (400, 300), (9, 99, 200)), "PNG")
+    bounds = [{}, {"max_pixels": 112 * 84}, {"max_pixels": 112 * 112}, {"min_pixels": 600 * 600}]
+    by_kind = {
+        kind: [{f"{kind}s_kwargs": bound} if bound else {} for bound in bounds]
+        for kind in ("image", "video")
+    }
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("image", {}, kwargs) for kwargs in by_kind["image"]
+    ]
+    cases += [
+        ("video", wish, kwargs)
+        for wish in ({}, {"fps": 0.5}, {"max_frames": 2}, {"max_frames": 3})
+        for kwargs in by_kind["video"]
+    ]
+    cache = MultiModalProcessorOnlyCache(processor.info.ctx.model_config)
+    hashes: set[str] = set()
+    seen: set[str] = set()
+    for kind, wish, kwargs in cases * 2:
+        if kind == "image":
+            item: Any = ImageMediaIO().load_bytes(picture)
+        else:
+            loader = VideoMediaIO(ImageMediaIO(), video_backend="m3_plugin", **wish)
+            item = loader.load_bytes(clip)
+        prompt = processor.info.get_tokenizer().encode({"image": IMAGE, "video": VIDEO}[kind])
+        fresh, cached = (
+            processor(
+                prompt,
+                processor.info.parse_mm_data({kind: [item]}),
+                hf_processor_mm_kwargs=kwargs,
+                cache=used,
+            )
+            for used in (None, cache)
+        )
+        assert cached["prompt_token_ids"] == fresh["prompt_token_ids"], (wish, kwargs)
+        ours, expected = (result["mm_kwargs"][kind][0].get_data() for result in (cached, fresh))
+        assert all(torch.equal(ours[name], value) for name, value in expected.items())
+        assert cached["mm_hashes"] == fresh["mm_hashes"]
+        (found,) = fresh["mm_hashes"][kind]
+        seen.add(f"{kind} {wish} {kwargs}")
+        hashes.add(found)
+    assert len(hashes) == len(seen) == len(cases)
+
+
+def test_a_checkpoint_without_processor_files(tmp_path: Path) -> None:
+    """Text is rendered, and whatever asks for the processor is told which file is missing."""
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.exceptions import VLLMValidationError
+    from vllm.plugins import load_general_plugins
+    from vllm.renderers.params import ChatParams
+    from vllm.renderers.registry import renderer_from_config
+
+    load_general_plugins()
+    folder = write_random_checkpoint(tmp_path / "m3", preset="engine")
+    for name in ("", "video_"):
+        (folder / f"{name}preprocessor_config.json").unlink()
+    (folder / "processor_config.json").unlink()
+
+    def rendered(content: Any, **options: Any) -> list[int]:
+        config = ModelConfig(model=str(folder), dtype="float32", max_model_len=8192, **options)
+        renderer = renderer_from_config(VllmConfig(model_config=config))
+        (prompt,) = renderer.render_chat([[{"role": "user", "content": content}]], ChatParams())[1]
+        return prompt["prompt_token_ids"]
+
+    assert rendered("so") == rendered("so", language_model_only=True)
+    file = media_files.encoded(Image.new("RGB", (56, 56)), "PNG")
+    part = {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{b64encode(file).decode()}"},
+    }
+    with pytest.raises(ValueError, match=r"its preprocessor_config\.json .* --language-model-only"):
+        rendered([part])
+    with pytest.raises(VLLMValidationError, match="At most 0 image"):
+        rendered([part], language_model_only=True)
+
+
+@pytest.mark.extended
+def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
+    shape, grown = media_memory.grown_by(
+        media_memory.file_of_large_frames(tmp_path),
+        prepare="from m3_vllm.media import M3VideoLoader",
+        load="M3VideoLoader.load_bytes(data)[0].shape",
+    )
+    assert shape == [media_memory.FRAMES, 560, 1008, 3]
+    assert grown < media_memory.LIMIT

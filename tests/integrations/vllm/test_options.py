@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from vllm.config import (
     SpeculativeConfig,
     VllmConfig,
 )
+from vllm.config.multimodal import MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from m3_plugin.model.config import M3Config
@@ -62,7 +64,7 @@ HOST = """
     max_num_queued_reqs max_num_queued_tokens max_logprobs logprobs_mode use_fp64_gumbel
     enable_trace_replay disable_log_stats aggregate_engine_logging code_revision hf_token
     model_class_overrides tokenizer_revision quantization_config allow_deprecated_quantization
-    disable_custom_all_reduce enable_shm_tensor_arena enable_mm_embeds interleave_mm_strings
+    disable_custom_all_reduce enable_shm_tensor_arena interleave_mm_strings
     mm_processor_cache_type mm_hasher_algorithm mm_shm_cache_max_object_size_mb
     io_processor_plugin renderer_num_workers skip_mm_profiling mm_tensor_ipc mm_processor_device
     mm_ipc_gpu_memory_gb mm_device_do_normalize ray_workers_use_nsight model_loader_extra_config
@@ -91,7 +93,7 @@ OTHER_MODELS = """
     swa_bounded_replay pooler_config diffusion_config monokernel"""
 # Heard by vLLM's own vision tower and not by ours, which is plain torch; docs/vllm.md.
 OWN_TOWER = """
-    mm_encoder_only mm_encoder_attn_backend mm_encoder_attn_dtype
+    mm_encoder_attn_backend mm_encoder_attn_dtype
     mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin
     video_pruning_rate video_pruning_method"""
 # Caches that move and weights that change: docs/fleets.md says which connectors are served.
@@ -109,7 +111,7 @@ ADAPTERS = """
 REFUSED = """
     enable_dbo ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold
     decode_context_parallel_size prefill_context_parallel_size enable_eplb
-    enable_tower_connector_lora kv_cache_dtype_skip_layers"""
+    enable_tower_connector_lora kv_cache_dtype_skip_layers mm_encoder_only enable_mm_embeds"""
 
 JUDGED = (
     *SERVED.values(),
@@ -200,6 +202,23 @@ def test_what_cannot_be_served_is_refused_by_name(
     config.cache_config.cache_dtype = "fp8"
     require_served(config, RELEASED)
     object.__setattr__(getattr(config, part) if part else config, option, value)
+    with pytest.raises(ValueError, match=message):
+        require_served(config, RELEASED)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mm_encoder_only", "--mm-encoder-only cannot .* --mm-encoder-tp-mode data"),
+        ("enable_mm_embeds", "--enable-mm-embeds cannot .* send image_url or video_url"),
+    ],
+)
+def test_options_of_media_are_refused_by_name(name: str, message: str) -> None:
+    config = VllmConfig()
+    media = MultiModalConfig()
+    object.__setattr__(config, "model_config", SimpleNamespace(multimodal_config=media))
+    require_served(config, RELEASED)
+    object.__setattr__(media, name, True)
     with pytest.raises(ValueError, match=message):
         require_served(config, RELEASED)
 

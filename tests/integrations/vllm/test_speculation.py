@@ -32,7 +32,9 @@ from tests.integrations.speculation import (
     ids,
     image,
     image_text,
+    long_picture_questions,
     picture_question,
+    pictures_around_a_chunk_end,
     random_prompts,
 )
 from tests.integrations.vllm.engine import EngineError, EngineProcess, Speculation
@@ -207,6 +209,24 @@ class TestRepeatingModule:
         assert repeating.metric("vllm:num_preemptions") > before
         assert [output.token_ids for output in outputs] == [answer(p, 200) for p in prompts]
 
+    def test_preemption_of_pictures(self, repeating: EngineProcess) -> None:
+        """Recomputed with their features; answers are those of each alone."""
+        requests = [
+            {"prompt": text, "multi_modal_data": {"image": pictures}}
+            for text, pictures in long_picture_questions(3, num_fillers=1550)
+        ]
+        options = {"max_tokens": 200, "ignore_eos": True}
+        alone = []
+        for one in requests:
+            repeating.flush()
+            alone += repeating.generate([one], **options)
+        repeating.flush()
+        before = repeating.metric("vllm:num_preemptions")
+        together = repeating.generate(requests, **options)
+        assert repeating.metric("vllm:num_preemptions") > before
+        assert [output.token_ids for output in together] == [o.token_ids for o in alone]
+        assert all(output.text.startswith(PICTURE_ANSWER) for output in alone)
+
     def test_a_picture_is_found_only_with_its_embeddings(self, repeating: EngineProcess) -> None:
         text, pictures = picture_question()
         request = {"prompt": text, "multi_modal_data": {"image": pictures}}
@@ -236,6 +256,7 @@ def erring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
         },
         max_num_batched_tokens=CHUNK,
         max_num_seqs=256,
+        limit_mm_per_prompt={"image": 2, "video": 0},
         async_scheduling=False,
         max_logprobs=-1,
         worker_extension_cls=WORKER,
@@ -270,6 +291,14 @@ class TestErringModule:
         # drafts are verified in at most 1 + 5 rows, chunks end at pages
         mixed = [rows for rows in steps if min(rows) in range(2, 7) and max(rows) >= PAGE]
         assert mixed, steps
+
+    def test_a_chunk_ends_before_inside_and_behind_a_picture(self, erring: EngineProcess) -> None:
+        for text, pictures in pictures_around_a_chunk_end(erring.model, end=CHUNK):
+            assert erring.flush()
+            request = {"prompt": text, "multi_modal_data": {"image": pictures}}
+            (output,) = erring.generate([request], max_tokens=4)
+            assert output.text == PICTURE_ANSWER
+            assert output.num_cached_tokens == 0
 
     def test_speculation_behind_a_prefix_hit(self, erring: EngineProcess) -> None:
         """vLLM gives the last block of a hit up when it drafts, to have the draft's state."""

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3_plugin.model.config import M3Config
+from m3_plugin.model.released import released_config
 
 HUB = {
     "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
@@ -223,3 +224,15 @@ def test_a_damaged_config_is_read_or_refused_with_a_message(key: str, value: Any
     except ValueError as error:
         message = str(error)
     assert message.startswith("config key")
+
+
+@pytest.mark.parametrize("whose", ["", "text_config"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rope_scaling_is_refused_wherever_it_is_written(whose: str, key: str) -> None:
+    """YaRN as published recipes override it, for the whole config or its text part."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 524_288}
+    written = copy.deepcopy(released_config())
+    holder = written[whose] if whose else written
+    holder[key] = yarn
+    with pytest.raises(ValueError, match=r"config key '(text_config\.)?rope_"):
+        M3Config.from_hf(written)

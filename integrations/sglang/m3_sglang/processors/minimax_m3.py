@@ -15,7 +15,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
+import hashlib
 import io
+import mmap
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from sglang.srt.managers.mm_utils import hash_feature
 from sglang.srt.managers.schedule_batch import Modality, MultimodalProcessorOutput
 from sglang.srt.multimodal.processors.base_processor import (
     BaseMultimodalProcessor,
@@ -36,6 +40,7 @@ from torch import Tensor
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
 
 from m3_plugin.host.metrics import count_refused_request
+from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
     MAX_FRAMES,
     MediaTokens,
@@ -114,6 +119,8 @@ class M3Processor(BaseMultimodalProcessor):
             if (frames := FrameList.of(data)) is not None:
                 return frames
             data = plausible(data)
+            if isinstance(data, Animation):
+                return data
         if modality != Modality.IMAGE or cls._is_preprocessed_input(data):
             return super()._load_single_item(data, modality, *args, **kwargs)
         try:
@@ -199,6 +206,8 @@ class M3Processor(BaseMultimodalProcessor):
             video_metadata=[metadata for _, metadata in videos],
             prompt=prompt,
         )
+        for item in items:
+            item.set_hash(identity(item))
         return items, input_ids
 
     def _frame_size(self, height: int, width: int) -> tuple[int, int]:
@@ -300,8 +309,21 @@ class M3Processor(BaseMultimodalProcessor):
         return lay_out(prompt, places, self.ids, stamped=stamped)
 
 
+def identity(item: Any) -> int:
+    """What SGLang's caches of features and prefixes know an item by: its patches and their grid.
+
+    SGLang would take the patches alone, which are the same for two shapes of few colours.
+    """
+    grid = getattr(item, f"{item.modality.name.lower()}_grid_thw")
+    words = f"{item.modality.name} {grid.tolist()} {hash_feature(item.feature)}"
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
+
+
 def plausible(data: Any) -> Any:
-    """A video's bytes whose header does not lie to the decoder; anything but a file as it is.
+    """A video whose header neither lies to the decoder nor lacks what it needs.
+
+    An `Animation`, the bytes of a file, or what was given if it is no file or one that may stay
+    where it is.
 
     Raises
     ------
@@ -316,12 +338,22 @@ def plausible(data: Any) -> Any:
         return data
     try:
         source = fetch(url)
+        # a device or a pipe has no end
+        if isinstance(source, str) and os.path.isfile(source) and os.path.getsize(source):
+            with (
+                open(source, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            ):
+                return _whole(mapped) or data
     except OSError as error:
         raise ValueError(f"Failed to load video: {error}") from error
-    if isinstance(source, bytes):
-        require_plausible_counts(source)
-        return source
-    return data
+    return _whole(source) or source if isinstance(source, bytes) else data
+
+
+def _whole(file: bytes | mmap.mmap) -> Animation | bytes | None:
+    """What is opened in the place of a file; None if the file itself is."""
+    require_plausible_counts(file)
+    return Animation.of(file) or with_times(file)
 
 
 class FrameList:

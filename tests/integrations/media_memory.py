@@ -1,0 +1,52 @@
+"""Peak memory of a front end that decodes a small file of large frames, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.integrations import media_files
+
+__all__ = ["FRAMES", "LIMIT", "file_of_large_frames", "grown_by"]
+
+# At full size these are 1.24 GB.
+FRAMES, SIZE = 50, (3840, 2160)
+LIMIT = 1 << 30
+_ROOT = Path(__file__).parents[2]
+_MEASURED = """
+import json, resource, sys
+from pathlib import Path
+{prepare}
+data = Path(sys.argv[1]).read_bytes()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+shape = {load}
+print(json.dumps([list(shape), peak() - before]))
+"""
+
+
+def file_of_large_frames(folder: Path) -> Path:
+    """An MP4 of `FRAMES` frames of `SIZE`, one a second."""
+    frame = media_files.jpeg((9, 99, 200), size=SIZE)
+    path = folder / "large.mp4"
+    path.write_bytes(media_files.mp4([frame] * FRAMES, size=SIZE))
+    return path
+
+
+def grown_by(path: Path, *, prepare: str, load: str) -> tuple[list[int], int]:
+    """Shape of the frames that `load` gives, and bytes by which the process grew meanwhile.
+
+    Parameters
+    ----------
+    prepare : statements before the measurement, imports above all
+    load : an expression of `data`, the file's bytes
+    """
+    script = _MEASURED.format(prepare=prepare, load=load)
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shape, grown = json.loads(done.stdout.splitlines()[-1])
+    return shape, grown
