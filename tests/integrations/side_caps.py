@@ -1,6 +1,6 @@
 """MiniMax-M3.1's pictures and frames from the words of its rule alone: Pillow and numpy.
 
-No code of ours, of a host or of transformers. What the tests of both hosts' processors compare with.
+No code of ours, of a host or of transformers. Both hosts' processors are compared with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MiniMax-M3.1's pictures and videos in vLLM: sizes and pixels by its own rule, to the last level."""
+"""MiniMax-M3.1's pictures and videos in vLLM: sizes and pixels by its own rule."""
 
 from __future__ import annotations
 
