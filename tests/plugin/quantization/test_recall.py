@@ -48,7 +48,7 @@ def test_keys_cached_in_int8_choose_better_than_e4m3(plain: Path) -> None:
         for cache in ("bf16", "int8", "fp8")
     )
     assert 1 > bf16 > int8 > fp8 > 0.9
-    with pytest.raises(ValueError, match="cached as fp32, bf16, fp8, int8, nvfp4.*; got 'int4'"):
+    with pytest.raises(ValueError, match=r"cached as fp32, bf16, fp8, int8, nvfp4.*; got 'int4'"):
         index_recall(plain, plain, cached_as="int4")
 
 
