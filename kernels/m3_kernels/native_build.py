@@ -37,7 +37,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
-HEADERS = tuple(PACKAGE / name for name in ("native_common.h", "native_attention.h"))
+HEADERS = tuple(
+    PACKAGE / name for name in ("native_common.h", "native_attention.h", "native_planes.h")
+)
 SOURCES = tuple(
     PACKAGE / op / "native.cpp"
     for op in (

@@ -24,7 +24,7 @@ class LayerShape:
 
     Attributes
     ----------
-    rotary_dim : channels of every head that RoPE turns
+    rotary_dim : channels of every head that RoPE rotates
     dtype : of activations
     cache_dtype : of K and V pages
     index_dtype : of index-key pages

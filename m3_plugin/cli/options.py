@@ -55,6 +55,19 @@ OutputOption = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Write the JSON to this file too.", callback=in_a_folder),
 ]
+KeptOutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Keep the JSON in this file as it grows; if it exists, go on with it.",
+        callback=in_a_folder,
+    ),
+]
+LogOption = Annotated[
+    Path | None,
+    typer.Option("--log", help="Keep the started server's log in this file.", callback=in_a_folder),
+]
 PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", help="Draw the results into this file (PNG).", callback=_picture),

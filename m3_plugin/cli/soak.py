@@ -27,8 +27,9 @@ from m3_plugin.cli.options import (
     Framework,
     FrameworkOption,
     JsonOption,
+    KeptOutputOption,
+    LogOption,
     PlotOption,
-    in_a_folder,
 )
 from m3_plugin.cli.outputs import deliver, envelope
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
@@ -118,20 +119,9 @@ def soak(
         ),
     ] = None,
     as_json: JsonOption = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Keep the JSON in this file after every minute; if it exists, go on with it.",
-            callback=in_a_folder,
-        ),
-    ] = None,
+    output: KeptOutputOption = None,
     plot: PlotOption = None,
-    log: Annotated[
-        Path | None,
-        typer.Option(help="Keep the started server's log in this file.", callback=in_a_folder),
-    ] = None,
+    log: LogOption = None,
 ) -> None:
     """Accept a machine before traffic: every kind of request, at once, and every answer judged.
 

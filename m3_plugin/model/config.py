@@ -89,7 +89,7 @@ class M3Config:
 
     @property
     def partial_rotary_factor(self) -> float:
-        """Share of the head's channels that RoPE turns."""
+        """Share of the head's channels that RoPE rotates."""
         return self.rotary_dim / self.head_dim
 
     @property

@@ -14,7 +14,7 @@ from m3_plugin.model.config import M3Config
 
 
 class RowAngles(nn.Module):
-    """Cosines and sines by which the heads of each row turn.
+    """Cosines and sines by which the heads of each row are rotated.
 
     Lives on the device under which it is made, beside the parameters of the model, but holds none.
     """

@@ -72,9 +72,11 @@ class ConstructedNeedles:
     """For the checkpoint with known answers: chains of facts, of which each hides in a block."""
 
     def prompt(self, request: Request) -> Prompt:
-        """Exactly `request.tokens` tokens of text, or a picture."""
+        """Exactly `request.tokens` tokens of text, or a picture or a video."""
         if request.kind == "picture":
             return _constructed_picture(request.prompt)
+        if request.kind == "video":
+            return _constructed_video(request.prompt)
         if request.kind == "prefix":
             return self._behind_a_prefix(request)
         return self._chain(request.prompt, request.tokens, tail=request.tail)
@@ -119,11 +121,12 @@ class TextNeedles:
         self._question = question
 
     def prompt(self, request: Request) -> Prompt:
-        """About `request.tokens` tokens of text, or a picture."""
-        if request.kind == "picture":
+        """About `request.tokens` tokens of text, or a picture or a video."""
+        if request.kind in ("picture", "video"):
             colour = COLOURS[request.prompt % len(COLOURS)]
-            asked = "Which colour is this picture? Answer with one word."
-            content = [picture_part(colour), {"type": "text", "text": asked}]
+            asked = f"Which colour is this {request.kind}? Answer with one word."
+            shown = picture_part(colour) if request.kind == "picture" else video_part(colour, 4)
+            content = [shown, {"type": "text", "text": asked}]
             return Prompt(content, colour, False, 32, f"({'|'.join(COLOURS)})")
         depth = random.Random(f"depth {request.prompt}").random()
         if request.kind in ("tail", "prefix"):
@@ -137,13 +140,27 @@ def picture_part(colour: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": _picture_url(colour)}}
 
 
-@lru_cache(maxsize=len(COLOURS))
+def video_part(colour: str, frames: int) -> dict[str, Any]:
+    """Part of a message: a video of one of `COLOURS`, as the list of its frames.
+
+    Both hosts take such lists as `data:video/jpeg`, so that no encoder of videos is needed.
+    """
+    url = "data:video/jpeg;base64," + ",".join([_encoded(colour, "JPEG")] * frames)
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
 def _picture_url(colour: str) -> str:
+    return "data:image/png;base64," + _encoded(colour, "PNG")
+
+
+@lru_cache(maxsize=2 * len(COLOURS))
+def _encoded(colour: str, form: str) -> str:
+    """A picture of one colour in base64."""
     from PIL import Image
 
     data = io.BytesIO()
-    Image.new("RGB", (_SIDE, _SIDE), colour_rgb(colour)).save(data, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    Image.new("RGB", (_SIDE, _SIDE), colour_rgb(colour)).save(data, format=form)
+    return base64.b64encode(data.getvalue()).decode()
 
 
 def _constructed_picture(seed: int) -> Prompt:
@@ -157,3 +174,14 @@ def _constructed_picture(seed: int) -> Prompt:
         for part in picture.content
     ]
     return Prompt(content, picture.expected_text.strip(), True, picture.max_tokens, "( [a-z]+)+")
+
+
+def _constructed_video(seed: int) -> Prompt:
+    rng = random.Random(f"video {seed}")
+    colour, frames = rng.choice(COLOURS), rng.randint(1, 6)
+    asked = picture_prompt((colour,), modality="video", seed=seed)
+    content: list[dict[str, Any]] = [
+        video_part(colour, frames) if part["type"] == "video" else dict(part)
+        for part in asked.content
+    ]
+    return Prompt(content, asked.expected_text.strip(), True, asked.max_tokens, "( [a-z]+)+")

@@ -87,7 +87,7 @@ _UNROTATED = 64
 # channels are for how strong a fact is and for what is no fact at all.
 _BALLAST = 0
 _NO_FACT = _ROTARY // 2
-# Rotated pair 31 turns by 0.33 rad over a million tokens: the lanterns' score fades by 5 % at most.
+# Pair 31 rotates by 0.33 rad over a million tokens: the lanterns' score fades by 5 % at most.
 _SLOW = 31
 
 # Rotated pairs 1..10 of an index key: a mirror's score is the mean of cos(distance * frequency).

@@ -16,7 +16,7 @@ from m3_kernels.testing.projections import (
     EPS,
     Projections,
     largest_rounding,
-    normed_and_turned,
+    normed_and_rotated,
     project,
 )
 
@@ -79,7 +79,7 @@ def stored_rows(pages: Tensor, step: Step) -> Tensor:
 
 def assert_close(found: dict[str, Tensor], step: Step) -> None:
     """Queries and keys as near to float64 as their dtype allows, and nothing else written."""
-    wanted = normed_and_turned(step.given)
+    wanted = normed_and_rotated(step.given)
     kept = step.slot_mapping >= 0
     got = {"q": found["q"], "index_q": found["index_q"]}
     for name in ("k", "index_k"):
@@ -101,6 +101,6 @@ GIVEN = (
     (STEP, torch.float32),
     (dataclasses.replace(STEP, name="all-channels", index_dim=48, rotary_dim=32), torch.float32),
     (ODD, torch.float32),
-    (dataclasses.replace(STEP, name="no-turn", rotary_dim=0), torch.float32),
+    (dataclasses.replace(STEP, name="no-rope", rotary_dim=0), torch.float32),
     (STEP.with_dtype(torch.float16), torch.float16),
 )

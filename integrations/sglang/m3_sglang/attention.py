@@ -98,7 +98,7 @@ class M3DenseAttention(_M3AttentionBase):
         self.rope = (rope,)
 
     def norm_and_rope(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise each head, then turn its first `rotary_dim` channels.
+        """Normalise each head, then rotate its first `rotary_dim` channels.
 
         Parameters
         ----------
@@ -116,7 +116,7 @@ class M3DenseAttention(_M3AttentionBase):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
     ) -> Tensor:
-        # called as MSA layers are; dense layers turn by positions and leave cos_sin alone
+        # called as MSA layers are; dense layers rotate by positions and leave cos_sin alone
         q, k, v = self.project(hidden_states)
         q, k = self.norm_and_rope(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v, forward_batch))

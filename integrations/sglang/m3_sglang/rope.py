@@ -24,16 +24,16 @@ class PlainRotaryEmbedding(nn.Module):
         self.angles = RowAngles(rotary_dim=rotary_dim, theta=theta)
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn query and key: [tokens, heads * head_dim] each, returned in the same shape."""
+        """Rotate query and key: [tokens, heads * head_dim] each, returned in the same shape."""
         cos, sin = self.angles(positions)[:, None].chunk(2, dim=-1)
         return self._turn(query, cos, sin), self._turn(key, cos, sin)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = x.unflatten(-1, (-1, self.head_dim))
-        turned = heads[..., : self.rotary_dim].float()
-        first, second = turned.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return torch.cat((turned.to(x.dtype), heads[..., self.rotary_dim :]), dim=-1).flatten(1)
+        rotated = heads[..., : self.rotary_dim].float()
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return torch.cat((rotated.to(x.dtype), heads[..., self.rotary_dim :]), dim=-1).flatten(1)
 
 
 def make_rope(config: M3Config, *, device_type: str) -> nn.Module:

@@ -1,6 +1,6 @@
 """Dense layers on vLLM's CPU platform through our kernel, as an attention backend of vLLM's kind.
 
-vLLM's own CPU backend keeps keys turned and in tiles, as its kernel wants them on each processor.
+vLLM's own CPU backend keeps keys transposed and in tiles, as its kernel wants them on each chip.
 A layer's pages are read by its own backend alone, so ours keeps K beside V in each slot, as MSA
 layers do. All else (spec, layout of blocks, sizes of pages, metadata) is vLLM's CPU backend's.
 """

@@ -91,19 +91,19 @@ def project(inputs: Inputs) -> Projections:
     )
 
 
-def normed_and_turned(given: Projections, *, eps: float = EPS) -> dict[str, Tensor]:
-    """q, k, index_q and index_k in float64, by their names; pairs turn as complex numbers do."""
+def normed_and_rotated(given: Projections, *, eps: float = EPS) -> dict[str, Tensor]:
+    """q, k, index_q and index_k in float64, by their names; pairs rotate as complex numbers."""
     found = {}
     half = given.cos_sin.shape[1] // 2
-    turns = torch.complex(*given.cos_sin.double().split(half, dim=1)) if half else None
+    angles = torch.complex(*given.cos_sin.double().split(half, dim=1)) if half else None
     for name in HEADS_OF_ROWS:
         x = getattr(given, name).double()
         norm = (x.square().sum(-1, keepdim=True) / x.shape[-1] + eps) ** -0.5
         x = x * norm * (getattr(given, f"{name}_weight").double() + 1)
-        if turns is not None:
-            here = turns.view(len(turns), *[1] * (x.dim() - 2), half)
-            turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * here
-            x = torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
+        if angles is not None:
+            here = angles.view(len(angles), *[1] * (x.dim() - 2), half)
+            rotated = torch.complex(x[..., :half], x[..., half : 2 * half]) * here
+            x = torch.cat([rotated.real, rotated.imag, x[..., 2 * half :]], dim=-1)
         found[name] = x
     return found
 
@@ -112,7 +112,7 @@ def largest_rounding(exact: Tensor, *dtypes: torch.dtype) -> Tensor:
     """How far [..., dim] computed in fp32 and then rounded to each of the dtypes may be off.
 
     One unit in the last place for each rounding, since the value before it may lie on the other
-    side of a tie, and what fp32 loses to the largest channel, which may have turned into this one.
+    side of a tie, and what fp32 loses to the largest channel, which rotation may have brought here.
     """
     allowed = 4e-6 * exact.abs().amax(-1, keepdim=True)
     for dtype in dtypes:

@@ -27,8 +27,9 @@ from m3_plugin.cli.options import (
     Framework,
     FrameworkOption,
     JsonOption,
+    KeptOutputOption,
+    LogOption,
     PlotOption,
-    in_a_folder,
 )
 from m3_plugin.cli.outputs import deliver, envelope
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
@@ -158,20 +159,9 @@ def needle(
         ),
     ] = None,
     as_json: JsonOption = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Keep the JSON in this file after every question; if it exists, go on with it.",
-            callback=in_a_folder,
-        ),
-    ] = None,
+    output: KeptOutputOption = None,
     plot: PlotOption = None,
-    log: Annotated[
-        Path | None,
-        typer.Option(help="Keep the started server's log in this file.", callback=in_a_folder),
-    ] = None,
+    log: LogOption = None,
 ) -> None:
     """Is a running model right? Hide a fact in long prompts, at every depth, and ask for it.
 

@@ -77,23 +77,23 @@ def inputs(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def angles(first: int, last: int) -> Tensor:
-    """Cosines and sines of positions; half of the channels turn."""
+    """Cosines and sines of positions; half of the channels are rotated."""
     return RowAngles(rotary_dim=DIM // 2, theta=1e4)(torch.arange(first, last))
 
 
 def ready(length: int) -> tuple[Tensor, Tensor, Tensor]:
     """q and k of a sequence as attention takes them, and v: norm and RoPE by hand."""
     q, k, v, _, _ = inputs(length)
-    turned = []
+    rotated = []
     for x, w in ((q, NORMS.q), (k, NORMS.k)):
         x = torch.nn.functional.rms_norm(x, (DIM,), 1 + w, NORMS.eps)
         half = DIM // 4
         a, b, rest = x.split([half, half, DIM // 2], dim=-1)
         frequency = 1e4 ** -(torch.arange(half) / half)
-        turn = torch.outer(torch.arange(length), frequency)[:, None]
-        first, second = a * turn.cos() - b * turn.sin(), b * turn.cos() + a * turn.sin()
-        turned.append(torch.cat((first, second, rest), dim=-1))
-    return *turned, v
+        angle = torch.outer(torch.arange(length), frequency)[:, None]
+        first, second = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        rotated.append(torch.cat((first, second, rest), dim=-1))
+    return *rotated, v
 
 
 def run(
