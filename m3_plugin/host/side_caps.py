@@ -70,7 +70,9 @@ class CappedImages(MiniMaxM3VLImageProcessor):
         super().__init__(**kwargs)
         self.caps = caps
 
-    def _preprocess(self, images: list[Tensor], do_resize: bool, **kwargs: Any) -> Any:
+    def _preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, images: list[Tensor], do_resize: bool, **kwargs: Any
+    ) -> Any:
         if do_resize:
             images = [resized_frames(image, self.caps.size(*image.shape[-2:])) for image in images]
         return super()._preprocess(images=images, do_resize=False, **kwargs)
@@ -89,7 +91,9 @@ class CappedVideos(MiniMaxM3VLVideoProcessor):
         super().__init__(**kwargs)
         self.caps = caps
 
-    def _preprocess(self, videos: list[Tensor], do_resize: bool, **kwargs: Any) -> Any:
+    def _preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, videos: list[Tensor], do_resize: bool, **kwargs: Any
+    ) -> Any:
         if do_resize:
             videos = [resized_frames(video, self.caps.size(*video.shape[-2:])) for video in videos]
         return super()._preprocess(videos=videos, do_resize=False, **kwargs)

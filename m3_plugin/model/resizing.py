@@ -59,8 +59,9 @@ def by_pillow(pixels: Any, size: tuple[int, int]) -> Any:
     import numpy as np
     from PIL import Image
 
+    height, width = size
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.array(image.resize(size[::-1], Image.Resampling.BICUBIC))
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _aligned(side: int) -> int:

@@ -53,9 +53,10 @@ def patches(frames: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[int, int, i
 
     A picture is one frame; an odd last frame is seen twice.
     """
-    size = size_of(*frames[0].shape[:2])
+    height, width = frames[0].shape[:2]
+    size = size_of(height, width)
     resized = [
-        np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+        np.asarray(Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BICUBIC))
         for frame in frames
     ]
     if len(resized) % 2:

@@ -441,15 +441,10 @@ def _register_defaults() -> None:
 def defaults_if_ours(server_args: Any, hf_config: Any) -> dict[str, Any]:
     """Override provider of SGLang: our defaults and refusals, for models that are ours.
 
-        Raises
-        ------
-    <<<<<<< HEAD
-        ValueError : an argument asks for what is not served; or caches are to hold what SGLang's own
-            model does not write.
-    =======
-        ValueError : an argument asks for what is not served; or index keys are asked for, for which
-            SGLang's pool would make room and which its own model would not write.
-    >>>>>>> main
+    Raises
+    ------
+    ValueError : an argument asks for what is not served; or caches are to hold what SGLang's own
+        model does not write, and its pool would make room for.
     """
     if is_ours(hf_config):
         return m3_defaults(server_args, hf_config)

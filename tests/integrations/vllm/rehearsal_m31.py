@@ -26,7 +26,7 @@ def facts_of(config: Any, chip: tuple[int, int, int]) -> dict[str, Any]:
     from vllm.model_executor.models import ModelRegistry
 
     model = config.model_config
-    found, _ = ModelRegistry.resolve_model_cls(model.architectures, model)
+    found: Any = ModelRegistry.resolve_model_cls(model.architectures, model)[0]
     facts: dict[str, Any] = {"model": found.module_name, "quantization": model.quantization}
     if os.environ.get("M3_PLUGIN_DISABLE") != "1":
         facts["workspace_mib"] = report(config, chip)["workspace_mib"]

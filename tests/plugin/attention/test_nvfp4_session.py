@@ -49,7 +49,8 @@ def pool(dtype: torch.dtype, index_dtype: torch.dtype) -> MSACaches:
     index = torch.zeros(num_pages, PAGE, DIM, dtype=index_dtype)
     int8 = index_dtype == torch.int8
     scales = torch.zeros(num_pages, PAGE, dtype=torch.float16) if int8 else None
-    return MSACaches(*packed.split(DIM, dim=-1), index, index_k_scales=scales)
+    k_pages, v_pages = packed.split(DIM, dim=-1)
+    return MSACaches(k_pages, v_pages, index, index_k_scales=scales)
 
 
 def run(family: Any, caches: MSACaches, *, nvfp4: bool, chunks: tuple[int, ...]) -> Tensor:
