@@ -11,6 +11,7 @@
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
 | `M3_PLUGIN_INDEX_KEYS` | auto, int8, planes | int8: half the bytes; planes: half are read (CPU) |
+| `M3_PLUGIN_CACHE_VALUES` | auto, nvfp4 | nvfp4: MSA's caches hold numbers of NVFP4 |
 | `M3_PLUGIN_DENSE` | auto, host | host: dense layers on a CPU stay on the host's own kernels |
 | `M3_PLUGIN_KERNELS` | auto, flashinfer, triton, native, torch, reference | force kernels |
 
@@ -36,6 +37,7 @@ PREFIX = "M3_PLUGIN_"
 
 KernelFamily = Literal["auto", "flashinfer", "triton", "native", "torch", "reference"]
 IndexKeys = Literal["auto", "int8", "planes"]
+CacheValues = Literal["auto", "nvfp4"]
 DenseLayers = Literal["auto", "host"]
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
@@ -59,6 +61,7 @@ class Settings:
     record_blocks: Path | None = None
     dequantize: bool = False
     index_keys: IndexKeys = "auto"
+    cache_values: CacheValues = "auto"
     dense: DenseLayers = "auto"
     kernels: KernelFamily = "auto"
 
@@ -114,6 +117,9 @@ class Settings:
             record_blocks=Path(folder) if (folder := given.get("RECORD_BLOCKS")) else None,
             dequantize=_flag(given, "DEQUANTIZE", mistakes),
             index_keys=cast(IndexKeys, _choice(given, "INDEX_KEYS", get_args(IndexKeys), mistakes)),
+            cache_values=cast(
+                CacheValues, _choice(given, "CACHE_VALUES", get_args(CacheValues), mistakes)
+            ),
             dense=cast(DenseLayers, _choice(given, "DENSE", get_args(DenseLayers), mistakes)),
             kernels=cast(KernelFamily, _choice(given, "KERNELS", get_args(KernelFamily), mistakes)),
         )

@@ -119,8 +119,18 @@ def make_session(
             beside=None if beside is None else beside.workspace,
         )
         logger.info("m3-plugin: %s", workspace.describe())
+    nvfp4 = settings.cache_values == "nvfp4"
+    if nvfp4:
+        logger.info(
+            "m3-plugin: K, V and index keys of MSA layers are rounded to NVFP4 before they are "
+            "stored, in plain torch"
+        )
     session = (TimedSession if settings.timings else MSASession)(
-        config.msa, kernels=kernels, scale=config.head_dim**-0.5, workspace=workspace
+        config.msa,
+        kernels=kernels,
+        scale=config.head_dim**-0.5,
+        workspace=workspace,
+        nvfp4=nvfp4,
     )
     if settings.statistics:
         session.statistics = ExportedStatistics()

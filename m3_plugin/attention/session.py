@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from m3_kernels.cache_store import CacheStore
+from m3_kernels.cache_store import CACHE_STORE, CacheStore
+from m3_kernels.cache_store.nvfp4 import nvfp4_index_keys, nvfp4_values
 from m3_kernels.index_topk import INDEX_TOPK, IndexTopk
 from m3_kernels.norm_rope_store import NORM_ROPE_STORE, HeadNorms, NormRopeStore
 from m3_kernels.paged import MSACaches, Step
@@ -141,6 +142,7 @@ class MSASession:
     kernels : the kernel family and the reason for it (`backends.choose_kernels`)
     scale : softmax scale of the main branch, head_dim ** -0.5 for M3
     workspace : memory of the "triton" family, which needs one; None for all others
+    nvfp4 : whether K, V and index keys are rounded to NVFP4 before they are stored
 
     Raises
     ------
@@ -154,6 +156,7 @@ class MSASession:
         kernels: KernelChoice,
         scale: float,
         workspace: Workspace | None = None,
+        nvfp4: bool = False,
     ) -> None:
         if (kernels.family == "triton") != (workspace is not None):
             raise ValueError(
@@ -164,7 +167,9 @@ class MSASession:
         self.kernels = kernels
         self.scale = scale
         self.workspace = workspace
+        self.nvfp4 = nvfp4
         self._store = NORM_ROPE_STORE.bound(kernels.family)
+        self._put = CACHE_STORE.bound(kernels.family)
         self._select = INDEX_TOPK.bound(kernels.family)
         self._attend = SPARSE_ATTENTION.bound(kernels.family)
         # layouts of pages on which every kernel was run (`m3_plugin.attention.warm_up`)
@@ -272,16 +277,19 @@ class MSASession:
         """
         rows = q.shape[0]
         scratch = self.workspace.scratch if self.workspace else None
+        stored = CacheStore(k, v, index_k, caches, plan.batch.slot_mapping)
         call = NormRopeStore(
             q,
             index_q,
-            CacheStore(k, v, index_k, caches, plan.batch.slot_mapping),
+            _beside(stored) if self.nvfp4 else stored,
             norms,
             cos_sin,
             q_out=scratch.q[:rows] if scratch else torch.empty_like(q),
             index_q_out=scratch.index_q[:rows] if scratch else torch.empty_like(index_q),
         )
         self._store(call)
+        if self.nvfp4:
+            self._put(_in_nvfp4(call.stored.caches, stored))
         return call.q_out, call.index_q_out
 
     def select(self, plan: MSAPlan, index_q: Tensor, *, caches: MSACaches) -> Tensor:
@@ -347,6 +355,31 @@ class MSASession:
             logger.warning("m3-plugin: MSA kernels: %s", self.kernels.describe())
             return None
         return flashinfer_prefill
+
+
+def _beside(stored: CacheStore) -> CacheStore:
+    """The same keys and values, one token to a page of a pool of this step's own."""
+    k, v, index_k = stored.k, stored.v, stored.index_k
+    rows, heads, dim = k.shape
+    pages = MSACaches(
+        k.new_empty(rows, heads, 1, dim),
+        v.new_empty(rows, heads, 1, dim),
+        index_k.new_empty(rows, 1, index_k.shape[-1]),
+    )
+    slots = torch.arange(rows, dtype=torch.int64, device=k.device)
+    return CacheStore(k, v, index_k, pages, slots)
+
+
+def _in_nvfp4(made: MSACaches, stored: CacheStore) -> CacheStore:
+    """What goes into the served pages: what was made of keys and values, rounded to NVFP4."""
+    k, v, index_k = stored.k, stored.v, stored.index_k
+    return CacheStore(
+        nvfp4_values(made.k_pages.squeeze(2)).to(k.dtype),
+        nvfp4_values(made.v_pages.squeeze(2)).to(v.dtype),
+        nvfp4_index_keys(made.index_k_pages.squeeze(1)).to(index_k.dtype),
+        stored.caches,
+        stored.slot_mapping,
+    )
 
 
 def _is_captured(device: torch.device) -> bool:

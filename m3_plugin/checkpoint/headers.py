@@ -17,6 +17,8 @@ from typing import Any
 from m3_plugin.untrusted import MAX_JSON_BYTES, parse_json, read_json, shown
 
 INDEX_FILE = "model.safetensors.index.json"
+# Where M3.1's repository has a draft model with a config of its own.
+DSPARK_FOLDER = "dspark"
 # Of a tensor; the longest of M3's has about 90. File systems end at 255 for a file.
 _MAX_NAME = 500
 _MAX_FILE_NAME = 255
@@ -60,6 +62,17 @@ def read_checkpoint(folder: Path) -> list[TensorHeader]:
                 )
             headers[header.name] = header
     return list(headers.values())
+
+
+def read_draft(folder: Path) -> list[TensorHeader]:
+    """The tensors of the DSpark model beside a checkpoint, of which no host here reads any.
+
+    Raises
+    ------
+    ValueError : it is there and cannot be read.
+    """
+    draft = folder / DSPARK_FOLDER
+    return read_checkpoint(draft) if draft.is_dir() else []
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from m3_plugin.quantization.chips import DEQUANTISED, LEFT_TO_SGLANG
 from m3_plugin.sizing.fit import GIB, RESERVE, UTILIZATION
 
 if TYPE_CHECKING:
+    from m3_plugin.model.released import ModelSource
     from m3_plugin.sizing.cache_bytes import CacheDType
     from m3_plugin.sizing.fit import Fit, Weights
 
@@ -58,6 +59,7 @@ class Sizing:
     dequantised : bytes of the same weights in 16 bits; None of an unquantised checkpoint
     dequantised_fit : what fits beside those
     alternatives : (K/V dtype, index dtype) to what would fit with these
+    draft : bytes of a draft model beside the weights, which is not served; 0 without one
     """
 
     model: str
@@ -74,6 +76,7 @@ class Sizing:
     index_dtype: CacheDType
     fit: Fit
     alternatives: dict[tuple[str, str], Fit]
+    draft: int = 0
 
     @property
     def fits(self) -> bool:
@@ -209,7 +212,22 @@ def size(
         index_dtype=index_dtype,
         fit=with_cache(kv_dtype, index_dtype),
         alternatives={pair: with_cache(*pair) for pair in pairs if pair != (kv_dtype, index_dtype)},
+        draft=_draft_bytes(source),
     )
+
+
+def _draft_bytes(source: ModelSource) -> int:
+    """What a DSpark model takes on the disk, or of the download."""
+    from m3_plugin.checkpoint.headers import read_draft
+    from m3_plugin.model.released import published_draft_bytes
+
+    if source.folder is None:
+        return published_draft_bytes(source.name)
+    try:
+        return sum(header.num_bytes for header in read_draft(source.folder))
+    except (OSError, ValueError):
+        # not served, so that its faults are nothing to end with
+        return 0
 
 
 def download_command(sizing: Sizing) -> str | None:
@@ -391,6 +409,7 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         "weights": asdict(sizing.weights),
         "weights_run": sizing.weights_run,
         "dequantised": None if sizing.dequantised is None else asdict(sizing.dequantised),
+        "draft_bytes": sizing.draft,
         "kv_dtype": sizing.kv_dtype,
         "index_dtype": sizing.index_dtype,
         "fit": _fit_dict(sizing.fit),
@@ -467,6 +486,8 @@ def _print(sizing: Sizing) -> None:
     if sizing.dequantised is not None:
         wide = sizing.dequantised
         rows["weights in 16 bits"] = f"{wide.total / 1e9:,.1f} GB, {_gib(wide.per_rank)} per rank"
+    if sizing.draft:
+        rows["draft model"] = f"{sizing.draft / 1e9:,.1f} GB in dspark/, not served and not loaded"
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

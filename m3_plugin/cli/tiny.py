@@ -71,8 +71,8 @@ def tiny(
     model: Annotated[
         Model,
         typer.Option(
-            help="m3.1: sparse attention in every layer, and stored as published unless --dtype "
-            "is given."
+            help="m3.1: sparse attention in every layer, a draft model beside it, and stored as "
+            "published unless --dtype is given."
         ),
     ] = Model.m3,
     dtype: Annotated[
@@ -111,6 +111,8 @@ def tiny(
         call("", FileExistsError, NotADirectoryError, ValueError),
     ):
         require_libraries("safetensors", "tokenizers", "transformers")
+        from m3_plugin.testing.dspark import add_dspark
+
         with Console(stderr=True).status(Text(f"writing {folder}")):
             layout = _Layout(model, first_blocks=init or 0, dense=dense)
             if model is Model.m3_1 and dtype is None:
@@ -123,6 +125,11 @@ def tiny(
                 )
             if quant is not None:
                 summary |= _quantise(folder, quant)
+            if model is Model.m3_1:
+                add_dspark(folder)
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            summary["bytes"] = sum(file.stat().st_size for file in files)
+            summary["files"] = [str(file.relative_to(folder)) for file in files]
     if not as_json:
         _report(summary)
     deliver("tiny", summary, as_json=as_json, output=output)
@@ -209,18 +216,13 @@ def _random(
 
 
 def _quantise(folder: Path, quant: Quant) -> dict[str, Any]:
-    """Put the quantised checkpoint in the plain one's place; what that changes in the summary."""
+    """Put the quantised checkpoint in the plain one's place; what that adds to the summary."""
     from m3_plugin.testing.quantised import quantise_checkpoint
 
     with TemporaryDirectory(dir=folder.parent) as scratch:
         plain = folder.rename(Path(scratch) / "plain")
         quantise_checkpoint(plain, folder, quant.value)
-    files = sorted(folder.iterdir())
-    return {
-        "quant": quant.value,
-        "bytes": sum(file.stat().st_size for file in files),
-        "files": [file.name for file in files],
-    }
+    return {"quant": quant.value}
 
 
 def _summary(folder: Path, kind: Kind, dtype: Dtype, shape: Any, layout: _Layout) -> dict[str, Any]:
@@ -230,8 +232,6 @@ def _summary(folder: Path, kind: Kind, dtype: Dtype, shape: Any, layout: _Layout
         "model": layout.model.value,
         "kind": kind.value,
         "dtype": dtype.value,
-        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
-        "files": sorted(file.name for file in folder.iterdir()),
         "layers": shape.num_hidden_layers,
         "sparse_layers": 0 if layout.dense else sparse,
         "hidden_size": shape.hidden_size,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from m3_plugin.checkpoint.headers import TensorHeader, read_checkpoint
+from m3_plugin.checkpoint.headers import DSPARK_FOLDER, TensorHeader, read_checkpoint, read_draft
 from m3_plugin.checkpoint.names import is_draft_tensor, is_mtp_tensor
 from m3_plugin.checkpoint.plan import plan_weights
 from m3_plugin.diagnosis.findings import Report
@@ -174,6 +175,7 @@ def _examine_files(report: Report, source: ModelSource, config: M3Config) -> Non
     report.add(SECTION, "files", f"{shards} shards, {len(headers):,} tensors, {total:,} bytes")
     _examine_names(report, headers, config)
     _examine_mtp(report, headers, config)
+    _examine_draft(report, source.folder)
     _examine_quantisation(report, headers, config)
 
 
@@ -219,6 +221,23 @@ def _examine_mtp(report: Report, headers: list[TensorHeader], config: M3Config) 
             advice="as in every public checkpoint: speculative decoding with method mtp cannot "
             "work; an EAGLE3 drafter can",
         )
+
+
+def _examine_draft(report: Report, folder: Path) -> None:
+    """The draft model that M3.1 is published with."""
+    try:
+        headers = read_draft(folder)
+    except (OSError, ValueError) as error:
+        found = f"{DSPARK_FOLDER}/ cannot be read and is not served anyway: {error}"
+    else:
+        if not headers:
+            return
+        total = sum(header.num_bytes for header in headers)
+        found = (
+            f"{len(headers)} tensors, {total:,} bytes in {DSPARK_FOLDER}/: a DSpark model, which "
+            "is not served and not read"
+        )
+    report.add(SECTION, "draft model", found, status="note")
 
 
 def _examine_quantisation(report: Report, headers: list[TensorHeader], config: M3Config) -> None:

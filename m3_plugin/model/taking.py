@@ -36,6 +36,35 @@ def why_not_taken(config: Mapping[str, Any], *, draft: bool = False) -> str | No
     return None
 
 
+def is_dspark(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a DSpark draft, as M3.1's repository has one in a folder `dspark/`.
+
+    Parameters
+    ----------
+    config : parsed config.json, or what a host made of it, which may have renamed the architecture
+    """
+    text = config.get("text_config")
+    keys = [*config, *(text if isinstance(text, Mapping) else ())]
+    architectures = config.get("architectures") or ()
+    return any(str(key).startswith("dspark_") for key in keys) or any(
+        str(name).startswith("DSpark") for name in architectures
+    )
+
+
+def draft_refusal(asked: str, *, instead: str) -> ValueError:
+    """The error for a draft that no MiniMax-M3 of this plugin can use.
+
+    Parameters
+    ----------
+    asked : the option and its value
+    instead : the way out, in the host's options
+    """
+    return ValueError(
+        f"m3-plugin: {asked} is not served with MiniMax-M3: DSpark and DFlash drafts, M3.1's in "
+        f"dspark/ among them, are left unread; {instead}"
+    )
+
+
 def stands_aside(host: str, reason: str) -> str:
     """The line logged where the host's own class takes a model over."""
     return (

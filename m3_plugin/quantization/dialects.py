@@ -278,6 +278,9 @@ def _read_mxfp8(config: Mapping[str, Any]) -> Quantization:
     _require(block in (None, [1, MX_GROUP]), "weight_block_size", f"[1, {MX_GROUP}]", block)
     scale = config.get("scale_fmt")
     _require(scale in (None, "ue8m0"), "scale_fmt", "'ue8m0'", scale)
+    # static scales of activations would be tensors that no one here reads
+    scheme = config.get("activation_scheme")
+    _require(scheme in (None, "dynamic"), "activation_scheme", "'dynamic'", scheme)
     kept = _names(config, _kept_key(config))
     return Quantization("mxfp8", (*_own_expert_rules(config), *_everything(Mxfp8())), kept)
 

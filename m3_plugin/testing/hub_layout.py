@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m3_plugin.checkpoint.headers import DSPARK_FOLDER, INDEX_FILE
+
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
@@ -352,6 +354,9 @@ _WRITTEN = frozenset(
         "processor_config.json",
     }
 )
+# M3.1's draft model (`m3_plugin.testing.dspark`).
+DSPARK_SHARD = "model-dspark-00001.safetensors"
+DSPARK_FILES = frozenset({"config.json", INDEX_FILE, DSPARK_SHARD})
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -384,14 +389,16 @@ def prepare_folder(path: str | Path, *, force: bool) -> Path:
             "is not replaced; move that away, or choose another folder"
         )
     for file in held:
-        file.unlink()
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text("m3-plugin wrote this checkpoint and may replace it\n")
     return folder
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file of a marked folder is one of those that are written here."""
+    """Whether an entry of a marked folder is one of those that are written here."""
+    if file.name == DSPARK_FOLDER and file.is_dir() and not file.is_symlink():
+        return all(inner.is_file() and inner.name in DSPARK_FILES for inner in file.iterdir())
     named = file.name in _WRITTEN or _SHARD.fullmatch(file.name) is not None
     return named and file.is_file() and not file.is_symlink()
 
@@ -451,9 +458,14 @@ def write_checkpoint(
         "resample": 3,
         "temporal_patch_size": 2,
     }
+    per_layer = config["text_config"]["sparse_attention_config"]["sparse_attention_freq"]
+    # M3.1 caps sides; M3 bounds the area
+    sizes: dict[str, Any] = {"max_pixels": 451_584}
+    if all(per_layer):
+        sizes = {"size": [672, 672], "img_token_compression_config": _COMPRESSION}
     _write_json(
         folder / "preprocessor_config.json",
-        vision | {"image_processor_type": "MiniMaxM3VLImageProcessor", "max_pixels": 451_584},
+        vision | sizes | {"image_processor_type": "MiniMaxM3VLImageProcessor"},
     )
     _write_json(
         folder / "video_preprocessor_config.json",

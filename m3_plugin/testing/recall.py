@@ -7,6 +7,7 @@ scores have no structure and near ties are many: a lower bound for a trained mod
     python -P -m m3_plugin.testing.recall PLAIN QUANTISED
     python -P -m m3_plugin.testing.recall PLAIN PLAIN int8
     python -P -m m3_plugin.testing.recall PLAIN PLAIN planes
+    python -P -m m3_plugin.testing.recall PLAIN PLAIN all
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from m3_kernels.index_pages import IndexViews
 
 TEXT_TOKENS = 8192
-CACHED_AS = ("fp32", "bf16", "fp8", "int8", "planes")
+CACHED_AS = ("fp32", "bf16", "fp8", "int8", "planes", "nvfp4", "nvfp4-bf16", "nvfp4-int8")
 
 
 def text_like_tokens(vocab_size: int, *, num_tokens: int, seed: int = 0) -> Tensor:
@@ -47,7 +48,8 @@ def index_recall(
     ----------
     plain, quantised : two checkpoints of the same model
     num_tokens : length of the text
-    cached_as : one of `CACHED_AS`, how the index keys of the second are kept
+    cached_as : one of `CACHED_AS`, how the index keys of the second are kept; "nvfp4-int8" is
+        rounded to NVFP4 and then kept in int8
 
     Raises
     ------
@@ -141,9 +143,13 @@ def _stored(keys: Tensor, cached_as: str) -> IndexViews:
     """Index keys [tokens, dim] as a cache holds them, of 8 bits as read from it in fp32."""
     import torch
 
+    from m3_kernels.cache_store.nvfp4 import nvfp4_index_keys
     from m3_kernels.cache_store.torch_cpu import in_int8, in_planes
     from m3_kernels.index_pages import PLANES_SCALE_DTYPE, SCALE_DTYPE, IndexViews
 
+    if cached_as.startswith("nvfp4"):
+        keys = nvfp4_index_keys(keys)
+        cached_as = cached_as.removeprefix("nvfp4").removeprefix("-") or "fp32"
     if cached_as == "planes":
         high, low, scales = in_planes(keys, PLANES_SCALE_DTYPE)
         return IndexViews(high, scales, low)
@@ -172,6 +178,12 @@ def _rope(heads: Tensor, config: M3Config) -> Tensor:
 
 
 def main(plain: str, quantised: str, cached_as: str = "fp32") -> None:
+    if cached_as == "all":
+        for name in CACHED_AS[1:]:
+            recall = index_recall(Path(plain), Path(quantised), cached_as=name)
+            mean = sum(recall.values()) / len(recall)
+            sys.stdout.write(f"{name}: {mean:.4f}, least {min(recall.values()):.4f}\n")
+        return
     for layer, share in index_recall(Path(plain), Path(quantised), cached_as=cached_as).items():
         sys.stdout.write(f"layer {layer}: {share:.4f}\n")
 

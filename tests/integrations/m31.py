@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from m3_plugin.testing.constructed import ConstructedCheckpoint
+from m3_plugin.testing.dspark import add_dspark
 from m3_plugin.testing.prompts import first_block_prompt, needle_prompt
 from m3_plugin.testing.quantised import quantise_checkpoint, reference_checkpoint
 from m3_plugin.testing.random_checkpoint import M31_PRESETS, write_random_checkpoint
@@ -48,12 +49,7 @@ def write_random(folder: Path, *, init: int) -> Path:
 
 def add_draft(checkpoint: Path) -> Path:
     """Put a draft model's folder into a checkpoint, and a tensor of it among the target's."""
-    draft = checkpoint / "dspark"
-    draft.mkdir()
-    tensors = {FOREIGN_TENSOR: torch.zeros(8, 40), "language_model.model.dspark.x": torch.ones(2)}
-    save_file(tensors, draft / "model-dspark-00001.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["DSparkMiniMaxDraftModel"], "model_type": "minimax_m3_vl"}
-    (draft / "config.json").write_text(json.dumps(config))
+    add_dspark(checkpoint)
     index = checkpoint / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     save_file({FOREIGN_TENSOR: torch.zeros(8, 40)}, checkpoint / "model-draft.safetensors")

@@ -9,6 +9,8 @@ from typing import Any
 from m3_plugin.checkpoint.headers import read_checkpoint
 from m3_plugin.checkpoint.names import require_mtp_modules
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
+from m3_plugin.model.released import read_config
+from m3_plugin.model.taking import draft_refusal, is_dspark
 from m3_plugin.settings import Settings
 from m3_sglang.compat import (
     leave_prefill_graphs_out,
@@ -230,7 +232,8 @@ def require_draft(server_args: Any) -> None:
 
     Raises
     ------
-    ValueError : an SGLang too old, no draft checkpoint, or one for NEXTN that holds no MTP weights.
+    ValueError : an SGLang too old, no draft checkpoint, M3.1's DSpark draft, or a checkpoint for
+        NEXTN that holds no MTP weights.
     """
     algorithm, path = server_args.speculative_algorithm, server_args.speculative_draft_model_path
     if not speculation_is_tested():
@@ -252,6 +255,12 @@ def require_draft(server_args: Any) -> None:
             "SGLang's draft worker would capture graphs otherwise"
         )
     # elsewhere than on this disk, the loading itself finds out
+    config = Path(path) / "config.json"
+    if config.is_file() and is_dspark(read_config(config)):
+        raise draft_refusal(
+            f"--speculative-draft-model-path {path}",
+            instead="leave the --speculative options out, or draft with an EAGLE3 head",
+        )
     if algorithm != "EAGLE3" and Path(path).is_dir():
         names = [header.name for header in read_checkpoint(Path(path))]
         require_mtp_modules(names, checkpoint=str(path))

@@ -443,18 +443,19 @@ def defaults_if_ours(server_args: Any, hf_config: Any) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError : an argument asks for what is not served; or index keys are asked for, for which
-        SGLang's pool would make room and which its own model would not write.
+    ValueError : an argument asks for what is not served; or caches are to hold what SGLang's own
+        model does not write, and its pool would make room for.
     """
     if is_ours(hf_config):
         return m3_defaults(server_args, hf_config)
     settings = Settings.from_environment()
-    if settings.index_keys != "auto":
-        reason = why_left_alone(hf_config, draft=False)
-        raise ValueError(
-            f"m3-plugin: M3_PLUGIN_INDEX_KEYS={settings.index_keys} needs this plugin's model; "
-            f"leave it out: {stands_aside('SGLang', str(reason))}"
-        )
+    for name in ("index_keys", "cache_values"):
+        if (value := getattr(settings, name)) != "auto":
+            reason = why_left_alone(hf_config, draft=False)
+            raise ValueError(
+                f"m3-plugin: M3_PLUGIN_{name.upper()}={value} needs this plugin's model; leave it "
+                f"out: {stands_aside('SGLang', str(reason))}"
+            )
     return {}
 
 

@@ -10,6 +10,7 @@ then fails on every frame size that is not a multiple of 28. Where it accepts, r
 nothing as long as a frame's area is within the video processor's min_pixels (56x56) and max_pixels
 (896x672); beyond that, resizing keeps a request within what the engine has reserved. For
 transformers' default, pass `mm_processor_kwargs={"videos_kwargs": {"do_resize": False}}`.
+MiniMax-M3.1's pictures and frames have another rule (`m3_plugin.model.resizing`).
 
 One step before us differs from transformers for every model: vLLM lays transparent images over
 white, where transformers drops the alpha channel.
@@ -22,8 +23,8 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,8 +58,11 @@ from vllm.multimodal.processing import (
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
 from vllm.multimodal.video_decoders.base import VideoSourceMetadata
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from m3_plugin.host.metrics import count_refused_request
+from m3_plugin.host.side_caps import with_rule
+from m3_plugin.model.config import M3Config
 from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
     MAX_ASPECT,
@@ -81,6 +85,7 @@ from m3_plugin.model.media import (
     upright_rgb,
     with_stamp,
 )
+from m3_plugin.model.resizing import FILE, SideCaps, by_pillow, require_no_area, resize_rule
 from m3_plugin.model.vision import M3Vision
 from m3_plugin.model.vision_shares import VisionRanks, shared_features
 from m3_vllm.front_end import export_from_front_end
@@ -127,13 +132,15 @@ class PatchGeometry:
     """How one of transformers' two vision processors turns pixels into tokens.
 
     Sides are rounded to multiples of `factor`, the area is brought between `min_pixels` and
-    `max_pixels`, and each `factor` x `factor` square of what comes out is one token.
+    `max_pixels` or, if there are `caps`, each side below one of them; and each `factor` x `factor`
+    square of what comes out is one token.
     """
 
     factor: int
     temporal_patch_size: int
     min_pixels: int
     max_pixels: int
+    caps: SideCaps | None = None
 
     @classmethod
     def of(cls, processor: Any) -> PatchGeometry:
@@ -144,11 +151,14 @@ class PatchGeometry:
             temporal_patch_size=processor.temporal_patch_size,
             min_pixels=_entry(size, "shortest_edge") or processor.min_pixels,
             max_pixels=_entry(size, "longest_edge") or processor.max_pixels,
+            caps=getattr(processor, "caps", None),
         )
 
     @property
     def max_tokens(self) -> int:
         """Bound of the tokens of an image, or of one temporal patch of a video."""
+        if self.caps is not None:
+            return self.caps.height * self.caps.width // self.factor**2
         area = self.max_pixels / self.factor**2
         # No side shrinks below one factor, so that a long strip may keep more than the area.
         strip = math.sqrt(MAX_ASPECT * area)
@@ -159,7 +169,9 @@ class PatchGeometry:
 
     @property
     def largest(self) -> ImageSize:
-        """A size with as many tokens as `max_pixels` has room for, near to a square."""
+        """A size with as many tokens as there is room for, near to a square if area is bounded."""
+        if self.caps is not None:
+            return ImageSize(width=self.caps.width, height=self.caps.height)
         units = max(self.max_pixels // self.factor**2, 1)
         short = max(n for n in range(1, math.isqrt(units) + 1) if units % n == 0)
         if units // short > short * MAX_ASPECT:
@@ -185,17 +197,33 @@ class M3ProcessingInfo(BaseProcessingInfo):
     def __init__(self, ctx: InputProcessingContext) -> None:
         super().__init__(ctx)
         export_from_front_end()
+        # loaders know no model, and a process has one; a fault ends what first wants a processor
+        with contextlib.suppress(ValueError):
+            M3VideoLoader.caps = self.rule
+
+    @cached_property
+    def rule(self) -> SideCaps | None:
+        """How pictures and frames get their size; None for M3's rule, which is transformers'.
+
+        Raises
+        ------
+        ValueError : the checkpoint names a rule that is not its model's.
+        """
+        model = self.ctx.model_config
+        file = get_hf_file_to_dict(FILE, model.model, revision=model.revision)
+        return resize_rule(file or {}, M3Config.from_hf(model.hf_config.to_dict()))
 
     def get_hf_processor(self, **kwargs: object) -> MiniMaxM3VLProcessor:
         """Raises ValueError, which names the file, for a checkpoint without processor files."""
         try:
-            return self.ctx.get_hf_processor(MiniMaxM3VLProcessor, **kwargs)
+            processor = self.ctx.get_hf_processor(MiniMaxM3VLProcessor, **kwargs)
         except OSError as error:
             raise ValueError(
                 f"{self.ctx.model_config.model} lacks what pictures and videos are prepared by, "
                 f"its preprocessor_config.json ({error}): copy it from the original repository, "
                 "or serve text alone with --language-model-only"
             ) from error
+        return with_rule(processor, self.rule)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return dict.fromkeys(_PLACEHOLDERS)
@@ -317,6 +345,8 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
+        if self.info.rule is not None:
+            self._require_no_area(hf_kwargs)
         videos = hf_data.get("videos")
         if not isinstance(videos, Sequence):
             return super()._call_hf_processor(hf_data, hf_kwargs)
@@ -325,6 +355,12 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         pairs = [self.info.video_geometry().pairs(len(frames)) for frames in videos]
         outputs["video_grid_thw"] = join_segments(outputs["video_grid_thw"], pairs)
         return outputs
+
+    def _require_no_area(self, hf_kwargs: Mapping[str, object]) -> None:
+        configured = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+        scopes = (configured, configured.get("images_kwargs"), configured.get("videos_kwargs"))
+        for scope in scopes:
+            require_no_area(scope or (), option="mm_processor_kwargs")
 
     def _with_video_defaults(self, hf_kwargs: Mapping[str, object]) -> Mapping[str, object]:
         configured = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
@@ -465,8 +501,10 @@ class M3VideoLoader(VideoBackend):
     `max_frames`, except 32, which vLLM passes when there is no wish.
 
     With OpenCV, frames that would fill memory are shrunk as they are decoded, to the size to which
-    transformers' video processor brings them by default.
+    the video processor brings them by default: transformers', or `caps` if there are any.
     """
+
+    caps: ClassVar[SideCaps | None] = None
 
     @classmethod
     def load_bytes(
@@ -556,7 +594,7 @@ class M3VideoLoader(VideoBackend):
 
         height = int(cap.get(cv2.CAP_PROP_FRAME_HEIGHT))
         width = int(cap.get(cv2.CAP_PROP_FRAME_WIDTH))
-        size = fitted_size(height, width, **_FRAME_AREA)
+        size = cls._frame_size(height, width)
         require_video_pixels(len(frame_idx), *size)
         shrink = len(frame_idx) * height * width > _MAX_HELD_PIXELS
         frames: list[np.ndarray] = []
@@ -572,7 +610,7 @@ class M3VideoLoader(VideoBackend):
                 usable = decoded and frame.size > 0
                 if usable:
                     frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-                    frames.append(_resized(frame, size) if shrink else frame)
+                    frames.append(cls._resized(frame, size) if shrink else frame)
                     valid.append(index)
                 while (usable or not frame_recovery) and target is not None and target <= index:
                     target = next(wanted, None)
@@ -580,6 +618,18 @@ class M3VideoLoader(VideoBackend):
         if not frames:
             return np.empty((0, *size, 3), dtype=np.uint8), []
         return np.stack(frames), valid
+
+    @classmethod
+    def _frame_size(cls, height: int, width: int) -> tuple[int, int]:
+        """Height and width that the video processor gives a frame by default."""
+        if cls.caps is not None:
+            return cls.caps.size(height, width)
+        return fitted_size(height, width, **_FRAME_AREA)
+
+    @classmethod
+    def _resized(cls, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """A frame [height, width, 3] of its other size, equal to the processor's to the bit."""
+        return _resized(frame, size) if cls.caps is None else by_pillow(frame, size)
 
 
 def _resized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -12,13 +12,22 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from m3_plugin.model.taking import refusal, stands_aside, why_not_taken
+from m3_plugin.model.taking import (
+    draft_refusal,
+    is_dspark,
+    refusal,
+    stands_aside,
+    why_not_taken,
+)
 from m3_plugin.settings import Settings
 
 # Under vllm.* so that vLLM's own logging configuration shows it in every process.
 logger = init_logger("vllm.m3_plugin.registry")
 
 DRAFT_ARCHITECTURE = "MiniMaxM3MTP"
+# What vLLM makes of it for methods that would read an M3 checkpoint as another model's draft.
+_OTHER_DRAFTS = tuple(f"{method}{DRAFT_ARCHITECTURE}" for method in ("DFlash", "DSpark"))
+INSTEAD_OF_DRAFT = "leave --speculative-config out, or draft with EAGLE3 or n-grams"
 METHODS = ("inspect_model_cls", "resolve_model_cls")
 
 
@@ -64,6 +73,8 @@ def _choosing(
 ) -> Callable[..., Any]:
     def choose(asked: str | list[str], model_config: Any) -> Any:
         names = [asked] if isinstance(asked, str) else list(asked)
+        if any(DRAFT_ARCHITECTURE in name for name in names):
+            _require_no_other_draft(names, model_config)
         if not any(name in architectures for name in names):
             return ours(asked, model_config)
         reason = why_left_alone(model_config.hf_config)
@@ -75,3 +86,16 @@ def _choosing(
         return hosts(asked, model_config)
 
     return choose
+
+
+def _require_no_other_draft(names: Collection[str], model_config: Any) -> None:
+    """Refuse a draft in MiniMax-M3's format that is no MTP module, before vLLM says it knows none.
+
+    Raises
+    ------
+    ValueError : names the model that was to draft.
+    """
+    other = any(name in _OTHER_DRAFTS for name in names)
+    if other or is_dspark(model_config.hf_config.to_dict()):
+        asked = f"--speculative-config model {model_config.model}"
+        raise draft_refusal(asked, instead=INSTEAD_OF_DRAFT)

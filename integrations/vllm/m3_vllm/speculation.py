@@ -7,9 +7,11 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from m3_plugin.checkpoint.names import require_mtp_modules
+from m3_plugin.model.taking import draft_refusal
 from m3_vllm import cpu_repairs
 from m3_vllm.backend import dense_backend_problem, dense_choice
 from m3_vllm.compat import device_type
+from m3_vllm.registry import INSTEAD_OF_DRAFT
 
 
 def count_draft_modules(draft: ModelConfig, *, load_format: str) -> int:
@@ -66,10 +68,8 @@ def require_speculation(vllm_config: VllmConfig) -> None:
     if speculative is None or speculative.draft_model_config is vllm_config.model_config:
         return
     if str(speculative.method) in ("dspark", "dflash"):
-        raise ValueError(
-            f"--speculative-config method {speculative.method} is not served with MiniMax-M3: "
-            "leave --speculative-config out, or draft with EAGLE3 or n-grams"
-        )
+        asked = f"--speculative-config method {speculative.method}"
+        raise draft_refusal(asked, instead=INSTEAD_OF_DRAFT)
     if speculative.method == "mtp":
         _require_mtp(speculative, vllm_config)
     _require_draft_cache(speculative, vllm_config)

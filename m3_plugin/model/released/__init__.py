@@ -20,6 +20,7 @@ from m3_plugin.untrusted import read_json
 
 _HERE = Path(__file__).parent
 _M31 = "MiniMaxAI/MiniMax-M3.1-Flash"
+_DRAFT_BYTES = {_M31: 2_301_867_426}
 # What precedes the model in the hosts' command lines.
 _MODEL_OPTIONS = ("serve", "--model", "--model-path")
 
@@ -63,6 +64,11 @@ def released_config() -> dict[str, Any]:
 def published_models() -> dict[str, dict[str, Any]]:
     """Repository -> its `quantization_config`, empty for the unquantised one."""
     return json.loads((_HERE / "models.json").read_text())
+
+
+def published_draft_bytes(repository: str) -> int:
+    """Bytes of a DSpark model in a folder of a published repository, which no host here reads."""
+    return _DRAFT_BYTES.get(repository, 0)
 
 
 def published_config(repository: str) -> dict[str, Any]:

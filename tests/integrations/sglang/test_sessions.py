@@ -76,6 +76,22 @@ def test_a_draft_and_all_its_steps_use_the_targets_scratch(
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("asked", ["", "nvfp4"])
+def test_a_workers_session_rounds_what_it_stores_if_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """The target's, and that of each drafting step beside it."""
+    from m3_sglang import session as sessions
+
+    monkeypatch.setenv("M3_PLUGIN_CACHE_VALUES", asked)
+    monkeypatch.setattr(sessions, "tensor_parallel_size", lambda: 1)
+    config, pool = M3Config.from_hf(hub()), Pool()
+    for _ in range(2):
+        made = sessions.worker_session(config, runner(pool))
+        assert made is not None
+        assert made.nvfp4 is (asked == "nvfp4")
+
+
 # SGLang's pools of requests: by memory, or 48 beside speculation
 @pytest.mark.parametrize(("chain", "requests"), [(None, 2048), (None, 4096), (4, 48)])
 @pytest.mark.parametrize(("ranks", "bound"), [(8, 1.0), (4, 1.0), (2, 1.0), (1, 2.0)])

@@ -90,3 +90,16 @@ def test_tensor_parallel(m31_constructed: Path) -> None:
         environment=DEQUANTISE | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     ) as engine:
         check(prompts, answer(engine, prompts))
+
+
+@pytest.mark.extended
+def test_caches_that_hold_what_nvfp4_holds_answer_the_same(m31_constructed: Path) -> None:
+    """Rounded as the model was trained with; beyond the budget, in chunks and from the cache."""
+    prompts = [needle_prompt(seed, num_tokens=tokens) for seed, tokens in ((0, 1408), (1, 5000))]
+    with EngineProcess(
+        m31_constructed,
+        max_num_batched_tokens=2048,
+        environment=DEQUANTISE | {"M3_PLUGIN_CACHE_VALUES": "nvfp4"},
+    ) as engine:
+        check(prompts, answer(engine, prompts))
+        check(prompts, answer(engine, prompts))

@@ -86,6 +86,24 @@ def test_two_micro_batches_are_refused() -> None:
         worker_session(M3Config.from_hf(released_config()), config)
 
 
+@pytest.mark.parametrize("asked", ["", "nvfp4"])
+def test_a_workers_session_rounds_what_it_stores_if_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    from m3_vllm import session as sessions
+
+    monkeypatch.setenv("M3_PLUGIN_CACHE_VALUES", asked)
+    monkeypatch.setattr(sessions, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(sessions, "engine_of_first_worker", lambda: None)
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(  # type: ignore[assignment]
+        dtype=torch.bfloat16, max_model_len=1024
+    )
+    made = worker_session(M3Config.from_hf(released_config()), config)
+    assert made is not None
+    assert made.nvfp4 is (asked == "nvfp4")
+
+
 def index_layer(config: VllmConfig, **attention: str) -> M3SparseCacheLayer:
     """An MSA layer of the released model under these options."""
     config.model_config = SimpleNamespace(dtype=torch.bfloat16)  # type: ignore[assignment]

@@ -49,6 +49,14 @@ def test_what_fits_is_let_through() -> None:
     [
         ({"draft": {"hidden_size": 512}}, r"hidden_size must be 640; draft has 512.*Leave 'model'"),
         ({"draft": {"vocab_size": 99}}, r"vocab_size must be 1024; draft has 99"),
+        (
+            {"method": "dspark"},
+            r"method dspark is not served .* are left unread; leave --spec",
+        ),
+        (
+            {"method": "dflash"},
+            r"method dflash is not served .* are left unread; leave --spec",
+        ),
         ({"kv_cache_dtype": "fp8"}, r"must be that of --kv-cache-dtype, auto; got fp8"),
         (
             {"attention_backend": AttentionBackendEnum.CPU_ATTN},

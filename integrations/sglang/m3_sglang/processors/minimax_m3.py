@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,8 +39,10 @@ from sglang.srt.multimodal.processors.base_processor import (
 from sglang.srt.utils import common, load_image
 from torch import Tensor
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
+from transformers.utils.hub import cached_file
 
 from m3_plugin.host.metrics import count_refused_request
+from m3_plugin.host.side_caps import resized_frames, with_rule
 from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
     MAX_FRAMES,
@@ -62,6 +65,9 @@ from m3_plugin.model.media import (
     upright_rgb,
     with_stamp,
 )
+from m3_plugin.model.resizing import FILE, SideCaps, require_no_area, resize_rule
+from m3_plugin.untrusted import read_json
+from m3_sglang.compat import read_config
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
 # Requests whose media are prepared at the same time.
@@ -88,7 +94,12 @@ class M3Processor(BaseMultimodalProcessor):
             server_args.model_path, revision=server_args.revision
         )
         processor.tokenizer = getattr(_processor, "tokenizer", processor.tokenizer)
+        self.rule = published_rule(hf_config, server_args)
+        processor = with_rule(processor, self.rule)
         super().__init__(hf_config, server_args, processor, *args, **kwargs)
+        if self.rule is not None:
+            for wishes in (self.image_config, self.video_config):
+                require_no_area(wishes, option="--mm-process-config")
         self.ids = MediaTokens.of(processor)
         tokens = MultimodalSpecialTokens(
             image_token=processor.IMAGE_TOKEN,
@@ -196,7 +207,7 @@ class M3Processor(BaseMultimodalProcessor):
             ]
         with reading_media(RuntimeError):
             videos = [
-                video_frames(video, wish=wish, resize=self._frame_size)
+                video_frames(video, wish=wish, resize=self._frame_size, by=self._resized)
                 for video, wish in zip(loaded.videos or (), wishes, strict=True)
             ]
         loaded.videos = [frames for frames, _ in videos]
@@ -214,6 +225,8 @@ class M3Processor(BaseMultimodalProcessor):
         """Height and width that transformers gives a frame with this server's settings."""
         if not self.video_config.get("do_resize", True):
             return height, width
+        if self.rule is not None:
+            return self.rule.size(height, width)
         video: Any = self._processor.video_processor
         return fitted_size(
             height,
@@ -222,6 +235,10 @@ class M3Processor(BaseMultimodalProcessor):
             least=self.video_config.get("min_pixels") or video.min_pixels,
             most=self.video_config.get("max_pixels") or video.max_pixels,
         )
+
+    def _resized(self, frames: Tensor, size: tuple[int, int]) -> Tensor:
+        """Frames of the size that `_frame_size` said, as this server's processor resizes them."""
+        return resized(frames, size) if self.rule is None else resized_frames(frames, size)
 
     def process_mm_data(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -317,6 +334,23 @@ def identity(item: Any) -> int:
     grid = getattr(item, f"{item.modality.name.lower()}_grid_thw")
     words = f"{item.modality.name} {grid.tolist()} {hash_feature(item.feature)}"
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
+
+
+def published_rule(hf_config: Any, server_args: Any) -> SideCaps | None:
+    """How a checkpoint's pictures and frames get their size; None for M3's rule.
+
+    Raises
+    ------
+    ValueError : it names a rule that is not its model's.
+    """
+    file = cached_file(
+        server_args.model_path,
+        FILE,
+        revision=server_args.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    said = {} if file is None else read_json(Path(file))
+    return resize_rule(said, read_config(hf_config))
 
 
 def plausible(data: Any) -> Any:
@@ -472,6 +506,7 @@ def video_frames(
     *,
     wish: VideoWishes | None = None,
     resize: Callable[[int, int], tuple[int, int]] | None = None,
+    by: Callable[[Tensor, tuple[int, int]], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Frames [n, channels, height, width] of a loaded video, and when they were shown.
 
@@ -484,8 +519,9 @@ def video_frames(
         [n, height, width, channels], or a list of pictures or arrays of one size
     wish : sampling of a file; frames are taken as they are
     resize : height and width of a frame from those of the file; None keeps them
+    by : brings frames to that size; None for transformers' way
     """
-    wish = wish or VideoWishes()
+    wish, by = wish or VideoWishes(), by or resized
     frames = as_frames(video)
 
     def size(height: int, width: int) -> tuple[int, int]:
@@ -496,7 +532,7 @@ def video_frames(
     if frames is not None:
         target = size(*frames.shape[-2:])
         require_video_pixels(len(frames), *target)
-        return resized(frames, target), {
+        return by(frames, target), {
             "total_num_frames": len(frames),
             "fps": None,
             "frames_indices": None,
@@ -519,7 +555,7 @@ def video_frames(
         part = torch.as_tensor(decoder.get_frames_at(indices[first : first + at_once]))
         part = part.permute(0, 3, 1, 2)
         # what is decoded may be turned against what the header says
-        parts.append(resized(part, size(*part.shape[-2:])))
+        parts.append(by(part, size(*part.shape[-2:])))
     if len({part.shape[1:] for part in parts}) != 1:
         raise ValueError("the frames of a video must be of one size")
     return torch.cat(parts), {"total_num_frames": total, "fps": rate, "frames_indices": indices}

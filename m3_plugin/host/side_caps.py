@@ -1,0 +1,106 @@
+"""transformers' processors of MiniMax-M3 with MiniMax-M3.1's rule for sizes, for both hosts."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.minimax_m3_vl.image_processing_minimax_m3_vl import (
+    MiniMaxM3VLImageProcessor,
+)
+from transformers.models.minimax_m3_vl.video_processing_minimax_m3_vl import (
+    MiniMaxM3VLVideoProcessor,
+)
+
+from m3_plugin.model.resizing import SideCaps, by_pillow
+
+# Settings of a checkpoint's processors that its rule leaves as they are.
+_KEPT = (
+    "do_convert_rgb",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "merge_size",
+    "patch_size",
+    "rescale_factor",
+    "temporal_patch_size",
+)
+
+
+@lru_cache(maxsize=4)
+def with_rule(processor: Any, rule: SideCaps | None) -> Any:
+    """A checkpoint's processor as its rule wants it; the same object again for the same one.
+
+    Parameters
+    ----------
+    processor : transformers' `MiniMaxM3VLProcessor`; it stays as it is
+    rule : of `m3_plugin.model.resizing.resize_rule`
+    """
+    if rule is None:
+        return processor
+    ruled = copy.copy(processor)
+    ruled.image_processor = CappedImages(caps=rule, **_kept(processor.image_processor))
+    ruled.video_processor = CappedVideos(caps=rule, **_kept(processor.video_processor))
+    return ruled
+
+
+def _kept(processor: Any) -> dict[str, Any]:
+    return {name: getattr(processor, name) for name in _KEPT}
+
+
+def resized_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures [..., 3, height, width] of 8 bits per channel, each resized by Pillow."""
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    flat = frames.reshape(-1, *frames.shape[-3:]).to("cpu", torch.uint8).permute(0, 2, 3, 1)
+    resized = torch.stack([torch.from_numpy(by_pillow(frame.numpy(), size)) for frame in flat])
+    shape = (*frames.shape[:-2], *size)
+    return resized.permute(0, 3, 1, 2).reshape(shape).to(frames.device, frames.dtype)
+
+
+class CappedImages(MiniMaxM3VLImageProcessor):
+    """Sizes pictures by `caps` and leaves the rest to transformers."""
+
+    def __init__(self, *, caps: SideCaps, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.caps = caps
+
+    def _preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, images: list[Tensor], do_resize: bool, **kwargs: Any
+    ) -> Any:
+        if do_resize:
+            images = [resized_frames(image, self.caps.size(*image.shape[-2:])) for image in images]
+        return super()._preprocess(images=images, do_resize=False, **kwargs)
+
+    def get_number_of_image_patches(
+        self, height: int, width: int, images_kwargs: dict | None = None
+    ) -> int:
+        tall, wide = self.caps.size(height, width)
+        return (tall // self.patch_size) * (wide // self.patch_size)
+
+
+class CappedVideos(MiniMaxM3VLVideoProcessor):
+    """Sizes frames by `caps` and leaves the rest to transformers."""
+
+    def __init__(self, *, caps: SideCaps, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.caps = caps
+
+    def _preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, videos: list[Tensor], do_resize: bool, **kwargs: Any
+    ) -> Any:
+        if do_resize:
+            videos = [resized_frames(video, self.caps.size(*video.shape[-2:])) for video in videos]
+        return super()._preprocess(videos=videos, do_resize=False, **kwargs)
+
+    def get_num_of_video_patches(
+        self, num_frames: int, height: int, width: int, videos_kwargs: dict | None = None
+    ) -> int:
+        tall, wide = self.caps.size(height, width)
+        per_frame = (tall // self.patch_size) * (wide // self.patch_size)
+        return -(-num_frames // self.temporal_patch_size) * per_frame
