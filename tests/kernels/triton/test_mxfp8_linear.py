@@ -21,9 +21,7 @@ def test_equals_the_oracle(case: LinearCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_every_code_times_every_power_is_exact(
-    arch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_code_times_every_power_is_exact(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded by integers, and by the chip's own conversion."""
     monkeypatch.setattr("m3_kernels.tuning.INTERPRETER_ARCH", arch)
     x, weight, scales = every_code()
