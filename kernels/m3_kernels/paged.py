@@ -7,6 +7,7 @@ call then checks only what is its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ class KVPages:
         strides with a contiguous last dimension
     k_scale, v_scale : fp32 [1] or [num_kv_heads], what stored numbers are multiplied with; None
         is 1
+    descriptors : of these pages, by what a kernel reads at once; each is made for the first launch
 
     Raises
     ------
@@ -112,6 +114,9 @@ class KVPages:
     v_pages: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    descriptors: dict[tuple[object, ...], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         words = "[P, num_kv_heads, page_size, head_dim]"
@@ -163,6 +168,7 @@ class IndexPages:
     index_k_low : int8 [P, page_size, index_dim], the low plane of keys whose high plane is
         index_k_pages, int8; None where keys are one number each. A channel of a key is
         scale * (high + low / 256)
+    descriptors : of these pages, by what a kernel reads at once; each is made for the first launch
 
     Raises
     ------
@@ -173,6 +179,9 @@ class IndexPages:
     index_k_pages: Tensor
     index_k_scales: Tensor | None = None
     index_k_low: Tensor | None = None
+    descriptors: dict[tuple[object, ...], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         pages, scales = self.index_k_pages, self.index_k_scales

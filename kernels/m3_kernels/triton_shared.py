@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 DOT_DTYPES = {
     torch.float32: tl.float32,
@@ -33,6 +36,21 @@ def aligned_for_descriptors(pages: Tensor) -> bool:
     size = pages.element_size()
     strides = pages.stride()[:-1]
     return pages.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides)
+
+
+def descriptor(
+    pages: Tensor, tile: list[int], *, name: str, kept: dict[tuple[object, ...], Any]
+) -> TensorDescriptor:
+    """A pool as TMA reads tiles of it, made once and then kept with the pages.
+
+    Parameters
+    ----------
+    name : of the pool among those that `kept` is of
+    """
+    key = (name, *tile)
+    if key not in kept:
+        kept[key] = TensorDescriptor(pages, list(pages.shape), list(pages.stride()), tile)
+    return kept[key]
 
 
 def dependent_launch(device: torch.device, arch: int) -> dict[str, bool]:

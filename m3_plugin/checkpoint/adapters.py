@@ -59,6 +59,15 @@ def adapted_module(name: str, config: M3Config) -> str:
     return f"model.layers.{layer}.{part}"
 
 
+def adapted_modules(config: M3Config) -> tuple[str, ...]:
+    """All modules that take adapters, by their names as of `adapted_module`."""
+    return tuple(
+        f"model.layers.{layer}.{part}"
+        for layer in range(config.num_hidden_layers)
+        for part in _parts(config, layer)
+    )
+
+
 def _taken() -> str:
     return (
         "adapters are taken by projections of attention and of its index branch, of dense MLPs and "

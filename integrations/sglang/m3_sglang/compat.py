@@ -219,6 +219,19 @@ def second_stream(device_type: str) -> Any:
     return get_stream("alt")
 
 
+def few_rows_router() -> Any:
+    """SGLang's router product of a few bf16 rows with fp32 weights, one launch; None without.
+
+    Two functions of rows and weights: whether it takes them, and the product. Before 0.5.23 it
+    takes no fp32 weights.
+    """
+    if _is_older_than("0.5.23"):
+        return None
+    from sglang.kernels.ops.gemm.router_gemv import router_gemv, router_gemv_supported
+
+    return router_gemv_supported, router_gemv
+
+
 def is_capturing() -> bool:
     """Whether SGLang records this step in a CUDA graph; of releases that have a second stream."""
     from sglang.srt.model_executor.runner import get_is_capture_mode

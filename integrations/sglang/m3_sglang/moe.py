@@ -9,7 +9,6 @@ import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.linear import (
     MergedColumnParallelLinear,
-    ReplicatedLinear,
     RowParallelLinear,
 )
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -25,6 +24,7 @@ from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import ExpertProbe, KnownExperts
 from m3_sglang.compat import expert_offset, is_capturing, second_stream, tensor_parallel_size
 from m3_sglang.quantization import Mxfp8ExpertsMethod
+from m3_sglang.router import M3Router
 
 # SGLang's activations add a fixed 1 to `up`.
 _HOST_BETA = 1.0
@@ -91,14 +91,7 @@ class M3MoE(nn.Module):
         super().__init__()
         self.config = config
         self.tp_size = tensor_parallel_size()
-        self.gate = ReplicatedLinear(
-            config.hidden_size,
-            config.num_experts,
-            bias=False,
-            params_dtype=torch.float32,
-            quant_config=None,
-            prefix=f"{prefix}.gate",
-        )
+        self.gate = M3Router(config, device_type=device_type, prefix=f"{prefix}.gate")
         self.e_score_correction_bias: nn.Parameter | None = None
         if config.use_routing_bias:
             self.e_score_correction_bias = nn.Parameter(
@@ -164,7 +157,7 @@ class M3MoE(nn.Module):
         return tensor_model_parallel_all_reduce(total) if self.tp_size > 1 else total
 
     def _routed(self, hidden_states: Tensor) -> Tensor:
-        router_logits, _ = self.gate(hidden_states.float())
+        router_logits, _ = self.gate(hidden_states)
         return self.experts(hidden_states, self.topk(hidden_states, router_logits))
 
     def _side_by_side(

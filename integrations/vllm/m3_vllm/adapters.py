@@ -7,18 +7,22 @@ and asks the model for a mapper of an adapter's names; it passes over names that
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.platforms import current_platform
 
-from m3_plugin.checkpoint.adapters import ADAPTED, adapted_module
+from m3_plugin.checkpoint.adapters import ADAPTED, adapted_module, adapted_modules
 from m3_plugin.model.config import M3Config
 from m3_vllm import cpu_repairs
 
-# vLLM's names of our fused layers, which `--lora-target-modules` may hold as well
-_FUSED = ("qkv_proj", "index_proj", "gate_up_proj")
+# vLLM's names of our fused layers, and what they are made of; `--lora-target-modules` may hold both
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "index_proj": ("index_q_proj", "index_k_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 _PARTS = ("lora_A.weight", "lora_B.weight")
 
 
@@ -27,10 +31,21 @@ def takes_adapters(vllm_config: VllmConfig) -> bool:
     return vllm_config.lora_config is not None
 
 
-def choose_adapted_layers(vllm_config: VllmConfig) -> None:
+def choose_adapted_layers(
+    vllm_config: VllmConfig, config: M3Config, *, prefix: str
+) -> AdapterNames | None:
     """Have vLLM put its LoRA layers around the projections that take adapters, and no others.
 
-    Left to itself it wraps routed experts, too, which it cannot on every device.
+    Left to itself it wraps routed experts, too, which it cannot on every device; and told a name
+    without its layer it looks for it in the vision tower as well.
+
+    Parameters
+    ----------
+    prefix : of the text model within what vLLM serves, with its dot
+
+    Returns
+    -------
+    What translates an adapter's names for those layers; None without `--enable-lora`.
 
     Raises
     ------
@@ -38,17 +53,32 @@ def choose_adapted_layers(vllm_config: VllmConfig) -> None:
     """
     lora = vllm_config.lora_config
     if lora is None:
-        return
-    wanted = ADAPTED if lora.target_modules is None else lora.target_modules
-    strange = sorted(set(wanted) - {*ADAPTED, *_FUSED})
-    if strange:
+        return None
+    wanted = _projections(lora.target_modules)
+    names = set()
+    for module in adapted_modules(config):
+        parent, _, projection = module.rpartition(".")
+        if projection in wanted:
+            fused = next((name for name, parts in FUSED.items() if projection in parts), projection)
+            # vLLM asks by the name of its layer, and by those of an adapter
+            names |= {f"{prefix}{parent}.{name}" for name in (projection, fused)}
+    lora.target_modules = sorted(names)
+    if current_platform.is_cpu():
+        cpu_repairs.leave_out_rows_without_adapter()
+    return AdapterNames(config, prefix=prefix, targets=names)
+
+
+def _projections(targets: list[str] | None) -> frozenset[str]:
+    """Projections that `--lora-target-modules` means."""
+    if targets is None:
+        return frozenset(ADAPTED)
+    found = {part for target in targets for part in FUSED.get(target, (target,))}
+    if strange := sorted(found - {*ADAPTED}):
         raise ValueError(
             f"--lora-target-modules {' '.join(strange)}: adapters are taken by "
             f"{', '.join(ADAPTED)} of the text model; leave the others out"
         )
-    lora.target_modules = list(wanted)
-    if current_platform.is_cpu():
-        cpu_repairs.leave_out_rows_without_adapter()
+    return frozenset(found)
 
 
 @contextmanager
@@ -74,11 +104,13 @@ class AdapterNames:
     ----------
     config : of the model
     prefix : of the text model within what vLLM serves
+    targets : names of all that takes adapters here (`choose_adapted_layers`)
     """
 
-    def __init__(self, config: M3Config, *, prefix: str) -> None:
+    def __init__(self, config: M3Config, *, prefix: str, targets: Collection[str]) -> None:
         self.config = config
         self.prefix = prefix
+        self.targets = frozenset(targets)
 
     def get_rename_mapper(self) -> AdapterNames:
         """Itself: it does nothing but rename."""
@@ -94,6 +126,11 @@ class AdapterNames:
         for part in _PARTS:
             if name.endswith(f".{part}"):
                 module = adapted_module(name.removesuffix(f".{part}"), self.config)
+                if f"{self.prefix}{module}" not in self.targets:
+                    raise ValueError(
+                        f"adapter module {module!r} is left out by --lora-target-modules; name "
+                        "its projection there, too"
+                    )
                 return f"{self.prefix}{module}.{part}"
         raise ValueError(
             f"adapter tensor {name!r}: only lora_A and lora_B of projections are taken; save the "

@@ -59,13 +59,13 @@ from m3_plugin.checkpoint.loading import (
     plan_before_loading,
     require_expert_bytes,
 )
-from m3_plugin.checkpoint.names import TEXT_PREFIX, is_mtp_tensor
+from m3_plugin.checkpoint.names import is_mtp_tensor
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import attestation
 from m3_plugin.model.config import M3Config, local_heads
 from m3_plugin.model.rope import RowAngles
 from m3_plugin.model.vision import M3Vision, VisionConfig
-from m3_vllm.adapters import AdapterNames, choose_adapted_layers, takes_adapters
+from m3_vllm.adapters import choose_adapted_layers, takes_adapters
 from m3_vllm.backend import dense_backend
 from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.compat import vllm_version
@@ -575,7 +575,6 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3, SupportsLoRA):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", is_root: bool = True) -> None:
         super().__init__()
         prepare_speculation(vllm_config)
-        choose_adapted_layers(vllm_config)
         self.adapted = takes_adapters(vllm_config)
         self.config = vllm_config.model_config.hf_text_config
         self.parallel_config = vllm_config.parallel_config
@@ -591,9 +590,10 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3, SupportsLoRA):
         else:
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        if self.adapted:
-            # the name under which vLLM asks a model to translate an adapter's names
-            self.hf_to_vllm_mapper = AdapterNames(config, prefix="")
+        # the name under which vLLM asks a model to translate an adapter's names
+        self.hf_to_vllm_mapper = choose_adapted_layers(
+            vllm_config, config, prefix=f"{prefix}." if prefix else ""
+        )
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         moe_layers = [module for module in self.model.modules() if isinstance(module, M3MoE)]
         if moe_layers:
@@ -690,10 +690,7 @@ class M3ForConditionalGeneration(
                 prefix=maybe_prefix(prefix, "language_model"),
                 is_root=False,
             )
-        if self.language_model.adapted:
-            self.hf_to_vllm_mapper = AdapterNames(
-                self.language_model.model.m3_config, prefix=TEXT_PREFIX
-            )
+        self.hf_to_vllm_mapper = self.language_model.hf_to_vllm_mapper
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.served = ServedWeights(
             self,

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m3_kernels.index_topk.call import IndexTopk
 from m3_kernels.index_topk.triton_decode import index_decode_scores_kernel
@@ -18,11 +17,13 @@ from m3_kernels.index_topk.workspace import (
     decode_slots,
 )
 from m3_kernels.launch import Launch
+from m3_kernels.paged import IndexPages
 from m3_kernels.tiles import MIN_TILE, dot_dtype, keys_per_step, power_of_two
 from m3_kernels.triton_shared import (
     DOT_DTYPES,
     aligned_for_descriptors,
     dependent_launch,
+    descriptor,
     require_e4m3,
 )
 from m3_kernels.tuning import arch_of, kernel_config
@@ -167,7 +168,7 @@ def launches(
         (plan.num_programs,),
         {
             **given,
-            **_key_tiles(pages, keys, dim_pad, config, use_descriptors),
+            **_key_tiles(call.keys, keys, dim_pad, config, use_descriptors),
             "cum_blocks": plan.cum_blocks,
             "range_start": plan.range_start,
             "range_request": plan.range_request,
@@ -185,7 +186,7 @@ def launches(
     keys = keys_per_step(page_size, config["MAX_KEYS"])
     tile_lines = max(config["ITEMS"], power_of_two(heads))
     given |= {
-        **_key_tiles(pages, keys, dim_pad, config, use_descriptors),
+        **_key_tiles(call.keys, keys, dim_pad, config, use_descriptors),
         "row_request": plan.row_request,
         "num_reqs": step.num_reqs,
         "DECODE_ROWS": plan.decode_rows,
@@ -220,17 +221,17 @@ def _rows_of_a_pass(call: IndexTopk, plan: WorkPlan, workspace: Tensor, slots: i
 
 
 def _key_tiles(
-    pages: Tensor, keys: int, dim_pad: int, config: dict[str, Any], use_descriptors: bool | None
+    index: IndexPages, keys: int, dim_pad: int, config: dict[str, Any], use_descriptors: bool | None
 ) -> dict[str, Any]:
     """The pool as a kernel reads whole tiles, a descriptor where TMA's rules allow one."""
     wanted = config["USE_DESCRIPTORS"] if use_descriptors is None else use_descriptors
+    pages = index.index_k_pages
     described = wanted and aligned_for_descriptors(pages)
-    tiles = pages
-    if described:
-        tile = [1, keys, dim_pad]
-        tiles = TensorDescriptor(pages, list(pages.shape), list(pages.stride()), tile)
+    tile = [1, keys, dim_pad]
     return {
-        "key_tiles": tiles,
+        "key_tiles": (
+            descriptor(pages, tile, name="keys", kept=index.descriptors) if described else pages
+        ),
         "USE_DESCRIPTORS": described,
         "KEYS": keys,
     }

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m3_kernels.launch import Launch
+from m3_kernels.paged import KVPages
 from m3_kernels.sparse_attention.call import SparseAttention
 from m3_kernels.sparse_attention.triton_decode import sparse_attention_decode_kernel
 from m3_kernels.sparse_attention.triton_prefill import sparse_attention_prefill_kernel
@@ -24,6 +24,7 @@ from m3_kernels.triton_shared import (
     DOT_DTYPES,
     aligned_for_descriptors,
     dependent_launch,
+    descriptor,
     require_e4m3,
 )
 from m3_kernels.tuning import arch_of
@@ -168,7 +169,7 @@ def launches(
         (attending + clearing,),
         {
             **given,
-            **_page_tiles(kv.k_pages, kv.v_pages, tiles.keys, config, use_descriptors),
+            **_page_tiles(kv, tiles.keys, config, use_descriptors),
             "partial": workspace.partial,
             "arrivals": workspace.arrivals,
             "num_rows": rows,
@@ -196,7 +197,7 @@ def launches(
         (kv_heads * max_tiles,),
         {
             **given,
-            **_page_tiles(kv.k_pages, kv.v_pages, keys, config, use_descriptors),
+            **_page_tiles(kv, keys, config, use_descriptors),
             "cum_tiles": plan.cum_tiles,
             "max_tiles": max_tiles,
             "ROWS": config["ROWS"],
@@ -256,19 +257,16 @@ def _head_stride(scale: Tensor | None) -> int:
 
 
 def _page_tiles(
-    k_pages: Tensor,
-    v_pages: Tensor,
-    keys: int,
-    config: dict[str, Any],
-    use_descriptors: bool | None,
+    kv: KVPages, keys: int, config: dict[str, Any], use_descriptors: bool | None
 ) -> dict[str, Any]:
     """The pools as the kernel reads whole tiles: descriptors where they can describe them."""
     wanted = config["USE_DESCRIPTORS"] if use_descriptors is None else use_descriptors
+    k_pages, v_pages = kv.k_pages, kv.v_pages
     if wanted and _describable(k_pages, keys) and _describable(v_pages, keys):
         tile = [1, 1, keys, k_pages.shape[3]]
         k_tiles, v_tiles = (
-            TensorDescriptor(pages, list(pages.shape), list(pages.stride()), tile)
-            for pages in (k_pages, v_pages)
+            descriptor(pages, tile, name=name, kept=kv.descriptors)
+            for name, pages in (("keys", k_pages), ("values", v_pages))
         )
         return {"k_tiles": k_tiles, "v_tiles": v_tiles, "USE_DESCRIPTORS": True}
     return {"k_tiles": k_pages, "v_tiles": v_pages, "USE_DESCRIPTORS": False}

@@ -23,7 +23,7 @@ from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.model.config import MSAConfig
 from m3_plugin.model.rope import RowAngles
-from tests.integrations.sglang.recorded_graph import (
+from tests.integrations.recorded_graph import (
     FreedMemoryError,
     RecordedGraph,
     record_kernels,
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    record_kernels(monkeypatch)
+    record_kernels(monkeypatch, "m3_sglang.graphs.fill_page_table")
 
 
 class Layer(nn.Module):
@@ -185,10 +185,17 @@ def eager(lengths: list[int], hidden: Tensor, *, kind: str, query_len: int) -> T
     return run(made, layer, step, hidden)
 
 
-@pytest.mark.parametrize(
-    ("kind", "query_len"),
-    [("DECODE", 1), ("TARGET_VERIFY", 2), ("TARGET_VERIFY", 6), ("DRAFT_EXTEND_V2", 4)],
-)
+# verified and extended rows of 1 drafting step and of 5
+ROWS = [
+    ("DECODE", 1),
+    ("TARGET_VERIFY", 2),
+    ("TARGET_VERIFY", 6),
+    ("DRAFT_EXTEND_V2", 2),
+    ("DRAFT_EXTEND_V2", 6),
+]
+
+
+@pytest.mark.parametrize(("kind", "query_len"), ROWS)
 def test_the_first_graph_finds_its_memory_after_all_others(kind: str, query_len: int) -> None:
     layer = Layer()
     made = backend(layer, max_bs=4, max_rows=4 * query_len)
@@ -249,6 +256,95 @@ def test_a_replay_reads_of_the_page_table_what_its_lengths_need() -> None:
     table.fill_(-7)
     server.serve([300, 127, 128, 129], torch.zeros(4, HIDDEN))
     assert [int((line != -7).sum()) for line in table] == [3, 1, 1, 2]
+
+
+class DraftServer:
+    """SGLang's static inputs of a captured round of an MTP module, and the graph on them."""
+
+    def __init__(self, layer: Layer, *, num_steps: int, first: Any):
+        self.layer = layer
+        self.backends = drafting(layer, num_steps=num_steps, first=first)
+        self.backends.init_cuda_graph_state(4, 4)
+        self.graphs: dict[int, tuple[Any, Tensor, RecordedGraph, list[Tensor]]] = {}
+
+    def capture(self, num_reqs: int) -> None:
+        """In the order of SGLang's EAGLEDraftCudaGraphRunner."""
+        step = draft_round([1] * num_reqs, num_steps=self.backends.num_steps)
+        hidden = torch.zeros(num_reqs, HIDDEN)
+        graph = RecordedGraph()
+        self.backends.init_forward_metadata_out_graph(step, in_capture=True)
+        with graph.capture():
+            self.backends.init_forward_metadata_in_graph(step)
+            out = run_round(self.backends, self.layer, step, hidden)
+        self.graphs[num_reqs] = (step, hidden, graph, out)
+
+    def serve(self, lengths: list[int], given: Tensor) -> list[Tensor]:
+        step, hidden, graph, out = self.graphs[len(lengths)]
+        live = draft_round(lengths, num_steps=self.backends.num_steps)
+        for name in ("seq_lens", "req_pool_indices", "out_cache_loc", "positions"):
+            getattr(step, name).copy_(getattr(live, name))
+        hidden.copy_(given)
+        self.backends.init_forward_metadata_out_graph(step)
+        graph.replay()
+        return out
+
+
+def drafting(layer: Layer, *, num_steps: int, first: Any = None) -> Any:
+    """Our backends of the steps of a round, on one scratch as a worker makes them."""
+    from m3_sglang.session import beside
+    from m3_sglang.speculation import M3DraftBackends
+
+    made: Any = object.__new__(M3DraftBackends)
+    made.num_steps = num_steps
+    made.attn_backends = [backend(layer, max_bs=1, max_rows=1) for _ in range(num_steps - 1)]
+    for each in made.attn_backends:
+        if first is None:
+            choice = KernelChoice(family="reference", reason="tested", refused=())
+            each.session = MSASession(each.session.msa, kernels=choice, scale=1.0)
+        else:
+            each.session = beside(first)
+    return made
+
+
+def draft_round(lengths: list[int], *, num_steps: int) -> Any:
+    """A round behind requests of those lengths: one slot for each step of each request."""
+    slots = [4 * 128 * r + n + i for r, n in enumerate(lengths) for i in range(num_steps)]
+    step = forward_batch("DECODE", seq_lens=lengths, out_cache_loc=torch.tensor(slots))
+    step.positions = torch.tensor(lengths)
+    return step
+
+
+def run_round(backends: Any, layer: Layer, step: Any, hidden: Tensor) -> list[Tensor]:
+    """What a draft model's layer does in the steps after the first, each on the one before."""
+    out = []
+    for i, made in enumerate(backends.attn_backends):
+        live = SimpleNamespace(positions=step.positions + i)
+        out.append(run(made, layer, live, hidden * (i + 1)))
+    return out
+
+
+@pytest.mark.parametrize("num_steps", [2, 5])
+def test_rounds_of_drafting_find_their_memory_after_all_others(num_steps: int) -> None:
+    """One step drafts with the extend step alone; each further one has a backend of its own."""
+    layer = Layer()
+    server = DraftServer(layer, num_steps=num_steps, first=session())
+    for count in (4, 2, 1):
+        server.capture(count)
+    # eager rounds in between, of fewer requests
+    server.backends.init_forward_metadata(draft_round([5, 6, 7], num_steps=num_steps))
+    gc.collect()
+    random = torch.Generator().manual_seed(1)
+    for lengths in ([300, 126, 129, 400], [260, 31]):
+        layer.restore_pages()
+        hidden = torch.randn(len(lengths), HIDDEN, generator=random)
+        other = Layer()
+        eagerly = drafting(other, num_steps=num_steps)
+        live = draft_round(lengths, num_steps=num_steps)
+        eagerly.init_forward_metadata(live)
+        expected = run_round(eagerly, other, live, hidden)
+        found = server.serve(lengths, hidden)
+        assert len(found) == num_steps - 1
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_recorder_sees_memory_that_nobody_owns() -> None:

@@ -20,7 +20,6 @@ from vllm.config import (
 )
 from vllm.engine.arg_utils import EngineArgs
 
-from m3_plugin.checkpoint.adapters import ADAPTED
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import released_config
 from m3_vllm import cpu_repairs
@@ -214,19 +213,49 @@ def test_adapters_and_drafts_are_not_served_together() -> None:
         require_served(config, RELEASED)
 
 
-@pytest.mark.parametrize("targets", [None, ["q_proj", "gate_up_proj"]])
-def test_adapters_go_to_projections_alone(
-    targets: list[str] | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("targets", "layer", "names"),
+    [
+        (
+            None,
+            "3.",
+            "self_attn.{q_proj,k_proj,v_proj,qkv_proj,o_proj,index_q_proj,index_k_proj,index_proj} "
+            "block_sparse_moe.shared_experts.{gate_proj,up_proj,gate_up_proj,down_proj}",
+        ),
+        (["q_proj"], "0.", "self_attn.{q_proj,qkv_proj}"),
+        (["gate_up_proj"], "0.", "mlp.{gate_proj,up_proj,gate_up_proj}"),
+    ],
+)
+def test_adapters_go_to_projections_of_the_text_model_alone(
+    targets: list[str] | None, layer: str, names: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cpu_repairs, "leave_out_rows_without_adapter", lambda: None)
     config = VllmConfig()
     object.__setattr__(config, "lora_config", LoRAConfig(target_modules=targets))
-    monkeypatch.setattr(cpu_repairs, "leave_out_rows_without_adapter", lambda: None)
-    choose_adapted_layers(config)
+    mapper = choose_adapted_layers(config, RELEASED, prefix="language_model.")
+    assert mapper is not None
+    if targets is not None:
+        with pytest.raises(ValueError, match="o_proj' is left out by --lora-target-modules"):
+            mapper.map_name("model.layers.3.self_attn.o_proj.lora_A.weight")
     assert config.lora_config is not None
-    assert config.lora_config.target_modules == (targets or list(ADAPTED))
+    assert config.lora_config.target_modules is not None
+    expected = {
+        f"{parent}{name}"
+        for group in names.split()
+        for parent, inside in [group.rstrip("}").split("{")]
+        for name in inside.split(",")
+    }
+    start = f"language_model.model.layers.{layer}"
+    chosen = config.lora_config.target_modules
+    assert {name.removeprefix(start) for name in chosen if name.startswith(start)} == expected
+    assert all(name.startswith("language_model.model.layers.") for name in chosen)
+
+
+def test_other_targets_of_adapters_are_refused() -> None:
+    config = VllmConfig()
     object.__setattr__(config, "lora_config", LoRAConfig(target_modules=["q_proj", "experts"]))
     with pytest.raises(ValueError, match="--lora-target-modules experts"):
-        choose_adapted_layers(config)
+        choose_adapted_layers(config, RELEASED, prefix="")
 
 
 def test_dense_layers_may_be_left_out_of_a_quantised_cache() -> None:

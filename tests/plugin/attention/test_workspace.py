@@ -13,6 +13,7 @@ import torch
 
 from m3_kernels import tuning
 from m3_kernels.index_topk.triton import _key_tiles
+from m3_kernels.paged import IndexPages, KVPages
 from m3_kernels.sparse_attention.triton import _page_tiles
 from m3_kernels.testing.cases import Case, build
 from m3_plugin.attention import assembly
@@ -174,9 +175,9 @@ def test_pages_of_a_test_are_read_as_pages_of_a_server_are(
     )
     made = build(case)
     config = {"USE_DESCRIPTORS": True}
-    keys = _key_tiles(made.index_k_pages, 128, 128, config, None)
+    keys = _key_tiles(IndexPages(made.index_k_pages, made.index_k_scales), 128, 128, config, None)
     assert keys["USE_DESCRIPTORS"] is True
-    tiles = _page_tiles(made.k_pages, made.v_pages, 64, config, None)
+    tiles = _page_tiles(KVPages(made.k_pages, made.v_pages), 64, config, None)
     assert tiles["USE_DESCRIPTORS"] is True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from m3_kernels.implementations import Op
 
-# Kernels by the names under which a step calls them, beside the ops that a session binds. All run
-# in plain torch, whatever the family; what that family would read is recorded with the rest.
-KERNELS = {
-    "m3_plugin.attention.workspace": ("fill_work_plan",),
-    "m3_sglang.graphs": ("fill_page_table",),
-}
+# A kernel by the name under which a step calls it, beside the ops that a session binds. All run in
+# plain torch, whatever the family; what that family would read is recorded with the rest.
+PLAN = "m3_plugin.attention.workspace.fill_work_plan"
 
 
 class FreedMemoryError(AssertionError):
@@ -132,12 +129,15 @@ class _Recorder(TorchDispatchMode):
         return self.graph.record(func, args, kwargs or {}, name=str(func))
 
 
-def record_kernels(patch: pytest.MonkeyPatch) -> None:
-    """Let our kernels run in plain torch, and be recorded where a graph is being captured."""
-    for module, names in KERNELS.items():
-        for name in names:
-            kernel = getattr(importlib.import_module(module), name)
-            patch.setattr(f"{module}.{name}", functools.partial(_launch, kernel))
+def record_kernels(patch: pytest.MonkeyPatch, *others: str) -> None:
+    """Let our kernels run in plain torch, and be recorded where a graph is being captured.
+
+    Parameters
+    ----------
+    others : kernels that an adapter launches by itself, as the names under which it does
+    """
+    for name in (PLAN, *others):
+        patch.setattr(name, functools.partial(_launch, pkgutil.resolve_name(name)))
     bound = Op.bound
 
     def recorded(op: Op[Any], name: str) -> Callable[[Any], None]:
