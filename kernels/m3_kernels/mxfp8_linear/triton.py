@@ -18,14 +18,25 @@ from m3_kernels.tiles import MIN_TILE, power_of_two
 from m3_kernels.triton_shared import DOT_DTYPES, pick
 from m3_kernels.tuning import arch_of, kernel_config
 
+# The least compute capability that converts e4m3 itself.
+E4M3_ARCH = 89
+
 
 @triton.jit
-def decode_e4m3(code):
-    """Bytes to fp32: fp16 with four bits of exponent is e4m3 times 2 ** -8, subnormals included."""
-    magnitude = (code & 0x7F).to(tl.uint16) << 7
-    sign = (code & 0x80).to(tl.uint16) << 8
-    value = (sign | magnitude).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+def decode_e4m3(code, HAS_E4M3: tl.constexpr):
+    """Bytes to fp32, by the chip's own conversion where it has one: to fp16, which is exact.
+
+    Otherwise by integers: fp16 with four bits of exponent is e4m3 times 2 ** -8, subnormals
+    included.
+    """
+    if HAS_E4M3:
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+    else:
+        magnitude = (code & 0x7F).to(tl.uint16) << 7
+        sign = (code & 0x80).to(tl.uint16) << 8
+        scaled = (sign | magnitude).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        value = tl.where((code & 0x7F) == 0x7F, float("nan"), scaled)
+    return value
 
 
 @triton.jit
@@ -60,6 +71,7 @@ def mxfp8_linear_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    HAS_E4M3: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
     """Program (rows of the weight, tokens of one group): a tile of the transposed output."""
@@ -103,7 +115,7 @@ def mxfp8_linear_kernel(
             other=127,
         )
         factor = tl.broadcast_to(decode_e8m0(stored)[:, :, None], (ROWS, COLUMNS // 32, 32))
-        decoded = decode_e4m3(codes) * tl.reshape(factor, (ROWS, COLUMNS))
+        decoded = decode_e4m3(codes, HAS_E4M3) * tl.reshape(factor, (ROWS, COLUMNS))
         tokens = tl.load(tokens_at + start, mask=in_tokens[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(
             decoded.to(DOT_DTYPE), tl.trans(tokens.to(DOT_DTYPE)), acc, input_precision="ieee"
@@ -155,6 +167,7 @@ def launches(call: Mxfp8Linear, *, arch: int) -> Iterator[Launch]:
         "out_stride": call.out.stride(0),
         "GROUPED": starts is not None,
         "GROUPS_PAD": power_of_two(max(groups, MIN_TILE)),
+        "HAS_E4M3": arch >= E4M3_ARCH,
         "DOT_DTYPE": DOT_DTYPES[x.dtype],
         **config,
     }
