@@ -541,8 +541,8 @@ FAULTS = (
     Fault(
         "tuning: every context is looked up anew",
         f"{KERNELS}/index_topk/triton.py",
-        "max_blocks=power_of_two(max_blocks)),",
-        "max_blocks=max_blocks),",
+        "max_blocks=power_of_two(plan.max_blocks)),",
+        "max_blocks=plan.max_blocks),",
         ("tests/kernels/triton/test_host_time.py",),
     ),
     Fault(
@@ -566,7 +566,7 @@ FAULTS = (
         "        self.session.replan(metadata.plan)\n",
         "        metadata.plan.batch.seq_lens\n",
         ("tests/integrations/vllm/test_graphs.py",),
-        "all_steps",
+        "divides_its_work",
     ),
     Fault(
         "SGLang: drafting steps share one division of work",

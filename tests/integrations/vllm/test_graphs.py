@@ -200,6 +200,18 @@ def test_all_steps_of_a_draft_in_one_graph(steps: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
 
 
+def test_a_further_step_of_a_draft_divides_its_work_anew() -> None:
+    server = Server()
+    server.dummy(2, 2)
+    metadata = server.metadata(2, rows=1, capturing=True)
+    blocks = metadata["layer"].plan.work.cum_blocks
+    before = blocks.clone()
+    server.buffers.seq_lens[:2] += 200
+    for group in server.groups:
+        group.update_draft_decode_metadata(metadata)
+    assert not torch.equal(blocks, before)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 6])
 def test_a_captured_step_of_decoding_or_verifying(rows: int) -> None:
     """No drafted token beside each token, 1 or 5; with one request of which nothing is there."""
