@@ -53,12 +53,13 @@ def build(stored: Path) -> tuple[nn.Module, M3Config]:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.plugins import load_general_plugins
 
-    from m3_vllm import own_experts
+    from m3_vllm import own_experts, stored_weights
 
     load_general_plugins()
-    # M3.1 is refused on a CPU where it is not dequantised
-    plugin: Any = own_experts
-    plugin.device_type = lambda: "cuda"
+    # on a CPU no checkpoint is left to vLLM's own layers
+    for plugin in (own_experts, stored_weights):
+        choosing: Any = plugin
+        choosing.device_type = lambda: "cuda"
     config = EngineArgs(model=str(stored), dtype="bfloat16", enforce_eager=True)
     vllm_config = config.create_engine_config()
     with set_current_vllm_config(vllm_config), tempfile.TemporaryDirectory() as folder:
