@@ -24,6 +24,9 @@ from m3_vllm.registry import why_left_alone
 
 METHOD = "m3_stored"
 
+# What vLLM adds to the section of a compressed-tensors checkpoint.
+_WRITTEN = ("total_num_heads", "total_num_kv_heads")
+
 
 def register_stored_weights(architectures: tuple[str, ...]) -> None:
     """Register the method for checkpoints of these architectures."""
@@ -56,7 +59,9 @@ class StoredWeights(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> StoredWeights:
-        quantization = read_quantization(config)
+        quantization = read_quantization(
+            {key: value for key, value in config.items() if key not in _WRITTEN}
+        )
         assert quantization is not None
         return cls(quantization)
 
