@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from m3_kernels.stored_matrix import StoredMatrix
 from m3_plugin.checkpoint.names import TEXT_PREFIX
 from m3_plugin.quantization.dialects import PLAIN, Quantization
-from m3_plugin.quantization.packing import PART_NAMES, Layout, layout_of
+from m3_plugin.quantization.packing import PART_NAMES, Layout, PartName, layout_of
 
 
 def stored_layout(
@@ -89,10 +89,12 @@ class StoredWeight:
         codes = layer.get_parameter(f"{self.prefix}codes")
         if self._made is None or self._made.codes.data_ptr() != codes.data_ptr():
             own = dict(layer.named_parameters(recurse=False))
-            names = {name: f"{self.prefix}{name}" for name in PART_NAMES}
-            self._made = self.layout.matrix(
-                {part: own[name].data for part, name in names.items() if name in own}
-            )
+            parts: dict[PartName, Tensor] = {
+                part: own[f"{self.prefix}{part}"].data
+                for part in PART_NAMES
+                if f"{self.prefix}{part}" in own
+            }
+            self._made = self.layout.matrix(parts)
         return self._made
 
 

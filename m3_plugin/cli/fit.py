@@ -19,6 +19,7 @@ from m3_plugin.sizing.fit import GIB, RESERVE, UTILIZATION
 
 if TYPE_CHECKING:
     from m3_plugin.sizing.cache_bytes import CacheDType
+    from m3_plugin.sizing.decode_speed import DecodeSpeed
     from m3_plugin.sizing.fit import Fit, Weights
 
 CPU = "CPU"
@@ -58,6 +59,7 @@ class Sizing:
     dequantised : bytes of the same weights in 16 bits; None of an unquantised checkpoint
     dequantised_fit : what fits beside those
     alternatives : (K/V dtype, index dtype) to what would fit with these
+    decode : the most that one request can decode at its longest, if a bandwidth was given
     """
 
     model: str
@@ -74,6 +76,7 @@ class Sizing:
     index_dtype: CacheDType
     fit: Fit
     alternatives: dict[tuple[str, str], Fit]
+    decode: DecodeSpeed | None = None
 
     @property
     def fits(self) -> bool:
@@ -112,6 +115,10 @@ def fit_command(
     reserve: Annotated[
         float, typer.Option(min=0, help="GiB of each GPU for everything but weights and cache.")
     ] = RESERVE / GIB,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(min=1, help="With --gpu CPU: GB/s of its memory, for a bound on decoding."),
+    ] = None,
     as_json: JsonOption = False,
     output: OutputOption = None,
 ) -> None:
@@ -131,6 +138,7 @@ def fit_command(
             index_dtype=_cache_dtype(index_cache_dtype, "--index-cache-dtype"),
             context=max_model_len,
             text_only=text_only,
+            bandwidth=bandwidth,
         )
     if not as_json:
         _print(sizing)
@@ -146,8 +154,13 @@ def size(
     index_dtype: CacheDType,
     context: int | None,
     text_only: bool = False,
+    bandwidth: float | None = None,
 ) -> Sizing:
     """Work everything out.
+
+    Parameters
+    ----------
+    bandwidth : GB/s of a CPU's memory, if decoding is to be bounded
 
     Raises
     ------
@@ -157,6 +170,7 @@ def size(
     from m3_plugin.model.config import M3Config
     from m3_plugin.model.released import ModelNotFound, find_model
     from m3_plugin.quantization.chips import how_weights_run
+    from m3_plugin.sizing.decode_speed import decode_speed
     from m3_plugin.sizing.fit import fit, weight_bytes
 
     with environment(ModelNotFound, ValueError):
@@ -167,6 +181,8 @@ def size(
             f"--max-model-len must be at most the model's {config.max_position_embeddings:,} "
             f"positions; got {context:,}"
         )
+    if bandwidth is not None and machine.name != CPU:
+        raise ValueError(f"--bandwidth is for --gpu CPU alone; got {machine.name}")
     loaded = weight_bytes(config, source.config, tp_size=machine.tp_size)
 
     wide = (
@@ -190,6 +206,12 @@ def size(
             context=context,
         )
 
+    fitted = with_cache(kv_dtype, index_dtype)
+    weights_run = (
+        how_weights_run(config.quantization, arch=machine.arch)
+        if machine.arch is not None or machine.name == CPU
+        else {}
+    )
     pairs = cast("list[tuple[CacheDType, CacheDType]]", list(_ALTERNATIVES))
     return Sizing(
         model=model,
@@ -200,15 +222,21 @@ def size(
         machine=machine,
         storage=str(config.quantization or "bf16"),
         weights=loaded,
-        weights_run=how_weights_run(config.quantization, arch=machine.arch)
-        if machine.arch is not None or machine.name == CPU
-        else {},
+        weights_run=weights_run,
         dequantised=wide,
         dequantised_fit=None if wide is None else with_cache(kv_dtype, index_dtype, wide),
         kv_dtype=kv_dtype,
         index_dtype=index_dtype,
-        fit=with_cache(kv_dtype, index_dtype),
+        fit=fitted,
         alternatives={pair: with_cache(*pair) for pair in pairs if pair != (kv_dtype, index_dtype)},
+        decode=None
+        if bandwidth is None
+        else decode_speed(
+            replace(config, quantization=None) if DEQUANTISED in weights_run.values() else config,
+            fitted.cache,
+            context=fitted.context,
+            bandwidth=bandwidth * 1e9,
+        ),
     )
 
 
@@ -395,6 +423,9 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         "index_dtype": sizing.index_dtype,
         "fit": _fit_dict(sizing.fit),
         "alternatives": alternatives,
+        "decode": None
+        if sizing.decode is None
+        else {**asdict(sizing.decode), "tokens_per_second": sizing.decode.tokens_per_second},
         "download": download_command(sizing),
         "commands": launch_commands(sizing) if sizing.fits else {},
         "remarks": remarks(sizing) if sizing.fits else [],
@@ -467,6 +498,12 @@ def _print(sizing: Sizing) -> None:
     if sizing.dequantised is not None:
         wide = sizing.dequantised
         rows["weights in 16 bits"] = f"{wide.total / 1e9:,.1f} GB, {_gib(wide.per_rank)} per rank"
+    if (decode := sizing.decode) is not None:
+        rows[f"decoding at {decode.context:,} tokens (a model)"] = (
+            f"at most {decode.tokens_per_second:,.1f} tokens per second: "
+            f"{decode.weights / 1e9:,.1f} GB of weights and {decode.cache / 1e9:,.2f} GB of cache "
+            f"per token at {decode.bandwidth / 1e9:,.0f} GB/s"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

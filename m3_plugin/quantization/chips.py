@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from m3_plugin.quantization.dialects import PLAIN, Quantization
-from m3_plugin.quantization.packing import layout_of
 
 # Host -> quant_method -> compute capability as major * 10 + minor.
 LEAST_CAPABILITY: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -74,6 +73,9 @@ def how_weights_run(quantization: Quantization | None, *, arch: int | None) -> d
 
 def _has_layouts(quantization: Quantization) -> bool:
     """Whether our CPU kernels read what projections and experts are stored as."""
+    # brings torch, which nothing else here needs
+    from m3_plugin.quantization.packing import layout_of
+
     layer = "model.layers.3"
     modules = (f"{layer}.self_attn.q_proj", f"{layer}.block_sparse_moe.experts.0.w1")
     formats = [quantization.format_of(module) for module in modules]

@@ -20,7 +20,7 @@ from tests.kernels.stored import VARIANTS, random_matrix
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS: Any = ("native", "torch")
-SWIGLU = {"alpha": 1.702, "limit": 7.0, "beta": 1.0}
+SWIGLU: dict[str, Any] = {"alpha": 1.702, "limit": 7.0, "beta": 1.0}
 each_variant = pytest.mark.parametrize(
     ("kind", "options"), VARIANTS, ids=[f"{kind}-{n}" for n, (kind, _) in enumerate(VARIANTS)]
 )

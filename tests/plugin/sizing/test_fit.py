@@ -419,3 +419,25 @@ def test_tokens_of_all_requests_are_told_from_those_of_one() -> None:
     assert "tokens of all requests together" in told
     assert "longest single request" in told
     assert "requests of 1,048,576 tokens at once" in told
+
+
+def test_decoding_on_a_cpu_is_bounded_by_the_bytes_of_a_step(tmp_path: Path) -> None:
+    """NVFP4 experts in 512 GiB; per token 4 of 128 experts, and what 60 layers read of caches."""
+    config = released_config() | {"quantization_config": exported("nvfp4")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    machine = ("--gpu", "CPU", "--gpu-memory", "512", "--tp", "1", "--bandwidth", "400")
+    found = as_json("--model", str(tmp_path), *machine, "--max-model-len", "131072")
+    assert found["fits"]
+    decode = found["decode"]
+    experts, shared = (57 * n * 3 * 3072 * 6144 for n in (4, 1))
+    attention, dense = 60 * (2 * 8192 + 2 * 512) * 6144, 3 * 3 * 12_288 * 6144
+    head, index = 200_064 * 6144 * 2, 57 * (4 + 1) * 128 * 6144 * 2
+    parts = experts * 9 / 16 + (shared + attention + dense) * 33 / 32 + head + index
+    # norms and the router are left
+    assert decode["weights"] == pytest.approx(parts, rel=0.01)
+    layer = 2 * 4 * 128 * 2
+    assert decode["cache"] == (3 * 131_072 + 57 * 2048) * layer + 131_072 * 57 * 256
+    speed = 400e9 / (decode["weights"] + decode["cache"])
+    assert decode["tokens_per_second"] == pytest.approx(speed)
+    plain = as_json("--model", "MiniMaxAI/MiniMax-M3", *machine[:3], "2000", *machine[4:])
+    assert plain["decode"]["weights"] > 2.3 * decode["weights"]
