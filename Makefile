@@ -11,6 +11,7 @@
 #   make quick-start       the README's commands in a fresh clone with an empty home (downloads all)
 #   make mutants           faults put into the code one by one: a test must notice each
 #   make kernels-table     docs/kernels-compiled*.md: the Triton kernels compiled for every GPU family
+#   make gpu-run           all that waits for a GPU, in eight minutes, on a machine that has one
 #   make wheel             dist/: the wheel for both hosts, and the sources
 #   make lint              ruff, pyright, import-linter
 #   make screens           the generated examples under docs/screens, on this machine's CPU
@@ -56,7 +57,7 @@ BUILD := .venv/build
 
 SCREENS := docs/screens
 
-.PHONY: mutants wheel screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
+.PHONY: gpu-run mutants wheel screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -112,6 +113,11 @@ kernels-table: env $(TRITONS_READY)
 	  mv .new-figures $$figures; \
 	  $(GATE) --markdown --known $$figures > docs/kernels-compiled$$release.md; \
 	done
+
+# Sets nothing up: the machine may have no network. PYTHON must have torch, its Triton, typer and rich.
+OUT ?= gpu-run
+gpu-run:
+	@PYTHONPATH=.:kernels $(PYTHON) -P -m m3_plugin.testing.gpu_run $(OUT)
 
 demo: $(if $(filter sglang,$(HOST)),env-sglang,env)
 	$(if $(filter sglang,$(HOST)),$(SGLANG_BIN),$(BIN))/m3-plugin demo --framework $(HOST)

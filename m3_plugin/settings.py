@@ -10,7 +10,7 @@
 | `M3_PLUGIN_CHECK` | 0, 1, n | n: look at pages, choices and results of every n-th step |
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
-| `M3_PLUGIN_INDEX_KEYS` | auto, int8 | int8: index keys in half the bytes, blocks may differ |
+| `M3_PLUGIN_INDEX_KEYS` | auto, int8, planes | int8: half the bytes; planes: half are read (CPU) |
 | `M3_PLUGIN_DENSE` | auto, host | host: dense layers on a CPU stay on the host's own kernels |
 | `M3_PLUGIN_KERNELS` | auto, flashinfer, triton, native, torch, reference | force kernels |
 
@@ -35,7 +35,7 @@ from typing import Literal, cast, get_args
 PREFIX = "M3_PLUGIN_"
 
 KernelFamily = Literal["auto", "flashinfer", "triton", "native", "torch", "reference"]
-IndexKeys = Literal["auto", "int8"]
+IndexKeys = Literal["auto", "int8", "planes"]
 DenseLayers = Literal["auto", "host"]
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}

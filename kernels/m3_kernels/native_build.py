@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
 HEADERS = tuple(
-    PACKAGE / name for name in ("native_common.h", "native_attention.h", "native_matrix.h")
+    PACKAGE / name
+    for name in ("native_common.h", "native_attention.h", "native_planes.h", "native_matrix.h")
 )
 SOURCES = tuple(
     PACKAGE / op / "native.cpp"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from m3_kernels import validation
+from m3_kernels.index_pages import PLANES_DTYPE
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Stored:
     Attributes
     ----------
     kv : dtypes of keys and values
-    index_keys : dtypes of index keys
+    index_keys : dtypes of index keys; `PLANES_DTYPE` is two planes of bytes
     kv_scales : whether keys and values may have scales
     """
 
@@ -32,13 +33,19 @@ class Stored:
 
 EVERYTHING = Stored(
     kv=(*validation.FLOAT_DTYPES, *validation.FP8_DTYPES),
+    index_keys=(*validation.FLOAT_DTYPES, *validation.LOW_PRECISION_DTYPES, PLANES_DTYPE),
+    kv_scales=True,
+)
+# The Triton kernels.
+NO_PLANES = Stored(
+    kv=EVERYTHING.kv,
     index_keys=(*validation.FLOAT_DTYPES, *validation.LOW_PRECISION_DTYPES),
     kv_scales=True,
 )
 # C++ and plain torch on a CPU.
 NO_FP8 = Stored(
     kv=validation.FLOAT_DTYPES,
-    index_keys=(*validation.FLOAT_DTYPES, torch.int8),
+    index_keys=(*validation.FLOAT_DTYPES, torch.int8, PLANES_DTYPE),
     kv_scales=False,
 )
 
@@ -153,6 +160,9 @@ class IndexPages:
         contiguous last dimension
     index_k_scales : floating [P, page_size], what a stored key is multiplied with; int8 keys need
         it, fp8 keys may have it, others have none
+    index_k_low : int8 [P, page_size, index_dim], the low plane of keys whose high plane is
+        index_k_pages, int8; None where keys are one number each. A channel of a key is
+        scale * (high + low / 256)
 
     Raises
     ------
@@ -162,18 +172,19 @@ class IndexPages:
 
     index_k_pages: Tensor
     index_k_scales: Tensor | None = None
+    index_k_low: Tensor | None = None
 
     def __post_init__(self) -> None:
         pages, scales = self.index_k_pages, self.index_k_scales
-        if pages.dtype not in EVERYTHING.index_keys:
+        if pages.dtype not in NO_PLANES.index_keys:
             raise TypeError(
-                f"index_k_pages must be {names(EVERYTHING.index_keys)}; got {pages.dtype}"
+                f"index_k_pages must be {names(NO_PLANES.index_keys)}; got {pages.dtype}"
             )
         words = "[P, page_size, index_dim]"
         validation.require_shape("index_k_pages", pages, (None, None, None), words)
         validation.require_dense_rows("index_k_pages", pages)
         if scales is None:
-            if pages.dtype == torch.int8:
+            if self.index_k_low is not None or pages.dtype == torch.int8:
                 raise ValueError(
                     "index_k_scales must be given with int8 index_k_pages: one scale per token"
                 )
@@ -187,18 +198,29 @@ class IndexPages:
         validation.require_shape("index_k_scales", scales, tuple(pages.shape[:2]), "[P, page_size]")
         validation.require_dense_rows("index_k_scales", scales)
         validation.require_device("index_k_scales", scales, pages.device)
+        if (low := self.index_k_low) is not None:
+            validation.require_dtype("index_k_pages, with index_k_low,", pages, torch.int8)
+            validation.require_dtype("index_k_low", low, torch.int8)
+            validation.require_shape("index_k_low", low, tuple(pages.shape), words)
+            validation.require_dense_rows("index_k_low", low)
+            validation.require_device("index_k_low", low, pages.device)
 
     @property
     def device(self) -> torch.device:
         """Where they lie."""
         return self.index_k_pages.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a key is stored as: `PLANES_DTYPE` where it is two planes of bytes."""
+        return self.index_k_pages.dtype if self.index_k_low is None else PLANES_DTYPE
+
     def refusal(self, stored: Stored) -> str | None:
         """Why an implementation that takes `stored` does not take these; None if it does."""
-        if self.index_k_pages.dtype in stored.index_keys:
+        if self.dtype in stored.index_keys:
             return None
         return (
-            f"takes index keys of {names(stored.index_keys)}; got {self.index_k_pages.dtype}. "
+            f"takes index keys of {names(stored.index_keys)}; got {self.dtype}. "
             "Keep them in one of these on a CPU, or ask for backend='reference'"
         )
 
@@ -213,6 +235,7 @@ class MSACaches:
     index_k_pages : [num_pages, page_size, index_dim]
     k_scale, v_scale : as in `KVPages`
     index_k_scales : floating [num_pages, page_size], scales of int8 index keys; None for others
+    index_k_low : as in `IndexPages`
     kv, index : the same, as the ops that read take them
 
     Raises
@@ -227,6 +250,7 @@ class MSACaches:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     index_k_scales: Tensor | None = None
+    index_k_low: Tensor | None = None
     kv: KVPages = field(init=False, repr=False)
     index: IndexPages = field(init=False, repr=False)
 
@@ -238,7 +262,7 @@ class MSACaches:
                 f"index_k_scales must be given with int8 index_k_pages and only then; got "
                 f"{'none' if scales is None else 'some'} for {self.index_k_pages.dtype} pages"
             )
-        index = IndexPages(self.index_k_pages, scales)
+        index = IndexPages(self.index_k_pages, scales, self.index_k_low)
         num_pages, _, page_size, _ = self.k_pages.shape
         shape, words = (num_pages, page_size, None), "[P, page_size, index_dim]"
         validation.require_shape("index_k_pages", self.index_k_pages, shape, words)
@@ -255,7 +279,8 @@ class MSACaches:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Pages and then scales, None for those that there are not."""
         pages = (self.k_pages, self.v_pages, self.index_k_pages)
-        return (*pages, self.k_scale, self.v_scale, self.index_k_scales)
+        scales = (self.k_scale, self.v_scale, self.index_k_scales)
+        return (*pages, *scales, self.index_k_low)
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from m3_kernels.index_pages import PLANES_DTYPE
 from m3_kernels.sparse_attention import flashinfer_refusal
 from m3_kernels.testing.cases import PageLayout
 from m3_kernels.tuning import arch_of
@@ -72,6 +73,11 @@ def make_session(
         logger.info(
             "m3-plugin: index keys are kept in int8 with a scale each; blocks of nearly equal "
             "scores may be chosen otherwise than from unquantised keys"
+        )
+    if index_dtype == PLANES_DTYPE:
+        logger.info(
+            "m3-plugin: index keys are kept in two planes of bytes with a scale each; one of them "
+            "is read whole, both where it matters"
         )
     shape = LayerShape(
         num_q_heads=local_heads(config.num_attention_heads, tensor_parallel_size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,9 +10,12 @@ import torch
 
 import m3_kernels
 from m3_kernels.capability import Implementation
+from m3_kernels.index_pages import PLANES_DTYPE
 from m3_plugin.settings import KernelFamily
 
 FULL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What hosts allocate for each value of M3_PLUGIN_INDEX_KEYS but "auto".
+INDEX_KEYS: Mapping[str, torch.dtype] = {"int8": torch.int8, "planes": PLANES_DTYPE}
 OLDEST_ARCH = 80
 E4M3_ARCH = 89
 
@@ -173,9 +177,17 @@ def _index_refusal(family: Implementation, arch: int | None, dtype: torch.dtype)
     """Why a family cannot read index keys of this dtype, and what it can; None if it can."""
     if dtype in (*FULL_DTYPES, torch.int8):
         return None
+    if dtype == PLANES_DTYPE:
+        if family != "triton":
+            return None
+        return (
+            "no kernel on a GPU reads two planes yet; leave M3_PLUGIN_INDEX_KEYS=planes out there, "
+            "or set it to int8"
+        )
     if family != "triton" or arch is None:
         return (
-            f"kernel family {family!r} reads float32, bfloat16, float16 and int8; use one of these"
+            f"kernel family {family!r} reads float32, bfloat16, float16, int8 and two planes; "
+            "use one of these"
         )
     return _e4m3_refusal(arch, dtype, others="int8 or bfloat16")
 

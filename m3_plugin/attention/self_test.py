@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
+from m3_kernels.index_pages import PLANES_DTYPE
 from m3_kernels.index_topk import index_topk
 from m3_kernels.norm_rope_store import HeadNorms
 from m3_kernels.paged import MSACaches
@@ -135,7 +136,7 @@ def self_test(
         num_init_blocks=msa.num_init_blocks,
         dtype=dtype,
         kv_dtype=kv_dtype if kv_dtype in FP8_DTYPES else None,
-        index_dtype=index_dtype if index_dtype in LOW_PRECISION_DTYPES else None,
+        index_dtype=index_dtype if index_dtype in (*LOW_PRECISION_DTYPES, PLANES_DTYPE) else None,
     )
     # Each kind of step beyond the budget, where selection decides, and across the end of a block.
     steps: dict[str, tuple[tuple[int, int], ...]] = {
@@ -294,7 +295,10 @@ class _CaseRun:
         cache_store(
             keys["k"].to(given.k.dtype),
             given.v,
-            keys["index_k"].to(given.index_k.dtype),
+            # two planes hold more of it than the dtype of activations
+            keys["index_k"].to(
+                given.index_k.dtype if expected.index_k_low is None else torch.float32
+            ),
             expected.k_pages,
             expected.v_pages,
             expected.index_k_pages,
@@ -302,6 +306,7 @@ class _CaseRun:
             k_scale=expected.k_scale,
             v_scale=expected.v_scale,
             index_k_scales=expected.index_k_scales,
+            index_k_low=expected.index_k_low,
             backend="reference",
         )
         step.store(self.session, self.plan)
@@ -316,6 +321,14 @@ class _CaseRun:
             computed["index_k_scales"] = computed["index_k_pages"]
             computed["index_k_pages"] += (expected.index_k_scales.dtype, given.index_k.dtype)
         faults = []
+        if expected.index_k_low is not None and actual.index_k_low is not None:
+            del computed["index_k_pages"]
+            where = _written(expected.index_k_low, expected)
+            # in steps of the expected scale, of which rounding excuses one
+            found, wanted = (_in_steps(pages, where, expected) for pages in (actual, expected))
+            faults.append(_rounding_fault("planes of index keys", found, wanted, torch.int16))
+            actual.index_k_pages[where] = expected.index_k_pages[where]
+            actual.index_k_low[where] = expected.index_k_low[where]
         for name, through in computed.items():
             written, wanted = getattr(actual, name), getattr(expected, name)
             where = _written(wanted, expected)
@@ -337,6 +350,7 @@ class _CaseRun:
             inputs.index_q,
             inputs.index_k_pages,
             index_k_scales=inputs.index_k_scales,
+            index_k_low=inputs.index_k_low,
             **inputs.batch,
             **inputs.selection,
             backend="reference",
@@ -488,6 +502,8 @@ class _Step:
         stale = [fresh.k_pages, fresh.v_pages, fresh.index_k_pages]
         if fresh.index_k_scales is not None:
             stale.append(fresh.index_k_scales)
+        if fresh.index_k_low is not None:
+            stale.append(fresh.index_k_low)
         for pages in stale:
             nothing = torch.nan if pages.is_floating_point() else 99
             pages[_written(pages, inputs)] = nothing
@@ -587,6 +603,7 @@ def _caches(inputs: Inputs) -> MSACaches:
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
         index_k_scales=inputs.index_k_scales,
+        index_k_low=inputs.index_k_low,
     )
 
 
@@ -605,6 +622,16 @@ def _written(pages: Tensor, inputs: Inputs) -> tuple[Tensor | slice, ...]:
     slots = inputs.slot_mapping[inputs.slot_mapping >= 0]
     page, offset = slots // inputs.case.page_size, slots % inputs.case.page_size
     return (page, slice(None), offset) if pages.dim() == 4 else (page, offset)
+
+
+def _in_steps(inputs: Inputs, where: tuple[Tensor | slice, ...], measure: Inputs) -> Tensor:
+    """Index keys of two planes, [tokens, dim], in units of the last bit of those of `measure`."""
+    assert inputs.index_k_low is not None
+    assert inputs.index_k_scales is not None
+    assert measure.index_k_scales is not None
+    codes = 256.0 * inputs.index_k_pages[where] + inputs.index_k_low[where]
+    ratio = inputs.index_k_scales[where].double() / measure.index_k_scales[where].double()
+    return codes * ratio[:, None]
 
 
 def _rounding_fault(name: str, found: Tensor, exact: Tensor, *through: torch.dtype) -> str | None:

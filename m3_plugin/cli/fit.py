@@ -100,7 +100,7 @@ def fit_command(
         "bf16"
     ),
     index_cache_dtype: Annotated[
-        str, typer.Option(help="How the index keys are cached: bf16, int8.")
+        str, typer.Option(help="How the index keys are cached: bf16, int8, planes.")
     ] = "bf16",
     max_model_len: Annotated[
         int | None,
@@ -282,8 +282,8 @@ def _variables(sizing: Sizing, host: str) -> list[str]:
     found: list[str] = list(_VARIABLES)
     if _is_widened(sizing, host):
         found.append("M3_PLUGIN_DEQUANTIZE=1")
-    if sizing.index_dtype == "int8":
-        found.append("M3_PLUGIN_INDEX_KEYS=int8")
+    if sizing.index_dtype in ("int8", "planes"):
+        found.append(f"M3_PLUGIN_INDEX_KEYS={sizing.index_dtype}")
     return found
 
 
@@ -354,7 +354,7 @@ def remarks(sizing: Sizing) -> list[str]:
     if not _is_stored(sizing):
         return [
             "no command: servers store K and V in bf16, on a GPU in fp8 too, and index keys in "
-            "bf16 or int8"
+            "bf16 or int8, on a CPU in two planes too"
         ]
     found = []
     commands = launch_commands(sizing)
@@ -400,7 +400,7 @@ _SGLANG_PARSERS = "    --tool-call-parser minimax-m3 --reasoning-parser minimax-
 # K and V, and index keys, as a server's options can ask for them; the numbers of others say what
 # they would give.
 _STORED = (("bf16", "bf16"), ("bf16", "int8"), ("fp8", "bf16"), ("fp8", "int8"))
-_STORED_ON_CPU = _STORED[:2]
+_STORED_ON_CPU = (*_STORED[:2], ("bf16", "planes"))
 _FIRST_WITH_E4M3 = 89
 
 

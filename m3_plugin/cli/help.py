@@ -201,12 +201,12 @@ NOTES: Mapping[str, Notes] = {
             "m3-plugin bench kernels --output kernels.json --plot kernels.png": (
                 "all workloads on the first GPU, beside the hosts' own kernels"
             ),
-            "m3-plugin bench kernels --decode 64x131072 --verify '' --prefill '' --json": (
-                "one decode step of 64 requests of 128K tokens"
+            "m3-plugin bench kernels --model H100": (
+                "what a model expects there, from the kernels' machine code; needs no GPU"
             ),
         },
         variables={"CUDA_VISIBLE_DEVICES": "which GPU: the first that is visible"},
-        right="measured",
+        right="measured, or modelled",
         wrong="our kernels are wrong on a workload, which was then not timed",
         environment="no GPU here, or a library is missing",
     ),

@@ -7,12 +7,20 @@ from typing import Literal
 
 from m3_plugin.model.config import M3Config, local_heads
 
-CacheDType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "nvfp4"]
+CacheDType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "planes", "nvfp4"]
 
-_BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5}
-# One e4m3 scale per 16 values for nvfp4; one fp16 scale per token for int8 index keys.
+_BYTES_PER_VALUE = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "planes": 2.0,
+    "nvfp4": 0.5,
+}
+# One e4m3 scale per 16 values for nvfp4; one scale per token for index keys in int8 or two planes.
 _NVFP4_GROUP = 16
-_INT8_SCALE_BYTES = 2
+_SCALE_BYTES = {"int8": 2, "planes": 2}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ def vector_bytes(width: int, dtype: CacheDType) -> int:
     values = int(width * _BYTES_PER_VALUE[dtype])
     if dtype == "nvfp4":
         return values + width // _NVFP4_GROUP
-    return values + (_INT8_SCALE_BYTES if dtype == "int8" else 0)
+    return values + _SCALE_BYTES.get(dtype, 0)
 
 
 def cache_bytes_per_token(

@@ -6,6 +6,7 @@ scores have no structure and near ties are many: a lower bound for a trained mod
 
     python -P -m m3_plugin.testing.recall PLAIN QUANTISED
     python -P -m m3_plugin.testing.recall PLAIN PLAIN int8
+    python -P -m m3_plugin.testing.recall PLAIN PLAIN planes
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from m3_plugin.checkpoint.names import TEXT_PREFIX
 from m3_plugin.checkpoint.stream import Dequantiser
@@ -22,8 +23,10 @@ from m3_plugin.model.config import M3Config
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from m3_kernels.index_pages import IndexViews
+
 TEXT_TOKENS = 8192
-CACHED_AS = ("fp32", "bf16", "fp8", "int8")
+CACHED_AS = ("fp32", "bf16", "fp8", "int8", "planes")
 
 
 def text_like_tokens(vocab_size: int, *, num_tokens: int, seed: int = 0) -> Tensor:
@@ -114,10 +117,17 @@ def _choose(
         norm = tensors[f"{prefix}.self_attn.index_{part}_norm.weight"]
         branch[part] = _rope(_gemma_norm(heads, norm, config), config)
     index_k = torch.zeros(pages * msa.block_size, msa.index_dim)
-    index_k[:keys] = _as_read(branch["k"].squeeze(1), cached_as)
+    index_k[:keys] = branch["k"].squeeze(1)
+    stored = _stored(index_k, cached_as)
+
+    def in_pages(part: Any) -> Any:
+        return None if part is None else part.unflatten(0, (pages, msa.block_size))
+
     return index_topk(
         branch["q"],
-        index_k.unflatten(0, (pages, msa.block_size)),
+        in_pages(stored.keys),
+        index_k_scales=in_pages(stored.scales),
+        index_k_low=in_pages(stored.low),
         page_table=torch.arange(pages, dtype=torch.int32)[None],
         cu_seqlens_q=torch.tensor([0, keys], dtype=torch.int32),
         seq_lens=torch.tensor([keys], dtype=torch.int32),
@@ -127,18 +137,21 @@ def _choose(
     )
 
 
-def _as_read(keys: Tensor, cached_as: str) -> Tensor:
-    """Index keys [tokens, dim] after a store in a cache and a read from it, in fp32."""
+def _stored(keys: Tensor, cached_as: str) -> IndexViews:
+    """Index keys [tokens, dim] as a cache holds them, of 8 bits as read from it in fp32."""
     import torch
 
-    from m3_kernels.cache_store.torch_cpu import in_int8
-    from m3_kernels.index_pages import SCALE_DTYPE
+    from m3_kernels.cache_store.torch_cpu import in_int8, in_planes
+    from m3_kernels.index_pages import PLANES_SCALE_DTYPE, SCALE_DTYPE, IndexViews
 
+    if cached_as == "planes":
+        high, low, scales = in_planes(keys, PLANES_SCALE_DTYPE)
+        return IndexViews(high, scales, low)
     if cached_as == "int8":
         codes, scales = in_int8(keys, SCALE_DTYPE)
-        return codes * scales.float()[:, None]
+        return IndexViews(codes * scales.float()[:, None])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-    return keys.to(dtypes[cached_as]).float()
+    return IndexViews(keys.to(dtypes[cached_as]).float())
 
 
 def _gemma_norm(values: Tensor, weight: Tensor, config: M3Config) -> Tensor:

@@ -1,14 +1,22 @@
-"""What both hosts are asked when they keep index keys in int8."""
+"""What both hosts are asked when they keep index keys in int8 or in two planes of bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import pytest
+
 from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations.speculation import PAGE, ids
 
 INT8 = {"M3_PLUGIN_INDEX_KEYS": "int8"}
+PLANES = {"M3_PLUGIN_INDEX_KEYS": "planes"}
+# Hosts treat both alike, as vectors of another dtype and width: one of them is enough every day.
+STORED = (
+    pytest.param(INT8, marks=pytest.mark.extended, id="int8"),
+    pytest.param(PLANES, id="planes"),
+)
 
 
 class Engine(Protocol):

@@ -9,6 +9,7 @@ import torch
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.capability import Backend
+from m3_kernels.index_pages import PLANES_DTYPE
 from m3_kernels.testing.cases import (
     DTYPES,
     Case,
@@ -83,10 +84,13 @@ def test_a_slot_outside_the_pool_is_refused_before_anything_is_written(backend: 
     assert all(page.isnan().all() for page in pages)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, PLANES_DTYPE])
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
-def test_int8_index_keys_and_scales_are_the_references_bytes(case: Case, backend: Backend) -> None:
-    case = dataclasses.replace(case, index_dtype=torch.int8)
+def test_index_keys_with_scales_are_the_references_bytes(
+    case: Case, backend: Backend, dtype: torch.dtype
+) -> None:
+    case = dataclasses.replace(case, index_dtype=dtype)
     inputs = build(case)
     if len(inputs.index_k) > 2:
         inputs.index_k[0] = 0
@@ -94,7 +98,7 @@ def test_int8_index_keys_and_scales_are_the_references_bytes(case: Case, backend
         inputs.index_k[1, 0] = 127
     stored = []
     for name in (backend, "reference"):
-        *pages, scales = empty_caches(case, inputs.k_pages.shape[0])
+        *pages, scales, low = empty_caches(case, inputs.k_pages.shape[0])
         assert scales is not None
         cache_store(
             inputs.k,
@@ -103,6 +107,7 @@ def test_int8_index_keys_and_scales_are_the_references_bytes(case: Case, backend
             *pages,
             slot_mapping=inputs.slot_mapping,
             index_k_scales=scales,
+            index_k_low=low,
             backend=name,
         )
         # keys and scales live in one memory, as a host holds them

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m3_kernels.capability import Backend
+from m3_kernels.index_pages import PLANES_DTYPE
 from m3_kernels.index_topk import index_topk
 from m3_kernels.testing.cases import Case, Inputs, all_cases, build
 from m3_kernels.testing.compare import selection_faults
@@ -30,6 +31,7 @@ def select(inputs: Inputs, backend: Backend) -> Tensor:
         **inputs.batch,
         **inputs.selection,
         index_k_scales=inputs.index_k_scales,
+        index_k_low=inputs.index_k_low,
         out=out,
         backend=backend,
     )
@@ -51,6 +53,19 @@ def test_int8_keys_with_a_scale_each(case: Case, backend: Backend) -> None:
     inputs = build(dataclasses.replace(case, index_dtype=torch.int8))
     ids = select(inputs, backend)
     assert selection_faults(ids, select(inputs, "reference"), inputs) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+def test_keys_in_two_planes(case: Case, backend: Backend) -> None:
+    """Sums of integers: nothing is excused."""
+    inputs = build(dataclasses.replace(case, index_dtype=PLANES_DTYPE))
+    expected = select(inputs, "reference")
+    assert torch.equal(select(inputs, backend), expected)
+    # and the reference's own are those of the keys that the planes stand for
+    plain = build(dataclasses.replace(case, dtype=torch.float32, index_dtype=PLANES_DTYPE))
+    plain = dataclasses.replace(plain, index_q=inputs.index_q, sequences=inputs.sequences)
+    assert selection_faults(expected, expected, plain) == []
 
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)

@@ -631,4 +631,18 @@ FAULTS = (
         ("tests/integrations/vllm/test_cpu_repairs.py",),
         "parts_of_a_prompt",
     ),
+    Fault(
+        "an adapter of an expert is passed over",
+        "m3_plugin/checkpoint/adapters.py",
+        "    if part not in taken:",
+        "    if part not in taken and not part.startswith('block_sparse_moe'):",
+        ("tests/plugin/checkpoint/test_adapters.py",),
+    ),
+    Fault(
+        "rows without an adapter get one",
+        "integrations/vllm/m3_vllm/cpu_repairs.py",
+        "[self.token_lora_indices < 0] = 0",
+        "[self.token_lora_indices < -1] = 0",
+        ("tests/integrations/vllm/test_cpu_repairs.py",),
+    ),
 )

@@ -28,7 +28,10 @@ def test_values() -> None:
         ({"M3_PLUGIN_REQIRED": "1"}, "M3_PLUGIN_REQIRED"),
         ({"M3_PLUGIN_REQUIRED": "maybe"}, "'maybe'"),
         ({"M3_PLUGIN_KERNELS": "cuda"}, "'cuda'"),
-        ({"M3_PLUGIN_INDEX_KEYS": "int4"}, "M3_PLUGIN_INDEX_KEYS must be one of auto, int8; got"),
+        (
+            {"M3_PLUGIN_INDEX_KEYS": "int4"},
+            "M3_PLUGIN_INDEX_KEYS must be one of auto, int8, planes; got",
+        ),
     ],
 )
 def test_mistakes_are_named(environment: dict[str, str], said: str) -> None:

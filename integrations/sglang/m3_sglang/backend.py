@@ -14,8 +14,9 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from m3_kernels.index_pages import split_pages
+from m3_kernels.index_pages import views_of
 from m3_kernels.paged import MSACaches
+from m3_plugin.attention.backends import INDEX_KEYS
 from m3_plugin.attention.session import MSAPlan
 from m3_plugin.host.presence import PluginRefusal, attestation
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
@@ -342,17 +343,15 @@ class M3AttentionBackend(AttentionBackend):
         if layer_id not in self.caches:
             k_pages = paged(self.pool.get_key_buffer(layer_id))
             scales = self.layers[layer_id].scales_for(k_pages.dtype)
-            index_k_pages = paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1)
-            index_k_scales = None
-            if index_k_pages.dtype == torch.int8:
-                index_k_pages, index_k_scales = split_pages(index_k_pages)
+            index = views_of(paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1))
             self.caches[layer_id] = MSACaches(
                 k_pages=k_pages,
                 v_pages=paged(self.pool.get_value_buffer(layer_id)),
-                index_k_pages=index_k_pages,
+                index_k_pages=index.keys,
                 k_scale=scales.k,
                 v_scale=scales.v,
-                index_k_scales=index_k_scales,
+                index_k_scales=index.scales,
+                index_k_low=index.low,
             )
         return self.caches[layer_id]
 
@@ -399,11 +398,11 @@ def require_index_dtype(runner: Any) -> None:
 
     Raises
     ------
-    PluginRefusal : int8 was asked for, and this SGLang made the pool otherwise.
+    PluginRefusal : a dtype was asked for, and this SGLang made the pool otherwise.
     """
-    dtype = index_dtype(runner)
-    if Settings.from_environment().index_keys == "int8" and dtype != torch.int8:
+    dtype, asked = index_dtype(runner), Settings.from_environment().index_keys
+    if asked != "auto" and dtype != INDEX_KEYS[asked]:
         raise PluginRefusal(
-            "M3_PLUGIN_INDEX_KEYS=int8 needs SGLang 0.5.21 or later, whose cache pool asks for the "
-            f"dtype of index keys; this one, {sglang_version()}, keeps them as {dtype}"
+            f"M3_PLUGIN_INDEX_KEYS={asked} needs SGLang 0.5.21 or later, whose cache pool asks for "
+            f"the dtype of index keys; this one, {sglang_version()}, keeps them as {dtype}"
         )

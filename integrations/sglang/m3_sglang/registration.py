@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from m3_kernels.index_pages import bytes_per_token
-from m3_plugin.attention.backends import choose_kernels
+from m3_kernels.index_pages import channels
+from m3_plugin.attention.backends import INDEX_KEYS, choose_kernels
 from m3_plugin.host.presence import PluginRefusal, attestation, require_tested
 from m3_plugin.model.released import misnamed_model
 from m3_plugin.model.taking import refusal, stands_aside
@@ -86,8 +86,8 @@ def register_with_sglang() -> None:
     _register_draft_config()
     _register_quantization()
     register_chats()
-    if settings.index_keys == "int8":
-        _register_int8_index_keys()
+    if settings.index_keys != "auto":
+        _register_index_keys()
     _say(
         attestation(
             host="SGLang",
@@ -265,27 +265,27 @@ def keep_room(original: Any, sizing: Any, *args: Any, **kwargs: Any) -> int:
     return max(0, available - wanted)
 
 
-def _register_int8_index_keys() -> None:
-    """Room for int8 index keys and their scales in SGLang's pool for M3 and in its sizing."""
+def _register_index_keys() -> None:
+    """Room for the index keys that were asked for, and their scales, in SGLang's pool for M3 and in
+    its sizing.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(INDEX_DTYPE, index_keys_in_int8, HookType.AFTER)
+    HookRegistry.register(INDEX_DTYPE, index_keys_as_asked, HookType.AFTER)
     HookRegistry.register(INDEX_WIDTH, with_room_for_scales, HookType.AFTER)
 
 
-def index_keys_in_int8(result: Any, *args: Any, **kwargs: Any) -> Any:
+def index_keys_as_asked(result: Any, *args: Any, **kwargs: Any) -> Any:
     """AFTER hook: the dtype of index keys in SGLang's pool for M3."""
-    import torch
-
-    return torch.int8
+    return INDEX_KEYS[Settings.from_environment().index_keys]
 
 
 def with_room_for_scales(result: dict[str, Any], hf_config: Any) -> dict[str, Any]:
     """AFTER hook: what SGLang makes the pool from; the scales count as channels of the keys."""
     if not is_ours(hf_config):
         return result
-    width = bytes_per_token(result["sparse_index_dim"])
-    return dict(result) | {"sparse_index_dim": width}
+    asked = INDEX_KEYS[Settings.from_environment().index_keys]
+    return dict(result) | {"sparse_index_dim": channels(result["sparse_index_dim"], asked)}
 
 
 def give_vision_config_attributes(model_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -479,8 +479,8 @@ def defaults_if_ours(server_args: Any, hf_config: Any) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError : an argument asks for what is not served; or int8 index keys are set, which SGLang's
-        pool would make room for and its own model not write.
+    ValueError : an argument asks for what is not served; or index keys are asked for, for which
+        SGLang's pool would make room and which its own model would not write.
     """
     if is_ours(hf_config):
         return m3_defaults(server_args, hf_config)

@@ -30,9 +30,10 @@ from vllm.v1.kv_cache_interface import (
     get_kv_quant_mode,
 )
 
-from m3_kernels.index_pages import bytes_per_token, split_pages
+from m3_kernels.index_pages import channels, views_of
 from m3_kernels.norm_rope_store import HeadNorms
 from m3_kernels.paged import MSACaches
+from m3_plugin.attention.backends import INDEX_KEYS
 from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.warm_up import warm_up
 from m3_plugin.checkpoint.cache_scales import CacheScales
@@ -68,13 +69,14 @@ def index_dtype(vllm_config: VllmConfig) -> torch.dtype:
     ValueError : vLLM's indexer_kv_dtype is none the kernels read, or is given beside ours.
     """
     requested = vllm_config.attention_config.indexer_kv_dtype
-    if Settings.from_environment().index_keys == "int8":
+    asked = Settings.from_environment().index_keys
+    if asked != "auto":
         if requested != "auto":
             raise ValueError(
                 "index keys must be asked for once: leave indexer_kv_dtype out of "
-                f"--attention-config or unset M3_PLUGIN_INDEX_KEYS; got {requested!r} and 'int8'"
+                f"--attention-config or unset M3_PLUGIN_INDEX_KEYS; got {requested!r} and {asked!r}"
             )
-        return torch.int8
+        return INDEX_KEYS[asked]
     if requested != "auto":
         if requested not in _INDEX_DTYPES:
             raise ValueError(
@@ -110,12 +112,12 @@ def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
 class M3IndexCache(nn.Module, AttentionLayerBase):
     """Index-key pages of one MSA layer, one vector per token.
 
-    int8 keys bring a scale each, which vLLM takes for two further channels.
+    Keys in int8 or two planes bring a scale each, which vLLM takes for further channels.
 
     Attributes
     ----------
     keys : [pages, 128, index_dim], views of `kv_cache`; empty before one is bound
-    scales : of int8 keys, else None
+    scales, low : as in `MSACaches`
     """
 
     supports_dcp = False
@@ -127,7 +129,7 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
         self.prefix = prefix
         self.on_bound = on_bound
         self.dtype = dtype
-        self.width = bytes_per_token(index_dim) if dtype == torch.int8 else index_dim
+        self.width = channels(index_dim, dtype)
         self.kv_cache = torch.tensor([])
         _register_layer(prefix, self)
 
@@ -144,6 +146,7 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
         self._pages = pages
         self.keys = pages
         self.scales: Tensor | None = None
+        self.low: Tensor | None = None
 
     def get_attn_backend(self) -> type[M3IndexBackend]:
         return M3IndexBackend
@@ -162,8 +165,8 @@ class M3IndexCache(nn.Module, AttentionLayerBase):
         # [pages, 1, page_size, width], as connectors read and write it
         self.kv_cache = kv_cache
         self.keys = kv_cache.squeeze(1)
-        if self.dtype == torch.int8 and kv_cache.numel():
-            self.keys, self.scales = split_pages(self.keys)
+        if kv_cache.numel():
+            self.keys, self.scales, self.low = views_of(self.keys)
         self.on_bound()
 
 
@@ -272,6 +275,7 @@ class M3SparseCacheLayer(nn.Module, AttentionLayerBase):
                 k_scale=scales.k,
                 v_scale=scales.v,
                 index_k_scales=self.index_cache.scales,
+                index_k_low=self.index_cache.low,
             )
         return self.caches
 

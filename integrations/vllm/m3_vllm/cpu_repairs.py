@@ -1,4 +1,4 @@
-"""Sampled requests on a CPU: two things of vLLM that are wrong there are put right.
+"""What of vLLM is wrong on a CPU and concerns M3's answers is put right: three things.
 
 Before it verifies drafts, vLLM spreads each request's temperature, top-k and top-p over the rows of
 its drafts, with a Triton kernel. On a CPU a function of `vllm.utils.cpu_triton_utils` takes that
@@ -15,6 +15,11 @@ A prompt that is read in parts draws a token after each part, and vLLM takes all
 back: it moves the offset of the request's generator. Generators of a CPU have no offset, so one
 request with a `seed` and a prompt longer than a step ends the engine. Generators that can take a
 draw back take their place, in workers which serve M3 on a CPU (`take_draws_back`).
+
+Rows of requests without a LoRA adapter have the adapter's number -1. vLLM's torch ops for CPUs take
+the last adapter's weights for them, so that the model's own answers change as soon as an adapter is
+loaded. What such a row is multiplied with is zero in servers of M3 with `--enable-lora`
+(`leave_out_rows_without_adapter`).
 
 Each to be deleted when every release of the tested window has it right.
 """
@@ -155,3 +160,36 @@ def take_draws_back() -> None:
         "m3-plugin: vLLM on a CPU ends at a request with a seed whose prompt is read in parts; its "
         "generators are replaced"
     )
+
+
+def leave_out_rows_without_adapter() -> None:
+    """Have LoRA layers add nothing to rows without an adapter; once, in a worker on a CPU."""
+    if leaves_out_rows_without_adapter():
+        return
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    theirs: Any = PunicaWrapperCPU._apply_shrink
+    if getattr(theirs, "leaves_out", False):
+        return
+
+    def ours(self: PunicaWrapperCPU, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
+        theirs(self, y, x, w_t_all, scale)
+        y.view(-1, y.shape[-1])[self.token_lora_indices < 0] = 0
+
+    ours.leaves_out = True  # type: ignore[attr-defined]
+    PunicaWrapperCPU._apply_shrink = ours
+    logger.info(
+        "m3-plugin: vLLM on a CPU gives rows without a LoRA adapter the last one's; they are left "
+        "out now"
+    )
+
+
+def leaves_out_rows_without_adapter() -> bool:
+    """Whether vLLM's own ops add nothing to a row whose adapter is -1."""
+    from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
+
+    adapter = torch.tensor([-1])
+    between, output = torch.zeros(1, 2), torch.zeros(1, 3)
+    bgmv_shrink(torch.ones(1, 4), torch.ones(1, 1, 2, 4), between, adapter, 1.0)
+    bgmv_expand(between, torch.ones(1, 1, 3, 2), output, adapter, add_inputs=True)
+    return not output.any()

@@ -8,7 +8,7 @@ vision tower and hands its embeddings to the same text part.
 # `M3Model.forward` to find its dynamic dimensions and does not understand strings.
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle3, SupportsPP
+from vllm.model_executor.models.interfaces import (
+    EagleModelMixin,
+    SupportsEagle3,
+    SupportsLoRA,
+    SupportsPP,
+)
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
     make_empty_intermediate_tensors_factory,
@@ -54,12 +59,13 @@ from m3_plugin.checkpoint.loading import (
     plan_before_loading,
     require_expert_bytes,
 )
-from m3_plugin.checkpoint.names import is_mtp_tensor
+from m3_plugin.checkpoint.names import TEXT_PREFIX, is_mtp_tensor
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import attestation
 from m3_plugin.model.config import M3Config, local_heads
 from m3_plugin.model.rope import RowAngles
 from m3_plugin.model.vision import M3Vision, VisionConfig
+from m3_vllm.adapters import AdapterNames, choose_adapted_layers, takes_adapters
 from m3_vllm.backend import dense_backend
 from m3_vllm.caches import M3SparseCacheLayer
 from m3_vllm.compat import vllm_version
@@ -76,6 +82,9 @@ from m3_vllm.session import worker_session
 from m3_vllm.speculation import prepare_speculation, require_aux_layers
 from m3_vllm.updates import ServedWeights
 from m3_vllm.weights import fused_projections, text_weight_loader, unread_experts
+
+if TYPE_CHECKING:
+    from vllm.lora.model_manager import LoRAModelManager
 
 logger = init_logger("vllm.m3_plugin.model")
 
@@ -104,7 +113,7 @@ def read_plan(
     plan = plan_before_loading(
         model_config.model,
         config,
-        fused=fused_projections(config, draft=draft),
+        fused=fused_projections(config, draft=draft, adapted=takes_adapters(vllm_config)),
         item_bytes=model_config.dtype.itemsize,
         draft=draft,
     )
@@ -211,7 +220,8 @@ class M3SparseAttention(_M3AttentionBase):
     stores keys.
 
     A checkpoint that stores the index branch otherwise than q, k and v (usually unquantised beside
-    quantised) gets two projections: one fused layer has one quantisation method.
+    quantised) gets two projections: one fused layer has one quantisation method. So does a server
+    that takes LoRA adapters: vLLM adapts q, k and v together, but not with an index branch.
     """
 
     def __init__(
@@ -225,7 +235,9 @@ class M3SparseAttention(_M3AttentionBase):
                 f"head_dim={config.head_dim} in vLLM's fused projection; got {msa.index_dim}"
             )
         self.index_proj: nn.Module | None = None
-        fused = fused_projections(config, draft=is_mtp_tensor(prefix))
+        fused = fused_projections(
+            config, draft=is_mtp_tensor(prefix), adapted=takes_adapters(vllm_config)
+        )
         if fused["index_q_proj"][0] == "qkv_proj":
             # [q | k | v | index_q | index_k]; index_q is split and replicated like the KV heads,
             # the single index_k head is on every rank
@@ -543,7 +555,7 @@ class M3Model(nn.Module, EagleModelMixin):
         return (hidden_states, streams) if streams else hidden_states
 
 
-class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
+class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3, SupportsLoRA):
     """Text model: decoder stack and output head.
 
     Parameters
@@ -551,8 +563,10 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
     is_root : whether vLLM loads it by itself, not as part of a model with images
     """
 
+    # set by vLLM once it has put its LoRA layers around ours
+    lora_manager: "LoRAModelManager | None" = None
     # vLLM's quantisation maps its fused names back to the checkpoint's through this
-    packed_modules_mapping: ClassVar = {
+    packed_modules_mapping: ClassVar = {  # pyright: ignore[reportIncompatibleVariableOverride]
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "index_proj": ["index_q_proj", "index_k_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -561,6 +575,8 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", is_root: bool = True) -> None:
         super().__init__()
         prepare_speculation(vllm_config)
+        choose_adapted_layers(vllm_config)
+        self.adapted = takes_adapters(vllm_config)
         self.config = vllm_config.model_config.hf_text_config
         self.parallel_config = vllm_config.parallel_config
         self.model = M3Model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -575,6 +591,9 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
         else:
             self.lm_head = PPMissingLayer()
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        if self.adapted:
+            # the name under which vLLM asks a model to translate an adapter's names
+            self.hf_to_vllm_mapper = AdapterNames(config, prefix="")
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         moe_layers = [module for module in self.model.modules() if isinstance(module, M3MoE)]
         if moe_layers:
@@ -640,6 +659,7 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
             embedding=self.model.has_embedding,
             last_stage=get_pp_group().is_last_rank,
             unread=unread_experts(self.model.m3_config, self.parallel_config),
+            adapted=self.adapted,
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -650,9 +670,12 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3):
 @MULTIMODAL_REGISTRY.register_processor(
     M3MultiModalProcessor, info=M3ProcessingInfo, dummy_inputs=M3DummyInputsBuilder
 )
-class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP, SupportsEagle3):
+class M3ForConditionalGeneration(
+    nn.Module, M3MultiModalMixin, SupportsPP, SupportsEagle3, SupportsLoRA
+):
     """The released model: vision tower and projector in front of the text model."""
 
+    lora_manager: "LoRAModelManager | None" = None
     packed_modules_mapping = M3ForCausalLM.packed_modules_mapping
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -666,6 +689,10 @@ class M3ForConditionalGeneration(nn.Module, M3MultiModalMixin, SupportsPP, Suppo
                 vllm_config=vllm_config,
                 prefix=maybe_prefix(prefix, "language_model"),
                 is_root=False,
+            )
+        if self.language_model.adapted:
+            self.hf_to_vllm_mapper = AdapterNames(
+                self.language_model.model.m3_config, prefix=TEXT_PREFIX
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.served = ServedWeights(

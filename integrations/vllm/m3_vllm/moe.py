@@ -24,6 +24,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from m3_plugin.checkpoint.loading import interleave_gate_up
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import PROBE_ROWS, ExpertProbe
+from m3_vllm.adapters import without_adapters
 from m3_vllm.compat import device_type
 
 logger = init_logger("vllm.m3_plugin.moe")
@@ -124,26 +125,27 @@ class M3MoE(nn.Module):
             if self.on_cpu
             else {}
         )
-        self.experts = FusedMoEFactory(
-            num_experts=config.num_experts,
-            top_k=config.num_experts_per_token,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            scoring_func="sigmoid",
-            e_score_correction_bias=self.e_score_correction_bias,
-            renormalize=True,
-            routed_scaling_factor=config.routed_scaling_factor,
-            activation="swigluoai" if self.on_cpu else "swigluoai_uninterleave",
-            swiglu_limit=config.swiglu_limit,
-            swiglu_alpha=config.swiglu_alpha,
-            swiglu_beta=config.swiglu_beta,
-            router_logits_dtype=torch.float32,
-            shared_experts=self.shared_experts,
-            quant_config=quant_config,
-            reduce_results=reduce_results,
-            prefix=f"{prefix}.experts",
-            **routing,
-        )
+        with without_adapters():
+            self.experts = FusedMoEFactory(
+                num_experts=config.num_experts,
+                top_k=config.num_experts_per_token,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                scoring_func="sigmoid",
+                e_score_correction_bias=self.e_score_correction_bias,
+                renormalize=True,
+                routed_scaling_factor=config.routed_scaling_factor,
+                activation="swigluoai" if self.on_cpu else "swigluoai_uninterleave",
+                swiglu_limit=config.swiglu_limit,
+                swiglu_alpha=config.swiglu_alpha,
+                swiglu_beta=config.swiglu_beta,
+                router_logits_dtype=torch.float32,
+                shared_experts=self.shared_experts,
+                quant_config=quant_config,
+                reduce_results=reduce_results,
+                prefix=f"{prefix}.experts",
+                **routing,
+            )
         if self.on_cpu:
             pack_interleaved(self.experts)
 

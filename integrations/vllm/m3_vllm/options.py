@@ -50,10 +50,16 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "--tensor-parallel-size cuts every expert instead",
     ),
     (
-        lambda c: c.lora_config is not None,
-        "--enable-lora",
-        "no layer of this model takes adapters yet; merge the adapter into the weights and serve "
-        "those",
+        lambda c: c.lora_config is not None and c.speculative_config is not None,
+        "--enable-lora with --speculative-config",
+        "drafts would be those of the model without its adapter, which nobody has tried; leave one "
+        "of them out",
+    ),
+    (
+        lambda c: c.lora_config is not None and c.lora_config.enable_tower_connector_lora,
+        "enable_tower_connector_lora",
+        "adapters of the vision tower are not taken; leave it out, and merge such an adapter into "
+        "the weights",
     ),
     (
         lambda c: getattr(c.attention_config, "hisparse_config", None) is not None,

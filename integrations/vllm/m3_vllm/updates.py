@@ -136,6 +136,11 @@ class ServedWeights(nn.Module, AttentionLayerBase):
             initialize_layerwise_reload(root)
             text, vision = self._loaders()
         try:
+            if getattr(root, "lora_manager", None) is not None:
+                raise ValueError(
+                    "weights cannot change in a server that takes LoRA adapters: vLLM's layers "
+                    "around the projections hide them; leave out --enable-lora"
+                )
             if not isinstance(weights, Collection):
                 self._require_folder(text, vision)
             for name, tensor in checked(text, vision, weights):

@@ -42,16 +42,19 @@ _INDEX_APART: dict[str, tuple[str, Shard]] = {
 
 
 @cache
-def fused_projections(config: M3Config, *, draft: bool = False) -> dict[str, tuple[str, Shard]]:
+def fused_projections(
+    config: M3Config, *, draft: bool = False, adapted: bool = False
+) -> dict[str, tuple[str, Shard]]:
     """Projection of the checkpoint -> our fused layer, and its part of it.
 
     Parameters
     ----------
     config : the target, or the draft as a model of its own (`m3_plugin.model.mtp.mtp_config`)
     draft : whether it is the draft, which may be stored otherwise
+    adapted : whether vLLM puts LoRA layers around them; it has none for q, k, v and index in one
     """
     dequantise = Settings.from_environment().dequantize
-    alike = index_is_alike(config, dequantise=dequantise, draft=draft)
+    alike = not adapted and index_is_alike(config, dequantise=dequantise, draft=draft)
     return FUSED if alike else FUSED | _INDEX_APART
 
 
@@ -63,6 +66,7 @@ def text_weight_loader(
     embedding: bool,
     last_stage: bool,
     unread: frozenset[int] = frozenset(),
+    adapted: bool = False,
 ) -> WeightLoader:
     """A loader for one pipeline stage.
 
@@ -74,6 +78,7 @@ def text_weight_loader(
     embedding : whether the stage holds the embedding
     last_stage : whether it holds the final norm and the head
     unread : experts whose files vLLM does not read for this rank (`unread_experts`)
+    adapted : as of `fused_projections`
     """
     # a pooling model has none
     has_head = any(name.startswith("lm_head.") for name, _ in model.named_parameters())
@@ -89,7 +94,7 @@ def text_weight_loader(
     return _weight_loader(
         model,
         config=config,
-        fused=fused_projections(config),
+        fused=fused_projections(config, adapted=adapted),
         expected=text_modules(config),
         unread=unread,
         is_elsewhere=is_elsewhere,

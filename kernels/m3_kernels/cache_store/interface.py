@@ -7,14 +7,14 @@ from torch import Tensor
 from m3_kernels.cache_store.call import CacheStore
 from m3_kernels.capability import Backend
 from m3_kernels.implementations import Op, Runs
-from m3_kernels.paged import NO_FP8, MSACaches
+from m3_kernels.paged import NO_FP8, NO_PLANES, MSACaches
 
 CACHE_STORE = Op[CacheStore](
     "cache_store",
     {
         "native": Runs("native:cache_store_native", NO_FP8),
         "torch": Runs("torch_cpu:cache_store_torch", NO_FP8),
-        "triton": Runs("triton:cache_store_triton"),
+        "triton": Runs("triton:cache_store_triton", NO_PLANES),
         "reference": Runs("reference:cache_store_reference"),
     },
 )
@@ -32,6 +32,7 @@ def cache_store(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     index_k_scales: Tensor | None = None,
+    index_k_low: Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
     """Write the keys, values and index keys of a step's tokens into their pages.
@@ -52,6 +53,9 @@ def cache_store(
         with; "triton" and "reference" only; None is 1
     index_k_scales : floating [P, page_size], written in place; goes with int8 index_k_pages, whose
         keys are stored as `round(key / scale)` with a scale of max(|key|) / 127
+    index_k_low : int8 [P, page_size, index_dim], written in place: keys are stored as
+        `round(256 * key / scale)`, whose low bytes these are and whose high bytes go to
+        index_k_pages. A key that is not finite gets zeros and a scale of NaN
     backend : an implementation by name, or "auto" for the best one here
 
     Raises
@@ -62,5 +66,7 @@ def cache_store(
     NotImplementedError : nothing can run on this device, or not with these dtypes; the reason and
         the alternative are in the message
     """
-    caches = MSACaches(k_pages, v_pages, index_k_pages, k_scale, v_scale, index_k_scales)
+    caches = MSACaches(
+        k_pages, v_pages, index_k_pages, k_scale, v_scale, index_k_scales, index_k_low
+    )
     CACHE_STORE.run(CacheStore(k, v, index_k, caches, slot_mapping), backend=backend)

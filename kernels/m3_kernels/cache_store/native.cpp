@@ -15,7 +15,8 @@ void copy_row(const Array& from, int64_t source, const Array& to, int64_t target
 extern "C" int64_t m3_cache_store(const m3::Array* k, const m3::Array* v, const m3::Array* index_k,
                                   const m3::Array* k_pages, const m3::Array* v_pages,
                                   const m3::Array* index_k_pages, const m3::Array* scales,
-                                  const m3::Array* scale_pages, const m3::Array* slot_mapping,
+                                  const m3::Array* scale_pages, const m3::Array* low,
+                                  const m3::Array* low_pages, const m3::Array* slot_mapping,
                                   int64_t threads, int64_t work_per_thread, int64_t* bad) {
   using namespace m3;
   const int64_t tokens = slot_mapping->size[0];
@@ -46,6 +47,10 @@ extern "C" int64_t m3_cache_store(const m3::Array* k, const m3::Array* v, const 
     copy_row(*index_k, t * index_k->stride[0], *index_k_pages,
              page * index_k_pages->stride[0] + offset * index_k_pages->stride[1],
              index_k->size[1]);
+    if (low != nullptr) {
+      copy_row(*low, t * low->stride[0], *low_pages,
+               page * low_pages->stride[0] + offset * low_pages->stride[1], low->size[1]);
+    }
     if (scales != nullptr) {
       copy_row(*scales, t * scales->stride[0], *scale_pages,
                page * scale_pages->stride[0] + offset, 1);

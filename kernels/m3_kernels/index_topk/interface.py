@@ -8,7 +8,7 @@ from torch import Tensor
 from m3_kernels.capability import Backend
 from m3_kernels.implementations import Op, Runs
 from m3_kernels.index_topk.call import IndexTopk
-from m3_kernels.paged import NO_FP8, IndexPages, Step
+from m3_kernels.paged import NO_FP8, NO_PLANES, IndexPages, Step
 from m3_kernels.work_plan import WorkPlan
 
 INDEX_TOPK = Op[IndexTopk](
@@ -16,7 +16,7 @@ INDEX_TOPK = Op[IndexTopk](
     {
         "native": Runs("native:index_topk_native", NO_FP8),
         "torch": Runs("torch_cpu:index_topk_torch", NO_FP8),
-        "triton": Runs("triton:index_topk_triton"),
+        "triton": Runs("triton:index_topk_triton", NO_PLANES),
         "reference": Runs("reference:index_topk_reference"),
     },
 )
@@ -33,6 +33,7 @@ def index_topk(
     num_local_blocks: int = 1,
     num_init_blocks: int = 0,
     index_k_scales: Tensor | None = None,
+    index_k_low: Tensor | None = None,
     out: Tensor | None = None,
     plan: WorkPlan | None = None,
     workspace: Tensor | None = None,
@@ -59,6 +60,9 @@ def index_topk(
     num_init_blocks : first blocks always chosen, before local ones if both do not fit
     index_k_scales : floating [P, page_size], what a stored key is multiplied with; int8 keys need
         it, fp8 keys may have it, others have none
+    index_k_low : int8 [P, page_size, index_dim], the low plane of keys whose high plane is
+        index_k_pages. Query and key are then 16-bit integers, a dot product an exact one, and a
+        score that number times the key's scale, each in fp32 (docs/index-planes.md)
     out : int32 [num_index_heads, T, topk], filled when given
     plan : the step's, read by "triton" only; without one it makes its own, which waits for the
         device and allocates
@@ -83,7 +87,7 @@ def index_topk(
         out = index_q.new_empty(shape, dtype=torch.int32)
     call = IndexTopk(
         index_q,
-        IndexPages(index_k_pages, index_k_scales),
+        IndexPages(index_k_pages, index_k_scales, index_k_low),
         Step(page_table, cu_seqlens_q, seq_lens),
         topk=topk,
         num_local_blocks=num_local_blocks,

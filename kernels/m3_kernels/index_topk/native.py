@@ -9,12 +9,13 @@ from m3_kernels.native_build import call as run
 
 def index_topk_native(call: IndexTopk) -> None:
     """Fill `call.out`."""
-    step, scales = call.step, call.keys.index_k_scales
+    step, scales, low = call.step, call.keys.index_k_scales, call.keys.index_k_low
     run(
         "m3_index_topk",
         array(call.index_q),
         array(call.keys.index_k_pages),
         None if scales is None else array(scales),
+        None if low is None else array(low),
         array(step.page_table),
         array(step.cu_seqlens_q),
         array(step.seq_lens),

@@ -15,7 +15,11 @@ def index_topk_reference(call: IndexTopk) -> None:
     index_q, step = call.index_q, call.step
     pages, scales = call.keys.index_k_pages, call.keys.index_k_scales
     call.out.fill_(-1)
-    if scales is not None:
+    if call.keys.index_k_low is not None:
+        assert scales is not None
+        # integers below 2^15, which fp32 holds
+        pages = 256 * pages.float() + call.keys.index_k_low.float()
+    elif scales is not None:
         pages = dequantised(pages, scales)
     for request, seq_len in enumerate(step.seq_lens.tolist()):
         first, last = step.cu_seqlens_q[request : request + 2].tolist()
@@ -25,9 +29,15 @@ def index_topk_reference(call: IndexTopk) -> None:
             if position < 0:
                 continue
             for head in range(index_q.shape[1]):
-                scores = block_scores(
-                    index_q[row, head].float(), keys[: position + 1], pages.shape[1]
-                )
+                query = index_q[row, head].float()
+                if call.keys.index_k_low is None:
+                    dots = (keys[: position + 1] * query).sum(dim=1)
+                else:
+                    assert scales is not None
+                    used = step.page_table[request, : position // pages.shape[1] + 1].long()
+                    steps = scales[used].float().flatten()[: position + 1]
+                    dots = fixed_point_scores(query, keys[: position + 1], steps)
+                scores = block_scores(dots, pages.shape[1])
                 ids = choose(scores, call.topk, call.num_local_blocks, call.num_init_blocks)
                 call.out[head, row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
 
@@ -44,9 +54,21 @@ def dequantised(pages: Tensor, scales: Tensor) -> Tensor:
     return pages.float() * scales.float()[:, :, None]
 
 
-def block_scores(query: Tensor, keys: Tensor, block_size: int) -> list[float]:
-    """The largest dot product per block; NaN counts as -inf. Source: m3-spec, MSA maths."""
-    scores = (keys * query).sum(dim=1)
+def fixed_point_scores(query: Tensor, keys: Tensor, scales: Tensor) -> Tensor:
+    """Scores fp32 [keys] of keys of 16-bit integers: the query in 16 bits too, an exact sum.
+
+    A query that is not finite gives NaN, and so does a scale that is not.
+    """
+    step = query.abs().max() / 32767
+    if not math.isfinite(step):
+        return torch.full_like(scales, math.nan)
+    codes = torch.zeros_like(query) if step == 0 else (query / step).round()
+    dots = (keys.long() * codes.clamp(-32767, 32767).long()).sum(dim=1)
+    return dots.float() * scales
+
+
+def block_scores(scores: Tensor, block_size: int) -> list[float]:
+    """The largest score per block; NaN counts as -inf. Source: m3-spec, MSA maths."""
     scores = torch.where(scores.isnan(), -math.inf, scores)
     return [float(block.max()) for block in scores.split(block_size)]
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from m3_kernels.index_topk.call import IndexTopk
+from m3_kernels.paged import IndexPages
 
 # Bytes of fp32 scores in flight; keys, masks and copies around them stay within three times this.
 SCORE_BYTES = 64 * 2**20
 KEY_BYTES = 16 * 2**20
+LARGEST_QUERY_CODE = 32767
 
 
 def index_topk_torch(call: IndexTopk) -> None:
@@ -45,8 +47,7 @@ def index_topk_torch(call: IndexTopk) -> None:
             else:
                 scores = _block_scores(
                     call.index_q[row : row + rows],
-                    call.keys.index_k_pages,
-                    call.keys.index_k_scales,
+                    call.keys,
                     step.page_table[request, :visible],
                     positions,
                     key_blocks,
@@ -58,22 +59,28 @@ def index_topk_torch(call: IndexTopk) -> None:
 
 def _block_scores(
     queries: Tensor,
-    pages: Tensor,
-    scales: Tensor | None,
+    keys_in_pages: IndexPages,
     page_ids: Tensor,
     positions: Tensor,
     chunk: int,
 ) -> Tensor:
     """Block maxima [rows, heads, blocks], -inf where a block has no visible key."""
     rows, heads, dim = queries.shape
+    pages, low = keys_in_pages.index_k_pages, keys_in_pages.index_k_low
+    scales = keys_in_pages.index_k_scales
     page_size = pages.shape[1]
     flat = queries.float().reshape(rows * heads, dim)
+    if low is not None:
+        # Sums of products of 16-bit integers are exact in fp64, whatever their order.
+        flat = in_fixed_point(flat).double()
     scores = torch.empty(rows, heads, page_ids.shape[0])
     for start in range(0, page_ids.shape[0], chunk):
         ids = page_ids[start : start + chunk].long()
         # Keys past the last row's position are not visible to any row; they may hold anything.
-        keys = pages[ids].float().reshape(-1, dim)
-        dots = (flat @ keys.T).view(rows, heads, -1)
+        keys = pages[ids].to(flat.dtype)
+        if low is not None:
+            keys = 256 * keys + low[ids]
+        dots = (flat @ keys.reshape(-1, dim).T).float().view(rows, heads, -1)
         if scales is not None:
             dots *= scales[ids].float().flatten()
         dots.masked_fill_(dots.isnan(), -math.inf)
@@ -86,6 +93,17 @@ def _block_scores(
             out=scores[:, :, start : start + len(ids)],
         )
     return scores
+
+
+def in_fixed_point(queries: Tensor) -> Tensor:
+    """Queries [..., dim] as whole fp32 numbers up to 32767; NaN where one is not finite.
+
+    The step of a query is its own: scores are compared within a row and head alone.
+    """
+    steps = queries.abs().amax(dim=-1, keepdim=True) / LARGEST_QUERY_CODE
+    steps = torch.where(steps.isfinite(), steps, torch.nan)
+    codes = (queries / torch.where(steps == 0, 1, steps)).round()
+    return codes.clamp(-LARGEST_QUERY_CODE, LARGEST_QUERY_CODE)
 
 
 def _choose(

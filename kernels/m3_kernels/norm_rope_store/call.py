@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3_kernels import validation
 from m3_kernels.cache_store import CacheStore
+from m3_kernels.index_pages import PLANES_DTYPE
 from m3_kernels.norm_rope_store.parts import HeadNorms, Part
 from m3_kernels.paged import IndexPages, KVPages
 
@@ -80,6 +81,13 @@ class NormRopeStore:
     def pages(self) -> tuple[KVPages | IndexPages, ...]:
         """What it writes of caches."""
         return self.stored.pages
+
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """Memory for k and index_k between norm and store, in the dtypes they are rounded to."""
+        k, index_k = self.stored.k, self.stored.index_k
+        planes = self.stored.caches.index.dtype == PLANES_DTYPE
+        dtype = torch.float32 if planes else index_k.dtype
+        return torch.empty_like(k), torch.empty_like(index_k, dtype=dtype)
 
     def parts(self, keys: Tensor, index_keys: Tensor) -> tuple[Part, Part, Part, Part]:
         """The heads that are rotated; those that are stored go to `keys` and `index_keys`."""

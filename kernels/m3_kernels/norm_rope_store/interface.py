@@ -10,14 +10,14 @@ from m3_kernels.capability import Backend
 from m3_kernels.implementations import Op, Runs
 from m3_kernels.norm_rope_store.call import NormRopeStore
 from m3_kernels.norm_rope_store.parts import HeadNorms
-from m3_kernels.paged import NO_FP8, MSACaches
+from m3_kernels.paged import NO_FP8, NO_PLANES, MSACaches
 
 NORM_ROPE_STORE = Op[NormRopeStore](
     "norm_rope_store",
     {
         "native": Runs("native:norm_rope_store_native", NO_FP8),
         "torch": Runs("torch_cpu:norm_rope_store_torch", NO_FP8),
-        "triton": Runs("triton:norm_rope_store_triton"),
+        "triton": Runs("triton:norm_rope_store_triton", NO_PLANES),
         "reference": Runs("reference:norm_rope_store_reference"),
     },
 )
@@ -45,6 +45,7 @@ def norm_rope_store(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     index_k_scales: Tensor | None = None,
+    index_k_low: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What a layer does between its projections and the choice of blocks, in one step.
@@ -52,6 +53,7 @@ def norm_rope_store(
     Every head of q, k, index_q and index_k is normalised (Gemma RMSNorm) and its first channels are
     rotated by the angles of their row; then K, V and index keys are written as `cache_store` does.
     Computed in fp32 and rounded once, to the dtype of the argument, before anything is stored.
+    Index keys that are stored in two planes are rounded to those alone.
 
     Parameters
     ----------
@@ -59,8 +61,8 @@ def norm_rope_store(
     k, v : [T, num_kv_heads, head_dim]
     index_q : [T, num_index_heads, index_dim]
     index_k : [T, index_dim]
-    k_pages, v_pages, index_k_pages, slot_mapping, k_scale, v_scale, index_k_scales : as in
-        `cache_store`
+    k_pages, v_pages, index_k_pages, slot_mapping, k_scale, v_scale, index_k_scales, index_k_low :
+        as in `cache_store`
     q_weight, k_weight : [head_dim]; one weight w for all heads, which multiplies as 1 + w
     index_q_weight, index_k_weight : [index_dim]
     eps : added to the mean of squares
@@ -80,7 +82,9 @@ def norm_rope_store(
     IndexError : a slot lies outside the pool (CPU implementations only); nothing is written then
     NotImplementedError : nothing can run on this device, or not with these dtypes
     """
-    caches = MSACaches(k_pages, v_pages, index_k_pages, k_scale, v_scale, index_k_scales)
+    caches = MSACaches(
+        k_pages, v_pages, index_k_pages, k_scale, v_scale, index_k_scales, index_k_low
+    )
     call = NormRopeStore(
         q,
         index_q,

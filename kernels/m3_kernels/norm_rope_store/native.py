@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from m3_kernels.cache_store.native import cache_store_native
@@ -23,6 +22,6 @@ def norm_and_rope_native(parts: Sequence[Part], *, cos_sin: Tensor, eps: float) 
 def norm_rope_store_native(call: NormRopeStore) -> None:
     """Fill the queries, and store what became of keys and index keys."""
     stored = call.stored
-    keys, index_keys = torch.empty_like(stored.k), torch.empty_like(stored.index_k)
+    keys, index_keys = call.rotated()
     norm_and_rope_native(call.parts(keys, index_keys), cos_sin=call.cos_sin, eps=call.norms.eps)
     cache_store_native(replace(stored, k=keys, index_k=index_keys))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from m3_kernels.cache_store.reference import cache_store_reference
@@ -33,6 +32,6 @@ def norm_and_rope_reference(parts: Sequence[Part], *, cos_sin: Tensor, eps: floa
 def norm_rope_store_reference(call: NormRopeStore) -> None:
     """Fill the queries, and store what became of keys and index keys."""
     stored = call.stored
-    keys, index_keys = torch.empty_like(stored.k), torch.empty_like(stored.index_k)
+    keys, index_keys = call.rotated()
     norm_and_rope_reference(call.parts(keys, index_keys), cos_sin=call.cos_sin, eps=call.norms.eps)
     cache_store_reference(replace(stored, k=keys, index_k=index_keys))

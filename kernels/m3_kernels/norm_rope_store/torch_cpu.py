@@ -30,6 +30,6 @@ def norm_and_rope_torch(parts: Sequence[Part], *, cos_sin: Tensor, eps: float) -
 def norm_rope_store_torch(call: NormRopeStore) -> None:
     """Fill the queries, and store what became of keys and index keys."""
     stored = call.stored
-    keys, index_keys = torch.empty_like(stored.k), torch.empty_like(stored.index_k)
+    keys, index_keys = call.rotated()
     norm_and_rope_torch(call.parts(keys, index_keys), cos_sin=call.cos_sin, eps=call.norms.eps)
     cache_store_torch(replace(stored, k=keys, index_k=index_keys))

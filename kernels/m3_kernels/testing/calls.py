@@ -22,7 +22,7 @@ def index_call(inputs: Inputs, *, keys: IndexPages | None = None, **changes: Any
         **inputs.selection,
     }
     if keys is None:
-        keys = IndexPages(inputs.index_k_pages, inputs.index_k_scales)
+        keys = IndexPages(inputs.index_k_pages, inputs.index_k_scales, inputs.index_k_low)
     return IndexTopk(inputs.index_q, keys=keys, **(given | changes))
 
 

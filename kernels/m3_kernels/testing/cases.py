@@ -13,7 +13,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from m3_kernels.index_pages import bytes_per_token, split_pages
+from m3_kernels.index_pages import PLANES_DTYPE, channels, views_of
 
 INT32_MAX = 2**31 - 1
 PageLayout = Literal["planes", "packed-heads", "packed-slots", "separate"]
@@ -34,7 +34,8 @@ class Case:
     pages : how K and V lie: in planes of one page; side by side per slot, head by head or slot by
         slot; or in two tensors
     kv_dtype : fp8 pages of K and V; None has them in `dtype`
-    index_dtype : fp8 or int8 pages of index keys; None has them in `dtype`
+    index_dtype : fp8 or int8 pages of index keys, `PLANES_DTYPE` for two planes of bytes; None has
+        them in `dtype`
     rotary_dim : channels of every head that RoPE rotates
     """
 
@@ -112,6 +113,7 @@ class Inputs:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     index_k_scales: Tensor | None = None
+    index_k_low: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
         """A copy on a device; strides, the poison around every view and shared memory stay.
@@ -190,7 +192,7 @@ def build(case: Case) -> Inputs:
     max_pages = max([*blocks, 0]) + 2
     page_table = torch.full((len(lengths), max_pages), INT32_MAX, dtype=torch.int32)
     page_table[:, 1::2] = -7
-    k_pages, v_pages, index_k_pages, index_k_scales = empty_caches(case, num_pages)
+    k_pages, v_pages, index_k_pages, index_k_scales, index_k_low = empty_caches(case, num_pages)
     slots = []
     for request, (length, own) in enumerate(zip(lengths, sequences, strict=True)):
         pages = (shared_pages + [free.pop() for _ in range(blocks[request])])[: blocks[request]]
@@ -207,7 +209,11 @@ def build(case: Case) -> Inputs:
                 steps = int8_steps(count, first=part.start)
                 index_k_scales[page, :count] = steps
                 codes = own[2][part].float() / steps[:, None]
-                index_k_pages[page, :count] = codes.to(torch.int8)
+                # whole numbers, or in two planes whole 256ths
+                high = ((256 * codes + 128) / 256).floor()
+                index_k_pages[page, :count] = high.to(torch.int8)
+                if index_k_low is not None:
+                    index_k_low[page, :count] = (256 * (codes - high)).to(torch.int8)
         positions = range(length - case.requests[request][1], length)
         slots += [pages[p // size] * size + p % size if p >= 0 else -1 for p in positions]
 
@@ -233,6 +239,7 @@ def build(case: Case) -> Inputs:
         k_scale=k_scale,
         v_scale=v_scale,
         index_k_scales=index_k_scales,
+        index_k_low=index_k_low,
     )
 
 
@@ -264,12 +271,17 @@ def index_keys_as_held(keys: Tensor, dtype: torch.dtype | None) -> Tensor:
     """What is read of index keys [tokens, dim] once they are in a cache of `dtype`.
 
     In int8 as multiples of `int8_steps`, the largest of a key the 127th: a store finds the same
-    steps and codes again, and any dtype of activations holds the products exactly.
+    steps and codes again, and any dtype of activations holds the products exactly. In two planes
+    likewise, with as many bits below the first byte as the dtype of activations has left.
     """
-    if dtype != torch.int8:
+    if dtype not in (torch.int8, PLANES_DTYPE):
         return as_held(keys, None, dtype)
     steps = int8_steps(len(keys), first=0)[:, None]
-    codes = (keys.float() / steps).round().clamp(-126, 126)
+    codes = (keys.float() / steps).clamp(-126, 126)
+    if dtype == PLANES_DTYPE:
+        codes = ((256 * codes).round() / 256).to(keys.dtype).float()
+    else:
+        codes = codes.round()
     largest = codes.abs().argmax(dim=1, keepdim=True)
     codes.scatter_(1, largest, 127)
     return (codes * steps).to(keys.dtype)
@@ -280,16 +292,20 @@ def int8_steps(count: int, *, first: int) -> Tensor:
     return 2.0 ** -(4 + torch.arange(first, first + count) % 3)
 
 
-def empty_caches(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """K, V and index pages and the scales of int8 ones, if any; what can be NaN is."""
-    if case.index_dtype != torch.int8:
-        return *empty_pages(case, num_pages), None
+def empty_caches(
+    case: Case, num_pages: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """K, V and index pages, the scales and the low plane of those if any; what can be NaN is."""
+    dtype = case.index_dtype
+    if dtype not in (torch.int8, PLANES_DTYPE):
+        return *empty_pages(case, num_pages), None, None
     k_pages, v_pages, _ = empty_pages(dataclasses.replace(case, index_dtype=None), num_pages)
-    width = bytes_per_token(case.index_dim)
-    memory = torch.full((num_pages, case.page_size, width), 99, dtype=torch.int8)
-    keys, scales = split_pages(memory)
+    width = channels(case.index_dim, dtype)
+    memory = torch.full((num_pages, case.page_size, width), 99, dtype=dtype)
+    keys, scales, low = views_of(memory)
+    assert scales is not None
     scales.fill_(torch.nan)
-    return k_pages, v_pages, keys, scales
+    return k_pages, v_pages, keys, scales, low
 
 
 def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from m3_kernels.launch import Launch
+from m3_kernels.testing import sass
 
 ARCHS = (80, 89, 90, 100, 120)
 OPS = (
@@ -47,12 +48,41 @@ OPS = (
 # Shared memory one program may use, bytes: the CUDA programming guide's table of capabilities.
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
+# What the programs of one multiprocessor share, from the same table: bytes of shared memory, of
+# which each takes 1 KB beside its own, and warps. Registers are 65,536, given to warps by 256.
+SHARED_PER_SM = {80: 167936, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
+WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
+PROGRAMS_PER_SM = {80: 32, 89: 24, 90: 32, 100: 32, 120: 24}
+
 # What the table counts: tensor cores (warp, warp group, Blackwell's own memory), TMA, async copies.
 INSTRUCTIONS = ("HMMA", "QMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTMALDG", "LDGSTS")
 SPILLS = ("LDL", "STL")
 
+# Chips whose loops are read and have budgets: those that the time model knows.
+LOOPS_READ = (90,)
+
 # Of a kernel in a chain of dependent launches: first the wait, before any access to memory.
 DEPENDENCY = ("wait", "launch_dependents")
+
+
+@dataclass(frozen=True)
+class LoopBudget:
+    """What the hot loop of a kernel may cost; names as in `sass.Loop`.
+
+    Attributes
+    ----------
+    duplicates : how often the same part of a product may be computed
+    programs_per_sm : at least so many programs must fit on a multiprocessor
+    """
+
+    instructions: int
+    period: int
+    conversions: int = 0
+    barriers: int = 0
+    shuffles: int = 0
+    awaited_loads: int = 0
+    duplicates: int = 1
+    programs_per_sm: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +96,7 @@ class Variant:
     registers : most registers a thread may use
     shared : most bytes of shared memory a program may use
     needs : instructions (beginnings of their names) the machine code must contain
+    loop : of the hot loop; None for kernels that have none, or run once per step
     """
 
     name: str
@@ -73,6 +104,7 @@ class Variant:
     registers: int
     shared: int
     needs: tuple[str, ...] = ()
+    loop: LoopBudget | None = None
 
     @property
     def dependent(self) -> bool:
@@ -91,6 +123,10 @@ class Compiled:
     warps : per program
     instructions : how many of each of INSTRUCTIONS and SPILLS the code holds
     dependency : the PTX instructions of grid dependency, in their order
+    timeline : loops of the machine code, and cycles before and after the hot one; on the chips of
+        LOOPS_READ alone, as is
+    duplicates : how many times a part of a product is computed at most: more than once where warps
+        outnumber the parts
     """
 
     registers: int
@@ -99,6 +135,18 @@ class Compiled:
     warps: int
     instructions: Mapping[str, int] = field(default_factory=dict)
     dependency: tuple[str, ...] = ()
+    timeline: sass.Timeline = sass.NO_LOOPS
+    duplicates: int = 1
+
+    def programs_per_sm(self, arch: int) -> int:
+        """How many programs fit on a multiprocessor at a time."""
+        registers = self.warps * (-(-max(self.registers, 1) * 32 // 256) * 256)
+        return min(
+            PROGRAMS_PER_SM[arch],
+            WARPS_PER_SM[arch] // self.warps,
+            65536 // registers,
+            SHARED_PER_SM[arch] // (self.shared + 1024),
+        )
 
 
 def fingerprint(variant: Variant, arch: int) -> str:
@@ -157,7 +205,13 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     read = _read_cubin(
         built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
     )
-    return dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
+    read = dataclasses.replace(read, dependency=dependency(built.asm["ptx"]))
+    if arch not in LOOPS_READ:
+        return read
+    code = _printed(built.asm["cubin"], "nvdisasm", "-c", "-hex")
+    return dataclasses.replace(
+        read, timeline=sass.read(code), duplicates=duplicates(built.asm["ttgir"])
+    )
 
 
 def _source(variant: Variant, arch: int) -> tuple[Any, dict[str, Any]]:
@@ -194,11 +248,30 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
     shared = min(variant.shared, SHARED_LIMIT[arch])
     if compiled.shared > shared:
         found.append(f"{compiled.shared} bytes of shared memory, budget {shared}")
+    found += _loop_faults(variant.loop, compiled, arch) if variant.loop else []
     found += [f"no {name}" for name in variant.needs if not compiled.instructions[name]]
     wanted = DEPENDENCY if variant.dependent else ()
     if compiled.dependency != wanted:
         found.append(f"grid dependency {compiled.dependency}, not {wanted}")
     return [f"sm_{arch} {variant.name}: {line}" for line in found]
+
+
+def _loop_faults(budget: LoopBudget, compiled: Compiled, arch: int) -> list[str]:
+    timeline = compiled.timeline
+    if timeline.hot < 0:
+        return ["no loop"]
+    loop = timeline.loops[timeline.hot]
+    figures = dataclasses.asdict(loop) | {"duplicates": compiled.duplicates}
+    allowed = dataclasses.asdict(budget)
+    least = allowed.pop("programs_per_sm")
+    found = [
+        f"hot loop: {name.replace('_', ' ')} {figures[name]}, budget {most}"
+        for name, most in allowed.items()
+        if figures[name] > most
+    ]
+    if (programs := compiled.programs_per_sm(arch)) < least:
+        found.append(f"{programs} programs on a multiprocessor, not {least}")
+    return found
 
 
 def op_variants(op: str, arch: int) -> Sequence[Variant]:
@@ -207,11 +280,8 @@ def op_variants(op: str, arch: int) -> Sequence[Variant]:
 
 
 def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
-        code = _output("nvdisasm", "-c", file.name)
+    usage = _printed(cubin, "cuobjdump", "--dump-resource-usage")
+    code = _printed(cubin, "nvdisasm", "-c")
     opcodes = Counter(
         re.findall(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9_]+)", code, re.M)
     )
@@ -228,6 +298,26 @@ def _read_cubin(cubin: bytes, *, shared: int, warps: int) -> Compiled:
     )
 
 
+def duplicates(ttgir: str) -> int:
+    """How many times a part of a product is computed at most.
+
+    Warps that outnumber the parts of a tile compute the same one. Blackwell's own products are
+    started by one thread, and by the front end cut into no warps.
+    """
+    most = 1
+    layout = r"^(#\w+) = #ttg\.nvidia_mma<\{.*warpsPerCTA = \[(.*?)\].*instrShape = \[(.*?)\]"
+    for name, warps, instruction in re.findall(layout, ttgir, re.M):
+        covered = [
+            int(w) * int(size)
+            for w, size in zip(warps.split(","), instruction.split(",")[:2], strict=True)
+        ]
+        shapes = re.findall(rf"dot .*-> tensor<(\d+)x(\d+)x\w+, {name}>", ttgir)
+        for shape in shapes:
+            parts = [max(1, c // int(size)) for c, size in zip(covered, shape, strict=True)]
+            most = max(most, parts[0] * parts[1])
+    return most
+
+
 def dependency(ptx: str) -> tuple[str, ...]:
     """A kernel's instructions of grid dependency; memory touched before them shows as "access"."""
     found = re.findall(
@@ -238,10 +328,13 @@ def dependency(ptx: str) -> tuple[str, ...]:
     return tuple(names[: last + 1])
 
 
-def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run(
-        [_tool(tool), *arguments], capture_output=True, text=True, check=True
-    ).stdout
+def _printed(cubin: bytes, tool: str, *options: str) -> str:
+    """What a tool prints about machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool(tool), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @cache
@@ -289,16 +382,55 @@ def read_known(path: Path) -> dict[str, Compiled]:
     for kernel in json.loads(text)["kernels"] if text else ():
         figures = {name: kernel[name] for name in names}
         figures["dependency"] = tuple(figures["dependency"])
+        timeline = dict(figures["timeline"])
+        timeline["loops"] = tuple(sass.Loop(**loop) for loop in timeline["loops"])
+        figures["timeline"] = sass.Timeline(**timeline)
         known[kernel["fingerprint"]] = Compiled(**figures)
     return known
 
 
-def judge(op: str, arch: int, variant: Variant, known: Mapping[str, Compiled]) -> Judged:
-    """Figures of a variant: those of equal machine code where they are known, else compiled now."""
-    key = fingerprint(variant, arch)
-    compiled = known.get(key)
-    made = compile_variant(variant, arch) if compiled is None else compiled
-    return Judged(op, arch, variant, key, made, was_known=compiled is not None)
+def judge_chip(
+    arch: int, ops: Sequence[str], known: Mapping[str, Compiled], *, apart: bool
+) -> list[Judged]:
+    """Figures of all variants: those of equal machine code where they are known, else compiled now.
+
+    Parameters
+    ----------
+    apart : compile in a process of its own. Triton 3.6 takes its conversions of fp8 from the first
+        chip that a process compiles for, which a server never has two of
+
+    Raises
+    ------
+    RuntimeError : the process of its own failed
+    """
+    found = [(op, v, fingerprint(v, arch)) for op in ops for v in op_variants(op, arch)]
+    made = dict(known)
+    for op in ops if apart else ():
+        if any(key not in known for other, _, key in found if other == op):
+            made |= _compiled_apart(arch, op)
+    return [
+        Judged(
+            *(op, arch, variant, key),
+            made[key] if key in made else compile_variant(variant, arch),
+            was_known=key in known,
+        )
+        for op, variant, key in found
+    ]
+
+
+def _compiled_apart(arch: int, op: str) -> dict[str, Compiled]:
+    """Figures of an op's kernels by fingerprint; whoever asked judges them."""
+    with tempfile.NamedTemporaryFile("w+", suffix=".json") as file:
+        command = (sys.executable, "-P", "-W", "ignore", "-m", "m3_kernels.testing.compile_gate")
+        done = subprocess.run(
+            [*command, "--json", "--arch", str(arch), "--only", op],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"sm_{arch} {op} was not compiled: {done.stderr[-2000:]}")
+        return read_known(Path(file.name))
 
 
 def _markdown(results: Sequence[Judged]) -> str:
@@ -328,7 +460,38 @@ def _markdown(results: Sequence[Judged]) -> str:
             f"| {made.op} | {made.variant.name} | sm_{made.arch} | {compiled.warps} "
             f"| {compiled.registers} | {compiled.shared / 1024:.1f} | {compiled.stack} | {counts} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_loops_markdown(results)])
+
+
+def _loops_markdown(results: Sequence[Judged]) -> list[str]:
+    """The table of hot loops."""
+    lines = [
+        "## Hot loops",
+        "",
+        "Of the loop that works on whole tiles, per turn and warp: instructions; those of them for",
+        "tensor cores and for the narrow conversion unit; barriers of the program; shuffles; loads",
+        "that the same turn waits for. Duplicates: how often a part of a product is computed.",
+        "Programs: as many as fit on a multiprocessor. Cycles of a turn, of the way to the loop,",
+        "and of the way from it to an end come from the code's control bits, for one warp alone",
+        "and with assumed latencies (`m3_kernels/testing/sass.py`): a model, no measurement.",
+        "",
+        "| op | kernel | chip | instructions | products | conversions | barriers | shuffles "
+        "| awaited loads | duplicates | programs | cycles | before | after |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for made in sorted(results, key=lambda r: (OPS.index(r.op), r.variant.name)):
+        compiled, timeline = made.compiled, made.compiled.timeline
+        if timeline.hot < 0:
+            continue
+        loop = timeline.loops[timeline.hot]
+        cells = (
+            *(made.op, made.variant.name, f"sm_{made.arch}", loop.instructions, loop.products),
+            *(loop.conversions, loop.barriers, loop.shuffles, loop.awaited_loads),
+            *(compiled.duplicates, compiled.programs_per_sm(made.arch)),
+            *(loop.period, timeline.before, timeline.after),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -349,12 +512,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     known = read_known(options.known) if options.known else {}
-    results = [
-        judge(op, arch, variant, known)
-        for arch in options.arch or ARCHS
-        for op in options.only or OPS
-        for variant in op_variants(op, arch)
-    ]
+    ops = options.only or OPS
+    archs = options.arch or ARCHS
+    apart = len(archs) > 1
+    results = [made for arch in archs for made in judge_chip(arch, ops, known, apart=apart)]
     found = [line for r in results for line in faults(r.variant, r.compiled, r.arch)]
     if options.json:
         report = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from m3_plugin.cli.bench.model import model_kernels
 from m3_plugin.cli.bench.report import (
     Curve,
     GateError,
@@ -46,6 +48,15 @@ if TYPE_CHECKING:
 OURS, OURS_INT8, DENSE = "m3-plugin", "m3-plugin int8 index", "dense sdpa"
 PEERS = ("vllm", "sglang", "flashinfer")
 PATTERNS = ("shared", "independent")
+
+
+class ModelChip(StrEnum):
+    """GPUs that the time model knows."""
+
+    H100 = "H100"
+    H200 = "H200"
+
+
 # A graph of about this long makes the events around it negligible.
 GRAPH_SECONDS = 2e-3
 MAX_CALLS = 60
@@ -150,6 +161,14 @@ def bench_kernels(
     peer_folder: Annotated[
         Path | None, typer.Option(help="A folder with their packages, if they are not installed.")
     ] = None,
+    model: Annotated[
+        ModelChip | None,
+        typer.Option(help="Measure nothing: what a model expects of our kernels on such a GPU."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="With --model: figures of kernels that need not be compiled again."),
+    ] = None,
     as_json: JsonOption = False,
     output: OutputOption = None,
     plot: PlotOption = None,
@@ -179,6 +198,9 @@ def bench_kernels(
     wanted = [name.strip() for name in peers.split(",") if name.strip()]
     if unknown := sorted(set(wanted) - set(PEERS)):
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}", param_hint="--peers")
+    if model is not None:
+        model_kernels(model.value, workloads, record=record, as_json=as_json, output=output)
+        return
     if not torch.cuda.is_available():
         fail(
             f"bench kernels needs a CUDA device, and torch {torch.__version__} sees none. "

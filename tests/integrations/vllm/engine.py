@@ -93,7 +93,12 @@ class EngineProcess(EnginePipe):
         )
 
     def generate(
-        self, prompts: Sequence[Any], *, max_tokens: int | Sequence[int] = 8, **sampling: Any
+        self,
+        prompts: Sequence[Any],
+        *,
+        max_tokens: int | Sequence[int] = 8,
+        adapters: Sequence[Path | None] | None = None,
+        **sampling: Any,
     ) -> list[Completion]:
         """Generate for all prompts together, greedily unless told otherwise.
 
@@ -101,8 +106,13 @@ class EngineProcess(EnginePipe):
         ----------
         prompts : lists of token ids, or anything `LLM.generate` takes
         max_tokens : one number, or one per prompt
+        adapters : folder of each prompt's LoRA adapter, None for the model alone
         """
-        return self._call("generate", list(prompts), max_tokens, sampling)
+        return self._call("generate", list(prompts), max_tokens, sampling, adapters)
+
+    def add_adapter(self, folder: Path) -> bool:
+        """Load a LoRA adapter, as `/v1/load_lora_adapter` has it done."""
+        return self._call("add_adapter", folder)
 
     def embed(self, prompt: list[int]) -> list[float]:
         """The embedding of a prompt; the engine must be a pooling one."""
@@ -177,11 +187,33 @@ class _Engine:
     def __init__(self, llm: Any) -> None:
         self.llm = llm
 
-    def generate(self, prompts: list[Any], max_tokens: Any, sampling: dict) -> list[Completion]:
+        self.adapters: dict[Path, Any] = {}
+
+    def generate(
+        self,
+        prompts: list[Any],
+        max_tokens: Any,
+        sampling: dict,
+        adapters: Sequence[Path | None] | None = None,
+    ) -> list[Completion]:
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         params = [_sampling(limit, sampling) for limit in limits]
         inputs = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
-        return [_completion(o) for o in self.llm.generate(inputs, params, use_tqdm=False)]
+        requests = None if adapters is None else [self._adapter(folder) for folder in adapters]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False, lora_request=requests)
+        return [_completion(output) for output in outputs]
+
+    def _adapter(self, folder: Path | None) -> Any:
+        """vLLM's name for an adapter: a number of its own for each folder."""
+        if folder is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        number = len(self.adapters) + 1
+        return self.adapters.setdefault(folder, LoRARequest(f"{number}", number, str(folder)))
+
+    def add_adapter(self, folder: Path) -> bool:
+        return self.llm.llm_engine.add_lora(self._adapter(folder))
 
     def prompt_logprobs(self, prompt: list[int]) -> list[float]:
         params = _sampling(1, {"prompt_logprobs": 0})

@@ -1,13 +1,17 @@
-"""vLLM's stand-in for the kernel that spreads sampling parameters over verified rows, and ours."""
+"""What vLLM gets wrong on a CPU, and what takes its place."""
 
 from __future__ import annotations
 
 import importlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from vllm.config.lora import LoRAConfig
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
@@ -211,3 +215,37 @@ def test_requests_are_repaired_once_and_those_without_a_seed_are_left_alone() ->
     request.generator = None
     CachedRequestState.__post_init__(request)
     assert request.generator is None
+
+
+@pytest.fixture
+def leaving_out() -> Iterator[None]:
+    theirs = PunicaWrapperCPU._apply_shrink
+    cpu_repairs.leave_out_rows_without_adapter()
+    yield
+    PunicaWrapperCPU._apply_shrink = theirs
+
+
+def adapted_rows() -> list[bool]:
+    """Of three rows, the second without an adapter: to which is something added?"""
+    lora = LoRAConfig(max_loras=2, max_lora_rank=8)
+    wrapper = PunicaWrapperCPU(8, max_batches=4, device="cpu", lora_config=lora)
+    mapping = LoRAMapping((1, 0, 2), (1, 0, 2), is_prefill=False)
+    wrapper.update_metadata(mapping, [1, 2], max_loras=2, vocab_size=32)
+    rows = torch.zeros(3, 5)
+    a, b = torch.ones(2, 1, 8, 4), torch.ones(2, 1, 5, 8)
+    wrapper.add_lora_linear(rows, torch.ones(3, 4), (a,), (b,), 1.0, (5,))
+    return rows.any(dim=1).tolist()
+
+
+def test_vllm_gives_rows_without_an_adapter_the_last_one() -> None:
+    """Where this fails, `leave_out_rows_without_adapter` can go."""
+    assert not cpu_repairs.leaves_out_rows_without_adapter()
+    assert adapted_rows() == [True, True, True]
+
+
+@pytest.mark.usefixtures("leaving_out")
+def test_rows_without_an_adapter_are_left_out() -> None:
+    assert adapted_rows() == [True, False, True]
+    ours = PunicaWrapperCPU._apply_shrink
+    cpu_repairs.leave_out_rows_without_adapter()
+    assert PunicaWrapperCPU._apply_shrink is ours

@@ -10,11 +10,21 @@ import logging
 from typing import Any
 
 import pytest
-from vllm.config import AttentionConfig, CacheConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+from vllm.config import (
+    AttentionConfig,
+    CacheConfig,
+    LoRAConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.engine.arg_utils import EngineArgs
 
+from m3_plugin.checkpoint.adapters import ADAPTED
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import released_config
+from m3_vllm import cpu_repairs
+from m3_vllm.adapters import choose_adapted_layers
 from m3_vllm.options import require_served
 
 # What the model has a part in, and where a test of ours shows it.
@@ -91,16 +101,27 @@ FLEETS = """
     kv_offloading_backend weight_transfer_config"""
 # vLLM says no by itself: the class has no such interface.
 REFUSED_BY_VLLM = """
-    max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras
-    lora_dtype lora_target_modules enable_tower_connector_lora specialize_active_lora
-    enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels
     enable_batch_sharded_sampling enable_elastic_ep elastic_ep_max_dp_size"""
+# LoRA: vLLM's layers around the projections that take adapters; test_adapters.py.
+ADAPTERS = """
+    enable_lora max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras
+    lora_dtype lora_target_modules specialize_active_lora enable_mixed_moe_lora_format
+    enable_moe_shared_loras max_lora_cls_labels"""
 REFUSED = """
     enable_dbo ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold
-    decode_context_parallel_size prefill_context_parallel_size enable_eplb enable_lora
-    kv_cache_dtype_skip_layers"""
+    decode_context_parallel_size prefill_context_parallel_size enable_eplb
+    enable_tower_connector_lora kv_cache_dtype_skip_layers"""
 
-JUDGED = (*SERVED.values(), HOST, OTHER_MODELS, OWN_TOWER, FLEETS, REFUSED_BY_VLLM, REFUSED)
+JUDGED = (
+    *SERVED.values(),
+    HOST,
+    OTHER_MODELS,
+    OWN_TOWER,
+    FLEETS,
+    ADAPTERS,
+    REFUSED_BY_VLLM,
+    REFUSED,
+)
 
 # Of `--attention-config` and `--speculative-config`.
 ATTENTION = """
@@ -156,6 +177,7 @@ def test_every_option_is_judged(cls: Any, judged: tuple[str, ...]) -> None:
 
 
 RELEASED = M3Config.from_hf(released_config())
+TOWER_LORA = LoRAConfig(enable_tower_connector_lora=True)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +190,7 @@ RELEASED = M3Config.from_hf(released_config())
         ("parallel_config", "enable_eplb", True, "--enable-eplb cannot"),
         ("parallel_config", "enable_expert_parallel", True, "on a CPU .* reads past the weights"),
         ("attention_config", "hisparse_config", object(), "hisparse_config in"),
-        ("", "lora_config", object(), "--enable-lora cannot .* merge the adapter"),
+        ("", "lora_config", TOWER_LORA, "enable_tower_connector_lora cannot"),
         ("cache_config", "kv_cache_dtype_skip_layers", ["0", "5"], "one dtype; got 5,"),
     ],
 )
@@ -181,6 +203,30 @@ def test_what_cannot_be_served_is_refused_by_name(
     object.__setattr__(getattr(config, part) if part else config, option, value)
     with pytest.raises(ValueError, match=message):
         require_served(config, RELEASED)
+
+
+def test_adapters_and_drafts_are_not_served_together() -> None:
+    config = VllmConfig()
+    object.__setattr__(config, "lora_config", LoRAConfig())
+    require_served(config, RELEASED)
+    object.__setattr__(config, "speculative_config", object())
+    with pytest.raises(ValueError, match="--enable-lora with --speculative-config"):
+        require_served(config, RELEASED)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "gate_up_proj"]])
+def test_adapters_go_to_projections_alone(
+    targets: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = VllmConfig()
+    object.__setattr__(config, "lora_config", LoRAConfig(target_modules=targets))
+    monkeypatch.setattr(cpu_repairs, "leave_out_rows_without_adapter", lambda: None)
+    choose_adapted_layers(config)
+    assert config.lora_config is not None
+    assert config.lora_config.target_modules == (targets or list(ADAPTED))
+    object.__setattr__(config, "lora_config", LoRAConfig(target_modules=["q_proj", "experts"]))
+    with pytest.raises(ValueError, match="--lora-target-modules experts"):
+        choose_adapted_layers(config)
 
 
 def test_dense_layers_may_be_left_out_of_a_quantised_cache() -> None:

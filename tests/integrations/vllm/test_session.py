@@ -118,6 +118,26 @@ def test_int8_index_keys_and_their_scales_share_a_page(monkeypatch: pytest.Monke
     assert (memory != 0).all()
 
 
+def test_two_planes_and_their_scales_share_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M3_PLUGIN_INDEX_KEYS", "planes")
+    config = VllmConfig()
+    layer = index_layer(config)
+    spec = layer.index_cache.get_kv_cache_spec(config)
+    assert isinstance(spec, MLAAttentionSpec)
+    assert spec.page_size_bytes == 128 * 258
+    layer.bind_kv_cache(torch.zeros(3, 4, 128, 256).bfloat16())
+    memory = torch.zeros(3, 1, 128, spec.head_size, dtype=spec.dtype)
+    layer.index_cache.bind_kv_cache(memory)
+    caches = layer.paged_caches()
+    assert caches.index.dtype == torch.int16
+    assert caches.index_k_low is not None
+    assert caches.index_k_scales is not None
+    caches.index_k_pages.fill_(1)
+    caches.index_k_low.fill_(1)
+    caches.index_k_scales.fill_(1 / 3)
+    assert (memory.view(torch.int8) != 0).all()
+
+
 @pytest.mark.parametrize(
     ("option", "dtype"),
     [("auto", torch.bfloat16), ("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)],

@@ -10,6 +10,7 @@ import torch
 import m3_kernels
 from m3_kernels import KernelFamily
 from m3_kernels.capability import implementation_for
+from m3_kernels.index_pages import PLANES_DTYPE
 from m3_plugin.attention.backends import KernelChoice, NoKernelError, choose_kernels, require_served
 
 
@@ -124,6 +125,7 @@ def test_what_every_chip_serves(arch: int) -> None:
         ),
         (90, BF16, E5M2, "index keys cannot be cached as torch.float8_e5m2: no kernel reads it"),
         (90, torch.int8, BF16, "no kernel reads it; use float8_e5m2 or bfloat16"),
+        (90, BF16, PLANES_DTYPE, "reads two planes yet; leave M3_PLUGIN_INDEX_KEYS=planes out"),
     ],
 )
 def test_what_a_chip_cannot_do_is_refused_with_the_alternative(
@@ -137,9 +139,10 @@ def test_what_a_chip_cannot_do_is_refused_with_the_alternative(
 def test_the_cpu_reads_int8_index_keys(family: Any) -> None:
     kernels = KernelChoice(family, "test")
     require_served(kernels, arch=None, cache_dtype=BF16, index_dtype=torch.int8)
+    require_served(kernels, arch=None, cache_dtype=BF16, index_dtype=PLANES_DTYPE)
     with pytest.raises(NoKernelError, match=r"K and V cannot be cached as torch\.int8"):
         require_served(kernels, arch=None, cache_dtype=torch.int8, index_dtype=BF16)
-    with pytest.raises(NoKernelError, match="float16 and int8; use one of these"):
+    with pytest.raises(NoKernelError, match="float16, int8 and two planes; use one"):
         require_served(kernels, arch=None, cache_dtype=BF16, index_dtype=E4M3)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3_kernels.index_pages import PLANES_DTYPE
 from m3_kernels.index_topk import IndexTopk
 from m3_kernels.norm_rope_store import NormRopeStore
 from m3_kernels.sparse_attention import SparseAttention
@@ -68,9 +69,10 @@ def test_right_kernels_pass(family: Any, dtype: torch.dtype) -> None:
     require_right(findings, kernels=choose_kernels("cpu", family), device="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, PLANES_DTYPE])
 @pytest.mark.parametrize("family", ["native", "torch"])
-def test_int8_index_keys_are_tried_as_such(family: Any) -> None:
-    findings = found(choose_kernels("cpu", family), index_dtype=torch.int8)
+def test_index_keys_with_scales_are_tried_as_such(family: Any, dtype: torch.dtype) -> None:
+    findings = found(choose_kernels("cpu", family), index_dtype=dtype)
     assert [f for f in findings if not f.ok] == []
 
 

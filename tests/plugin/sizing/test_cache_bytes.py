@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from m3_kernels.index_pages import bytes_per_token
+from m3_kernels.index_pages import PLANES_DTYPE, bytes_per_token, channels
 from m3_plugin.model.config import M3Config, local_heads
 from m3_plugin.sizing.cache_bytes import (
     CacheDType,
@@ -42,6 +42,7 @@ def test_published_table(
 
 def test_int8_index_keys_take_what_their_pages_hold() -> None:
     assert vector_bytes(128, "int8") == bytes_per_token(128)
+    assert vector_bytes(128, "planes") == channels(128, PLANES_DTYPE) * PLANES_DTYPE.itemsize
 
 
 def test_index_keys_are_replicated_on_every_rank() -> None:

@@ -153,6 +153,15 @@ def test_no_command_promises_a_cache_that_is_not_stored() -> None:
     assert "vllm serve" not in result.output
 
 
+def test_index_keys_in_two_planes_are_for_cpus() -> None:
+    model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--index-cache-dtype", "planes")
+    cpu = as_json(*model, "--gpu", "CPU", "--gpu-memory", "2000", "--tp", "1")
+    assert all("M3_PLUGIN_INDEX_KEYS=planes" in c for c in cpu["commands"].values())
+    assert cpu["commands"].keys() == {"vLLM", "SGLang"}
+    assert cpu["fit"]["cache"]["index"] == 57 * 258
+    assert as_json(*model, "--gpu", "H200")["commands"] == {}
+
+
 def test_int8_index_keys_are_asked_for_by_their_variable() -> None:
     model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--index-cache-dtype", "int8")
     machines = (("--gpu", "H200"), ("--gpu", "CPU", "--gpu-memory", "2000", "--tp", "1"))

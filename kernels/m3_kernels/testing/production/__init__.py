@@ -5,11 +5,14 @@ A module's `variants(arch)` makes calls of meta tensors and asks the op's own `l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from m3_kernels.index_pages import bytes_per_token, split_pages
 from m3_kernels.paged import IndexPages, KVPages, MSACaches, Step
+from m3_kernels.testing.compile_gate import LOOPS_READ, LoopBudget
 from m3_kernels.work_plan import WorkPlan, allocate_work_plan
 
 META = torch.device("meta")
@@ -100,6 +103,11 @@ def kv_pages(dtype: torch.dtype) -> KVPages:
 def slots(rows: int) -> Tensor:
     """Where rows are stored."""
     return meta(rows, dtype=torch.int64)
+
+
+def of_hopper(budgets: Mapping[str, LoopBudget], name: str, arch: int) -> LoopBudget | None:
+    """The budget of a hot loop on sm_90, for which loops are read."""
+    return budgets[name] if arch in LOOPS_READ else None
 
 
 def tensor_cores(arch: int) -> str:

@@ -11,11 +11,40 @@ from m3_kernels.index_topk.triton import launches
 from m3_kernels.index_topk.workspace import allocate_index_topk_workspace
 from m3_kernels.launch import Launch
 from m3_kernels.testing import production as m3
-from m3_kernels.testing.compile_gate import Variant
+from m3_kernels.testing.compile_gate import LoopBudget, Variant
 
 # Products of float32 keys run on no tensor core and spill; they are for checks, and not judged.
 DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 REQUESTS = 7
+
+# Of sm_90, with the release of Triton that needs most.
+HOT_LOOPS = {
+    "decode scores bf16 q_len 1": LoopBudget(220, 900, barriers=6, shuffles=21, programs_per_sm=2),
+    "decode scores bf16 q_len 8": LoopBudget(300, 1100, barriers=8, shuffles=41, programs_per_sm=2),
+    "prefill scores bf16": LoopBudget(300, 900, barriers=5, shuffles=5),
+    "decode scores int8 q_len 1": LoopBudget(
+        880, 2450, barriers=9, shuffles=41, awaited_loads=4, programs_per_sm=3
+    ),
+    "decode scores int8 q_len 8": LoopBudget(
+        1010, 2550, barriers=13, shuffles=81, awaited_loads=4, programs_per_sm=3
+    ),
+    "prefill scores int8": LoopBudget(760, 1850, barriers=6, shuffles=5, awaited_loads=16),
+    "decode scores e4m3 q_len 1": LoopBudget(
+        510, 2700, conversions=128, barriers=6, shuffles=21, programs_per_sm=3
+    ),
+    "decode scores e4m3 q_len 8": LoopBudget(
+        590, 2950, conversions=128, barriers=8, shuffles=41, programs_per_sm=3
+    ),
+    "prefill scores e4m3": LoopBudget(440, 1850, conversions=64, barriers=6, shuffles=5),
+    "decode choice up to 256 blocks": LoopBudget(260, 1200, shuffles=36, programs_per_sm=32),
+    "prefill choice up to 256 blocks": LoopBudget(260, 1200, shuffles=36, programs_per_sm=32),
+    "decode choice up to 8192 blocks": LoopBudget(
+        150, 650, barriers=3, shuffles=22, programs_per_sm=10
+    ),
+    "prefill choice up to 8192 blocks": LoopBudget(
+        150, 650, barriers=3, shuffles=22, programs_per_sm=10
+    ),
+}
 
 
 def variants(arch: int) -> Iterator[Variant]:
@@ -32,7 +61,8 @@ def variants(arch: int) -> Iterator[Variant]:
         *_, prefill = launched(arch, torch.bfloat16, m3.PREFILL, blocks=blocks)
         _, decode = launched(arch, torch.bfloat16, 1, blocks=blocks)
         for kind, launch in (("decode", decode), ("prefill", prefill)):
-            yield Variant(f"{kind} choice up to {blocks} blocks", launch, 96, 4 * 1024)
+            name = f"{kind} choice up to {blocks} blocks"
+            yield Variant(name, launch, 96, 4 * 1024, loop=m3.of_hopper(HOT_LOOPS, name, arch))
 
 
 def judged(
@@ -46,6 +76,7 @@ def judged(
         registers=described if descriptors else pointed,
         shared=kilobytes * 1024,
         needs=(m3.tensor_cores(arch), "UTMALDG" if descriptors else "LDGSTS"),
+        loop=m3.of_hopper(HOT_LOOPS, name, arch),
     )
 
 

@@ -1,0 +1,98 @@
+"""LoRA adapters for a checkpoint of transformers' reach, and the checkpoint with them merged in.
+
+The merged checkpoint is what transformers is asked about: an adapter served is right if it answers
+like weights that hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+RANK = 8
+ALPHA = 16
+# Of the standard deviation of a weight: large enough that answers change.
+SHARE = 0.5
+# How adapters are written: names of the module in its file.
+PEFT = "base_model.model."
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def draw(
+    checkpoint: Path, modules: Iterable[str], *, seed: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B for modules of the checkpoint, by the checkpoint's names without ".weight".
+
+    Parameters
+    ----------
+    modules : ends of names; each module that ends so gets a pair
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ends = tuple(f".{module}.weight" for module in modules)
+    pairs = {}
+    for name, weight in sorted(read_weights(checkpoint).items()):
+        if name.endswith(ends) and name.startswith("language_model."):
+            a = torch.randn(RANK, weight.shape[1], generator=generator)
+            b = torch.randn(weight.shape[0], RANK, generator=generator)
+            # the entries of B A have a deviation of sqrt(RANK)
+            b *= SHARE * weight.float().std() / RANK**0.5 / (ALPHA / RANK)
+            pairs[name.removesuffix(".weight")] = (a, b)
+    return pairs
+
+
+def write_adapter(
+    folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], *, extra: Mapping[str, Tensor] = {}
+) -> Path:
+    """An adapter in the form in which PEFT saves it.
+
+    Parameters
+    ----------
+    pairs : A and B by module, as the adapter is to call it
+    extra : more tensors, by their whole names
+    """
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "MiniMaxAI/MiniMax-M3",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "bias": "none",
+        "target_modules": sorted({module.rpartition(".")[2] for module in pairs}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = dict(extra)
+    for module, (a, b) in pairs.items():
+        tensors[f"{PEFT}{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PEFT}{module}.lora_B.weight"] = b.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def merge(checkpoint: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> Path:
+    """The checkpoint with an adapter in its weights; `pairs` by the checkpoint's names."""
+    shutil.copytree(checkpoint, folder)
+    left = dict(pairs)
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        for module in [m for m in left if f"{m}.weight" in tensors]:
+            a, b = left.pop(module)
+            weight = tensors[f"{module}.weight"]
+            merged = weight.double() + ALPHA / RANK * (b.double() @ a.double())
+            tensors[f"{module}.weight"] = merged.to(weight.dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert not left, f"the checkpoint lacks {sorted(left)}"
+    return folder
