@@ -34,11 +34,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from m3_kernels.stored_matrix import KINDS, StoredMatrix
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent
 HEADERS = tuple(
-    PACKAGE / name for name in ("native_common.h", "native_attention.h", "native_planes.h")
+    PACKAGE / name
+    for name in ("native_common.h", "native_attention.h", "native_planes.h", "native_matrix.h")
 )
 SOURCES = tuple(
     PACKAGE / op / "native.cpp"
@@ -48,6 +51,8 @@ SOURCES = tuple(
         "dense_attention",
         "cache_store",
         "norm_rope_store",
+        "quantised_linear",
+        "quantised_experts",
     )
 )
 FUNCTIONS = (
@@ -56,6 +61,8 @@ FUNCTIONS = (
     "m3_dense_attention",
     "m3_cache_store",
     "m3_norm_and_rope",
+    "m3_quantised_linear",
+    "m3_quantised_experts",
 )
 # No fast-math: the kernels rely on NaN and infinity. Contraction is on because one chain of fused
 # multiply-adds per result is what makes results independent of tiling.
@@ -83,6 +90,7 @@ DTYPE_CODES = {
     torch.int32: 3,
     torch.int64: 4,
     torch.int8: 5,
+    torch.uint8: 6,
 }
 
 # Multiply-adds that are worth one more thread, about 25 microseconds of one core's time.
@@ -115,6 +123,18 @@ def array(tensor: Tensor) -> Array:
     return Array(
         tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tuple(tensor.stride())
     )
+
+
+def matrix_arguments(
+    matrix: StoredMatrix,
+) -> tuple[tuple[Array | None, ...], tuple[int, int]]:
+    """A weight with groups as the kernels take it: its tensors, and its kind and columns per scale.
+
+    The caller keeps the matrix alive.
+    """
+    parts = (matrix.codes, matrix.scales, matrix.zeros, matrix.factors)
+    arrays = tuple(None if part is None else array(part) for part in parts)
+    return arrays, (KINDS.index(matrix.kind), matrix.group)
 
 
 def call(function: str, *arguments: Array | int | float | None) -> None:

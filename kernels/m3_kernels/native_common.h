@@ -50,6 +50,7 @@ enum Dtype : int64_t {
   kInt32 = 3,
   kInt64 = 4,
   kInt8 = 5,
+  kUint8 = 6,
 };
 
 // A tensor as the caller describes it; strides count elements. Mirrored in native_build.py.
@@ -102,7 +103,7 @@ constexpr int64_t kConversionWork = 4;
 
 inline int64_t element_size(int64_t dtype) {
   if (dtype == kInt64) return 8;
-  if (dtype == kInt8) return 1;
+  if (dtype == kInt8 || dtype == kUint8) return 1;
   return (dtype == kFloat32 || dtype == kInt32) ? 4 : 2;
 }
 

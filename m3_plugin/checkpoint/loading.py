@@ -28,7 +28,8 @@ from m3_plugin.checkpoint.plan import (
     plan_checkpoint,
     require_in_proportion,
 )
-from m3_plugin.checkpoint.stream import SAFETENSORS_NAMES, Dequantiser
+from m3_plugin.checkpoint.stored_layers import holds_stored_bytes
+from m3_plugin.checkpoint.stream import SAFETENSORS_NAMES, Dequantiser, Packer, Rewriter
 from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import ModelNotFound, find_model
@@ -107,7 +108,7 @@ class WeightLoader:
     is_elsewhere : whether a tensor belongs to another pipeline stage
     is_foreign : whether a tensor belongs to another model altogether
     rename : the host's spelling of a suffix
-    dequantiser : turns quantised weights into plain ones on the way; None leaves them to the host
+    rewriter : changes quantised weights on the way; None leaves them to the host
     optional : of `expected`, modules that the host need not read for this rank
     witness : sees every tensor as it is stored
     """
@@ -124,7 +125,7 @@ class WeightLoader:
         is_elsewhere: Callable[[str], bool] = lambda name: False,
         is_foreign: Callable[[str], bool] = is_draft_tensor,
         rename: Callable[[str], str] = lambda name: name,
-        dequantiser: Dequantiser | None = None,
+        rewriter: Rewriter | None = None,
         optional: frozenset[str] = frozenset(),
         witness: ExpertWitness | None = None,
     ) -> None:
@@ -143,9 +144,9 @@ class WeightLoader:
         self.is_elsewhere = is_elsewhere
         self.is_foreign = is_foreign
         self.rename = rename
-        self.dequantiser = dequantiser
+        self.rewriter = rewriter
         self.witness = witness
-        self.global_scales = GlobalScales(config.quantization, fused=dequantiser is None)
+        self.global_scales = GlobalScales(config.quantization, fused=rewriter is None)
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Load one tensor; `name` is relative to the text model (`model...` or `lm_head...`).
@@ -155,27 +156,26 @@ class WeightLoader:
         ValueError : the model has no parameter for a tensor the config promises; a cache scale
             that is none.
         """
-        plain = self.take(name, tensor)
-        if plain is not None:
-            self.write(*plain)
+        for part, value in self.take(name, tensor):
+            self.write(part, value)
 
-    def take(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """Account for one tensor; what is to be written of it, None if nothing (yet).
+    def take(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        """Account for one tensor; what is to be written now that it is here, perhaps nothing.
 
         Tensors of other stages or models are passed over, cache scales kept until `finish`, parts
-        of a quantised weight until it is whole, if it becomes a plain one.
+        of a quantised weight until it is whole, if it is rewritten.
         """
         if self.is_foreign(name) or self._is_cache_scale(name, tensor):
-            return None
+            return []
         if not self.ledger.add(name) or self.is_elsewhere(name):
-            return None
+            return []
         self.global_scales.see(name, tensor)
         if self.witness is not None:
             self.witness.see(name, tensor)
-        return (name, tensor) if self.dequantiser is None else self.dequantiser.take(name, tensor)
+        return [(name, tensor)] if self.rewriter is None else self.rewriter.rewrite(name, tensor)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Hand a tensor that `take` returned to the loader of the host's parameter."""
+        """Hand a tensor of those that `take` returned to the loader of the host's parameter."""
         self._load_parameter(name, self.destination(name), tensor)
 
     def destination(self, name: str) -> Destination:
@@ -268,8 +268,8 @@ class WeightLoader:
         return self.loaded
 
     def _require_whole_weights(self) -> None:
-        if self.dequantiser is not None:
-            self.dequantiser.require_complete()
+        if self.rewriter is not None:
+            self.rewriter.require_complete()
 
     def _wrote_into(self, module: str) -> bool:
         prefix = f"{module}." if module else ""
@@ -418,11 +418,17 @@ def require_expert_bytes(
     require_in_proportion(plan, {f"{layer}.block_sparse_moe.experts": allocated}, share=share)
 
 
-def chosen_dequantiser(config: M3Config) -> Dequantiser | None:
-    """A dequantiser to load with, if the checkpoint is quantised and `M3_PLUGIN_DEQUANTIZE=1`."""
-    if config.quantization is None or not Settings.from_environment().dequantize:
+def chosen_rewriter(model: nn.Module, config: M3Config) -> Rewriter | None:
+    """What to load a quantised checkpoint with; None leaves its tensors to the host.
+
+    Plain weights with `M3_PLUGIN_DEQUANTIZE=1`, our own layout into a model that was built for it.
+    """
+    if config.quantization is None:
         return None
-    return Dequantiser(config)
+    if Settings.from_environment().dequantize:
+        return Dequantiser(config)
+    names = (name for name, _ in model.named_parameters())
+    return Packer(config) if holds_stored_bytes(names) else None
 
 
 def stored_as(tensor: Tensor) -> tuple[tuple[int, ...], str]:

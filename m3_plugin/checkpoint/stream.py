@@ -1,8 +1,9 @@
-"""Quantised tensors in, plain weights out, while a host loads: works with any chip and host.
+"""Quantised tensors in, weights of one form out, while a host loads: no host knows the formats.
 
 A host hands over tensor after tensor in an order of its own. The tensors of one weight wait for
-each other here and leave as one plain `weight`, so the host needs no idea of the checkpoint's
-format. Memory: the plain weights, plus the parts of the few weights that are not complete yet.
+each other here and leave as one plain `weight` (`Dequantiser`: any chip and host), or as codes and
+scales in the one layout of our CPU kernels (`Packer`). Memory: what leaves, plus the parts of the
+few weights that are not complete yet.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from m3_plugin.quantization.formats import (
     require_part,
     required_suffixes,
 )
+from m3_plugin.quantization.packing import pack
 
 SAFETENSORS_NAMES = {
     torch.float32: "F32",
@@ -37,8 +39,8 @@ SAFETENSORS_NAMES = {
 }
 
 
-class Dequantiser:
-    """Collects the parts of each quantised weight and gives the weight out once they are there.
+class Rewriter:
+    """Collects the parts of each quantised weight, until a subclass can make something of them.
 
     Parameters
     ----------
@@ -49,8 +51,8 @@ class Dequantiser:
         self.config = config
         self.waiting: dict[str, dict[str, Tensor]] = {}
 
-    def take(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """Take a stored tensor; the plain fp32 weight if that was all it still lacked.
+    def rewrite(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        """Take a stored tensor; the weight's new tensors if that was all it still lacked.
 
         Parameters
         ----------
@@ -59,12 +61,14 @@ class Dequantiser:
 
         Raises
         ------
-        ValueError : not a part of its weight's format, or of a wrong shape or dtype.
+        ValueError : not a part of its weight's format, or of a wrong shape or dtype; no numbers.
         """
+        raise NotImplementedError
+
+    def _collect(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """Parts of the weight if this was the last of them."""
         module, _, suffix = name.rpartition(".")
         weight = self._format_of(module)
-        if weight == PLAIN:
-            return name, tensor
         parts = weight.parts(*linear_shape(self.config, module))
         dtype, shape = SAFETENSORS_NAMES[tensor.dtype], tuple(tensor.shape)
         require_part(weight, parts, tensor=name, dtype=dtype, shape=shape)
@@ -72,9 +76,7 @@ class Dequantiser:
             return None
         arrived = self.waiting.setdefault(module, {})
         arrived[suffix] = tensor
-        if arrived.keys() != required_suffixes(parts):
-            return None
-        return f"{module}.weight", dequantise(weight, self.waiting.pop(module))
+        return self.waiting.pop(module) if arrived.keys() == required_suffixes(parts) else None
 
     def require_complete(self) -> None:
         """Refuse weights of which a part never came.
@@ -91,3 +93,38 @@ class Dequantiser:
     def _format_of(self, module: str) -> WeightFormat:
         quantization = self.config.quantization
         return PLAIN if quantization is None else quantization.format_of(module)
+
+
+class Dequantiser(Rewriter):
+    """Gives each quantised weight out as a plain one."""
+
+    def take(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """`rewrite`, which never gives more than the plain fp32 weight."""
+        module = name.rpartition(".")[0]
+        weight = self._format_of(module)
+        if weight == PLAIN:
+            return name, tensor
+        parts = self._collect(name, tensor)
+        return None if parts is None else (f"{module}.weight", dequantise(weight, parts))
+
+    def rewrite(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        plain = self.take(name, tensor)
+        return [] if plain is None else [plain]
+
+
+class Packer(Rewriter):
+    """Gives each quantised weight out as `codes`, `scales`, `zeros`, `factors` of its layout."""
+
+    def rewrite(self, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        module = name.rpartition(".")[0]
+        weight = self._format_of(module)
+        if weight == PLAIN:
+            return [(name, tensor)]
+        parts = self._collect(name, tensor)
+        if parts is None:
+            return []
+        try:
+            packed = pack(weight, parts)
+        except ValueError as error:
+            raise ValueError(f"{module} (stored as {weight.name}): {error}") from None
+        return [(f"{module}.{part}", value) for part, value in packed.items()]

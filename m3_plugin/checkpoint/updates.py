@@ -195,14 +195,12 @@ def update_in_place(
             if name.startswith(VISION_PREFIXES):
                 vision.load(name, tensor)
                 continue
-            plain = text.take(name.removeprefix(TEXT_PREFIX), tensor)
-            if plain is None:
-                continue
-            target = text.destination(plain[0]).parameter
-            for module in [module for module in opened if target.startswith(f"{module}.")]:
-                opened.pop(module).start_loading()
-                text.parameters = dict(text.model.named_parameters())
-            text.write(*plain)
+            for part, value in text.take(name.removeprefix(TEXT_PREFIX), tensor):
+                target = text.destination(part).parameter
+                for module in [module for module in opened if target.startswith(f"{module}.")]:
+                    opened.pop(module).start_loading()
+                    text.parameters = dict(text.model.named_parameters())
+                text.write(part, value)
     finally:
         written = text.finish(partial=True)
     return vision.finish(partial=True) | {f"{prefix}{name}" for name in written}

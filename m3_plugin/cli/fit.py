@@ -20,6 +20,7 @@ from m3_plugin.sizing.fit import GIB, RESERVE, UTILIZATION
 if TYPE_CHECKING:
     from m3_plugin.model.released import ModelSource
     from m3_plugin.sizing.cache_bytes import CacheDType
+    from m3_plugin.sizing.decode_speed import DecodeSpeed
     from m3_plugin.sizing.fit import Fit, Weights
 
 CPU = "CPU"
@@ -60,6 +61,7 @@ class Sizing:
     dequantised_fit : what fits beside those
     alternatives : (K/V dtype, index dtype) to what would fit with these
     draft : bytes of a draft model beside the weights, which is not served; 0 without one
+    decode : the most that one request can decode at its longest, if a bandwidth was given
     """
 
     model: str
@@ -77,6 +79,7 @@ class Sizing:
     fit: Fit
     alternatives: dict[tuple[str, str], Fit]
     draft: int = 0
+    decode: DecodeSpeed | None = None
 
     @property
     def fits(self) -> bool:
@@ -115,6 +118,10 @@ def fit_command(
     reserve: Annotated[
         float, typer.Option(min=0, help="GiB of each GPU for everything but weights and cache.")
     ] = RESERVE / GIB,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(min=1, help="With --gpu CPU: GB/s of its memory, for a bound on decoding."),
+    ] = None,
     as_json: JsonOption = False,
     output: OutputOption = None,
 ) -> None:
@@ -134,6 +141,7 @@ def fit_command(
             index_dtype=_cache_dtype(index_cache_dtype, "--index-cache-dtype"),
             context=max_model_len,
             text_only=text_only,
+            bandwidth=bandwidth,
         )
     if not as_json:
         _print(sizing)
@@ -149,8 +157,13 @@ def size(
     index_dtype: CacheDType,
     context: int | None,
     text_only: bool = False,
+    bandwidth: float | None = None,
 ) -> Sizing:
     """Work everything out.
+
+    Parameters
+    ----------
+    bandwidth : GB/s of a CPU's memory, if decoding is to be bounded
 
     Raises
     ------
@@ -160,6 +173,7 @@ def size(
     from m3_plugin.model.config import M3Config
     from m3_plugin.model.released import ModelNotFound, find_model
     from m3_plugin.quantization.chips import how_weights_run
+    from m3_plugin.sizing.decode_speed import decode_speed
     from m3_plugin.sizing.fit import fit, weight_bytes
 
     with environment(ModelNotFound, ValueError):
@@ -170,6 +184,8 @@ def size(
             f"--max-model-len must be at most the model's {config.max_position_embeddings:,} "
             f"positions; got {context:,}"
         )
+    if bandwidth is not None and machine.name != CPU:
+        raise ValueError(f"--bandwidth is for --gpu CPU alone; got {machine.name}")
     loaded = weight_bytes(config, source.config, tp_size=machine.tp_size)
 
     wide = (
@@ -193,6 +209,12 @@ def size(
             context=context,
         )
 
+    fitted = with_cache(kv_dtype, index_dtype)
+    weights_run = (
+        how_weights_run(config.quantization, arch=machine.arch)
+        if machine.arch is not None or machine.name == CPU
+        else {}
+    )
     pairs = cast("list[tuple[CacheDType, CacheDType]]", list(_ALTERNATIVES))
     return Sizing(
         model=model,
@@ -203,16 +225,22 @@ def size(
         machine=machine,
         storage=str(config.quantization or "bf16"),
         weights=loaded,
-        weights_run=how_weights_run(config.quantization, arch=machine.arch)
-        if machine.arch is not None or machine.name == CPU
-        else {},
+        weights_run=weights_run,
         dequantised=wide,
         dequantised_fit=None if wide is None else with_cache(kv_dtype, index_dtype, wide),
         kv_dtype=kv_dtype,
         index_dtype=index_dtype,
-        fit=with_cache(kv_dtype, index_dtype),
+        fit=fitted,
         alternatives={pair: with_cache(*pair) for pair in pairs if pair != (kv_dtype, index_dtype)},
         draft=_draft_bytes(source),
+        decode=None
+        if bandwidth is None
+        else decode_speed(
+            replace(config, quantization=None) if DEQUANTISED in weights_run.values() else config,
+            fitted.cache,
+            context=fitted.context,
+            bandwidth=bandwidth * 1e9,
+        ),
     )
 
 
@@ -414,6 +442,9 @@ def as_dict(sizing: Sizing) -> dict[str, Any]:
         "index_dtype": sizing.index_dtype,
         "fit": _fit_dict(sizing.fit),
         "alternatives": alternatives,
+        "decode": None
+        if sizing.decode is None
+        else {**asdict(sizing.decode), "tokens_per_second": sizing.decode.tokens_per_second},
         "download": download_command(sizing),
         "commands": launch_commands(sizing) if sizing.fits else {},
         "remarks": remarks(sizing) if sizing.fits else [],
@@ -488,6 +519,12 @@ def _print(sizing: Sizing) -> None:
         rows["weights in 16 bits"] = f"{wide.total / 1e9:,.1f} GB, {_gib(wide.per_rank)} per rank"
     if sizing.draft:
         rows["draft model"] = f"{sizing.draft / 1e9:,.1f} GB in dspark/, not served and not loaded"
+    if (decode := sizing.decode) is not None:
+        rows[f"decoding at {decode.context:,} tokens (a model)"] = (
+            f"at most {decode.tokens_per_second:,.1f} tokens per second: "
+            f"{decode.weights / 1e9:,.1f} GB of weights and {decode.cache / 1e9:,.2f} GB of cache "
+            f"per token at {decode.bandwidth / 1e9:,.0f} GB/s"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)

@@ -182,13 +182,14 @@ def weight_bytes(config: M3Config, hf_config: Mapping[str, Any], *, tp_size: int
     }
     total = per_rank = 0.0
     for weight in (*text_weights(config), *vision_weights(hf_config)):
-        size = weight.copies * _stored_bytes(weight, config.quantization)
+        size = weight.copies * stored_weight_bytes(weight, config.quantization)
         total += size
         per_rank += size * of_rank[weight.split]
     return Weights(total=round(total), per_rank=math.ceil(per_rank))
 
 
-def _stored_bytes(weight: Weight, quantization: Quantization | None) -> int:
+def stored_weight_bytes(weight: Weight, quantization: Quantization | None) -> int:
+    """Bytes of one of equal weights in the files."""
     if quantization is not None and weight.module:
         stored = quantization.format_of(weight.module)
         if stored != PLAIN:

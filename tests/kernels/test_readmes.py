@@ -15,6 +15,8 @@ from m3_kernels.index_topk import index_topk
 from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_kernels.norm_rope_store import norm_rope_store
 from m3_kernels.page_table import fill_page_table
+from m3_kernels.quantised_experts import quantised_experts
+from m3_kernels.quantised_linear import quantised_linear
 from m3_kernels.sparse_attention import sparse_attention
 from m3_kernels.work_plan import fill_work_plan
 
@@ -26,6 +28,8 @@ OPS = {
     "mxfp8_linear": mxfp8_linear,
     "norm_rope_store": norm_rope_store,
     "page_table": fill_page_table,
+    "quantised_experts": quantised_experts,
+    "quantised_linear": quantised_linear,
     "sparse_attention": sparse_attention,
     "work_plan": fill_work_plan,
 }

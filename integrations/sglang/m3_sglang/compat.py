@@ -137,11 +137,6 @@ def serves_own_experts() -> bool:
     return not _is_older_than("0.5.23")
 
 
-def has_nvfp4_kernels(device: str) -> bool:
-    """Whether SGLang can multiply NVFP4 experts on such a device at all."""
-    return device != "cpu"
-
-
 def why_sglang_serves_it_better(hf_config: Any) -> str | None:
     """Why a checkpoint of M3.1 is left to SGLang on this machine; None if it is not.
 

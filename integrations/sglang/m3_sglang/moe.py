@@ -25,6 +25,7 @@ from m3_plugin.model.experts import ExpertProbe, KnownExperts
 from m3_sglang.compat import expert_offset, is_capturing, second_stream, tensor_parallel_size
 from m3_sglang.quantization import Mxfp8ExpertsMethod
 from m3_sglang.router import M3Router
+from m3_sglang.stored_weights import StoredExpertsMethod
 
 # SGLang's activations add a fixed 1 to `up`.
 _HOST_BETA = 1.0
@@ -118,7 +119,7 @@ class M3MoE(nn.Module):
         )
         # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
         # say nothing when told that they are not: the rows are interleaved after loading.
-        ours = isinstance(self.experts.quant_method, Mxfp8ExpertsMethod) or (
+        ours = isinstance(self.experts.quant_method, (Mxfp8ExpertsMethod, StoredExpertsMethod)) or (
             getattr(self.experts, "scheme", None) is not None
         )
         self.interleave = device_type == "cpu" and not ours

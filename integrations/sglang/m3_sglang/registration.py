@@ -15,6 +15,7 @@ from m3_plugin.attention.backends import INDEX_KEYS, choose_kernels
 from m3_plugin.host.presence import PluginRefusal, attestation, require_tested
 from m3_plugin.model.released import misnamed_model
 from m3_plugin.model.taking import refusal, stands_aside
+from m3_plugin.quantization.dialects import Quantization
 from m3_plugin.settings import Settings, remarks
 from m3_sglang.chats import register_chats
 from m3_sglang.compat import (
@@ -22,7 +23,6 @@ from m3_sglang.compat import (
     deep_gemm_is_the_default,
     device_type,
     has_cache_budget,
-    has_nvfp4_kernels,
     needs_vision_config_attributes,
     needs_weight_only_mxfp8,
     read_config,
@@ -59,6 +59,8 @@ CACHE_BUDGET = (
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
 )
 MXFP8_METHOD = "m3_mxfp8"
+# On a CPU, every other format.
+STORED_METHOD = "m3_stored"
 CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 
 
@@ -323,18 +325,11 @@ def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
             "quantization": None,
             "moe_runner_backend": "triton" if runner == "auto" else runner,
         }
-    if quantization.has_own_experts and not has_nvfp4_kernels(server_args.device):
-        raise ValueError(
-            "m3-plugin: SGLang has no kernels for NVFP4 experts on a CPU: set "
-            "M3_PLUGIN_DEQUANTIZE=1, which loads them in 16 or 32 bits"
-        )
+    if is_stored(quantization, server_args.device):
+        require_one_tokenizer(server_args)
+        return {"quantization": STORED_METHOD, "moe_runner_backend": "triton"}
     if quantization.method == "mxfp8" and needs_weight_only_mxfp8(server_args.device):
-        workers = getattr(server_args, "tokenizer_worker_num", 1)
-        if workers > 1:
-            raise ValueError(
-                "m3-plugin: --tokenizer-worker-num must be 1 for MXFP8 on this chip; got "
-                f"{workers}: SGLang loads no plugins in these workers, and the method is ours"
-            )
+        require_one_tokenizer(server_args)
         return {
             "quantization": MXFP8_METHOD,
             "moe_runner_backend": "marlin" if quantization.has_own_experts else "triton",
@@ -342,6 +337,28 @@ def weight_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
     if quantization.method == "mxfp8" and runner == "auto":
         return right_experts(server_args.device)
     return {}
+
+
+def is_stored(quantization: Quantization | None, device: str) -> bool:
+    """Whether a checkpoint is served by `m3_sglang.stored_weights`."""
+    if quantization is None or device != "cpu":
+        return False
+    return quantization.method != "mxfp8" or quantization.has_own_experts
+
+
+def require_one_tokenizer(server_args: Any) -> None:
+    """Refuse tokenizer workers where the quantisation method is ours.
+
+    Raises
+    ------
+    ValueError : there are several.
+    """
+    workers = getattr(server_args, "tokenizer_worker_num", 1)
+    if workers > 1:
+        raise ValueError(
+            "m3-plugin: --tokenizer-worker-num must be 1 for quantised weights on this chip; got "
+            f"{workers}: SGLang loads no plugins in these workers, and the method is ours"
+        )
 
 
 def count_as_mxfp8(original: Any, hf_config: Any) -> Any:
@@ -382,20 +399,39 @@ def settle_quantization(original: Any, model_config: Any) -> None:
         model_config.quantization = MXFP8_METHOD
         quantization.QUANTIZATION_METHODS[MXFP8_METHOD] = M3Mxfp8Config
         quantization.CPU_QUANTIZATION_METHODS[MXFP8_METHOD] = M3Mxfp8Config
+    elif model_config.quantization == STORED_METHOD or is_stored_draft(model_config):
+        from sglang.srt.layers import quantization
+
+        from m3_sglang.stored_weights import M3StoredConfig
+
+        model_config.quantization = STORED_METHOD
+        quantization.QUANTIZATION_METHODS[STORED_METHOD] = M3StoredConfig
+        quantization.CPU_QUANTIZATION_METHODS[STORED_METHOD] = M3StoredConfig
     else:
         original(model_config)
 
 
 def is_weight_only_draft(model_config: Any) -> bool:
     """Whether an MTP module is weight-only MXFP8 here: SGLang asks `weight_defaults` of targets."""
-    if not model_config.is_draft_model or model_config.quantization is not None:
+    quantization, device = draft_quantization(model_config)
+    if quantization is None or quantization.method != "mxfp8" or is_stored(quantization, device):
         return False
+    return needs_weight_only_mxfp8(device)
+
+
+def is_stored_draft(model_config: Any) -> bool:
+    """Whether an MTP module is served by `m3_sglang.stored_weights`."""
+    return is_stored(*draft_quantization(model_config))
+
+
+def draft_quantization(model_config: Any) -> tuple[Quantization | None, str]:
+    """How an MTP module's checkpoint is quantised if SGLang leaves that open, and the device."""
+    if not model_config.is_draft_model or model_config.quantization is not None:
+        return None, ""
     from sglang.srt.runtime_context import get_server_args
 
     server_args: Any = get_server_args()
-    quantization = read_draft_config(model_config.hf_config).quantization
-    mxfp8 = quantization is not None and quantization.method == "mxfp8"
-    return mxfp8 and needs_weight_only_mxfp8(server_args.device)
+    return read_draft_config(model_config.hf_config).quantization, server_args.device
 
 
 def apply_around(hooks: Mapping[str, Callable[..., Any]], *, needed_for: str) -> None:

@@ -8,7 +8,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
-from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_dequantiser
+from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_rewriter
 from m3_plugin.checkpoint.names import MTP_PREFIX, is_draft_tensor, mtp_modules, text_modules
 from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.model.config import M3Config
@@ -74,7 +74,7 @@ def _weight_loader(
             num_experts=config.num_experts,
         ),
         default_loader=default_weight_loader,
-        dequantiser=chosen_dequantiser(config),
+        rewriter=chosen_rewriter(model, config),
         is_foreign=is_foreign,
         witness=witness,
     )

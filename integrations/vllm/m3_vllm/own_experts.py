@@ -21,7 +21,6 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from m3_plugin.quantization.chips import WEIGHT_ONLY_NVFP4
 from m3_plugin.quantization.dialects import read_quantization
-from m3_vllm.compat import device_type
 from m3_vllm.registry import why_left_alone
 
 if TYPE_CHECKING:
@@ -65,22 +64,7 @@ class OwnExperts(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> OwnExperts:
-        """vLLM's config for the dense layers, with the list under either of its two names.
-
-        Raises
-        ------
-        ValueError : on a CPU, for which vLLM has no kernels of these formats.
-        """
-        if device_type() == "cpu":
-            raise ValueError(
-                "vLLM has no kernels for MXFP8 and NVFP4 weights on a CPU: set "
-                "M3_PLUGIN_DEQUANTIZE=1, which loads them in 16 or 32 bits"
-            )
-        return cls.of(config)
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> OwnExperts:
-        """`from_config` whatever the device."""
+        """vLLM's config for the dense layers, with the list under either of its two names."""
         from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config
 
         kept = config.get("ignored_layers") or config.get("modules_to_not_convert") or []

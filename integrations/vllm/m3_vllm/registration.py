@@ -58,7 +58,10 @@ def register_with_vllm() -> None:
             register_plain_weights(tuple(ARCHITECTURES))
         else:
             from m3_vllm.own_experts import register_own_experts
+            from m3_vllm.stored_weights import register_stored_weights
 
+            # first: on a CPU it takes all formats
+            register_stored_weights(tuple(ARCHITECTURES))
             register_own_experts(tuple(ARCHITECTURES))
     except Exception as error:
         if settings.required:

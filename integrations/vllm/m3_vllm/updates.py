@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.checkpoint.loading import TakesCacheScales, WeightLoader
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.checkpoint.stream import Dequantiser
 from m3_plugin.checkpoint.updates import (
     LoadedForm,
     VisionWeights,
@@ -146,9 +147,8 @@ class ServedWeights(nn.Module, AttentionLayerBase):
                 if name.startswith(VISION_PREFIXES):
                     vision.load(name, tensor)
                     continue
-                plain = text.take(name.removeprefix(TEXT_PREFIX), tensor)
-                if plain is not None:
-                    self._wait_for_layer(text, *plain)
+                for part, value in text.take(name.removeprefix(TEXT_PREFIX), tensor):
+                    self._wait_for_layer(text, part, value)
             if not by_host:
                 self._require_whole_if_packed(text)
             self._keep_scales(text)
@@ -182,7 +182,7 @@ class ServedWeights(nn.Module, AttentionLayerBase):
 
     def _can_wait(self, text: WeightLoader) -> bool:
         """Whether the tensors of a layer can be counted: of stored scales vLLM counts elements."""
-        return text.config.quantization is None or text.dequantiser is not None
+        return text.config.quantization is None or isinstance(text.rewriter, Dequantiser)
 
     def _parts_of(self, text: WeightLoader) -> dict[str, set[str]]:
         if not self.parts:

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe import fused_moe_make_expert_params_ma
 from vllm.model_executor.model_loader.ep_weight_filter import compute_local_expert_ids
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_dequantiser
+from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_rewriter
 from m3_plugin.checkpoint.names import (
     EMBEDDING,
     expert_of,
@@ -25,7 +25,7 @@ from m3_plugin.checkpoint.plan import index_is_alike
 from m3_plugin.model.config import M3Config
 from m3_plugin.settings import Settings
 
-_FUSED: dict[str, tuple[str, Shard]] = {
+FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
     "k_proj": ("qkv_proj", "k"),
     "v_proj": ("qkv_proj", "v"),
@@ -55,7 +55,7 @@ def fused_projections(
     """
     dequantise = Settings.from_environment().dequantize
     alike = not adapted and index_is_alike(config, dequantise=dequantise, draft=draft)
-    return _FUSED if alike else _FUSED | _INDEX_APART
+    return FUSED if alike else FUSED | _INDEX_APART
 
 
 def text_weight_loader(
@@ -172,7 +172,7 @@ def _weight_loader(
         default_loader=default_weight_loader,
         # vLLM's mxfp8 layers call the stored block scale by the name without "_inv"
         rename=lambda name: name.replace("weight_scale_inv", "weight_scale"),
-        dequantiser=chosen_dequantiser(config),
+        rewriter=chosen_rewriter(model, config),
         optional=frozenset(module for module in expected if expert_of(module) in unread),
         **rules,
     )

@@ -11,6 +11,7 @@ from m3_kernels.mxfp8_linear.call import Mxfp8Linear
 MXFP8_LINEAR = Op[Mxfp8Linear](
     "mxfp8_linear",
     {
+        "native": Runs("native:mxfp8_linear_native"),
         "torch": Runs("torch_cpu:mxfp8_linear_torch"),
         "triton": Runs("triton:mxfp8_linear_triton"),
         "reference": Runs("reference:mxfp8_linear_reference"),
@@ -39,7 +40,7 @@ def mxfp8_linear(
         2 ** (u - 127) of 32 neighbouring columns, 255 is not a number
     group_starts : int32 [groups + 1], never decreasing: group g has the rows of x from
         group_starts[g] to before group_starts[g + 1]; rows of no group become 0
-    backend : an implementation by name, or "auto" for the best one here; "native" does not exist
+    backend : an implementation by name, or "auto" for the best one here
 
     Returns
     -------

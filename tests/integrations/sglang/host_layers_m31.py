@@ -33,7 +33,7 @@ def without_a_gpu() -> None:
     host.create_moe_runner = lambda self, layer, config: None
     host.process_weights_after_loading = lambda self, layer: None
     plugin: Any = registration
-    plugin.has_nvfp4_kernels = lambda device: True
+    plugin.is_stored = lambda quantization, device: False
     proof: Any = moe.ExpertProof
     proof.run = lambda self: None
 

@@ -100,20 +100,30 @@ def head_rounding(checkpoint: Path, token_ids: list[int]) -> float:
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("quant", [quant for quant in RECIPES if quant != "mxfp8"])
-def test_the_constructed_checkpoint_answers_right_dequantised(
-    constructed_quantised: QuantisedCheckpoints, tmp_path: Path, quant: QuantName
+@pytest.mark.parametrize(
+    ("quant", "environment"),
+    # columns in another order are not multiplied as stored
+    [
+        ("gptq", DEQUANTISE),
+        *((quant, {}) for quant in RECIPES if quant not in ("mxfp8", "gptq")),
+    ],
+)
+def test_the_constructed_checkpoint_answers_right_in_every_format(
+    constructed_quantised: QuantisedCheckpoints,
+    tmp_path: Path,
+    quant: QuantName,
+    environment: dict[str, str],
 ) -> None:
-    """The same for weights that become plain ones while they are loaded."""
+    """The same for the other formats, as stored or as plain weights."""
     prompt = needle_prompt(8192, num_tokens=8192)
     with EngineProcess(
         constructed_quantised.stored(quant),
         log=tmp_path / "engine.log",
-        environment=DEQUANTISE,
+        environment=environment,
         context_length=16384,
     ) as engine:
         (answer,) = engine.generate([list(prompt.token_ids)], max_tokens=prompt.max_tokens)
-        assert "dequantised to" in engine.log_text()
+        assert ("dequantised to" in engine.log_text()) == (environment == DEQUANTISE)
     assert tuple(answer.token_ids) == prompt.expected_ids
     assert prompt.dense_answer not in (None, answer.text)
 
@@ -122,7 +132,7 @@ def test_the_constructed_checkpoint_answers_right_dequantised(
 @pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
 @pytest.mark.parametrize(
     ("quant", "kept", "environment"),
-    [("mxfp8", False, {}), ("mxfp8", True, {}), ("nvfp4", False, DEQUANTISE)],
+    [("mxfp8", False, {}), ("mxfp8", True, {}), ("nvfp4", False, {})],
 )
 def test_a_quantised_checkpoint_drafts_for_itself(
     drafting_quantised: QuantisedCheckpoints,
@@ -229,7 +239,11 @@ def test_which_checkpoints_stay_in_eight_bits(
 ) -> None:
     ours = {"quantization": "m3_mxfp8", "moe_runner_backend": "triton"}
     assert served(random_quantised.stored("mxfp8")) == ours
-    assert served(random_quantised.stored("nvfp4")) == {}
+    stored = {"quantization": "m3_stored", "moe_runner_backend": "triton"}
+    assert served(random_quantised.stored("nvfp4")) == stored
+    assert served(random_quantised.stored("nvfp4"), device="cuda") == {}
+    with pytest.raises(ValueError, match="--tokenizer-worker-num must be 1 for quantised weights"):
+        served(random_quantised.stored("awq"), tokenizer_worker_num=2)
     assert served(random_quantised.source) == {}
     from sglang.srt import utils
 

@@ -45,26 +45,28 @@ def without_kernels() -> None:
     host.select_nvfp4_moe_backend = lambda *args, **kwargs: (NvFp4MoeBackend.MARLIN, None)
 
 
-def build(stored: Path) -> tuple[nn.Module, M3Config]:
-    """Our model around vLLM's layers, with the checkpoint loaded."""
+def build(stored: Path, *, own: bool = False) -> tuple[nn.Module, M3Config]:
+    """Our model around vLLM's layers, or those of our own for a CPU, with the checkpoint loaded."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.plugins import load_general_plugins
 
-    from m3_vllm import own_experts
+    from m3_vllm import stored_weights
 
     load_general_plugins()
-    # M3.1 is refused on a CPU where it is not dequantised
-    plugin: Any = own_experts
-    plugin.device_type = lambda: "cuda"
+    if not own:
+        # on a CPU no checkpoint is left to vLLM's own layers
+        choosing: Any = stored_weights
+        choosing.device_type = lambda: "cuda"
     config = EngineArgs(model=str(stored), dtype="bfloat16", enforce_eager=True)
     vllm_config = config.create_engine_config()
     with set_current_vllm_config(vllm_config), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)
-        without_kernels()
+        if not own:
+            without_kernels()
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         model: Any = initialize_model(vllm_config=vllm_config)

@@ -43,15 +43,19 @@ def test_logprobs_are_those_of_the_dequantised_weights(
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("quant", RECIPES)
+@pytest.mark.parametrize(
+    ("quant", "environment"),
+    # columns in another order are not multiplied as stored
+    [("gptq", DEQUANTISE), *((quant, {}) for quant in RECIPES if quant != "gptq")],
+)
 def test_the_constructed_checkpoint_answers_right(
-    constructed_quantised: QuantisedCheckpoints, quant: QuantName
+    constructed_quantised: QuantisedCheckpoints, quant: QuantName, environment: dict[str, str]
 ) -> None:
     """8K tokens with decoys: the right blocks are chosen, whatever the weights were rounded to."""
     prompt = needle_prompt(8192, num_tokens=8192)
     with EngineProcess(
         constructed_quantised.stored(quant),
-        environment=DEQUANTISE,
+        environment=environment,
         max_model_len=16384,
         max_num_batched_tokens=2048,
     ) as engine:
@@ -61,9 +65,14 @@ def test_the_constructed_checkpoint_answers_right(
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize(("quant", "kept"), [("gptq", False), ("awq", True)])
+@pytest.mark.parametrize(
+    ("quant", "kept", "environment"), [("gptq", False, DEQUANTISE), ("awq", True, {})]
+)
 def test_a_quantised_checkpoint_drafts_for_itself(
-    drafting_quantised: QuantisedCheckpoints, quant: QuantName, kept: bool
+    drafting_quantised: QuantisedCheckpoints,
+    quant: QuantName,
+    kept: bool,
+    environment: dict[str, str],
 ) -> None:
     """Decoys beyond the budget; the MTP module quantised as the rest, or the only part that is not.
 
@@ -75,7 +84,7 @@ def test_a_quantised_checkpoint_drafts_for_itself(
     prompt = needle_prompt(31, num_tokens=2000, hops=6)
     with EngineProcess(
         checkpoint,
-        environment=DEQUANTISE,
+        environment=environment,
         max_num_batched_tokens=2048,
         speculative_config={"method": "mtp", "num_speculative_tokens": 3},
     ) as engine:
@@ -94,6 +103,43 @@ def test_an_absent_scale_stops_the_start_before_the_model_is_built(
     broken = random_quantised.without_a_scale("mxfp8")
     with pytest.raises(EngineError, match=r"lacks .*index_q_proj\.weight_scale_inv.* in model-"):
         EngineProcess(broken, environment=DEQUANTISE)
+
+
+def test_logprobs_of_weights_in_their_stored_bytes(random_quantised: QuantisedCheckpoints) -> None:
+    """NVFP4 experts, MXFP8 projections and a plain index branch, without an option of ours."""
+    prompt = random_prompt(1300, seed=12)
+    with EngineProcess(random_quantised.stored("nvfp4"), max_num_batched_tokens=512) as engine:
+        ours = torch.tensor(engine.prompt_logprobs(prompt))
+    expected = golden.token_logprobs(random_quantised.reference("nvfp4"), prompt)
+    torch.testing.assert_close(ours, expected, atol=LOGPROB_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("quant", ["awq", pytest.param("fp8", marks=pytest.mark.extended)])
+def test_layers_on_a_cpu_hold_what_the_checkpoint_stores_in_as_many_bytes(
+    random_quantised: QuantisedCheckpoints, tmp_path: Path, quant: str
+) -> None:
+    """Every projection and expert decoded from the parameters that vLLM's loaders filled."""
+    stored = random_quantised.stored(quant)  # type: ignore[arg-type]
+    reference = random_quantised.reference(quant)  # type: ignore[arg-type]
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tests.integrations.vllm.stored_layers"]
+    result = subprocess.run(
+        [*command, str(stored), str(reference), str(report)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found: dict[str, Any] = json.loads(report.read_text())
+    attention = "model.layers.1.self_attn"
+    expected = {f"{attention}.qkv_proj", f"{attention}.o_proj", "model.layers.0.mlp.down_proj"}
+    assert expected | {"model.layers.1.block_sparse_moe.experts"} <= found["layers"].keys()
+    assert {entry["kind"] for entry in found["layers"].values()} == {
+        "int4" if quant == "awq" else "fp8"
+    }
+    assert {name: entry for name, entry in found["layers"].items() if entry["difference"]} == {}
+    assert found["bytes"] <= 1.15 * found["files"]
 
 
 @pytest.mark.parametrize("quant", ["mxfp8", pytest.param("nvfp4", marks=pytest.mark.extended)])

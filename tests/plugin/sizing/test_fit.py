@@ -341,9 +341,10 @@ def test_every_dialect_has_its_size_and_a_way_to_run(
     # a card of unknown kind, and none
     assert as_json(*options, "--gpu", "X", "--gpu-memory", "80")["weights_run"] == {}
     cpu = as_json(*options, "--gpu", "CPU", "--gpu-memory", "2000", "--tp", "1")
-    ours = "this plugin's weight-only" if quant == "mxfp8" else "M3_PLUGIN_DEQUANTIZE=1"
+    # the recipe of gptq reorders columns
+    ours = "M3_PLUGIN_DEQUANTIZE=1" if quant == "gptq" else "this plugin's CPU kernels"
     assert ours in cpu["weights_run"]["SGLang"]
-    assert "M3_PLUGIN_DEQUANTIZE=1" in cpu["weights_run"]["vLLM"]
+    assert ours in cpu["weights_run"]["vLLM"]
 
 
 def test_plain_weights_run_as_they_are() -> None:
@@ -377,9 +378,11 @@ def test_commands_can_be_typed_as_they_stand(tmp_path: Path) -> None:
         assert all(str(tmp_path) in words_of(command) for command in here["commands"].values())
 
 
-def test_a_host_that_widens_weights_is_given_the_numbers_of_those() -> None:
-    """vLLM holds MXFP8 in 16 bits on a CPU: 795 GiB in place of 413."""
-    model = ("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "CPU", "--tp", "1")
+def test_a_host_that_widens_weights_is_given_the_numbers_of_those(tmp_path: Path) -> None:
+    """GPTQ with reordered columns is held in 16 bits on a CPU: 795 GiB in place of 212."""
+    config = released_config() | {"quantization_config": exported("gptq")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ("--model", str(tmp_path), "--gpu", "CPU", "--tp", "1")
     roomy = as_json(*model, "--gpu-memory", "1000")
     words = words_of(roomy["commands"]["vLLM"])
     assert "M3_PLUGIN_DEQUANTIZE=1" in words
@@ -388,11 +391,14 @@ def test_a_host_that_widens_weights_is_given_the_numbers_of_those() -> None:
     length = int(words[words.index("--max-model-len") + 1])
     assert length * roomy["fit"]["bytes_per_token"] <= left * GIB
     assert length < roomy["fit"]["longest_context"]
-    assert "M3_PLUGIN_DEQUANTIZE=1" not in roomy["commands"]["SGLang"]
     tight = as_json(*model, "--gpu-memory", "800")
     assert tight["fits"]
-    assert tight["commands"].keys() == {"SGLang"}
+    assert tight["commands"].keys() == set()
     assert any("no command for vLLM" in remark for remark in tight["remarks"])
+    stored = as_json("--model", "MiniMaxAI/MiniMax-M3-MXFP8", *model[2:], "--gpu-memory", "512")
+    assert stored["fits"]
+    assert stored["commands"].keys() == {"vLLM", "SGLang"}
+    assert not any("DEQUANTIZE" in command for command in stored["commands"].values())
 
 
 def test_media_are_left_out_or_their_profile_is() -> None:
@@ -422,3 +428,25 @@ def test_tokens_of_all_requests_are_told_from_those_of_one() -> None:
     assert "tokens of all requests together" in told
     assert "longest single request" in told
     assert "requests of 1,048,576 tokens at once" in told
+
+
+def test_decoding_on_a_cpu_is_bounded_by_the_bytes_of_a_step(tmp_path: Path) -> None:
+    """NVFP4 experts in 512 GiB; per token 4 of 128 experts, and what 60 layers read of caches."""
+    config = released_config() | {"quantization_config": exported("nvfp4")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    machine = ("--gpu", "CPU", "--gpu-memory", "512", "--tp", "1", "--bandwidth", "400")
+    found = as_json("--model", str(tmp_path), *machine, "--max-model-len", "131072")
+    assert found["fits"]
+    decode = found["decode"]
+    experts, shared = (57 * n * 3 * 3072 * 6144 for n in (4, 1))
+    attention, dense = 60 * (2 * 8192 + 2 * 512) * 6144, 3 * 3 * 12_288 * 6144
+    head, index = 200_064 * 6144 * 2, 57 * (4 + 1) * 128 * 6144 * 2
+    parts = experts * 9 / 16 + (shared + attention + dense) * 33 / 32 + head + index
+    # norms and the router are left
+    assert decode["weights"] == pytest.approx(parts, rel=0.01)
+    layer = 2 * 4 * 128 * 2
+    assert decode["cache"] == (3 * 131_072 + 57 * 2048) * layer + 131_072 * 57 * 256
+    speed = 400e9 / (decode["weights"] + decode["cache"])
+    assert decode["tokens_per_second"] == pytest.approx(speed)
+    plain = as_json("--model", "MiniMaxAI/MiniMax-M3", *machine[:3], "2000", *machine[4:])
+    assert plain["decode"]["weights"] > 2.3 * decode["weights"]

@@ -39,7 +39,7 @@ def test_every_layer_keeps_index_keys() -> None:
 @pytest.mark.parametrize(
     ("arch", "vllm", "sglang"),
     [
-        (None, "DEQUANTIZE", "DEQUANTIZE"),
+        (None, "CPU kernels", "CPU kernels"),
         (75, "DEQUANTIZE", "DEQUANTIZE"),
         (80, "Marlin", "Marlin"),
         (90, "Marlin", "Marlin"),

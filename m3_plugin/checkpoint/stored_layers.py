@@ -1,0 +1,125 @@
+"""Weights of a host's layers in their stored bytes: parameters, and expert tensors into them.
+
+What both adapters need around `m3_plugin.quantization.packing`; a host's own loaders fill the
+parameters of projections, for rows and columns are where its plain weights have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from m3_kernels.stored_matrix import StoredMatrix
+from m3_plugin.checkpoint.names import TEXT_PREFIX
+from m3_plugin.quantization.dialects import PLAIN, Quantization
+from m3_plugin.quantization.packing import PART_NAMES, Layout, PartName, layout_of
+
+
+def stored_layout(
+    quantization: Quantization, prefix: str, *, fused: Mapping[str, str]
+) -> Layout | None:
+    """How a host's layer holds its weights; None if they are plain.
+
+    Parameters
+    ----------
+    quantization : what the checkpoint says
+    prefix : of the host's layer, or "model.layers.3.block_sparse_moe.experts.0.w1" for experts
+    fused : projection -> the host's fused layer, by their last names
+
+    Raises
+    ------
+    ValueError : no layout for the format; the plan has checked that fused weights are alike.
+    """
+    parent, _, name = prefix.removeprefix(TEXT_PREFIX).rpartition(".")
+    parts = [part for part, layer in fused.items() if layer == name] or [name]
+    weight = quantization.format_of(f"{parent}.{parts[0]}")
+    if weight == PLAIN:
+        return None
+    layout = layout_of(weight)
+    if layout is None:
+        raise ValueError(
+            f"m3-plugin: {parent}.{parts[0]} is stored as {weight.name} with reordered columns "
+            "(desc_act) or groups that are no multiple of 16 columns, which cannot be multiplied "
+            "as stored on a CPU; set M3_PLUGIN_DEQUANTIZE=1 if memory suffices"
+        )
+    return layout
+
+
+def stored_parameters(
+    layout: Layout, rows: tuple[int, ...], columns: int
+) -> dict[str, nn.Parameter]:
+    """Uninitialised parts of a weight [*rows, columns] as parameters, by their names.
+
+    Those of a matrix without experts say where a host's loaders find rows (`output_dim`) and
+    columns (`input_dim`).
+
+    Raises
+    ------
+    ValueError : columns that are no whole number of groups.
+    """
+    found = {}
+    for name, tensor in layout.empty(rows, columns).items():
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        if len(rows) == 1:
+            dims = {"output_dim": 0, "input_dim": layout.column_dim(name)}
+            for attribute, dim in dims.items():
+                if dim is not None:
+                    setattr(parameter, attribute, dim)
+        found[name] = parameter
+    return found
+
+
+class StoredWeight:
+    """The weight that some parameters of a layer hold, for whoever multiplies with it.
+
+    Parameters
+    ----------
+    layout : of the weight
+    prefix : of the parameters' names, "w13_" for experts
+    """
+
+    def __init__(self, layout: Layout, *, prefix: str = "") -> None:
+        self.layout = layout
+        self.prefix = prefix
+        self._made: StoredMatrix | None = None
+
+    def of(self, layer: nn.Module) -> StoredMatrix:
+        """The matrix; made again if a host has put other memory in the parameters' place."""
+        codes = layer.get_parameter(f"{self.prefix}codes")
+        if self._made is None or self._made.codes.data_ptr() != codes.data_ptr():
+            own = dict(layer.named_parameters(recurse=False))
+            parts: dict[PartName, Tensor] = {
+                part: own[f"{self.prefix}{part}"].data
+                for part in PART_NAMES
+                if f"{self.prefix}{part}" in own
+            }
+            self._made = self.layout.matrix(parts)
+        return self._made
+
+
+def write_expert(
+    parameter: nn.Parameter, tensor: Tensor, *, matrix: str, expert: int, rank: int
+) -> None:
+    """Write a part of one expert's w1, w2 or w3, of which this rank keeps its channels.
+
+    Parameters
+    ----------
+    parameter : [experts, ...] of this rank, gate rows before up rows
+    tensor : the whole part
+    matrix, expert : whose it is; the expert's number on this rank
+    rank : of those that share each expert
+    """
+    target = parameter.data[expert]
+    if matrix != "w2":
+        half = target.shape[0] // 2
+        target = target[half:] if matrix == "w3" else target[:half]
+    for dim, own in enumerate(target.shape):
+        if tensor.shape[dim] != own:
+            tensor = tensor.narrow(dim, rank * own, own)
+    target.copy_(tensor)
+
+
+def holds_stored_bytes(names: Iterable[str]) -> bool:
+    """Whether a model with parameters of these names keeps weights in their stored bytes."""
+    return any(name.endswith("codes") for name in names)
