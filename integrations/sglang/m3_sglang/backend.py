@@ -32,14 +32,10 @@ from m3_sglang.compat import (
 )
 from m3_sglang.cpu_dense import cpu_dense_backend
 from m3_sglang.graphs import GraphBuffers
+from m3_sglang.hooks import WRAPPER, wrapper_hook_is_applied
 from m3_sglang.options import require_served
+from m3_sglang.ours import MODEL_PACKAGE, is_ours
 from m3_sglang.plain_dense import PlainDenseBackend
-from m3_sglang.registration import (
-    MODEL_PACKAGE,
-    WRAPPER,
-    is_ours,
-    wrapper_hook_is_applied,
-)
 from m3_sglang.session import index_dtype, worker_session
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 from m3_plugin.model.typed_tokens import CUT, TypedTokens, encode_cut, without_cuts
+from m3_sglang.ours import is_ours
 
 _CHAT = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat."
 RENDER = _CHAT + "_render_and_encode_chat_template"
@@ -39,8 +40,6 @@ def register_chats() -> None:
 
 def typed_tokens(chat: Any) -> TypedTokens | None:
     """Of the server's tokenizer; None for models that are not ours."""
-    from m3_sglang.registration import is_ours
-
     if not is_ours(chat.tokenizer_manager.model_config.hf_config):
         return None
     return _of(chat.tokenizer_manager.tokenizer)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from m3_plugin.host.presence import PluginRefusal
-from m3_sglang.registration import apply_around
+from m3_sglang.hooks import apply_around
 from m3_sglang.rope import PlainRotaryEmbedding
 
 

@@ -17,8 +17,9 @@ def facts() -> dict[str, Any]:
 
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
+    from m3_sglang.hooks import wrapper_hook_is_applied
     from m3_sglang.options import BACKEND_NAME
-    from m3_sglang.registration import ARCHITECTURES, wrapper_hook_is_applied
+    from m3_sglang.ours import ARCHITECTURES
 
     hooked = wrapper_hook_is_applied() and BACKEND_NAME in ATTENTION_BACKENDS
     return {
@@ -36,7 +37,7 @@ def resolve(architecture: str, *, hooked: bool) -> tuple[str, bool]:
     """The class that would be built, and whether it and the attention backend are ours."""
     from sglang.srt.models.registry import ModelRegistry
 
-    from m3_sglang.registration import MODEL_PACKAGE
+    from m3_sglang.ours import MODEL_PACKAGE
 
     try:
         model, _ = ModelRegistry.resolve_model_cls(architecture)

@@ -33,8 +33,8 @@ from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
 from m3_plugin.quantization.dialects import Quantization, read_quantization
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8
 from m3_sglang.compat import stored_quantization
+from m3_sglang.ours import MXFP8_METHOD
 from m3_sglang.own_experts import weight_only_experts
-from m3_sglang.registration import MXFP8_METHOD
 from m3_sglang.weights import FUSED
 
 SCALE = Mxfp8().scale

@@ -6,13 +6,12 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 from m3_kernels.index_pages import channels
 from m3_plugin.attention.backends import INDEX_KEYS, choose_kernels
-from m3_plugin.host.presence import PluginRefusal, attestation, require_tested
+from m3_plugin.host.presence import attestation, require_tested
 from m3_plugin.model.released import misnamed_model
 from m3_plugin.model.taking import refusal, stands_aside
 from m3_plugin.quantization.dialects import Quantization
@@ -31,21 +30,26 @@ from m3_sglang.compat import (
     sglang_version,
     why_left_alone,
 )
+from m3_sglang.hooks import WRAPPER
 from m3_sglang.options import BACKEND_NAME, m3_defaults
+from m3_sglang.ours import (
+    ARCHITECTURES,
+    DRAFT_ARCHITECTURE,
+    MODEL_PACKAGE,
+    MXFP8_METHOD,
+    STORED_METHOD,
+    is_ours,
+)
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration")
-DRAFT_ARCHITECTURE = "MiniMaxM3MTP"
 # Where SGLang's own classes are; it has none for the draft.
 SGLANGS_OWN = {
     "MiniMaxM3SparseForCausalLM": "sglang.srt.models.minimax_m3",
     "MiniMaxM3SparseForConditionalGeneration": "sglang.srt.models.minimax_m3_vl",
 }
 DRAFT_MODEL_TYPE = "minimax_m3_mtp"
-MODEL_PACKAGE = "m3_sglang.models"
 PROCESSOR_PACKAGE = "m3_sglang.processors"
-WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
 MODEL_CLASS = "sglang.srt.model_loader.utils.get_model_architecture"
 MEDIA_PROCESSOR = "sglang.srt.managers.multimodal_processor.get_mm_processor"
 QUANTIZATION = "sglang.srt.configs.model_config.ModelConfig._verify_quantization"
@@ -58,9 +62,7 @@ OWN_EXPERTS = "sglang.srt.arg_groups.model_overrides.minimax_m3._resolve_quant_m
 CACHE_BUDGET = (
     "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
 )
-MXFP8_METHOD = "m3_mxfp8"
 # On a CPU, every other format.
-STORED_METHOD = "m3_stored"
 CPU_CONFIG = "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp"
 
 
@@ -128,21 +130,6 @@ def _register_backend() -> None:
         HookRegistry.register(CACHE_BUDGET, keep_room, HookType.AROUND)
     if needs_vision_config_attributes():
         HookRegistry.register(CPU_CONFIG, give_vision_config_attributes, HookType.BEFORE)
-
-
-def is_ours(hf_config: Any, *, draft: bool = False) -> bool:
-    """Whether the model of this config is M3 or its MTP module, and one that we serve exactly.
-
-    Parameters
-    ----------
-    hf_config : of the model
-    draft : the model is to be the MTP module, whatever architecture the config names
-    """
-    architecture = (hf_config.architectures or [None])[0]
-    if architecture not in (*ARCHITECTURES, DRAFT_ARCHITECTURE):
-        return False
-    draft = draft or architecture == DRAFT_ARCHITECTURE
-    return why_left_alone(hf_config, draft=draft) is None
 
 
 def choose_model_class(original: Any, model_config: Any) -> tuple[Any, str]:
@@ -432,38 +419,6 @@ def draft_quantization(model_config: Any) -> tuple[Quantization | None, str]:
 
     server_args: Any = get_server_args()
     return read_draft_config(model_config.hf_config).quantization, server_args.device
-
-
-def apply_around(hooks: Mapping[str, Callable[..., Any]], *, needed_for: str) -> None:
-    """Wrap functions of SGLang after its start, once each; `from` imports of them are wrapped too.
-
-    Parameters
-    ----------
-    needed_for : what cannot be served without them, for the error
-
-    Raises
-    ------
-    PluginRefusal : SGLang has no function of that name; it would only log that.
-    """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    for target, hook in hooks.items():
-        if target not in HookRegistry._patched:
-            HookRegistry.register(target, hook, HookType.AROUND)
-    HookRegistry.apply_hooks()
-    missing = [target for target in hooks if target not in HookRegistry._patched]
-    if missing:
-        raise PluginRefusal(
-            f"this SGLang lacks {', '.join(missing)}, needed for {needed_for}; install a tested "
-            "release"
-        )
-
-
-def wrapper_hook_is_applied() -> bool:
-    """Whether SGLang's function is really wrapped: a vanished hook target is only logged there."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    return WRAPPER in HookRegistry._patched
 
 
 def _register_defaults() -> None:

@@ -18,8 +18,9 @@ from m3_sglang import cpu_repairs
 from m3_sglang.backend import M3AttentionBackend, dense_backend_name
 from m3_sglang.batch import UniformStep, msa_batch
 from m3_sglang.cpu_dense import cpu_dense_backend
+from m3_sglang.hooks import apply_around
 from m3_sglang.options import BACKEND_NAME
-from m3_sglang.registration import apply_around, is_ours
+from m3_sglang.ours import is_ours
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch

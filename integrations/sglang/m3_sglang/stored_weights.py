@@ -34,7 +34,7 @@ from m3_plugin.checkpoint.stored_layers import (
 from m3_plugin.quantization.dialects import Quantization, read_quantization
 from m3_plugin.quantization.packing import Layout
 from m3_sglang.compat import stored_quantization
-from m3_sglang.registration import STORED_METHOD
+from m3_sglang.ours import STORED_METHOD
 from m3_sglang.weights import FUSED
 
 # SGLang's experts add a fixed 1 to `up`.

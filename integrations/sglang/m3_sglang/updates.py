@@ -27,7 +27,7 @@ from m3_plugin.checkpoint.updates import (
     require_folder,
     update_in_place,
 )
-from m3_sglang.registration import apply_around
+from m3_sglang.hooks import apply_around
 
 logger = logging.getLogger(__name__)
 
