@@ -178,7 +178,8 @@ def test_ollamas_chat_too(front: Front) -> None:
     def ids(words: str) -> list[int]:
         messages: Any = [{"role": "user", "content": words}]
         request = OllamaChatRequest(model="m3", messages=messages, stream=False)
-        asyncio.run(OllamaServing(Manager()).handle_chat(request, None))
+        raw: Any = None
+        asyncio.run(OllamaServing(Manager()).handle_chat(request, raw))
         return sent.pop()
 
     assert front.added(ids(TYPED)) == front.added(ids("so"))
