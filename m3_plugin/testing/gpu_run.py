@@ -23,9 +23,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from m3_plugin.host.children import child_environment, python
+
 SECONDS = 480
 ROOT = Path(__file__).parents[2]
-PYTHON = (sys.executable, "-P")
+PYTHON = tuple(python())
 CLI = (*PYTHON, "-m", "m3_plugin.cli")
 # A start of torch and Triton is not worth less.
 LEAST_SECONDS = 10
@@ -146,7 +148,7 @@ def _run(step: Step, folder: Path, *, left: float) -> Outcome:
             stdout=printed,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path},
+            env=child_environment({"PYTHONPATH": path}),
             start_new_session=True,
         )
         try:
