@@ -257,7 +257,10 @@ _KNOWN: Mapping[str, frozenset[str]] = {
     ),
 }
 # What hosts add to any of them.
-_ADDED = _keys("quant_method packed_modules_mapping quantization_config_file")
+_ADDED = _keys(
+    "quant_method packed_modules_mapping quantization_config_file total_num_heads "
+    "total_num_kv_heads"
+)
 
 
 def _require_known(config: Mapping[str, Any], known: frozenset[str]) -> None:

@@ -116,8 +116,10 @@ def require_served(vllm_config: VllmConfig, config: M3Config) -> None:
         if asked(vllm_config):
             raise ValueError(f"{option} cannot be used with MSA layers: {reason}")
     media = getattr(vllm_config.model_config, "multimodal_config", None)
+    # the decoding half of a disaggregated pair has it set by vLLM, which nobody asked for
+    unasked = {"enable_mm_embeds"} if getattr(media, "allow_missing_mm_embeddings", 0) else set()
     for name, option, reason in _REFUSED_MEDIA:
-        if getattr(media, name, False):
+        if getattr(media, name, False) and name not in unasked:
             raise ValueError(f"{option} cannot be used with MiniMax-M3: {reason}")
     _require_one_cache_dtype(vllm_config, config)
     for asked, message in _UNHEARD:

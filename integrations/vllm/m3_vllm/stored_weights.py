@@ -24,9 +24,6 @@ from m3_vllm.registry import why_left_alone
 
 METHOD = "m3_stored"
 
-# What vLLM adds to the section of a compressed-tensors checkpoint.
-_WRITTEN = ("total_num_heads", "total_num_kv_heads")
-
 
 def register_stored_weights(architectures: tuple[str, ...]) -> None:
     """Register the method for checkpoints of these architectures."""
@@ -59,9 +56,7 @@ class StoredWeights(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> StoredWeights:
-        quantization = read_quantization(
-            {key: value for key, value in config.items() if key not in _WRITTEN}
-        )
+        quantization = read_quantization(config)
         assert quantization is not None
         return cls(quantization)
 

@@ -223,6 +223,14 @@ def test_options_of_media_are_refused_by_name(name: str, message: str) -> None:
         require_served(config, RELEASED)
 
 
+def test_what_vllm_sets_itself_for_a_decoding_engine_is_no_wish() -> None:
+    config = VllmConfig()
+    media = MultiModalConfig(enable_mm_embeds=True)
+    media.allow_missing_mm_embeddings = True
+    object.__setattr__(config, "model_config", SimpleNamespace(multimodal_config=media))
+    require_served(config, RELEASED)
+
+
 def test_adapters_and_drafts_are_not_served_together() -> None:
     config = VllmConfig()
     object.__setattr__(config, "lora_config", LoRAConfig())
