@@ -293,7 +293,7 @@ def test_a_checkpoint_without_processor_files(tmp_path: Path) -> None:
     def rendered(content: Any, **options: Any) -> list[int]:
         config = ModelConfig(model=str(folder), dtype="float32", max_model_len=8192, **options)
         renderer = renderer_from_config(VllmConfig(model_config=config))
-        chat = [{"role": "user", "content": content}]
+        chat: Any = [{"role": "user", "content": content}]
         prompt: Any
         (prompt,) = renderer.render_chat([chat], ChatParams())[1]
         return prompt["prompt_token_ids"]
