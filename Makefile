@@ -3,6 +3,7 @@
 #   make demo              serve the demo checkpoint on a real vLLM on this CPU, ask, check the answers
 #   make demo HOST=sglang  the same on a real SGLang
 #   make test              linters and all tests, those through real engines and servers included
+#   make test-quick        what needs no engine, compiler or long wait: a few minutes, while one works
 #   make test-kernels      kernels against their references, on the CPU and through compilers for GPUs
 #   make test-plugin       plugin, command line and documentation
 #   make test-vllm         through real vLLM engines and servers
@@ -57,7 +58,7 @@ BUILD := .venv/build
 
 SCREENS := docs/screens
 
-.PHONY: gpu-run mutants wheel screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
+.PHONY: test-quick test-quick-kernels test-quick-plugin gpu-run mutants wheel screens quick-start kernels-table demo test test-kernels test-plugin test-vllm test-sglang test-sglang-previous test-matrix lint lint-sglang env env-sglang clean
 
 env: $(VLLM_VENV)/.ready
 env-sglang: $(SGLANG_VENV)/.ready
@@ -158,6 +159,28 @@ lint-sglang: env env-sglang
 # Two at a time, the longest first: an engine spends much of its start on one core.
 test:
 	$(MAKE) --no-print-directory --jobs 2 test-sglang test-vllm test-kernels test-plugin
+
+# What a quick look leaves out: compilers, interpreted kernels of whole layers, and
+# what takes more than ten seconds.
+SLOW := $(addprefix tests/kernels/,test_native_build.py test_invariance.py test_addressing.py) \
+  $(addprefix tests/kernels/triton/test_,compile_gate.py races.py flashinfer_session.py \
+    decode_rows.py host_time.py) \
+  $(addprefix tests/plugin/cli/test_,check.py bench_kernels.py bench_cpu.py) \
+  $(addprefix tests/plugin/attention/test_,workspace.py session_in_a_model.py self_test.py) \
+  $(addprefix tests/plugin/testing/test_,mtp_checkpoints.py m31.py gpu_run.py) \
+  $(addprefix tests/plugin/,model/test_vision_shares.py host/test_torchvision_ops.py \
+    diagnosis/test_doctor.py checkpoint/test_plan.py)
+
+test-quick: env
+	$(MAKE) --no-print-directory --jobs 2 test-quick-kernels test-quick-plugin
+
+test-quick-kernels:
+	$(BIN)/pytest -q $(SLOW:%=--ignore=%) tests/kernels
+
+test-quick-plugin:
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q $(SLOW:%=--ignore=%) tests/plugin tests/test_architecture.py
 
 test-kernels: lint $(TRITONS_READY) $(FLASHINFER)/.ready
 	$(BIN)/pytest tests/kernels
