@@ -6,7 +6,7 @@ custom methods first. Ours takes over M3 and nothing else; our loader does the r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,20 +24,26 @@ METHOD = "m3_dequantized"
 
 def register_plain_weights(architectures: tuple[str, ...]) -> None:
     """Register the method for checkpoints of these architectures."""
-
-    @register_quantization_config(METHOD)
-    class M3PlainWeights(PlainWeights):
-        @classmethod
-        def override_quantization_method(
-            cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-        ) -> Any:
-            found = getattr(hf_config, "architectures", None) or [None]
-            ours = found[0] in architectures and why_left_alone(hf_config) is None
-            return METHOD if ours else None
+    PlainWeights.architectures = architectures
+    register_quantization_config(METHOD)(PlainWeights)
 
 
 class PlainWeights(QuantizationConfig):
-    """Every layer unquantised."""
+    """Every layer unquantised.
+
+    vLLM sends an object of it to the processes of other ranks, which find the class by its name.
+    """
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> Any:
+        """Our method for an M3 that is ours to serve."""
+        found = getattr(hf_config, "architectures", None) or [None]
+        ours = found[0] in cls.architectures and why_left_alone(hf_config) is None
+        return METHOD if ours else None
 
     def get_name(self) -> Any:
         return METHOD

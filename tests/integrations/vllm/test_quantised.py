@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers import quantization
 
 from m3_plugin.quantization.chips import LEAST_CAPABILITY
 from m3_plugin.testing.prompts import needle_prompt
 from m3_plugin.testing.quantised import RECIPES, QuantName
+from m3_vllm.quantization import register_plain_weights
+from m3_vllm.stored_weights import register_stored_weights
 from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
@@ -227,3 +231,17 @@ def test_other_models_keep_their_quantisation() -> None:
         env=os.environ | DEQUANTISE,
     )
     assert result.stdout.split()[-len(methods) :] == [str(method) for method in methods.values()]
+
+
+def test_methods_are_sent_to_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that has no name in its module cannot be."""
+    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", [*quantization.QUANTIZATION_METHODS])
+    registered: dict[str, Any] = {}
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", registered)
+    register_plain_weights(("M3",))
+    register_stored_weights(("M3",))
+    mxfp8 = {"quant_method": "mxfp8", "ignored_layers": []}
+    for cls in registered.values():
+        sent = pickle.loads(pickle.dumps(cls.from_config(mxfp8)))
+        assert type(sent) is cls
+    assert len(registered) == 2
