@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants.faults import FAULTS, Fault
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     "m3_plugin",
@@ -84,3 +86,11 @@ def test_the_wheel_announces_plugin_and_command(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(entry_points).decode()
     assert "[vllm.general_plugins]\nm3 = m3_vllm:register" in text
     assert "m3-plugin = m3_plugin.cli:app" in text
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_each_mutant_has_its_place(fault: Fault) -> None:
+    """Text that has moved on would end `make mutants` midway."""
+    assert (ROOT / fault.file).read_text(encoding="utf-8").count(fault.old) == 1
+    for path in fault.tests:
+        assert (ROOT / path.partition("::")[0]).exists()

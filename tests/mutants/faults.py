@@ -84,8 +84,8 @@ FAULTS = (
     Fault(
         "index native: one local block too few",
         f"{KERNELS}/index_topk/native.cpp",
-        "visible - std::min(num_local_, visible));",
-        "visible - std::min(std::max<int64_t>(0, num_local_ - 1), visible));",
+        "visible - std::min(num_local_, visible))};",
+        "visible - std::min(std::max<int64_t>(0, num_local_ - 1), visible))};",
         INDEX,
     ),
     Fault(
