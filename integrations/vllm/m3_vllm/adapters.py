@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from m3_plugin.checkpoint.adapters import ADAPTED, adapted_module, adapted_modules
 from m3_plugin.model.config import M3Config
 from m3_vllm import cpu_repairs
+from m3_vllm.stored_weights import METHOD as STORED
 
 # vLLM's names of our fused layers, and what they are made of; `--lora-target-modules` may hold both
 FUSED = {
@@ -49,11 +50,18 @@ def choose_adapted_layers(
 
     Raises
     ------
-    ValueError : `--lora-target-modules` names something else.
+    ValueError : `--lora-target-modules` names something else; or weights are multiplied as stored,
+        around which vLLM has no LoRA layer.
     """
     lora = vllm_config.lora_config
     if lora is None:
         return None
+    method = vllm_config.quant_config
+    if method is not None and method.get_name() == STORED:
+        raise ValueError(
+            "--enable-lora cannot be used with weights that a CPU multiplies as they are stored: "
+            "vLLM's LoRA layers need plain ones; set M3_PLUGIN_DEQUANTIZE=1"
+        )
     wanted = _projections(lora.target_modules)
     names = set()
     for module in adapted_modules(config):

@@ -24,9 +24,11 @@ from vllm.engine.arg_utils import EngineArgs
 
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import released_config
+from m3_plugin.quantization.dialects import read_quantization
 from m3_vllm import cpu_repairs
 from m3_vllm.adapters import choose_adapted_layers
 from m3_vllm.options import require_served
+from m3_vllm.stored_weights import StoredWeights
 
 # What the model has a part in, and where a test of ours shows it.
 SERVED = {
@@ -276,6 +278,16 @@ def test_adapters_go_to_projections_of_the_text_model_alone(
     chosen = config.lora_config.target_modules
     assert {name.removeprefix(start) for name in chosen if name.startswith(start)} == expected
     assert all(name.startswith("language_model.model.layers.") for name in chosen)
+
+
+def test_adapters_need_plain_weights_on_a_cpu() -> None:
+    stored = read_quantization({"quant_method": "mxfp8", "ignored_layers": []})
+    assert stored is not None
+    config = VllmConfig()
+    object.__setattr__(config, "lora_config", LoRAConfig())
+    object.__setattr__(config, "quant_config", StoredWeights(stored))
+    with pytest.raises(ValueError, match=r"--enable-lora cannot .* M3_PLUGIN_DEQUANTIZE=1"):
+        choose_adapted_layers(config, RELEASED, prefix="")
 
 
 def test_other_targets_of_adapters_are_refused() -> None:
