@@ -14,7 +14,8 @@ from tests.integrations.sglang.test_server import OPTIONS, SERVER_ENVIRONMENT
 class TestFaults(FaultCases):
     parts = ("sglang::scheduler", "sglang::detokenizer", "sglang.launch_server")
     worker = "sglang::scheduler"
-    plugin = ("sglang.srt.plugins", "tests.integrations.sglang.spoiled_page")
+    plugins = "sglang.srt.plugins"
+    spoilers = "tests.integrations.sglang.spoilers"
 
     # it lets more in than there is room for, which it is careful not to do otherwise
     crowded = (*HOSTS["sglang"].load_options(8192, 8192, 16), "--schedule-conservativeness", "0.1")
