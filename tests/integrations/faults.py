@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -132,13 +132,14 @@ class FaultCases:
 
     Attributes
     ----------
-    parts : names of processes that are killed one after the other
+    parts : names of processes that are killed one after the other, and what those that are left
+        say of it; "" where nobody is left to say it
     plugins : group of entry points
     spoilers : module of the tests with functions `page` and `result`, which spoil those
     crowded : options of a server whose cache holds one request of 8192 tokens, and takes many
     """
 
-    parts: ClassVar[Sequence[str]]
+    parts: ClassVar[Mapping[str, str]]
     worker: ClassVar[str]
     plugins: ClassVar[str]
     spoilers: ClassVar[str]
@@ -179,17 +180,19 @@ class FaultCases:
             yield server
 
     @pytest.mark.extended
+    @pytest.mark.timeout(2400)
     def test_whatever_is_killed_the_server_ends_and_starts_again(
         self, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
         """On one port: each start is the restart after the kill before."""
         port = free_port()
-        for number, part in enumerate(self.parts):
+        for number, (part, reason) in enumerate(self.parts.items()):
             with self.started(constructed_checkpoint, tmp_path / str(number), port=port) as server:
                 assert answers_right(server, 800 + number)
                 (victim,) = processes_named(server, part)
                 os.kill(victim.pid, signal.SIGKILL)
                 require_nothing_left(server)
+                assert reason in server.log.read_text()
                 with pytest.raises(APIConnectionError):
                     answers_right(server, 800)
 
@@ -227,6 +230,7 @@ class FaultCases:
             victim = processes_named(server, self.worker)[1]
             os.kill(victim.pid, signal.SIGKILL)
             require_nothing_left(server)
+            assert self.parts[self.worker] in server.log.read_text()
 
     @pytest.mark.extended
     def test_what_a_server_outlives_and_how_it_ends(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from m3_plugin.cli.hosts import HOSTS
 from m3_plugin.host.serving import vllm_command
@@ -13,7 +14,12 @@ from tests.integrations.vllm.test_server import OPTIONS, SERVER_ENVIRONMENT
 
 
 class TestFaults(FaultCases):
-    parts = ("VLLM::Worker", "VLLM::EngineCore", "vllm.entrypoints")
+    parts: ClassVar = {
+        "VLLM::Worker": "died unexpectedly",
+        "VLLM::EngineCore": "engine core exited unexpectedly",
+        # ours: vLLM's engine would stay
+        "vllm.entrypoints": "which started this engine, is gone",
+    }
     worker = "VLLM::Worker"
     plugins = "vllm.general_plugins"
     spoilers = "tests.integrations.vllm.spoilers"

@@ -66,7 +66,7 @@ def test_verdicts(asked: Request, got: Reply, verdict: str) -> None:
 
 
 def test_what_must_merely_be_said_must_be_said() -> None:
-    """As of real weights: by the end of a long answer, too; a client that left may have missed it."""
+    """As of real weights, by the end of a long answer too; who left may have missed it."""
     prompt = Prompt("question", "4711", exact=False, max_tokens=8, pattern="[0-9]+")
     for kind in ("chain", "long"):
         assert judge(request(kind), prompt, reply("It is 4711, as told.")) == ("right", "")
