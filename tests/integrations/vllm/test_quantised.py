@@ -17,8 +17,7 @@ from vllm.model_executor.layers import quantization
 from m3_plugin.quantization.chips import LEAST_CAPABILITY
 from m3_plugin.testing.prompts import needle_prompt
 from m3_plugin.testing.quantised import RECIPES, QuantName
-from m3_vllm.quantization import register_plain_weights
-from m3_vllm.stored_weights import register_stored_weights
+from m3_vllm.quantization import PlainWeights, StoredWeights
 from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
@@ -238,8 +237,9 @@ def test_methods_are_sent_to_other_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", [*quantization.QUANTIZATION_METHODS])
     registered: dict[str, Any] = {}
     monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", registered)
-    register_plain_weights(("M3",))
-    register_stored_weights(("M3",))
+    for method in (PlainWeights, StoredWeights):
+        monkeypatch.setattr(method, "architectures", ())
+        method.register(("M3",))
     mxfp8 = {"quant_method": "mxfp8", "ignored_layers": []}
     for cls in registered.values():
         sent = pickle.loads(pickle.dumps(cls.from_config(mxfp8)))
