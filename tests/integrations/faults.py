@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ import torch
 from openai import APIConnectionError, APIError, OpenAI
 from safetensors.torch import load_file, save_file
 
+from m3_kernels import native_build
 from m3_plugin.cli.soak import counters
 from m3_plugin.host.children import LOOPBACK
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
@@ -40,6 +42,8 @@ from tests.integrations.soak import asked_meanwhile, processes_named
 ROOT = Path(__file__).parents[2]
 # How long a server may take to end by itself.
 ENDS_WITHIN_S = 120
+# Names the folder of `Spoilers` in the server.
+SPOILED_FOLDER = "M3_TEST_SPOILED"
 # Where hosts, torch, Triton and the C++ kernels keep what they compile.
 CACHES = (
     "VLLM_CACHE_ROOT",
@@ -95,17 +99,48 @@ def with_bad_value(checkpoint: Path, folder: Path, *, tensor: str, value: float)
     return folder
 
 
-def install_plugin(folder: Path, *, group: str, function: str) -> dict[str, str]:
-    """Make a function of the tests a plugin of the host; variables of servers that load it."""
-    info = folder / "m3_test_faults-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: m3-test-faults\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\nm3_test_faults = {function}\n")
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+@dataclass(frozen=True)
+class Spoilers:
+    """The test's hand on a server that loads a plugin of it.
+
+    Parameters
+    ----------
+    folder : of the plugin, new
+    group : of entry points that the host loads
+    module : with a function `register`, whose hooks spoil what `asked_to_spoil` says
+    """
+
+    folder: Path
+    group: str
+    module: str
+
+    def __post_init__(self) -> None:
+        info = self.folder / "m3_test_faults-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: m3-test-faults\nVersion: 0\n")
+        entry = f"[{self.group}]\nm3_test_faults = {self.module}:register\n"
+        (info / "entry_points.txt").write_text(entry)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the server."""
+        path = f"{self.folder}{os.pathsep}{ROOT}"
+        return {"PYTHONPATH": path, SPOILED_FOLDER: str(self.folder)}
+
+    def spoil(self, what: str) -> None:
+        """From now on: "page" or "result"."""
+        (self.folder / what).touch()
+
+
+def asked_to_spoil(what: str) -> bool:
+    """In the server: whether the test wants that spoiled now."""
+    return Path(os.environ[SPOILED_FOLDER], what).exists()
 
 
 def spoil_page(page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
     """What a bad connector does: the second page of a long request becomes its third."""
+    if not asked_to_spoil("page"):
+        return
     for request in torch.nonzero(seq_lens > 512).flatten().tolist():
         page_table[request, 1] = page_table[request, 2]
 
@@ -120,7 +155,7 @@ def spoil_results(layer_class: Any) -> None:
 
     def spoiled(self: Any, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = forward(self, *arguments, **options)
-        if self.is_last and len(hidden) > 512:
+        if self.is_last and len(hidden) > 512 and asked_to_spoil("result"):
             hidden[-1, 3] = torch.nan
         return hidden, residual
 
@@ -134,15 +169,13 @@ class FaultCases:
     ----------
     parts : names of processes that are killed one after the other, and what those that are left
         say of it; "" where nobody is left to say it
-    plugins : group of entry points
-    spoilers : module of the tests with functions `page` and `result`, which spoil those
+    plugins : (group of entry points, module of the tests that registers hooks of `Spoilers`)
     crowded : options of a server whose cache holds one request of 8192 tokens, and takes many
     """
 
     parts: ClassVar[Mapping[str, str]]
     worker: ClassVar[str]
-    plugins: ClassVar[str]
-    spoilers: ClassVar[str]
+    plugins: ClassVar[tuple[str, str]]
     crowded: ClassVar[tuple[str, ...]]
 
     def command(
@@ -152,6 +185,11 @@ class FaultCases:
 
     def environment(self) -> dict[str, str]:
         raise NotImplementedError
+
+    def spoilers(self, folder: Path) -> Spoilers:
+        """For servers that are to go wrong when the test says so."""
+        group, module = self.plugins
+        return Spoilers(folder, group, module)
 
     @contextmanager
     def started(
@@ -197,31 +235,6 @@ class FaultCases:
                     answers_right(server, 800)
 
     @pytest.mark.extended
-    def test_a_cache_too_small_for_all_who_ask(
-        self, constructed_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Requests lose their pages all the time, begin again, and answer right."""
-        # answers long enough to outgrow what was free when their requests were let in
-        monkeypatch.setattr(judging, "LONG_ANSWER", 400)
-        with self.started(constructed_checkpoint, tmp_path, options=self.crowded) as server:
-            mixture = Mixture(11, 2048)
-            long = [r for r in mixture.first(20 * ROUND) if r.kind == "long" and r.tokens > 500]
-            driver = Driver(
-                server.url,
-                Model(MODEL, 8192),
-                mixture=mixture,
-                needles=ConstructedNeedles(),
-                concurrency=8,
-                timeout_s=600,
-            )
-            numbers = tuple(request.number for request in long[:16])
-            assert len(numbers) == 16
-            outcomes = asyncio.run(driver.all_at_once(numbers))
-            told = counters(httpx.get(f"{server.url}/metrics").text, server.url)
-        assert [(o.verdict, o.detail) for o in outcomes] == [("right", "")] * 16
-        assert told.preemptions
-
-    @pytest.mark.extended
     def test_one_of_two_ranks_is_killed(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
         # neither host places two ranks on one NUMA node by itself
         cores = {f"{host}_CPU_OMP_THREADS_BIND": "0|1" for host in ("VLLM", "SGLANG")}
@@ -233,15 +246,17 @@ class FaultCases:
             assert self.parts[self.worker] in server.log.read_text()
 
     @pytest.mark.extended
+    @pytest.mark.timeout(2400)
     def test_what_a_server_outlives_and_how_it_ends(
-        self, constructed_checkpoint: Path, tmp_path: Path
+        self, constructed_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A clock that jumps, then no descriptors, then SIGTERM: all with one start."""
+        """Preemption, a clock that jumps, no descriptors, then SIGTERM: all with one start."""
         clock = JumpingClock(tmp_path / "clock")
         with self.started(
-            constructed_checkpoint, tmp_path, environment=clock.environment
+            constructed_checkpoint, tmp_path, environment=clock.environment, options=self.crowded
         ) as server:
             assert answers_right(server, 810)
+            require_right_while_preempted(server, monkeypatch)
             # an hour ahead and two back, as on a machine whose clock is set while it serves
             for seed, offset in ((840, 3600), (850, -3600)):
                 require_right_while_the_clock_jumps(server, clock, offset, seed=seed)
@@ -250,29 +265,14 @@ class FaultCases:
             require_order_after_sigterm(server)
 
     @pytest.mark.extended
-    @pytest.mark.parametrize(
-        ("spoiler", "said"),
-        [
-            ("page", "is its block"),
-            ("result", "behind the last layer: request '"),
-        ],
-    )
-    def test_a_wrong_page_or_result_is_named(
-        self, constructed_checkpoint: Path, tmp_path: Path, spoiler: str, said: str
-    ) -> None:
-        spoiled = install_plugin(
-            tmp_path / "plugin", group=self.plugins, function=f"{self.spoilers}:{spoiler}"
-        )
+    def test_a_wrong_page_is_named(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
+        spoiled = self.spoilers(tmp_path / "plugin")
         with self.started(
-            constructed_checkpoint, tmp_path / "server", environment=spoiled
+            constructed_checkpoint, tmp_path / "server", environment=spoiled.environment
         ) as server:
-            with pytest.raises(APIError):
-                answers_right(server, 820)
-            require_nothing_left(server)
-            text = server.log.read_text()
-        assert "M3_PLUGIN_CHECK: step " in text
-        assert said in text
-        assert "request '" in text
+            spoiled.spoil("page")
+            text = require_checked_end(server, seed=820)
+        assert "is its block" in text
 
     @pytest.mark.extended
     @pytest.mark.parametrize(
@@ -304,38 +304,52 @@ class FaultCases:
         assert "NaN or infinite" in text
 
     @pytest.mark.extended
-    def test_disks_that_are_full_or_cannot_be_written(
+    def test_disks_that_take_nothing_and_then_a_result_that_is_no_number(
         self, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
-        """A full disk under recordings, compile caches and C++ kernels, and a read-only home."""
+        """Full under recordings, compile caches and C++ kernels, a read-only home: it serves.
+
+        Then the last layer's kernels go bad, and the server must not.
+        """
         disks = Disks.below(tmp_path)
+        spoiled = self.spoilers(tmp_path / "plugin")
         full = str(disks.full)
         environment = {
             "HOME": str(disks.readonly),
             "M3_PLUGIN_RECORD_BLOCKS": f"{full}/recorded",
             **dict.fromkeys(CACHES, full),
+            **spoiled.environment,
         }
         with self.started(
             constructed_checkpoint, tmp_path, environment=environment, wrapped=disks.seen_by
         ) as server:
             assert answers_right(server, 830)
             seen = disks.full_as_seen(server.process.pid)
-            recorded = list((seen / "recorded").iterdir())
+            sizes = [file.stat().st_size for file in (seen / "recorded").iterdir()]
             kept = list((seen / "m3-plugin" / "native").glob("*.so"))
-            text = server.log.read_text()
+            spoiled.spoil("result")
+            text = require_checked_end(server, seed=831)
         # it was tried, and there was no room
-        assert [file.stat().st_size for file in recorded] == [0]
+        assert sizes == [0]
         assert not kept
         assert "chosen blocks are no longer recorded: [Errno 28]" in text
         assert "the C++ kernels are not used" in text
+        assert "behind the last layer: request '" in text
 
     @pytest.mark.extended
     @pytest.mark.timeout(2400)
-    def test_two_servers_build_at_once_and_a_build_is_cut_short(
+    def test_two_servers_find_a_build_that_was_cut_short(
         self, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
+        """Both at the same moment: one builds it again, the other waits for that."""
         environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
         begin = partial(self.started, constructed_checkpoint, environment=environment)
+        whole = Path(native_build.library()._name)
+        folder = tmp_path / "cache" / "m3-plugin" / "native"
+        folder.mkdir(mode=0o700, parents=True)
+        cut = folder / whole.name
+        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        cut.chmod(0o700)
         with (
             begin(tmp_path / "first", ready=False) as first,
             begin(tmp_path / "second", ready=False) as second,
@@ -344,17 +358,42 @@ class FaultCases:
                 server.wait_until_ready(timeout_s=900)
                 assert answers_right(server, 831 + seed)
         logs = first.log.read_text() + second.log.read_text()
-        assert logs.count("compiled the C++ kernels with") == 1
-        folder = tmp_path / "cache" / "m3-plugin" / "native"
+        # who waited found the whole one
+        assert logs.count("is cut short") == 1
+        assert cut.stat().st_size == whole.stat().st_size
         assert sorted(file.suffix for file in folder.iterdir()) == [".lock", ".so"]
 
-        (library,) = folder.glob("*.so")
-        whole = library.stat().st_size
-        os.truncate(library, whole // 2)
-        with begin(tmp_path / "third") as third:
-            assert answers_right(third, 833)
-        assert "is cut short" in third.log.read_text()
-        assert library.stat().st_size == whole
+
+def require_checked_end(server: ServerProcess, *, seed: int) -> str:
+    """A request is refused by a checked step, which names it; the server's log."""
+    with pytest.raises(APIError):
+        answers_right(server, seed)
+    require_nothing_left(server)
+    text = server.log.read_text()
+    assert "M3_PLUGIN_CHECK: step " in text
+    assert "request '" in text
+    return text
+
+
+def require_right_while_preempted(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests lose their pages all the time, begin again, and answer right."""
+    # answers long enough to outgrow what was free when their requests were let in
+    monkeypatch.setattr(judging, "LONG_ANSWER", 400)
+    mixture = Mixture(11, 2048)
+    long = [r for r in mixture.first(20 * ROUND) if r.kind == "long" and r.tokens > 500]
+    driver = Driver(
+        server.url,
+        Model(MODEL, 8192),
+        mixture=mixture,
+        needles=ConstructedNeedles(),
+        concurrency=8,
+        timeout_s=900,
+    )
+    numbers = tuple(request.number for request in long[:16])
+    assert len(numbers) == 16
+    outcomes = asyncio.run(driver.all_at_once(numbers))
+    assert [(o.verdict, o.detail) for o in outcomes] == [("right", "")] * 16
+    assert counters(httpx.get(f"{server.url}/metrics").text, server.url).preemptions
 
 
 def require_right_while_the_clock_jumps(

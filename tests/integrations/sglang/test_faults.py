@@ -20,8 +20,7 @@ class TestFaults(FaultCases):
         "sglang.launch_server": "",
     }
     worker = "sglang::scheduler"
-    plugins = "sglang.srt.plugins"
-    spoilers = "tests.integrations.sglang.spoilers"
+    plugins = ("sglang.srt.plugins", "tests.integrations.sglang.spoilers")
 
     # it lets more in than there is room for, which it is careful not to do otherwise
     crowded = (*HOSTS["sglang"].load_options(8192, 8192, 16), "--schedule-conservativeness", "0.1")

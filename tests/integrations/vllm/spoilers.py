@@ -1,4 +1,4 @@
-"""Plugins of vLLM for tests, which spoil what checked steps must find."""
+"""A plugin of vLLM for tests: it spoils what checked steps must find, once a test says so."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 from tests.integrations.faults import spoil_page, spoil_results
 
 
-def page() -> None:
-    """Entry point: one page of each long request is another one in what vLLM tells attention."""
+def register() -> None:
+    """Entry point: hooks around what vLLM tells attention, and around its layers."""
     from m3_vllm import backend
+    from m3_vllm.model import M3DecoderLayer
 
     original = backend.msa_batch
 
@@ -19,10 +20,4 @@ def page() -> None:
         return batch
 
     backend.msa_batch = spoiled
-
-
-def result() -> None:
-    """Entry point: the last layer gives NaN."""
-    from m3_vllm.model import M3DecoderLayer
-
     spoil_results(M3DecoderLayer)

@@ -21,8 +21,7 @@ class TestFaults(FaultCases):
         "vllm.entrypoints": "which started this engine, is gone",
     }
     worker = "VLLM::Worker"
-    plugins = "vllm.general_plugins"
-    spoilers = "tests.integrations.vllm.spoilers"
+    plugins = ("vllm.general_plugins", "tests.integrations.vllm.spoilers")
 
     # one page of the pool is nobody's
     crowded = HOSTS["vllm"].load_options(8192, 8192 + PAGED_BLOCK_SIZE, 16)
