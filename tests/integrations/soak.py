@@ -150,8 +150,9 @@ class SoakCases:
         prompt = needle_prompt(730, num_tokens=1800)
         found = set()
         for number in range(repeats):
-            other = needle_prompt(731 + number, num_tokens=600 + number % 7 * 128)
-            ask(client, other.messages(), other.max_tokens)
+            if number % 4 == 0:
+                other = needle_prompt(731 + number, num_tokens=1400 + number % 7 * 500)
+                ask(client, other.messages(), other.max_tokens)
             reply = client.chat.completions.create(
                 model=MODEL,
                 messages=prompt.messages(),
