@@ -773,8 +773,8 @@ FAULTS = (
     Fault(
         "soak: the warm-up counts for slopes",
         "m3_plugin/soak/record.py",
-        "for minute in own[WARM_UP:] if",
-        "for minute in own if",
+        "if at >= WARM_UP and minute.idle",
+        "if minute.idle",
         SOAK,
     ),
     Fault(
