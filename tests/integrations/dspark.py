@@ -1,4 +1,4 @@
-"""M3.1's draft asked for in every way that a host has: what the tests of all hosts share.
+"""M3.1's draft asked for in every way that a host has, and MTP: what all hosts' tests share.
 
 A host's `dspark_asked` lists its ways and resolves each in a process of its own; its `test_dspark`
 says which sentence it expects where.
@@ -19,6 +19,9 @@ from m3_plugin.testing.random_checkpoint import M31_PRESETS, write_random_checkp
 Asked = TypeVar("Asked")
 # of a draft that is named by a folder or a model
 REFUSED = "is not served with MiniMax-M3: DSpark and DFlash drafts, M3.1's in dspark/ among them"
+
+# of a module that M3 has and M3.1 has not
+NO_MTP = "holds no MTP weights (model.mtp.layers.*)"
 
 
 def every_way(host: str, folder: Path) -> dict[str, str]:

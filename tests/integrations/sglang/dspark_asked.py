@@ -24,7 +24,10 @@ def ways(checkpoint: str) -> dict[str, list[str]]:
         "DFLASH and the folder": ["--speculative-algorithm", "DFLASH", *draft],
         "EAGLE3 and the folder": ["--speculative-algorithm", "EAGLE3", *draft],
         "NEXTN and the folder": ["--speculative-algorithm", "NEXTN", *draft],
-        "NEXTN": ["--speculative-algorithm", "NEXTN"],
+        "MTP": [
+            *("--speculative-algorithm", "NEXTN"),
+            *("--speculative-draft-model-path", checkpoint),
+        ],
     }
 
 

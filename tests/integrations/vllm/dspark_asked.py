@@ -36,12 +36,16 @@ def main(checkpoint: str, report: str) -> None:
     from vllm.plugins import load_general_plugins
 
     def start(asked: dict[str, Any]) -> None:
-        EngineArgs(
+        from m3_vllm.speculation import require_speculation
+
+        arguments = EngineArgs(
             model=checkpoint,
             speculative_config=asked | TOKENS,
             max_model_len=1024,
             dtype="bfloat16",
-        ).create_engine_config()
+        )
+        # as each worker asks once more, of what was resolved
+        require_speculation(arguments.create_engine_config())
 
     load_general_plugins()
     write_answers(ways(checkpoint), start, report=report)

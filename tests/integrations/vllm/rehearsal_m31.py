@@ -55,8 +55,11 @@ def resolved(folder: str, options: str) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = arguments_module().make_arg_parser(FlexibleArgumentParser())
-    typed = ["--model", folder, *options.split(), "--load-format", "dummy", "--skip-tokenizer-init"]
-    engine = EngineArgs.from_cli_args(parser.parse_args(typed))
+    unread = ["--load-format", "dummy", "--skip-tokenizer-init"]
+    arguments = parser.parse_args(["--model", folder, *options.split(), *unread])
+    # which is built around a tokenizer
+    arguments.reasoning_parser = parser.get_default("reasoning_parser")
+    engine = EngineArgs.from_cli_args(arguments)
     return engine.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 

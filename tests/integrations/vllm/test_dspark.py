@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.integrations.dspark import REFUSED, every_way
+from tests.integrations.dspark import NO_MTP, REFUSED, every_way
 
 OURS = (
     "the folder",
@@ -25,4 +25,5 @@ def test_every_way_of_asking(tmp_path: Path) -> None:
     assert "does not support: dspark" in said["dspark"] or REFUSED in said["dspark"]
     assert "Input should be" in said["DSPARK"]
     assert "without speculative model" in said["dflash"]
-    assert said.keys() == {*OURS, "dspark", "DSPARK", "dflash"}
+    assert NO_MTP in said["MTP"]
+    assert said.keys() == {*OURS, "dspark", "DSPARK", "dflash", "MTP"}
