@@ -6,10 +6,14 @@ parameters of projections, for rows and columns are where its plain weights have
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from m3_kernels.quantised_experts import quantised_experts
+from m3_kernels.quantised_linear import quantised_linear
 from m3_kernels.stored_matrix import StoredMatrix
 from m3_plugin.checkpoint.names import TEXT_PREFIX
 from m3_plugin.quantization.dialects import PLAIN, Quantization
@@ -47,9 +51,8 @@ def stored_layout(
     if layout is None:
         raise ValueError(
             f"m3-plugin: {_first_module(prefix, fused)} is stored as {weight.name} with reordered "
-            "columns "
-            "(desc_act) or groups that are no multiple of 16 columns, which cannot be multiplied "
-            "as stored on a CPU; set M3_PLUGIN_DEQUANTIZE=1 if memory suffices"
+            "columns (desc_act) or groups that are no multiple of 16 columns, which cannot be "
+            "multiplied as stored on a CPU; set M3_PLUGIN_DEQUANTIZE=1 if memory suffices"
         )
     return layout
 
@@ -111,6 +114,127 @@ class StoredWeight:
             }
             self._made = self.layout.matrix(parts)
         return self._made
+
+    def create(
+        self,
+        layer: nn.Module,
+        rows: tuple[int, ...],
+        columns: int,
+        attributes: Mapping[str, Any],
+    ) -> None:
+        """Give a layer the parameters of a weight [*rows, columns], uninitialised.
+
+        Parameters
+        ----------
+        attributes : that a host's loaders look for on each of them
+        """
+        for name, parameter in stored_parameters(self.layout, rows, columns).items():
+            for attribute, value in attributes.items():
+                setattr(parameter, attribute, value)
+            layer.register_parameter(f"{self.prefix}{name}", parameter)
+
+
+class StoredLinear:
+    """A linear layer whose parameters are the parts of a `StoredMatrix`.
+
+    The half of a host's linear method that knows nothing of the host.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.weight = StoredWeight(layout)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Parameters of this rank's share; both hosts call it with these names."""
+        rows = (sum(output_partition_sizes),)
+        self.weight.create(layer, rows, input_size_per_partition, extra_weight_attrs)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., columns] to [..., rows]."""
+        out = self.multiply(x.reshape(-1, x.shape[-1]), self.weight.of(layer))
+        out = out.view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def multiply(x: Tensor, weight: StoredMatrix) -> Tensor:
+        """[tokens, columns] to [tokens, rows]."""
+        return quantised_linear(x, weight)
+
+
+class StoredExperts:
+    """Routed experts whose parameters are the parts of two `StoredMatrix`, w13 and w2.
+
+    Parameters
+    ----------
+    place_of : layer and number of an expert -> its number on this rank (negative or too large if
+        another has it) and the rank among those that share each expert
+    """
+
+    def __init__(
+        self, layout: Layout, *, place_of: Callable[[nn.Module, int], tuple[int, int]]
+    ) -> None:
+        self.w13 = StoredWeight(layout, prefix="w13_")
+        self.w2 = StoredWeight(layout, prefix="w2_")
+        self._place_of = place_of
+
+    def create(
+        self,
+        layer: nn.Module,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        attributes: Mapping[str, Any],
+    ) -> None:
+        """Give a layer the parameters of this rank's experts, with a loader of their own.
+
+        Parameters
+        ----------
+        num_experts, intermediate_size : of this rank
+        attributes : that the host's loaders look for on each of them
+        """
+
+        def load(
+            parameter: nn.Parameter, tensor: Tensor, name: str, *, shard_id: str, expert_id: int
+        ) -> None:
+            expert, rank = self._place_of(layer, expert_id)
+            if 0 <= expert < num_experts:
+                write_expert(parameter, tensor, matrix=shard_id, expert=expert, rank=rank)
+
+        found = {**attributes, "weight_loader": load}
+        self.w13.create(layer, (num_experts, 2 * intermediate_size), hidden_size, found)
+        self.w2.create(layer, (num_experts, hidden_size), intermediate_size, found)
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        *,
+        expert_ids: Tensor,
+        expert_weights: Tensor,
+        alpha: float,
+        limit: float,
+        beta: float,
+    ) -> Tensor:
+        """The weighted sum of each token's experts; see `quantised_experts`."""
+        return quantised_experts(
+            x,
+            self.w13.of(layer),
+            self.w2.of(layer),
+            expert_ids=expert_ids.int(),
+            expert_weights=expert_weights.float(),
+            alpha=alpha,
+            limit=limit,
+            beta=beta,
+        )
 
 
 def write_expert(

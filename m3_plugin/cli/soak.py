@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +29,9 @@ from m3_plugin.cli.options import (
     JsonOption,
     KeptOutputOption,
     LogOption,
+    ModelOption,
     PlotOption,
+    UrlOption,
 )
 from m3_plugin.cli.outputs import deliver, envelope
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
@@ -69,19 +71,10 @@ class Target:
 
 
 def soak(
-    url: Annotated[
-        str | None,
-        typer.Option(
-            help="The server you run, http://host:port. Default: a tiny M3 is served on this "
-            "machine."
-        ),
-    ] = None,
+    url: UrlOption = None,
     api_key: ApiKeyOption = None,
     framework: FrameworkOption = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="The name under which the server has the model. Default: its first."),
-    ] = None,
+    model: ModelOption = None,
     constructed: Annotated[
         bool,
         typer.Option(
@@ -92,6 +85,14 @@ def soak(
     minutes: Annotated[
         int, typer.Option(min=1, help="How long, in minutes under load, earlier runs included.")
     ] = 3,
+    idle_every: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Minutes from one quiet moment to the next. In one, all requests have ended and "
+            "the server must hold nothing.",
+        ),
+    ] = 1,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is asked.")] = 0,
     longest: Annotated[
@@ -138,6 +139,7 @@ def soak(
             "seed": seed,
             "longest": longest,
             "concurrency": concurrency,
+            "idle_every": idle_every,
             "needles": "constructed" if ours or constructed else "text",
             "speculative": speculative,
             "max_slope": max_slope,
@@ -213,11 +215,12 @@ class _Book:
             return
         with call("--output", ValueError):
             stored = _stored(file)
-            if stored["settings"] != self.settings:
-                raise ValueError(
-                    f"{file} was made with {stored['settings']}, this run has {self.settings}; "
-                    "give another --output"
-                )
+            for name, value in self.settings.items():
+                if (made := stored["settings"].get(name)) != value:
+                    raise ValueError(
+                        f"{file} was made with {name} {made}, this run has {value}; "
+                        "give another --output"
+                    )
             self.run = Run.from_dict(stored)
 
     def as_dict(self) -> dict[str, Any]:
@@ -415,11 +418,9 @@ def _fill(keeper: _Keeper, book: _Book, minutes: int) -> None:
         with keeper.serving(drafts=bool(drafts)) as (target, driver):
             run.servers += 1
             with _Screen(keeper.console, run, minutes) as screen:
-                while len(run.minutes) < end and not run.ended:
-                    screen.minute(drafts=bool(drafts))
-                    run.minutes.append(
-                        _one_minute(target, driver, run, drafts=bool(drafts), told=screen.outcome)
-                    )
+                while (left := end - len(run.minutes)) > 0 and not run.ended:
+                    minutes_to_idle = min(left, book.settings["idle_every"])
+                    _Stretch(target, driver, run, screen, drafts=bool(drafts)).go(minutes_to_idle)
                     book.save()
     book.save()
 
@@ -440,9 +441,8 @@ class _Screen:
         )
         self._task = self._bar.add_task("", total=minutes, asked=self._asked, faults=0)
 
-    def minute(self, *, drafts: bool) -> None:
+    def minute(self, done: int, *, drafts: bool) -> None:
         """Another minute begins."""
-        done = len(self._run.minutes)
         words = f"minute {done + 1} of {self._minutes}{', drafting' if drafts else ''}"
         self._bar.update(self._task, completed=done, description=words)
 
@@ -459,47 +459,95 @@ class _Screen:
         self._bar.stop()
 
 
-def _one_minute(
-    target: Target,
-    driver: Driver,
-    run: Run,
-    *,
-    drafts: bool,
-    told: Callable[[Outcome], None],
-) -> Minute:
-    """Load for a minute, then a quiet moment in which everything must be given back."""
-    from m3_plugin.soak.record import Counters, Minute
+class _Stretch:
+    """Minutes under load, then a quiet moment in which everything must be given back.
 
-    outcomes: list[Outcome] = []
+    Its minutes are added to the run when it ends, because a run that is interrupted goes on
+    with the request behind the last quiet moment.
+    """
 
-    def note(outcome: Outcome) -> None:
-        outcomes.append(outcome)
-        if outcome.is_fault:
-            run.faults.append(outcome)
-        told(outcome)
+    def __init__(
+        self, target: Target, driver: Driver, run: Run, screen: _Screen, *, drafts: bool
+    ) -> None:
+        self._target = target
+        self._driver = driver
+        self._run = run
+        self._screen = screen
+        self._drafts = drafts
+        self._outcomes: list[Outcome] = []
+        self._before = self._count()
+        self._start = time.monotonic()
+        self._minutes: list[Minute] = []
 
-    before = counters(exposition(target.url), target.url)
-    start = time.monotonic()
-    run.next_number = asyncio.run(
-        driver.drive(
-            _MINUTE_S,
-            first=run.next_number,
-            on_outcome=note,
-            alive=lambda: target.gone() is None,
+    def go(self, minutes: int) -> None:
+        """Load the server for so many minutes."""
+        from m3_plugin.soak.record import Counters
+
+        self._begin_minute()
+        self._run.next_number = asyncio.run(self._load(minutes))
+        self._run.ended = self._target.gone() or ""
+        after = (
+            Counters(None, None, None) if self._run.ended else _quiet(self._target, self._driver)
         )
-    )
-    seconds = time.monotonic() - start
-    run.ended = target.gone() or ""
-    after = Counters(None, None, None) if run.ended else _quiet(target, driver)
-    return Minute.of(
-        outcomes,
-        server=run.servers - 1,
-        drafts=drafts,
-        seconds=seconds,
-        before=before,
-        after=after,
-        processes=target.processes(),
-    )
+        self._end_minute(after, self._target.processes(), idle=not self._run.ended)
+        self._run.minutes += self._minutes
+
+    async def _load(self, minutes: int) -> int:
+        """Keep requests under way, and end a minute whenever one is over."""
+
+        async def clock() -> None:
+            for _ in range(minutes - 1):
+                await asyncio.sleep(_MINUTE_S)
+                after = await asyncio.to_thread(self._count)
+                self._end_minute(after, self._target.processes(), idle=False)
+                self._begin_minute()
+
+        ticking = asyncio.create_task(clock())
+        upcoming = await self._driver.drive(
+            minutes * _MINUTE_S,
+            first=self._run.next_number,
+            on_outcome=self._note,
+            alive=lambda: self._target.gone() is None,
+        )
+        # a server that is gone ends the minutes that were to come
+        if self._target.gone() is not None:
+            ticking.cancel()
+        with suppress(asyncio.CancelledError):
+            await ticking
+        return upcoming
+
+    def _note(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        if outcome.is_fault:
+            self._run.faults.append(outcome)
+        self._screen.outcome(outcome)
+
+    def _begin_minute(self) -> None:
+        done = len(self._run.minutes) + len(self._minutes)
+        self._screen.minute(done, drafts=self._drafts)
+
+    def _end_minute(self, after: Counters, processes: Sequence[Process], *, idle: bool) -> None:
+        """Write a minute down."""
+        from m3_plugin.soak.record import Minute
+
+        outcomes, self._outcomes = self._outcomes, []
+        before, self._before = self._before, after
+        start, self._start = self._start, time.monotonic()
+        self._minutes.append(
+            Minute.of(
+                outcomes,
+                server=self._run.servers - 1,
+                drafts=self._drafts,
+                idle=idle,
+                seconds=self._start - start,
+                before=before,
+                after=after,
+                processes=processes,
+            )
+        )
+
+    def _count(self) -> Counters:
+        return counters(exposition(self._target.url), self._target.url)
 
 
 def _quiet(target: Target, driver: Driver) -> Counters:
@@ -627,7 +675,7 @@ def _plot(run: Run, path: Path) -> None:
         ("requests", lambda minute: minute.requests),
         ("tokens/s", lambda m: (m.prompt_tokens + m.completion_tokens) / m.seconds),
         ("median latency, s", lambda m: m.latency_s[0] if m.latency_s else None),
-        ("resident memory, MB", lambda m: m.totals["rss_mb"] if m.processes else None),
+        ("resident memory, MB", lambda m: m.totals["rss_mb"] if m.idle and m.processes else None),
         ("open files", lambda m: m.totals["files"] if m.processes else None),
         ("threads", lambda m: m.totals["threads"] if m.processes else None),
     )

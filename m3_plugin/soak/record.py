@@ -13,8 +13,9 @@ from m3_plugin.soak.processes import Process
 
 # Caches of a host, of the allocator and of the interpreter fill in the first minutes.
 WARM_UP = 10
-# Fewer minutes after that say nothing about a slope.
+# A shorter time after that says nothing about a slope, nor do fewer readings.
 LEAST_FOR_A_SLOPE = 10
+LEAST_READINGS = 5
 
 
 @dataclass(frozen=True)
@@ -35,22 +36,24 @@ class Counters:
 
 @dataclass(frozen=True)
 class Minute:
-    """One minute, and the quiet moment after it.
+    """One minute.
 
     Attributes
     ----------
     server : how many servers were started before this one
     drafts : whether it drafted
-    seconds : until the last answer
+    idle : whether a quiet moment followed, in which no request was under way
+    seconds : until the last answer where one followed
     verdicts : counts, by verdict
     latency_s, first_token_s : median, 95th percentile and largest, of answers that are right
     preemptions, hit_tokens : in this minute
-    used_when_idle : share of the cache that is held while nobody asks
-    processes : in that quiet moment
+    used_when_idle : share of the cache that is held in that moment; None without one
+    processes : at its end, or in that moment
     """
 
     server: int
     drafts: bool
+    idle: bool
     seconds: float
     requests: int
     verdicts: Mapping[str, int]
@@ -70,6 +73,7 @@ class Minute:
         *,
         server: int,
         drafts: bool,
+        idle: bool,
         seconds: float,
         before: Counters,
         after: Counters,
@@ -80,6 +84,7 @@ class Minute:
         return cls(
             server=server,
             drafts=drafts,
+            idle=idle,
             seconds=round(seconds, 3),
             requests=len(outcomes),
             verdicts=dict(Counter(outcome.verdict for outcome in outcomes)),
@@ -89,7 +94,7 @@ class Minute:
             first_token_s=_spread([o.first_s for o in right if o.first_s is not None]),
             preemptions=_difference(after.preemptions, before.preemptions),
             hit_tokens=_difference(after.hit_tokens, before.hit_tokens),
-            used_when_idle=after.used,
+            used_when_idle=after.used if idle else None,
             processes=tuple(processes),
         )
 
@@ -154,17 +159,21 @@ class Run:
             {
                 "server": server,
                 **{
-                    name: slope([minute.totals[name] for minute in self._settled(server)])
+                    name: slope([(at, minute.totals[name]) for at, minute in self._settled(server)])
                     for name in ("rss_mb", "files", "threads")
                 },
             }
             for server in sorted({minute.server for minute in self.minutes})
         ]
 
-    def _settled(self, server: int) -> list[Minute]:
-        """Minutes of a server behind its warm-up, as far as its processes could be seen."""
+    def _settled(self, server: int) -> list[tuple[int, Minute]]:
+        """Number and minute of a server behind its warm-up, where it was idle and could be seen."""
         own = [minute for minute in self.minutes if minute.server == server]
-        return [minute for minute in own[WARM_UP:] if minute.processes]
+        return [
+            (at, minute)
+            for at, minute in enumerate(own)
+            if at >= WARM_UP and minute.idle and minute.processes
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it."""
@@ -203,11 +212,17 @@ class Run:
         )
 
 
-def slope(values: Sequence[float]) -> float | None:
-    """Growth per step of the straight line through the values; None if they are too few."""
-    if len(values) < LEAST_FOR_A_SLOPE:
+def slope(readings: Sequence[tuple[int, float]]) -> float | None:
+    """Growth per minute of the straight line through readings; None if they say too little.
+
+    Parameters
+    ----------
+    readings : minute and value, minutes ascending
+    """
+    if len(readings) < LEAST_READINGS or readings[-1][0] - readings[0][0] + 1 < LEAST_FOR_A_SLOPE:
         return None
-    return statistics.linear_regression(range(len(values)), values).slope
+    minutes, values = zip(*readings, strict=True)
+    return statistics.linear_regression(minutes, values).slope
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float] | None:

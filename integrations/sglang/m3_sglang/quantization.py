@@ -20,7 +20,6 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.quantization.base_config import (
     FusedMoEMethodBase,
     LinearMethodBase,
-    QuantizationConfig,
     QuantizeMethodBase,
 )
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -30,9 +29,8 @@ from torch import Tensor, nn
 from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_plugin.checkpoint.stored_layers import format_of_layer
 from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
-from m3_plugin.quantization.dialects import Quantization, read_quantization
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8
-from m3_sglang.compat import stored_quantization
+from m3_sglang.checkpoint_config import CheckpointConfig
 from m3_sglang.ours import MXFP8_METHOD
 from m3_sglang.own_experts import weight_only_experts
 from m3_sglang.weights import FUSED
@@ -40,37 +38,11 @@ from m3_sglang.weights import FUSED
 SCALE = Mxfp8().scale
 
 
-class M3Mxfp8Config(QuantizationConfig):
-    """SGLang's view of a checkpoint whose linear weights are MXFP8, its experts perhaps NVFP4.
+class M3Mxfp8Config(CheckpointConfig):
+    """A checkpoint whose linear weights are MXFP8, its experts perhaps NVFP4."""
 
-    Parameters
-    ----------
-    quantization : what the checkpoint's config.json says
-    """
-
-    def __init__(self, quantization: Quantization) -> None:
-        super().__init__()
-        self.quantization = quantization
-
-    def get_name(self) -> str:
-        return MXFP8_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return WEIGHT_ONLY_MXFP8
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> M3Mxfp8Config:
-        quantization = read_quantization(stored_quantization(config))
-        assert quantization is not None
-        return cls(quantization)
+    name = MXFP8_METHOD
+    min_capability = WEIGHT_ONLY_MXFP8
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, FusedMoE):
@@ -80,9 +52,6 @@ class M3Mxfp8Config(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return Mxfp8LinearMethod() if self._is_mxfp8(prefix) else UnquantizedLinearMethod()
         return None
-
-    def get_scaled_act_names(self) -> list[str]:
-        return []
 
     def _is_mxfp8(self, prefix: str) -> bool:
         """Whether a layer's weight is quantised."""

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from m3_plugin.checkpoint.adapters import ADAPTED, adapted_module, adapted_modules
 from m3_plugin.model.config import M3Config
 from m3_vllm import cpu_repairs
-from m3_vllm.stored_weights import METHOD as STORED
+from m3_vllm.quantization import StoredWeights
 
 # vLLM's names of our fused layers, and what they are made of; `--lora-target-modules` may hold both
 FUSED = {
@@ -57,7 +57,7 @@ def choose_adapted_layers(
     if lora is None:
         return None
     method = vllm_config.quant_config
-    if method is not None and method.get_name() == STORED:
+    if method is not None and method.get_name() == StoredWeights.method:
         raise ValueError(
             "--enable-lora cannot be used with weights that a CPU multiplies as they are stored: "
             "vLLM's LoRA layers need plain ones; set M3_PLUGIN_DEQUANTIZE=1"

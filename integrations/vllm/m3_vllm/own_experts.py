@@ -11,34 +11,22 @@ The class that vLLM registers is light, so that other models do not pay for vLLM
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import (
-    QuantizationConfig,
-    QuantizeMethodBase,
-)
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from m3_plugin.quantization.chips import WEIGHT_ONLY_NVFP4
 from m3_plugin.quantization.dialects import PLAIN, Quantization, read_quantization
 from m3_vllm.compat import device_major
-from m3_vllm.registry import why_left_alone
+from m3_vllm.quantization import OwnMethod
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config
 
-METHOD = "m3_mxfp8_nvfp4"
 
-
-def register_own_experts(architectures: tuple[str, ...]) -> None:
-    """Register the method for checkpoints of these architectures."""
-    OwnExperts.architectures = architectures
-    register_quantization_config(METHOD)(OwnExperts)
-
-
-class OwnExperts(QuantizationConfig):
+class OwnExperts(OwnMethod):
     """Each layer's method, from vLLM's own for MXFP8 and for NVFP4.
 
     Parameters
@@ -47,7 +35,7 @@ class OwnExperts(QuantizationConfig):
     dense : vLLM's config of a checkpoint that is MXFP8 throughout
     """
 
-    architectures: ClassVar[tuple[str, ...]] = ()
+    method = "m3_mxfp8_nvfp4"
 
     def __init__(self, quantization: Quantization, dense: ModelOptMxFp8Config) -> None:
         super().__init__()
@@ -55,20 +43,15 @@ class OwnExperts(QuantizationConfig):
         self.dense = dense
 
     @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> Any:
-        """Our method for an M3.1 that is ours to serve."""
-        if hf_quant_cfg.get("moe_quant_algo") is None:
-            return None
-        found = getattr(hf_config, "architectures", None) or [None]
-        if found[0] not in cls.architectures or why_left_alone(hf_config) is not None:
-            return None
-        quantization = read_quantization(hf_quant_cfg)
-        return METHOD if quantization is not None and quantization.has_own_experts else None
+    def takes(cls, stored: dict[str, Any]) -> bool:
+        """M3.1 alone."""
+        if stored.get("moe_quant_algo") is None:
+            return False
+        quantization = read_quantization(stored)
+        return quantization is not None and quantization.has_own_experts
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> OwnExperts:
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Ours for which layer is stored how, vLLM's for those in MXFP8."""
         from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config
 
@@ -77,19 +60,12 @@ class OwnExperts(QuantizationConfig):
         # what it says of a cache is of training; without it scales need not be in the checkpoint
         return cls(quantization, ModelOptMxFp8Config.from_config({"ignored_layers": []}))
 
-    def get_name(self) -> Any:
-        return METHOD
-
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return self.dense.get_supported_act_dtypes()
 
     @classmethod
     def get_min_capability(cls) -> int:
         return WEIGHT_ONLY_NVFP4
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts

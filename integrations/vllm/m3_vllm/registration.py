@@ -53,16 +53,16 @@ def register_with_vllm() -> None:
             ModelRegistry.register_model(architecture, path)
         if settings.dequantize:
             # opt-in because it imports vLLM's quantisation early
-            from m3_vllm.quantization import register_plain_weights
+            from m3_vllm.quantization import PlainWeights
 
-            register_plain_weights(tuple(ARCHITECTURES))
+            PlainWeights.register(tuple(ARCHITECTURES))
         else:
-            from m3_vllm.own_experts import register_own_experts
-            from m3_vllm.stored_weights import register_stored_weights
+            from m3_vllm.own_experts import OwnExperts
+            from m3_vllm.quantization import StoredWeights
 
             # first: on a CPU it takes all formats
-            register_stored_weights(tuple(ARCHITECTURES))
-            register_own_experts(tuple(ARCHITECTURES))
+            StoredWeights.register(tuple(ARCHITECTURES))
+            OwnExperts.register(tuple(ARCHITECTURES))
     except Exception as error:
         if settings.required:
             raise

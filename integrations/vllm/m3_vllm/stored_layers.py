@@ -14,18 +14,11 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from m3_kernels.quantised_experts import quantised_experts
 from m3_kernels.quantised_linear import quantised_linear
 from m3_kernels.stored_matrix import Kind, StoredMatrix
-from m3_plugin.checkpoint.stored_layers import (
-    StoredWeight,
-    stored_layout,
-    stored_parameters,
-    write_expert,
-)
+from m3_plugin.checkpoint.stored_layers import StoredExperts, StoredLinear, stored_layout
 from m3_plugin.quantization.dialects import Quantization
 from m3_plugin.quantization.packing import Layout
 from m3_vllm.weights import FUSED
@@ -51,40 +44,15 @@ def stored_method(
     return None
 
 
-class StoredLinearMethod(LinearMethodBase):
+class StoredLinearMethod(StoredLinear, LinearMethodBase):
     """A linear layer whose parameters are the parts of a `StoredMatrix`."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.weight = StoredWeight(layout)
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        rows = (sum(output_partition_sizes),)
-        parts = stored_parameters(self.weight.layout, rows, input_size_per_partition)
-        for name, parameter in parts.items():
-            set_weight_attrs(parameter, extra_weight_attrs)
-            layer.register_parameter(name, parameter)
-
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        weight = self.weight.of(layer)
-        out = torch.ops.vllm.m3_stored_linear(
-            x.reshape(-1, x.shape[-1]),
-            weight.codes,
-            weight.scales,
-            weight.zeros,
-            weight.factors,
-            weight.kind,
-            weight.group,
-        ).view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
+    @staticmethod
+    def multiply(x: Tensor, weight: StoredMatrix) -> Tensor:
+        """As one node of a compiled graph."""
+        return torch.ops.vllm.m3_stored_linear(
+            x, weight.codes, weight.scales, weight.zeros, weight.factors, weight.kind, weight.group
+        )
 
 
 class StoredExpertsMethod(FusedMoEMethodBase):
@@ -92,34 +60,28 @@ class StoredExpertsMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: Any, layout: Layout) -> None:
         super().__init__(moe)
-        self.w13 = StoredWeight(layout, prefix="w13_")
-        self.w2 = StoredWeight(layout, prefix="w2_")
+        self.experts = StoredExperts(layout, place_of=self._place_of)
 
     def create_weights(
         self,
-        layer: Any,
+        layer: nn.Module,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        def load(
-            parameter: nn.Parameter, tensor: Tensor, name: str, *, shard_id: str, expert_id: int
-        ) -> None:
-            expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
-            if expert >= 0:
-                rank = self.moe.moe_parallel_config.tp_rank
-                write_expert(parameter, tensor, matrix=shard_id, expert=expert, rank=rank)
+        self.experts.create(
+            layer,
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size_per_partition,
+            attributes=extra_weight_attrs,
+        )
 
-        sizes = {
-            self.w13: ((num_experts, 2 * intermediate_size_per_partition), hidden_size),
-            self.w2: ((num_experts, hidden_size), intermediate_size_per_partition),
-        }
-        for weight, (rows, columns) in sizes.items():
-            for name, parameter in stored_parameters(weight.layout, rows, columns).items():
-                set_weight_attrs(parameter, extra_weight_attrs | {"weight_loader": load})
-                layer.register_parameter(f"{weight.prefix}{name}", parameter)
+    def _place_of(self, layer: Any, expert: int) -> tuple[int, int]:
+        local = layer._map_global_expert_id_to_local_expert_id(expert)
+        return local, self.moe.moe_parallel_config.tp_rank
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         """Of vLLM's kernels, of which none runs."""
@@ -137,12 +99,11 @@ class StoredExpertsMethod(FusedMoEMethodBase):
         if layer.expert_map is not None:
             # experts of other ranks become -1
             topk_ids = layer.expert_map[topk_ids.long()]
-        return quantised_experts(
+        return self.experts.apply(
+            layer,
             x,
-            self.w13.of(layer),
-            self.w2.of(layer),
-            expert_ids=topk_ids.int(),
-            expert_weights=topk_weights.float(),
+            expert_ids=topk_ids,
+            expert_weights=topk_weights,
             alpha=layer.swiglu_alpha,
             limit=layer.swiglu_limit,
             beta=layer.swiglu_beta,

@@ -53,12 +53,12 @@ def build(stored: Path, *, own: bool = False) -> tuple[nn.Module, M3Config]:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.plugins import load_general_plugins
 
-    from m3_vllm import stored_weights
+    from m3_vllm import quantization
 
     load_general_plugins()
     if not own:
         # on a CPU no checkpoint is left to vLLM's own layers
-        choosing: Any = stored_weights
+        choosing: Any = quantization
         choosing.device_type = lambda: "cuda"
     config = EngineArgs(model=str(stored), dtype="bfloat16", enforce_eager=True)
     vllm_config = config.create_engine_config()

@@ -47,7 +47,7 @@ def differences(model: nn.Module, config: M3Config, reference: dict[str, Tensor]
             report[name] = {"kind": matrix.kind, "difference": difference}
         if isinstance(method, StoredExpertsMethod):
             layer = name.partition(".experts")[0] + ".experts"
-            w13, w2 = method.w13.of(module), method.w2.of(module)
+            w13, w2 = method.experts.w13.of(module), method.experts.w2.of(module)
             worst = 0.0
             for expert in range(config.num_experts):
                 names = [f"{layer}.{expert}.{part}" for part in ("w1", "w3", "w2")]

@@ -28,7 +28,7 @@ from m3_plugin.quantization.dialects import read_quantization
 from m3_vllm import cpu_repairs
 from m3_vllm.adapters import choose_adapted_layers
 from m3_vllm.options import require_served
-from m3_vllm.stored_weights import StoredWeights
+from m3_vllm.quantization import StoredWeights
 
 # What the model has a part in, and where a test of ours shows it.
 SERVED = {

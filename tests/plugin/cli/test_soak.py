@@ -98,7 +98,24 @@ def test_a_good_server(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, done).exit_code == 0
     other = CliRunner().invoke(app, [*done, "--max-slope", "2"])
     assert other.exit_code == 2
-    assert "give another --output" in " ".join(other.output.split())
+    assert "max_slope 1.0, this run has 2.0" in " ".join(other.output.split())
+
+
+def test_minutes_between_quiet_moments() -> None:
+    more = ("--minutes", "5", "--idle-every", "3", "--json")
+    result = soak(*more, behaviour=Knows())
+    assert result.exit_code == 0, result.output
+    found = checked("soak", result.stdout)
+    assert [minute["idle"] for minute in found["minutes"]] == [False, False, True, False, True]
+    # what requests hold while they run is nobody's fault
+    assert [minute["used_when_idle"] for minute in found["minutes"]] == [
+        None,
+        None,
+        0.0,
+        None,
+        0.0,
+    ]
+    assert sum(minute["requests"] for minute in found["minutes"]) == found["next_number"]
 
 
 def test_a_wrong_answer_is_written_down_and_replayed(tmp_path: Path) -> None:

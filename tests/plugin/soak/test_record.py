@@ -12,7 +12,15 @@ import pytest
 
 from m3_plugin.soak.driver import Outcome
 from m3_plugin.soak.processes import Process, processes_of_session
-from m3_plugin.soak.record import LEAST_FOR_A_SLOPE, WARM_UP, Counters, Minute, Run, slope
+from m3_plugin.soak.record import (
+    LEAST_FOR_A_SLOPE,
+    LEAST_READINGS,
+    WARM_UP,
+    Counters,
+    Minute,
+    Run,
+    slope,
+)
 
 OUTCOME = Outcome(
     number=4,
@@ -29,11 +37,14 @@ OUTCOME = Outcome(
 FAULT = replace(OUTCOME, verdict="wrong", detail="expected 'a', got 'b'", seconds=99.0)
 
 
-def minute(rss_mb: float = 500.0, *, used: float | None = 0.0, server: int = 0) -> Minute:
+def minute(
+    rss_mb: float = 500.0, *, used: float | None = 0.0, server: int = 0, idle: bool = True
+) -> Minute:
     return Minute.of(
         [OUTCOME, replace(OUTCOME, seconds=4.0, first_s=None), FAULT],
         server=server,
         drafts=False,
+        idle=idle,
         seconds=61.23,
         before=Counters(3, 100, 0.5),
         after=Counters(5, 400, used),
@@ -51,7 +62,14 @@ def test_a_minute() -> None:
     assert found.totals == {"rss_mb": 500.0, "files": 42, "threads": 13}
     nothing = Counters(None, None, None)
     empty = Minute.of(
-        [], server=0, drafts=True, seconds=60, before=nothing, after=nothing, processes=[]
+        [],
+        server=0,
+        drafts=True,
+        idle=True,
+        seconds=60,
+        before=nothing,
+        after=nothing,
+        processes=[],
     )
     assert empty.latency_s is empty.preemptions is empty.used_when_idle is None
 
@@ -91,7 +109,21 @@ def test_slopes_begin_after_the_warm_up_and_are_those_of_one_server() -> None:
     assert Run(minutes=warm + growing[1:]).findings(largest_slope=1.0) == []
     other = [replace(entry, server=1) for entry in growing]
     assert [entry["rss_mb"] for entry in Run(minutes=warm + other).slopes()] == [None, None]
-    assert slope([3.0] * LEAST_FOR_A_SLOPE) == 0
+    assert slope([(at, 3.0) for at in range(LEAST_FOR_A_SLOPE)]) == 0
+
+
+def test_slopes_are_those_of_quiet_moments() -> None:
+    growing = [
+        minute(1000 + 2.5 * i + (300 if i % 3 else 0), idle=i % 3 == 0, used=0.5 if i % 3 else 0.0)
+        for i in range(WARM_UP + 3 * LEAST_READINGS)
+    ]
+    run = Run(minutes=growing)
+    (found,) = run.slopes()
+    assert found["rss_mb"] == pytest.approx(2.5)
+    # pages in use while requests run are no finding
+    (finding,) = run.findings(largest_slope=1.0)
+    assert "resident memory" in finding
+    assert slope([(3 * at, 1.0) for at in range(LEAST_READINGS - 1)]) is None
 
 
 def test_processes_of_a_session_are_seen() -> None:
