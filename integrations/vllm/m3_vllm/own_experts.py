@@ -78,7 +78,8 @@ class OwnExperts(OwnMethod):
         if isinstance(layer, RoutedExperts):
             return weight_only_experts(layer, prefix)
         fused = {projection: name for projection, (name, _) in FUSED.items()}
-        fused["index_q_proj"] = "index_proj" if prefix.endswith(".index_proj") else "qkv_proj"
+        # where index projections are a layer of their own
+        fused["index_q_proj"] = "index_proj"
         if isinstance(layer, LinearBase | VocabParallelEmbedding):
             if format_of_layer(self.quantization, prefix, fused=fused) == PLAIN:
                 return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
