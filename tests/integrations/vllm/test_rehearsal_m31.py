@@ -111,7 +111,7 @@ def test_each_chip_gets_vllm_s_methods_and_kernels_that_it_has(
 
 def test_a_wish_for_another_kernel_is_obeyed(found: dict[str, Any]) -> None:
     chosen = {kernel for _, kernel in found["as wished"]["methods"].values() if kernel}
-    assert chosen == {"HummingMxfp8LinearKernel", "HummingGroupedExperts"}
+    assert chosen == {"HummingMxfp8LinearKernel", "HummingIndexedExperts"}
 
 
 def test_parameters_are_the_published_tensors(found: dict[str, Any]) -> None:
