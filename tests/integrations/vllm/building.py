@@ -177,7 +177,8 @@ def server(folder: str, tensor: int, stages: int, typed: str) -> dict[str, Any]:
     }
 
 
-def main(folder: str) -> None:
+def prepare() -> Any:
+    """Make this process one in which models are built as on GPUs; returns the platform."""
     declare_missing_ops()
     # Triton's configurations of another model's kernels, which cannot be listed without Triton
     scans = "vllm.model_executor.layers.mamba.ops.ssd_combined"
@@ -192,6 +193,11 @@ def main(folder: str) -> None:
     with_operations()
     for name in ("Stream", "Event"):
         setattr(torch.cuda, name, SimpleNamespace)
+    return gpu
+
+
+def main(folder: str) -> None:
+    gpu = prepare()
     found: dict[str, Any] = {}
     for chip, tensor, stages, typed in SERVERS:
         gpu.chip = CHIPS[chip]
