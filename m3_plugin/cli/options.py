@@ -80,6 +80,16 @@ ApiKeyOption = Annotated[
         help="With --url: the server's key, if it wants one; safer in the variable.",
     ),
 ]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The server you run, http://host:port. Default: a tiny M3 is served on this machine."
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="The name under which the server has the model. Default: its first."),
+]
 FrameworkOption = Annotated[
     Framework | None,
     # --host is what these commands called it first; to a server it means an address

@@ -29,7 +29,9 @@ from m3_plugin.cli.options import (
     JsonOption,
     KeptOutputOption,
     LogOption,
+    ModelOption,
     PlotOption,
+    UrlOption,
 )
 from m3_plugin.cli.outputs import deliver, envelope
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
@@ -69,19 +71,10 @@ class Target:
 
 
 def soak(
-    url: Annotated[
-        str | None,
-        typer.Option(
-            help="The server you run, http://host:port. Default: a tiny M3 is served on this "
-            "machine."
-        ),
-    ] = None,
+    url: UrlOption = None,
     api_key: ApiKeyOption = None,
     framework: FrameworkOption = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="The name under which the server has the model. Default: its first."),
-    ] = None,
+    model: ModelOption = None,
     constructed: Annotated[
         bool,
         typer.Option(

@@ -1,4 +1,7 @@
-"""transformers' processors of MiniMax-M3 with MiniMax-M3.1's rule for sizes, for both hosts."""
+"""transformers' processors of MiniMax-M3 as hosts use them, with MiniMax-M3.1's rule for sizes.
+
+Videos are cut into patches a few frames at a time (`video_pieces`).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,8 @@ from torch import Tensor
 from transformers.models.minimax_m3_vl.image_processing_minimax_m3_vl import (
     MiniMaxM3VLImageProcessor,
 )
-from transformers.models.minimax_m3_vl.video_processing_minimax_m3_vl import (
-    MiniMaxM3VLVideoProcessor,
-)
 
+from m3_plugin.host.video_pieces import VideosInPieces, in_pieces
 from m3_plugin.model.resizing import SideCaps, by_pillow
 
 # Settings of a checkpoint's processors that its rule leaves as they are.
@@ -34,16 +35,17 @@ _KEPT = (
 
 @lru_cache(maxsize=4)
 def with_rule(processor: Any, rule: SideCaps | None) -> Any:
-    """A checkpoint's processor as its rule wants it; the same object again for the same one.
+    """A checkpoint's processor as hosts use it; the same object again for the same one.
 
     Parameters
     ----------
     processor : transformers' `MiniMaxM3VLProcessor`; it stays as it is
-    rule : of `m3_plugin.model.resizing.resize_rule`
+    rule : of `m3_plugin.model.resizing.resize_rule`; None for M3's, which is transformers'
     """
-    if rule is None:
-        return processor
     ruled = copy.copy(processor)
+    if rule is None:
+        ruled.video_processor = in_pieces(processor.video_processor)
+        return ruled
     ruled.image_processor = CappedImages(caps=rule, **_kept(processor.image_processor))
     ruled.video_processor = CappedVideos(caps=rule, **_kept(processor.video_processor))
     return ruled
@@ -84,7 +86,7 @@ class CappedImages(MiniMaxM3VLImageProcessor):
         return (tall // self.patch_size) * (wide // self.patch_size)
 
 
-class CappedVideos(MiniMaxM3VLVideoProcessor):
+class CappedVideos(VideosInPieces):
     """Sizes frames by `caps` and leaves the rest to transformers."""
 
     def __init__(self, *, caps: SideCaps, **kwargs: Any) -> None:

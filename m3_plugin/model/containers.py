@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from m3_plugin.model.media import reading_media, upright_rgb
+from m3_plugin.model.media import reading_media, require_frame_pixels, upright_rgb
 
 __all__ = ["MAX_ANIMATION_PIXELS", "MAX_COUNTED_FRAMES", "Animation", "with_times"]
 
@@ -32,6 +32,7 @@ _INFO, _TRACKS, _CLUSTER = 0x1549A966, 0x1654AE6B, 0x1F43B675
 _SEEK_HEAD, _CUES = 0x114D9B74, 0x1C53BB6B
 _TIME_SCALE, _DURATION = 0x2AD7B1, 0x4489
 _TRACK, _NUMBER, _KIND, _FRAME_TIME = 0xAE, 0xD7, 0x83, 0x23E383
+_PICTURES, _WIDTH, _HEIGHT = 0xE0, 0xB0, 0xBA
 _CLUSTER_TIME, _SIMPLE_BLOCK, _GROUP, _BLOCK = 0xE7, 0xA3, 0xA0, 0xA1
 # Elements whose children are walked like their siblings.
 _ENTERED = frozenset({_SEGMENT, _CLUSTER, _GROUP})
@@ -127,6 +128,9 @@ class _Matroska:
             if kind is None or number is None or _number(data, kind) != _VIDEO:
                 continue
             self.track, self.track_number = track, _number(data, number)
+            if (pictures := fields.get(_PICTURES)) is not None:
+                sides = {e.name: _number(data, e) for e in _children(data, pictures)}
+                require_frame_pixels(sides.get(_HEIGHT, 0), sides.get(_WIDTH, 0))
             frame_time = fields.get(_FRAME_TIME)
             if frame_time is not None and _number(data, frame_time):
                 self.frame_time = frame_time
@@ -160,7 +164,7 @@ def with_times(data: bytes | mmap) -> bytes | None:
 
     Raises
     ------
-    ValueError : more than `MAX_COUNTED_FRAMES` frames.
+    ValueError : more than `MAX_COUNTED_FRAMES` frames, or larger ones than `MAX_FRAME_PIXELS`.
     """
     if data[:4] != _EBML.to_bytes(4, "big"):
         return None
@@ -247,7 +251,8 @@ class Animation:
 
     Raises
     ------
-    ValueError : more than `MAX_ANIMATION_PIXELS`, or what Pillow cannot read.
+    ValueError : more than `MAX_ANIMATION_PIXELS`, frames beyond `MAX_FRAME_PIXELS`, or what Pillow
+        cannot read.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -257,6 +262,7 @@ class Animation:
             self._image: Any = Image.open(io.BytesIO(data), formats=["GIF", "WEBP"])
             self._total = int(getattr(self._image, "n_frames", 1))
         self.frame_shape = (self._image.height, self._image.width)
+        require_frame_pixels(*self.frame_shape)
         pixels = self._total * self._image.height * self._image.width
         if pixels > MAX_ANIMATION_PIXELS:
             raise ValueError(

@@ -19,7 +19,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mmap import mmap
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import Tensor
 __all__ = [
     "MAX_ASPECT",
     "MAX_FRAMES",
+    "MAX_FRAME_PIXELS",
     "MAX_IMAGE_PIXELS",
     "MAX_VIDEO_FPS",
     "MAX_VIDEO_PIXELS",
@@ -46,8 +47,9 @@ __all__ = [
     "pieces_of",
     "reading_media",
     "require_frame_limit",
+    "require_frame_pixels",
     "require_long_side",
-    "require_plausible_counts",
+    "require_plausible_header",
     "require_video_fps",
     "require_video_pixels",
     "sampled_frames",
@@ -68,7 +70,9 @@ MIN_VIDEO_FPS = 0.2
 MAX_VIDEO_FPS = 5.0
 # Twice what Pillow warns of, which is where Pillow refuses and vLLM's own limit lies.
 MAX_IMAGE_PIXELS = 178_956_970
-# Boxes of an MP4 on the way to its tables of times.
+# Frames of cinemas, 8192x4320: decoders hold several frames of some bytes per pixel at a time.
+MAX_FRAME_PIXELS = 35_389_440
+# Boxes of an MP4 on the way to its tables of times and sizes.
 _NESTED_BOXES = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 # Beyond this aspect ratio transformers refuses an image.
 MAX_ASPECT = 200
@@ -147,6 +151,20 @@ def require_video_pixels(num_frames: int, height: int, width: int) -> None:
         )
 
 
+def require_frame_pixels(height: int, width: int) -> None:
+    """Refuse a video by the size of one frame in its file; called before frames are decoded.
+
+    Raises
+    ------
+    ValueError : more than `MAX_FRAME_PIXELS`.
+    """
+    if height * width > MAX_FRAME_PIXELS:
+        raise ValueError(
+            f"a video's frames must have at most {MAX_FRAME_PIXELS:,} pixels each (8192x4320); got "
+            f"{width}x{height}: send smaller frames"
+        )
+
+
 def fitted_size(height: int, width: int, *, factor: int, least: int, most: int) -> tuple[int, int]:
     """Height and width to which transformers resizes a frame, by its area.
 
@@ -217,43 +235,78 @@ def sampled_frames(
     return [index(round(i * (count - 1) / (max_frames - 1))) for i in range(max_frames)]
 
 
-def require_plausible_counts(data: bytes | mmap) -> None:
-    """Refuse a video whose header claims more frames than the file has bytes.
+def require_plausible_header(data: bytes | mmap) -> None:
+    """Refuse a video whose header claims more frames than the file has bytes, or too large ones.
 
     Decoders size their tables by that count before they look for a frame, and one that cannot have
     the memory ends the process: C++ leaves nothing to catch. MP4, MOV and AVI state such a count.
+    Some tell the size of frames only after they have decoded one.
 
     Raises
     ------
-    ValueError : the count, the size and what to send.
+    ValueError : the count or size, and what to send.
     """
     if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
-        claimed = _frames_of_avi(data)
+        header = _header_of_avi(data)
     else:
-        claimed = _frames_of_boxes(data, 0, len(data), depth=0)
-    if claimed > len(data):
+        header = _header_of_boxes(data, 0, len(data), depth=0)
+    if header.frames > len(data):
         raise ValueError(
-            f"a video's header claims {claimed:,} frames in {len(data):,} bytes; send a whole file"
+            f"a video's header claims {header.frames:,} frames in {len(data):,} bytes; send a "
+            "whole file"
         )
+    require_frame_pixels(header.height, header.width)
 
 
-def _frames_of_avi(data: bytes | mmap) -> int:
-    """The largest number of frames in an AVI's main header and headers of streams."""
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """The largest number of frames that a header claims, and the largest of their sizes."""
+
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+
+    def __or__(self, other: _Header) -> _Header:
+        larger = max(self, other, key=lambda header: header.height * header.width)
+        return replace(larger, frames=max(self.frames, other.frames))
+
+
+def _header_of_avi(data: bytes | mmap) -> _Header:
+    """What an AVI's main header, headers of streams and formats of pictures say."""
     # where the count stands behind a chunk's name and size
     fields = ((b"avih", 16), (b"strh", 32))
-    found = 0
+    found = _Header()
     for name, offset in fields:
         at = data.find(name)
         while at >= 0:
             field = data[at + 8 + offset : at + 12 + offset]
-            found = max(found, int.from_bytes(field, "little"))
+            found |= _Header(frames=int.from_bytes(field, "little"))
+            if name == b"strh" and data[at + 8 : at + 12] == b"vids":
+                found |= _picture_format(data, data.find(b"strf", at))
             at = data.find(name, at + 4)
     return found
 
 
-def _frames_of_boxes(data: bytes | mmap, begin: int, end: int, *, depth: int) -> int:
-    """The largest number of frames in the tables of times of an MP4's tracks."""
-    found = 0
+def _picture_format(data: bytes | mmap, at: int) -> _Header:
+    """The size of an AVI's pictures by the chunk at `at`; a negative height is upside down."""
+    fields = data[at + 12 : at + 20]
+    if at < 0 or len(fields) < 8:
+        return _Header()
+    width, height = struct.unpack("<ii", fields)
+    return _Header(height=abs(height), width=abs(width))
+
+
+def _header_of_boxes(
+    data: bytes | mmap, begin: int, end: int, *, depth: int, pictures: bool = True
+) -> _Header:
+    """What the tables of times and of sample formats of an MP4's tracks say.
+
+    Parameters
+    ----------
+    depth : boxes around these
+    pictures : whether sample formats found here may be those of frames
+    """
+    found = _Header()
     while begin + 8 <= end:
         size, name = int.from_bytes(data[begin : begin + 4], "big"), data[begin + 4 : begin + 8]
         head = 8
@@ -264,12 +317,26 @@ def _frames_of_boxes(data: bytes | mmap, begin: int, end: int, *, depth: int) ->
         if stop < begin + head:
             break
         if name in _NESTED_BOXES and depth < len(_NESTED_BOXES):
-            found = max(found, _frames_of_boxes(data, begin + head, stop, depth=depth + 1))
+            found |= _header_of_boxes(data, begin + head, stop, depth=depth + 1, pictures=pictures)
+        elif name == b"hdlr" and depth == _NESTED_BOXES.index(b"minf"):
+            pictures = data[begin + head + 8 : begin + head + 12] == b"vide"
         elif name == b"stts":
             entries = range(begin + head + 8, stop - 7, 8)
-            found = max(found, sum(int.from_bytes(data[at : at + 4], "big") for at in entries))
+            count = sum(int.from_bytes(data[at : at + 4], "big") for at in entries)
+            found |= _Header(frames=count)
+        elif name == b"stsd" and pictures:
+            found |= _sample_size(data[begin + head : min(stop, begin + head + 44)])
         begin = stop
     return found
+
+
+def _sample_size(entries: bytes) -> _Header:
+    """The size of an MP4's frames by the first of its sample formats."""
+    sides = entries[40:44]
+    if len(sides) < 4:
+        return _Header()
+    width, height = struct.unpack(">HH", sides)
+    return _Header(height=height, width=width)
 
 
 def time_stamp(

@@ -130,7 +130,7 @@ class Vocabulary:
         self.treasures = tuple(self._word(word, i) for i, word in enumerate(_TREASURES))
         self.colours = tuple(self._word(word, i) for i, word in enumerate(_COLOURS))
         # Kind 0, group 0: a picture is found by the first sparse layer; its ordinal by the second.
-        self.picture = self._reference("picture", 0)
+        self.picture = self._word("picture", 0, known=True, question=True)
         self.video_question_id = self._add(" video?")
         self.ordinals = tuple(self._word(word, NUM_GROUPS + 2, question=True) for word in _ORDINALS)
 
@@ -179,29 +179,25 @@ class Vocabulary:
         return codes()[self._next_code[class_index] - 1]
 
     def _word(
-        self, noun: str, class_index: int, *, key: bool = False, question: bool = False
+        self,
+        noun: str,
+        class_index: int,
+        *,
+        known: bool = False,
+        key: bool = False,
+        question: bool = False,
     ) -> Word:
+        """A word; a `known` one has its plain form already, as a filler."""
         kind, group = divmod(class_index, NUM_GROUPS)
+        plain = " " + noun
         return Word(
-            text=" " + noun,
+            text=plain,
             kind=kind,
             group=group,
             code=self._code(class_index),
-            id=self._add(" " + noun),
+            id=self.num_reserved + self._texts.index(plain) if known else self._add(plain),
             question_id=self._add(f" {noun}?") if key or question else None,
             decoy_id=self._add(" " + noun.capitalize()) if key else None,
-        )
-
-    def _reference(self, noun: str, class_index: int) -> Word:
-        """A word whose plain form is a filler and whose question form is a key."""
-        kind, group = divmod(class_index, NUM_GROUPS)
-        return Word(
-            text=" " + noun,
-            kind=kind,
-            group=group,
-            code=self._code(class_index),
-            id=self.num_reserved + self._texts.index(" " + noun),
-            question_id=self._add(f" {noun}?"),
         )
 
 

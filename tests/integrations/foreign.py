@@ -36,9 +36,15 @@ FOREIGN: dict[str, object] = {
 
 def changed(path: str, value: object, *, quantized: bool | None = None) -> dict[str, Any]:
     """The released config with one key set, or taken out where the value is None."""
-    config = copy.deepcopy(released_config())
+    config = released_config()
     if quantized or path.startswith("quantization_config"):
-        config["quantization_config"] = dict(MXFP8)
+        config = {**config, "quantization_config": MXFP8}
+    return with_key(config, path, value)
+
+
+def with_key(config: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    """A copy of a config with the key at that path set, or taken out where the value is None."""
+    config = copy.deepcopy(config)
     *sections, key = path.split(".")
     holder = config
     for section in sections:

@@ -1,4 +1,4 @@
-"""Peak memory of a front end that decodes a small file of large frames, in a process of its own."""
+"""Peak memory of a front end that prepares a small file of large frames, in its own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.integrations import media_files
 
-__all__ = ["FRAMES", "LIMIT", "file_of_large_frames", "grown_by"]
+__all__ = ["LIMIT", "file_of_large_frames", "grown_by"]
 
 # At full size these are 1.24 GB.
 FRAMES, SIZE = 50, (3840, 2160)
@@ -22,9 +22,12 @@ from pathlib import Path
 data = Path(sys.argv[1]).read_bytes()
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# what is loaded on first use
+small = {small!r}
+{load}(small)
 before = peak()
-shape = {load}
-print(json.dumps([list(shape), peak() - before]))
+patches = {load}(data)
+print(json.dumps([list(patches.shape), peak() - before]))
 """
 
 
@@ -36,17 +39,20 @@ def file_of_large_frames(folder: Path) -> Path:
     return path
 
 
-def grown_by(path: Path, *, prepare: str, load: str) -> tuple[list[int], int]:
-    """Shape of the frames that `load` gives, and bytes by which the process grew meanwhile.
+def grown_by(path: Path, *, prepare: str, load: str) -> int:
+    """Bytes by which the process grew, at most, while it made the patches of a file's frames.
 
     Parameters
     ----------
     prepare : statements before the measurement, imports above all
-    load : an expression of `data`, the file's bytes
+    load : name of a function of a file's bytes that returns patches [patches, values]
     """
-    script = _MEASURED.format(prepare=prepare, load=load)
+    small = media_files.mp4([media_files.jpeg((0, 0, 0))] * 3)
+    script = _MEASURED.format(prepare=prepare, load=load, small=small)
     command = [sys.executable, "-c", script, str(path)]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     shape, grown = json.loads(done.stdout.splitlines()[-1])
-    return shape, grown
+    # pairs of frames of 1008x560 in patches of 14x14
+    assert shape == [FRAMES // 2 * 72 * 40, 2 * 3 * 14 * 14]
+    return grown

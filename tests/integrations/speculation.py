@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from m3_plugin.testing.constructed import ConstructedCheckpoint
 from m3_plugin.testing.hub_layout import EOS_TOKEN
 from m3_plugin.testing.prompts import NeedlePrompt, colour_rgb, needle_prompt, picture_prompt
 from m3_plugin.testing.vocabulary import VOCABULARY
+from tests.integrations import golden
 from tests.integrations.cases import random_prompt
 
 PAGE = 128
@@ -125,6 +126,26 @@ def pictures_around_a_chunk_end(checkpoint: Path, *, end: int) -> list[tuple[str
         end=end,
     )
     return [(longer, pictures) for longer in texts]
+
+
+def require_transformers_tokens_around_a_chunk_end(
+    checkpoint: Path, ask: Callable[[str], list[int]], *, end: int
+) -> None:
+    """Of the random checkpoint, whose every weight counts; `image` is 12 tokens between two.
+
+    Parameters
+    ----------
+    ask : three greedy tokens behind a text with `image` in it, nothing of which is cached
+    """
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    texts = around_a_chunk_end(processor.tokenizer, image_text()[:40], filler="x", size=14, end=end)
+    for text in texts:
+        inputs = processor(text=text, images=[image()], return_tensors="pt")
+        token_ids = inputs.pop("input_ids")[0].tolist()
+        inputs.pop("attention_mask")
+        assert ask(text) == golden.greedy(checkpoint, token_ids, num_tokens=3, **inputs)
 
 
 def long_picture_questions(count: int, *, num_fillers: int) -> list[tuple[str, list[Any]]]:

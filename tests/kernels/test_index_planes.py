@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3_kernels import native_build
 from m3_kernels.cache_store.reference import in_two_planes
 from m3_kernels.cache_store.torch_cpu import LARGEST_CODE, in_planes
 from m3_kernels.capability import Backend
@@ -26,16 +24,7 @@ from m3_kernels.index_pages import (
 from m3_kernels.index_topk import index_topk
 from m3_kernels.index_topk.torch_cpu import in_fixed_point
 
-
-@pytest.fixture(autouse=True)
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks and rows are shared out, however few: which thread meets which is chance."""
-    monkeypatch.setattr(native_build, "WORK_PER_THREAD", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 BACKENDS: tuple[Backend, ...] = ("native", "torch")
 DIM, PAGE = 32, 16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,22 +17,13 @@ from m3_kernels.index_topk import index_topk
 from m3_kernels.sparse_attention import sparse_attention
 from m3_kernels.testing.cases import DTYPES, Case, Inputs, build, production_cases
 
-pytestmark = pytest.mark.skipif(
-    kernel_families("cpu")[0].refusal is not None, reason="no C++ kernels here"
-)
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(kernel_families("cpu")[0].refusal is not None, reason="no C++ kernels here"),
+]
 quick = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(autouse=True)
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work is cut differently with more than one thread, so have two, however small the step."""
-    monkeypatch.setattr(native_build, "WORK_PER_THREAD", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @st.composite

@@ -77,7 +77,8 @@ from m3_plugin.model.media import (
     pieces_of,
     reading_media,
     require_frame_limit,
-    require_plausible_counts,
+    require_frame_pixels,
+    require_plausible_header,
     require_video_fps,
     require_video_pixels,
     sampled_frames,
@@ -525,7 +526,7 @@ class M3VideoLoader(VideoBackend):
         if num_frames not in (-1, _NO_WISH):
             max_frames = num_frames
         require_frame_limit(max_frames)
-        require_plausible_counts(data)
+        require_plausible_header(data)
         if (animation := Animation.of(data)) is not None:
             return cls._of_animation(animation, fps=rate, max_frames=max_frames)
         data = with_times(data) or data
@@ -594,6 +595,7 @@ class M3VideoLoader(VideoBackend):
 
         height = int(cap.get(cv2.CAP_PROP_FRAME_HEIGHT))
         width = int(cap.get(cv2.CAP_PROP_FRAME_WIDTH))
+        require_frame_pixels(height, width)
         size = cls._frame_size(height, width)
         require_video_pixels(len(frame_idx), *size)
         shrink = len(frame_idx) * height * width > _MAX_HELD_PIXELS

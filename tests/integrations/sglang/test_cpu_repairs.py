@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from m3_sglang.compat import speculation_is_tested
+from tests.interpreters import run
 
 pytestmark = pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
 
@@ -55,14 +54,7 @@ print("SAME")
 
 
 def test_chains_equal_sglangs_trees() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", AGAINST_TRITON],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    result = run([sys.executable, "-c", AGAINST_TRITON], environment={"TRITON_INTERPRET": "1"})
     assert result.stdout.strip().endswith("SAME"), result.stdout + result.stderr
 
 
@@ -116,6 +108,7 @@ from types import SimpleNamespace
 import sglang.srt.runtime_context as context
 context.get_spec = lambda: SimpleNamespace(speculative_use_rejection_sampling=False)
 from m3_sglang.cpu_repairs import put_in_place
+from tests.interpreters import run
 from sglang.srt.speculative import eagle_utils
 asked = dict(is_cpu=True, is_hip=False, is_xpu=False, use_rejection_sampling=False)
 before = eagle_utils._verify_uses_greedy(is_all_greedy=False, **asked)
@@ -127,13 +120,7 @@ print(before, after)
 
 def test_sampled_requests_are_sampled() -> None:
     """SGLang alone verifies greedily on a CPU, whatever a request says."""
-    result = subprocess.run(
-        [sys.executable, "-c", SAMPLED_REQUESTS],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    result = run([sys.executable, "-c", SAMPLED_REQUESTS])
     assert result.stdout.strip().endswith("True [False, True]"), result.stdout + result.stderr
 
 

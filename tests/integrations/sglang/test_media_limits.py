@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations import media_files
+from tests.integrations import media_files, media_memory
 from tests.integrations.sglang.media_processor import build, prepare
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
@@ -378,3 +378,20 @@ def test_a_checkpoint_without_processor_files_is_refused_at_the_start(tmp_path: 
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(OSError, match=r"a file named preprocessor_config\.json"):
         build(folder)
+
+
+@pytest.mark.extended
+def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "m3", preset="small")
+    grown = media_memory.grown_by(
+        media_memory.file_of_large_frames(tmp_path),
+        prepare=f"""
+from tests.integrations.sglang.media_processor import build, prepare
+processor = build(Path({str(folder)!r}))
+def patches(data):
+    (item,) = prepare(processor, "{VIDEO}", video=[data]).mm_items
+    return item.feature
+""",
+        load="patches",
+    )
+    assert grown < media_memory.LIMIT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests.integrations.variables import (
     check_mistakes,
     check_service_links,
 )
+from tests.interpreters import interpret, run
 
 LOAD = """
 from sglang.srt.plugins import load_plugins
@@ -37,14 +37,8 @@ if MODELS:
 
 def load_plugins(*, models: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run SGLang's plugin loader in a fresh interpreter and print what it left behind."""
-    return subprocess.run(
-        [sys.executable, "-c", LOAD.replace("MODELS", str(models))],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    script = LOAD.replace("MODELS", str(models))
+    return run([sys.executable, "-c", script], environment=environment)
 
 
 def broken_package(tmp_path: Path, name: str) -> str:
@@ -71,19 +65,14 @@ def test_a_users_own_model_package_keeps_its_place(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("")
     (package / "one.py").write_text("class TheirModel: ...\nEntryClass = TheirModel\n")
     theirs = "print(ModelRegistry.resolve_model_cls('TheirModel')[0].__module__)"
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD.replace("MODELS", "True") + theirs],
-        env={
-            **os.environ,
+    result = interpret(
+        "-c",
+        LOAD.replace("MODELS", "True") + theirs,
+        environment={
             "PYTHONPATH": str(tmp_path),
             "SGLANG_EXTERNAL_MODEL_PACKAGE": "users_models",
         },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
     )
-    assert result.returncode == 0, result.stderr
     assert result.stdout.count("CLASS m3_sglang.models.minimax_m3") == 2
     assert "users_models.one" in result.stdout
 
@@ -214,15 +203,7 @@ def refuse(
 def test_a_start_with_a_gateways_name_is_told_the_repository(tmp_path: Path) -> None:
     """SGLang itself only says that it found nothing."""
     command = sglang_command(Path("minimax/m3"), port=free_port(), options=("--device", "cpu"))
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, **ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run(command, environment={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}, folder=tmp_path)
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert "m3-plugin: no model 'minimax/m3' here; did you mean MiniMaxAI/MiniMax-M3?" in said

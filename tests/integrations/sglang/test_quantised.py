@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +27,7 @@ from tests.integrations.sglang.engine import (
     EngineProcess,
     speculation,
 )
+from tests.interpreters import report
 from tests.plugin.model.test_config import hub
 
 
@@ -264,18 +262,9 @@ def test_sglang_s_loader_leaves_the_checkpoint_s_bytes_in_place(
     random_quantised: QuantisedCheckpoints, tmp_path: Path
 ) -> None:
     """Every projection and expert as stored, in as many bytes; cache scales where they are used."""
-    stored, report = random_quantised.with_cache_scales("mxfp8"), tmp_path / "report.json"
-    command = [sys.executable, "-m", "tests.integrations.sglang.host_layers"]
-    result = subprocess.run(
-        [*command, str(stored), str(report)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | ENVIRONMENT,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    facts = json.loads(report.read_text())
+    stored = random_quantised.with_cache_scales("mxfp8")
+    module = "tests.integrations.sglang.host_layers"
+    facts = report(module, stored, folder=tmp_path, environment=ENVIRONMENT)
     attention, experts = "model.layers.1.self_attn", "model.layers.1.block_sparse_moe.experts"
     expected = {f"{attention}.qkv_proj", f"{attention}.index_qkv_proj", f"{attention}.o_proj"}
     assert expected | {f"{experts}.w13", f"{experts}.w2"} <= set(facts["layers"])

@@ -39,8 +39,11 @@ from tests.integrations.speculation import (
     ids,
     image,
     image_text,
+    long_picture_questions,
     picture_question,
+    pictures_around_a_chunk_end,
     random_prompts,
+    require_transformers_tokens_around_a_chunk_end,
 )
 
 pytestmark = pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
@@ -168,9 +171,18 @@ def test_random_eagle3_gives_the_plain_tokens(
     with EngineProcess(
         random_mtp,
         log=tmp_path / "engine.log",
+        chunked_prefill_size=512,
         **speculation(head, steps=3, algorithm="EAGLE3"),
     ) as engine:
         require_the_same(engine, plain_tokens)
+
+        def ask(text: str) -> list[int]:
+            settle(engine)
+            (output,) = engine.generate([with_image(text)], max_tokens=3, ignore_eos=True)
+            assert output.num_cached_tokens == 0
+            return output.token_ids
+
+        require_transformers_tokens_around_a_chunk_end(random_mtp, ask, end=512)
 
 
 def check(engine: EngineProcess, prompts: Sequence[NeedlePrompt]) -> list[Completion]:
@@ -245,6 +257,28 @@ class TestRepeatingModule:
         assert "KV cache pool is full. Retract requests." in repeating_engine.log_text()
         assert [output.token_ids for output in outputs] == [answer(p, 200) for p in prompts]
 
+    def test_retraction_of_pictures(self, repeating_engine: EngineProcess) -> None:
+        """Recomputed with their features; answers are those of each alone.
+
+        Two that fill the cache but for two pages: a third would come when the first has ended,
+        since pictures are prepared one request after another.
+        """
+        requests = [
+            {"prompt": text, "image_data": pictures}
+            for text, pictures in long_picture_questions(2, num_fillers=2450)
+        ]
+        options = {"max_tokens": 200, "ignore_eos": True}
+        alone = []
+        for one in requests:
+            settle(repeating_engine)
+            alone += repeating_engine.generate([one], **options)
+        settle(repeating_engine)
+        before = repeating_engine.metric(RETRACTED)
+        together = repeating_engine.generate(requests, **options)
+        assert repeating_engine.metric(RETRACTED) > before
+        assert [output.token_ids for output in together] == [o.token_ids for o in alone]
+        assert all(output.text.startswith(PICTURE_ANSWER) for output in alone)
+
     def test_sglangs_own_metrics_show_the_acceptance(self, repeating_engine: EngineProcess) -> None:
         """The gauges are of the last step, the counter grows by the steps of each answer."""
         before = repeating_engine.metric("sglang:spec_verify_calls_total")
@@ -313,6 +347,17 @@ class TestErringModule:
         for prompt, output in zip((first, later), outputs, strict=True):
             assert output.token_ids == answer(prompt, 32)
             assert 0 < output.num_accepted < 3 * output.num_verify_steps
+
+    def test_a_chunk_ends_before_inside_and_behind_a_picture(
+        self, erring_engine: EngineProcess
+    ) -> None:
+        for text, pictures in pictures_around_a_chunk_end(erring_engine.model, end=512):
+            settle(erring_engine)
+            (output,) = erring_engine.generate(
+                [{"prompt": text, "image_data": pictures}], max_tokens=4
+            )
+            assert output.text == PICTURE_ANSWER
+            assert output.num_cached_tokens == 0
 
     def test_speculation_behind_a_prefix_hit(self, erring_engine: EngineProcess) -> None:
         """The draft model's keys of the prefix are cached with the target's."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from m3_plugin.model.released import released_config
 from tests.integrations.foreign import FOREIGN, changed, write
 from tests.integrations.sglang.engine import ENVIRONMENT
+from tests.interpreters import answered, interpret
 
 ASK = """
 import json, os, sys
@@ -87,26 +83,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict], 
     foreign = changed(REQUIRED, FOREIGN[REQUIRED])
     asked["required"] = ("1", foreign)
     asked["draft"] = ("0", foreign | {"architectures": ["MiniMaxM3MTP"]})
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            ASK,
-            *(
-                f"{required} {write(folder / name, config)}"
-                for name, (required, config) in asked.items()
-            ),
-        ],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER")]
-    found = [json.loads(line.removeprefix("ANSWER ")) for line in lines]
-    return dict(zip(asked, found, strict=True)), result.stdout + result.stderr
+    files = [
+        f"{required} {write(folder / name, config)}" for name, (required, config) in asked.items()
+    ]
+    done = interpret("-c", ASK, *files, environment=ENVIRONMENT)
+    return dict(zip(asked, answered(done), strict=True)), done.stdout + done.stderr
 
 
 def test_m3_is_taken(answers: tuple[dict[str, dict], str]) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from m3_plugin.cli import app
+from tests.interpreters import interpret
 from tests.plugin.cli.schemas import checked
 
 MODEL = "MiniMaxAI/MiniMax-M3-MXFP8"
@@ -99,14 +98,7 @@ def test_the_parser_takes_what_fit_prints(options: tuple[str, ...]) -> None:
 def test_our_class_does_what_these_options_say(random_checkpoint: Callable[[str], Path]) -> None:
     """Without a tower the text is loaded all the same, and images are not taken."""
     options = ("--language-model-only", "--skip-mm-profiling")
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", BUILD, str(random_checkpoint("engine")), *options],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    done = interpret("-P", "-c", BUILD, random_checkpoint("engine"), *options)
     found: dict[str, Any] = json.loads(done.stdout.partition("FOUND")[2].splitlines()[0])
     assert found == {
         "class": "m3_vllm.model",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from m3_plugin import __version__
 from m3_vllm import front_end
+from tests.interpreters import interpret
 
 # What the API server does before its first answer, without an engine: the configuration asks the
 # model class which inputs it takes, then the metrics are mounted.
@@ -36,19 +34,11 @@ print("PLUGIN", *presence(language_model_only=True))
 
 
 def test_a_default_server_says_that_the_plugin_serves(
-    constructed_checkpoint: Path,
+    constructed_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does so even where no images are served."""
-    environment = {k: v for k, v in os.environ.items() if k != "PROMETHEUS_MULTIPROC_DIR"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(constructed_checkpoint)],
-        env={**environment, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    done = interpret("-c", SCRIPT, constructed_checkpoint, environment={"HF_HUB_OFFLINE": "1"})
     assert "MEDIA False" in done.stdout
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("PLUGIN ")]
     assert 'device="cpu"' in line

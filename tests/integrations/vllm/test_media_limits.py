@@ -14,23 +14,15 @@ from PIL import Image
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from tests.integrations import media_files, media_memory
+from tests.integrations.vllm.media_processor import build
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory: pytest.TempPathFactory):
-    from vllm.config import ModelConfig
-    from vllm.multimodal.processing.context import InputProcessingContext
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    from m3_vllm.media import M3DummyInputsBuilder, M3MultiModalProcessor, M3ProcessingInfo
-
     folder = write_random_checkpoint(tmp_path_factory.mktemp("limits") / "m3", preset="small")
-    config = ModelConfig(model=str(folder), dtype="float32", max_model_len=8192)
-    tokenizer = cached_tokenizer_from_config(config)
-    info = M3ProcessingInfo(InputProcessingContext(config, tokenizer))
-    return M3MultiModalProcessor(info, M3DummyInputsBuilder(info))
+    return build(folder)
 
 
 def prepared(processor, prompt: list[int], data: Mapping[str, Any]) -> Any:
@@ -312,10 +304,18 @@ def test_a_checkpoint_without_processor_files(tmp_path: Path) -> None:
 
 @pytest.mark.extended
 def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
-    shape, grown = media_memory.grown_by(
+    folder = write_random_checkpoint(tmp_path / "m3", preset="small")
+    grown = media_memory.grown_by(
         media_memory.file_of_large_frames(tmp_path),
-        prepare="from m3_vllm.media import M3VideoLoader",
-        load="M3VideoLoader.load_bytes(data)[0].shape",
+        prepare=f"""
+from tests.integrations.vllm.media_processor import build
+from m3_vllm.media import M3VideoLoader
+processor = build(Path({str(folder)!r}))
+def patches(data):
+    video = M3VideoLoader.load_bytes(data)
+    items = processor.info.parse_mm_data({{"video": video}})
+    return processor("{VIDEO}", items)["mm_kwargs"]["video"][0].get_data()["pixel_values_videos"]
+""",
+        load="patches",
     )
-    assert shape == [media_memory.FRAMES, 560, 1008, 3]
     assert grown < media_memory.LIMIT

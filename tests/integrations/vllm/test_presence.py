@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +22,7 @@ from tests.integrations.variables import (
     check_service_links,
 )
 from tests.integrations.vllm.engine import ENVIRONMENT
+from tests.interpreters import run
 
 LOAD = """
 from vllm.plugins import load_general_plugins
@@ -37,14 +37,8 @@ for name in ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGenerat
 
 def load_plugins(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run vLLM's plugin loader in a fresh interpreter and print what serves M3."""
-    return subprocess.run(
-        [sys.executable, "-c", LOAD],
-        env={**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    variables = {"VLLM_CACHE_ROOT": str(tmp_path), **environment}
+    return run([sys.executable, "-c", LOAD], environment=variables)
 
 
 def break_kernels(tmp_path: Path) -> str:
@@ -119,15 +113,7 @@ def test_broken_import_stops_a_server_that_requires_the_plugin(
 def test_a_start_with_a_gateways_name_is_told_the_repository(tmp_path: Path) -> None:
     """vLLM itself only says that it found nothing."""
     command = vllm_command(Path("minimax/m3"), port=free_port())
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, **ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run(command, environment={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}, folder=tmp_path)
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert "m3-plugin: no model 'minimax/m3' here; did you mean MiniMaxAI/MiniMax-M3?" in said

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
 from tests.integrations.vllm.engine import EngineError, EngineProcess
+from tests.interpreters import interpret, report
 
 
 def test_logprobs_are_those_of_the_dequantised_weights(
@@ -124,17 +121,8 @@ def test_layers_on_a_cpu_hold_what_the_checkpoint_stores_in_as_many_bytes(
     """Every projection and expert decoded from the parameters that vLLM's loaders filled."""
     stored = random_quantised.stored(quant)  # type: ignore[arg-type]
     reference = random_quantised.reference(quant)  # type: ignore[arg-type]
-    report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "tests.integrations.vllm.stored_layers"]
-    result = subprocess.run(
-        [*command, str(stored), str(reference), str(report)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, Any] = json.loads(report.read_text())
+    module = "tests.integrations.vllm.stored_layers"
+    found: dict[str, Any] = report(module, stored, reference, folder=tmp_path)
     attention = "model.layers.1.self_attn"
     expected = {f"{attention}.qkv_proj", f"{attention}.o_proj", "model.layers.0.mlp.down_proj"}
     assert expected | {"model.layers.1.block_sparse_moe.experts"} <= found["layers"].keys()
@@ -157,17 +145,8 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
     """
     stored = random_quantised.with_cache_scales(quant)  # type: ignore[arg-type]
     reference = random_quantised.reference(quant)  # type: ignore[arg-type]
-    report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "tests.integrations.vllm.host_layers"]
-    result = subprocess.run(
-        [*command, str(stored), str(reference), str(report)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    compared: dict[str, Any] = json.loads(report.read_text())
+    module = "tests.integrations.vllm.host_layers"
+    compared: dict[str, Any] = report(module, stored, reference, folder=tmp_path)
     layers = {name: entry.get("format") for name, entry in compared.items()}
     attention = "model.layers.1.self_attn"
     if quant == "mxfp8":
@@ -221,14 +200,7 @@ def test_other_models_keep_their_quantisation() -> None:
         "    config = PretrainedConfig(**hub() | {'architectures': [name] if name else None})\n"
         "    print(method.override_quantization_method({}, None, hf_config=config))\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-        env=os.environ | DEQUANTISE,
-    )
+    result = interpret("-c", code, environment=DEQUANTISE)
     assert result.stdout.split()[-len(methods) :] == [str(method) for method in methods.values()]
 
 

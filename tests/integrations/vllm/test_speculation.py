@@ -36,6 +36,7 @@ from tests.integrations.speculation import (
     picture_question,
     pictures_around_a_chunk_end,
     random_prompts,
+    require_transformers_tokens_around_a_chunk_end,
 )
 from tests.integrations.vllm.engine import EngineError, EngineProcess, Speculation
 
@@ -149,6 +150,14 @@ class TestRandomCheckpoint:
         ) as engine:
             assert tokens(engine, random_requests()) == plain_tokens
             assert engine.speculation().drafts > len(plain_tokens) * NUM_TOKENS / 4
+
+            def ask(text: str) -> list[int]:
+                assert engine.flush()
+                return engine.generate([with_image(text)], max_tokens=3, ignore_eos=True)[
+                    0
+                ].token_ids
+
+            require_transformers_tokens_around_a_chunk_end(random_mtp, ask, end=CHUNK)
 
 
 def delayed(prompt: NeedlePrompt, count: int) -> list[int]:

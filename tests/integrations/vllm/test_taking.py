@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 from m3_plugin.model.released import released_config
 from tests.integrations.foreign import FOREIGN, changed, write
 from tests.integrations.vllm.engine import ENVIRONMENT
+from tests.interpreters import answered, interpret, run
 
 ASK = """
 import json, sys
@@ -53,24 +51,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], s
     folder = tmp_path_factory.mktemp("configs")
     asked = {"m3": released_config()}
     asked |= {path: changed(path, value) for path, value in FOREIGN.items()}
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            ASK,
-            *(str(write(folder / name, config)) for name, config in asked.items()),
-        ],
-        env={**os.environ, **ENVIRONMENT, "M3_PLUGIN_REQUIRED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("ANSWER")]
-    found = [json.loads(line.removeprefix("ANSWER ")) for line in lines]
+    files = [write(folder / name, config) for name, config in asked.items()]
+    environment = {**ENVIRONMENT, "M3_PLUGIN_REQUIRED": "0"}
+    done = interpret("-c", ASK, *files, environment=environment)
     names = [*asked, "unknown to vLLM", "required"]
-    return dict(zip(names, found, strict=True)), result.stdout + result.stderr
+    return dict(zip(names, answered(done), strict=True)), done.stdout + done.stderr
 
 
 def test_m3_is_taken(answers: tuple[dict[str, str], str]) -> None:
@@ -120,13 +105,9 @@ def test_vllms_own_model_config_comes_to_the_same(tmp_path: Path, foreign: bool)
     """No stand-in for the config object, and classes imported."""
     path = "text_config.sparse_attention_config.sparse_selection_rule"
     config = changed(path, FOREIGN[path]) if foreign else released_config()
-    result = subprocess.run(
+    result = run(
         [sys.executable, "-c", CONFIGURE, str(write(tmp_path / "model", config))],
-        env={**os.environ, **ENVIRONMENT, "M3_PLUGIN_REQUIRED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+        environment={**ENVIRONMENT, "M3_PLUGIN_REQUIRED": "0"},
     )
     said = result.stdout + result.stderr
     assert ("stands aside" in said) is foreign

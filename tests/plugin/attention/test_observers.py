@@ -9,6 +9,7 @@ import torch
 
 from m3_plugin.attention.batch import MSABatch
 from m3_plugin.cli.host_metrics import total
+from tests.plugin.attention.released import released_session
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
@@ -44,35 +45,18 @@ def test_blocks_are_exported_by_phase() -> None:
 
 
 def test_statistics_and_timings_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from m3_plugin.attention.assembly import make_session
-    from m3_plugin.attention.batch import StepCapacity
     from m3_plugin.attention.observers import ExportedStatistics, TimedSession
     from m3_plugin.attention.session import MSASession
-    from m3_plugin.model.config import M3Config
-    from tests.plugin.model.test_config import HUB
 
-    def session() -> MSASession | None:
-        return make_session(
-            M3Config.from_hf(HUB),
-            device=torch.device("cpu"),
-            dtype=torch.bfloat16,
-            cache_dtype=torch.bfloat16,
-            index_dtype=torch.bfloat16,
-            tensor_parallel_size=1,
-            capacity=StepCapacity(max_requests=1, max_rows=1, max_seq_len=1),
-        )
-
-    silent = session()
-    assert silent is not None
+    silent = released_session()
     assert type(silent) is MSASession
     assert silent.statistics is None
     assert silent.scale == 128**-0.5
     monkeypatch.setenv("M3_PLUGIN_STATISTICS", "1")
-    counting = session()
-    assert counting is not None
+    counting = released_session()
     assert isinstance(counting.statistics, ExportedStatistics)
     monkeypatch.setenv("M3_PLUGIN_TIMINGS", "1")
-    assert isinstance(session(), TimedSession)
+    assert isinstance(released_session(), TimedSession)
 
 
 @pytest.mark.parametrize("variable", ["M3_PLUGIN_STATISTICS", "M3_PLUGIN_TIMINGS"])
@@ -81,24 +65,13 @@ def test_what_a_gpu_would_have_to_wait_for_is_refused(
 ) -> None:
     from m3_plugin.attention import assembly
     from m3_plugin.attention.backends import KernelChoice
-    from m3_plugin.attention.batch import StepCapacity
-    from m3_plugin.model.config import M3Config
-    from tests.plugin.model.test_config import HUB
 
     chosen = KernelChoice(family="triton", reason="asked for")
     monkeypatch.setattr(assembly, "choose_kernels", lambda *asked: chosen)
     monkeypatch.setattr(assembly, "require_served", lambda *asked, **dtypes: None)
     monkeypatch.setenv(variable, "1")
     with pytest.raises(ValueError, match=f"{variable}=1 .* unset it, or serve on a CPU"):
-        assembly.make_session(
-            M3Config.from_hf(HUB),
-            device=torch.device("cpu"),
-            dtype=torch.bfloat16,
-            cache_dtype=torch.bfloat16,
-            index_dtype=torch.bfloat16,
-            tensor_parallel_size=1,
-            capacity=StepCapacity(max_requests=1, max_rows=1, max_seq_len=1),
-        )
+        released_session()
 
 
 def test_layers_are_timed_by_part_and_steps_counted(monkeypatch: pytest.MonkeyPatch) -> None:

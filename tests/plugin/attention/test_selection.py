@@ -12,14 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from m3_plugin.attention.assembly import make_session
-from m3_plugin.attention.batch import MSABatch, StepCapacity
+from m3_plugin.attention.batch import MSABatch
 from m3_plugin.attention.recorder import FILE_PATTERN, SelectionRecorder
-from m3_plugin.attention.session import MSASession
 from m3_plugin.cli import app
 from m3_plugin.cli.blocks_summary import NoRecords, Spread, summarise
-from m3_plugin.model.config import M3Config, MSAConfig
-from m3_plugin.model.released import released_config
+from m3_plugin.model.config import MSAConfig
+from tests.plugin.attention.released import released_session
 from tests.plugin.cli.schemas import checked
 
 RULES = MSAConfig(
@@ -284,23 +282,10 @@ def test_files_that_are_no_recording_are_named(tmp_path: Path, text: str) -> Non
 
 
 def test_recording_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def session() -> MSASession | None:
-        return make_session(
-            M3Config.from_hf(released_config()),
-            device=torch.device("cpu"),
-            dtype=torch.bfloat16,
-            cache_dtype=torch.bfloat16,
-            index_dtype=torch.bfloat16,
-            tensor_parallel_size=1,
-            capacity=StepCapacity(max_requests=1, max_rows=1, max_seq_len=1),
-        )
-
-    silent = session()
-    assert silent is not None
+    silent = released_session()
     assert silent.recorder is None
     monkeypatch.setenv("M3_PLUGIN_RECORD_BLOCKS", str(tmp_path / "new"))
-    recording = session()
-    assert recording is not None
+    recording = released_session()
     assert recording.recorder is not None
     assert recording.recorder.folder == tmp_path / "new"
 

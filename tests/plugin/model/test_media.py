@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from m3_plugin.model import media
+from m3_plugin.model.containers import with_times
 from m3_plugin.model.media import (
     MediaTokens,
     Piece,
@@ -20,7 +22,7 @@ from m3_plugin.model.media import (
     lay_out,
     pieces_of,
     reading_media,
-    require_plausible_counts,
+    require_plausible_header,
 )
 from tests.integrations import media_files
 
@@ -189,26 +191,57 @@ def test_counts_that_no_file_can_hold_are_refused() -> None:
     frames = [media_files.jpeg((0, 0, 0), size=(28, 28))] * 3
     whole = media_files.mp4(frames)
     for data in (b"", whole, whole[:99], media_files.avi(frames, claimed=3), b"RIFFxxxxAVI "):
-        require_plausible_counts(data)
+        require_plausible_header(data)
     at = whole.index(b"stts") + 12
     for count in (len(whole) + 1, 2**32 - 1):
         lying = whole[:at] + count.to_bytes(4, "big") + whole[at + 4 :]
         with pytest.raises(ValueError, match=f"claims {count:,} frames in {len(whole):,} bytes"):
-            require_plausible_counts(lying)
+            require_plausible_header(lying)
     with pytest.raises(ValueError, match="claims 2,147,483,648 frames"):
-        require_plausible_counts(media_files.avi(frames, claimed=2**31))
+        require_plausible_header(media_files.avi(frames, claimed=2**31))
     # sizes of boxes that lie lead nowhere, or to a refusal
     for size in (0, 1, 7, 2**32 - 1):
         for box in (b"moov", b"trak", b"stbl", b"stts"):
             place = whole.index(box) - 4
             with contextlib.suppress(ValueError):
-                require_plausible_counts(
+                require_plausible_header(
                     whole[:place] + size.to_bytes(4, "big") + whole[place + 4 :]
                 )
 
 
+def test_frames_larger_than_cinemas_are_refused_from_the_header() -> None:
+    """Of MP4, AVI and Matroska, whatever the frames behind the header are; tracks of sound pass."""
+    frames = [media_files.jpeg((0, 0, 0), size=(28, 28))] * 2
+
+    def files(size: tuple[int, int]) -> list[bytes]:
+        return [
+            media_files.mp4(frames, size=size),
+            media_files.avi(frames, claimed=2, size=size),
+            media_files.mkv(frames, [0, 1], duration=2.0, size=size),
+            media_files.mkv(frames, [0, 1], duration=None, size=size),
+        ]
+
+    def look(data: bytes) -> None:
+        require_plausible_header(data)
+        with_times(data)
+
+    for data in files((8192, 4320)):
+        look(data)
+    for data in files((8192, 4321)):
+        with pytest.raises(ValueError, match=r"at most 35,389,440 pixels each .* got 8192x4321"):
+            look(data)
+    look(media_files.mp4(frames, size=(8192, 4321), handler=b"soun"))
+    upside_down = media_files.avi(frames, claimed=2, size=(8192, 4321))
+    at = upside_down.index(b"strf") + 16
+    upside_down = upside_down[:at] + struct.pack("<i", -4321) + upside_down[at + 4 :]
+    with pytest.raises(ValueError, match="got 8192x4321"):
+        look(upside_down)
+    for cut in range(0, 700, 7):
+        for data in files((8192, 4320)):
+            look(data[:cut])
+
+
 def test_what_decoders_raise_is_the_clients_mistake() -> None:
-    import struct
     import zlib
 
     from PIL import Image

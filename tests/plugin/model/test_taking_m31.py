@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import published_config
 from m3_plugin.model.taking import why_not_taken
 from m3_plugin.model.vision import VisionConfig
-from tests.integrations.foreign import FOREIGN
+from tests.integrations.foreign import FOREIGN, with_key
 from tests.plugin.model.test_taking import another, is_harmless, leaves
 
 NAME = "MiniMaxAI/MiniMax-M3.1-Flash"
@@ -20,16 +19,7 @@ QUANTIZATION = "quantization_config."
 
 def changed(path: str, value: Any) -> dict[str, Any]:
     """The published config with one key set, or taken out where the value is None."""
-    config = copy.deepcopy(published_config(NAME))
-    *sections, key = path.split(".")
-    holder: Any = config
-    for section in sections:
-        holder = holder[section]
-    if value is None:
-        del holder[key]
-    else:
-        holder[key] = value
-    return config
+    return with_key(published_config(NAME), path, value)
 
 
 def reading(config: dict[str, Any]) -> object:

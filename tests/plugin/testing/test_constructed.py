@@ -30,15 +30,6 @@ from tests.plugin.cli.schemas import checked
 EOS = "[e~["
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine two threads wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return ConstructedCheckpoint().write(tmp_path_factory.mktemp("constructed"))

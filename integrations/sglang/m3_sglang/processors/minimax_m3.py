@@ -55,8 +55,9 @@ from m3_plugin.model.media import (
     modality_error,
     reading_media,
     require_frame_limit,
+    require_frame_pixels,
     require_long_side,
-    require_plausible_counts,
+    require_plausible_header,
     require_video_fps,
     require_video_pixels,
     sampled_frames,
@@ -72,8 +73,8 @@ from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
 # Requests whose media are prepared at the same time.
 _WORKERS = 2
-# Pixels that are decoded before they are shrunk.
-_PIXELS_AT_ONCE = 32_000_000
+# Pixels that are decoded before they are shrunk, at least one frame: decord keeps as many again.
+_PIXELS_AT_ONCE = 8_000_000
 
 
 class M3Processor(BaseMultimodalProcessor):
@@ -386,7 +387,7 @@ def plausible(data: Any) -> Any:
 
 def _whole(file: bytes | mmap.mmap) -> Animation | bytes | None:
     """What is opened in the place of a file; None if the file itself is."""
-    require_plausible_counts(file)
+    require_plausible_header(file)
     return Animation.of(file) or with_times(file)
 
 
@@ -547,6 +548,7 @@ def video_frames(
             total, fps=rate or 0.0, wanted_fps=wish.fps, max_frames=wish.max_frames
         )
     height, width = getattr(decoder, "frame_shape", None) or decoder[0].shape[:2]
+    require_frame_pixels(height, width)
     require_video_pixels(len(indices), *size(height, width))
     at_once = max(_PIXELS_AT_ONCE // (height * width), 1)
     parts = []
