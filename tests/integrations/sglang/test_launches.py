@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.interpreters import interpret
 
 PAGE = Path(__file__).parents[3] / "docs" / "gpu-audit.md"
 
 
 @pytest.mark.extended
 def test_the_table_is_what_the_command_prints() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.integrations.sglang.launches"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = done.stdout.strip()[done.stdout.index("| step ") :]
+    done = interpret("-W", "ignore", "-m", "tests.integrations.sglang.launches")
+    rows = "\n".join(line for line in done.stdout.splitlines() if line.startswith("|"))
     assert rows in PAGE.read_text(encoding="utf-8"), f"put this into {PAGE.name}:\n{rows}"
