@@ -380,9 +380,18 @@ def test_a_checkpoint_without_processor_files_is_refused_at_the_start(tmp_path: 
         build(folder)
 
 
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_absurd_areas_of_a_server_are_refused(
+    random_checkpoint: Callable[[str], Path], modality: str
+) -> None:
+    wishes = {modality: {"max_pixels": -1}}
+    with pytest.raises(ValueError, match="max_pixels must be an integer from 1 to 35,389,440"):
+        build(random_checkpoint("engine"), mm_process_config=wishes)
+
+
 @pytest.mark.extended
 def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
-    folder = write_random_checkpoint(tmp_path / "m3", preset="small")
+    folder = write_random_checkpoint(tmp_path / "m3", preset="engine")
     grown = media_memory.grown_by(
         media_memory.file_of_large_frames(tmp_path),
         prepare=f"""
