@@ -140,9 +140,7 @@ def require_transformers_tokens_around_a_chunk_end(
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
-    texts = around_a_chunk_end(
-        processor.tokenizer, image_text()[:40], filler="x", size=14, end=end
-    )
+    texts = around_a_chunk_end(processor.tokenizer, image_text()[:40], filler="x", size=14, end=end)
     for text in texts:
         inputs = processor(text=text, images=[image()], return_tensors="pt")
         token_ids = inputs.pop("input_ids")[0].tolist()

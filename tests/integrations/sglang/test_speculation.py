@@ -258,14 +258,10 @@ class TestRepeatingModule:
         assert [output.token_ids for output in outputs] == [answer(p, 200) for p in prompts]
 
     def test_retraction_of_pictures(self, repeating_engine: EngineProcess) -> None:
-        """Recomputed with their features; answers are those of each alone.
-
-        Two that fill the cache but for two pages: a third would come when the first has ended,
-        since pictures are prepared one request after another.
-        """
+        """Recomputed with their features; answers are those of each alone."""
         requests = [
             {"prompt": text, "image_data": pictures}
-            for text, pictures in long_picture_questions(2, num_fillers=2450)
+            for text, pictures in long_picture_questions(3, num_fillers=1550)
         ]
         options = {"max_tokens": 200, "ignore_eos": True}
         alone = []
