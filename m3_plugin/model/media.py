@@ -18,7 +18,7 @@ import math
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from mmap import mmap
 from typing import Any
@@ -46,6 +46,7 @@ __all__ = [
     "modality_error",
     "pieces_of",
     "reading_media",
+    "require_areas",
     "require_frame_limit",
     "require_frame_pixels",
     "require_long_side",
@@ -110,6 +111,30 @@ def require_frame_limit(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_FRAMES:
         raise ValueError(f"max_frames must be an integer from 1 to {MAX_FRAMES}; got {value!r}")
     return value
+
+
+def require_areas(wishes: Any) -> None:
+    """Refuse bounds of a picture's or frame's area that make no sense or would fill memory.
+
+    Parameters
+    ----------
+    wishes : options of transformers' processors; what is no mapping is left to them
+
+    Raises
+    ------
+    ValueError : a bound that is neither null nor an integer from 1 to `MAX_FRAME_PIXELS`.
+    """
+    if not isinstance(wishes, Mapping):
+        return
+    bounds = {name: wishes.get(name) for name in ("min_pixels", "max_pixels")}
+    if isinstance(size := wishes.get("size"), Mapping):
+        bounds |= {f"size.{edge}": size.get(edge) for edge in ("shortest_edge", "longest_edge")}
+    for name, value in bounds.items():
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (integer and 1 <= value <= MAX_FRAME_PIXELS):
+            raise ValueError(
+                f"{name} must be an integer from 1 to {MAX_FRAME_PIXELS:,}; got {value!r}"
+            )
 
 
 def require_long_side(value: Any) -> int | None:

@@ -48,12 +48,12 @@ def mixed_prompt(order: str) -> MixedPrompt:
     return MixedPrompt(text=words + " the sea" * 120, images=pictures, videos=videos)
 
 
-def expected(checkpoint: Path, prompt: MixedPrompt) -> tuple[list[int], Tensor]:
-    """Token ids of the prompt, and the log probability of each after the first by transformers."""
+def prepared(checkpoint: Path, prompt: MixedPrompt) -> Any:
+    """The prompt's ids, pixel values and grids by transformers' processor; videos have no times."""
     from transformers import AutoProcessor
 
     untimed = {"fps": None, "frames_indices": None, "total_num_frames": 2}
-    inputs = AutoProcessor.from_pretrained(checkpoint)(
+    return AutoProcessor.from_pretrained(checkpoint)(
         text=prompt.text,
         images=prompt.images,
         videos=[torch.from_numpy(video).permute(0, 3, 1, 2) for video in prompt.videos],
@@ -61,6 +61,11 @@ def expected(checkpoint: Path, prompt: MixedPrompt) -> tuple[list[int], Tensor]:
         videos_kwargs={"do_sample_frames": False, "do_resize": True},
         return_tensors="pt",
     )
+
+
+def expected(checkpoint: Path, prompt: MixedPrompt) -> tuple[list[int], Tensor]:
+    """Token ids of the prompt, and the log probability of each after the first by transformers."""
+    inputs = prepared(checkpoint, prompt)
     token_ids = inputs.input_ids[0].tolist()
     return token_ids, golden.media_logprobs(checkpoint, token_ids, inputs)
 

@@ -76,6 +76,7 @@ from m3_plugin.model.media import (
     modality_error,
     pieces_of,
     reading_media,
+    require_areas,
     require_frame_limit,
     require_frame_pixels,
     require_plausible_header,
@@ -346,8 +347,7 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
     def _call_hf_processor(
         self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        if self.info.rule is not None:
-            self._require_no_area(hf_kwargs)
+        self._require_bounds(hf_kwargs)
         videos = hf_data.get("videos")
         if not isinstance(videos, Sequence):
             return super()._call_hf_processor(hf_data, hf_kwargs)
@@ -357,11 +357,13 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         outputs["video_grid_thw"] = join_segments(outputs["video_grid_thw"], pairs)
         return outputs
 
-    def _require_no_area(self, hf_kwargs: Mapping[str, object]) -> None:
+    def _require_bounds(self, hf_kwargs: Mapping[str, object]) -> None:
         configured = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
         scopes = (configured, configured.get("images_kwargs"), configured.get("videos_kwargs"))
         for scope in scopes:
-            require_no_area(scope or (), option="mm_processor_kwargs")
+            if self.info.rule is not None:
+                require_no_area(scope or (), option="mm_processor_kwargs")
+            require_areas(scope)
 
     def _with_video_defaults(self, hf_kwargs: Mapping[str, object]) -> Mapping[str, object]:
         configured = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)

@@ -302,6 +302,20 @@ def test_a_checkpoint_without_processor_files(tmp_path: Path) -> None:
         rendered([part], language_model_only=True)
 
 
+@pytest.mark.parametrize("value", [10**12, -1, 0, "2", 1.5, True])
+def test_absurd_areas_are_refused(processor, value: object) -> None:
+    """Of a request; an operator's are merged with it."""
+    items = processor.info.parse_mm_data({"image": Image.new("RGB", (56, 56))})
+    for wish in (
+        {"min_pixels": value},
+        {"max_pixels": value},
+        {"size": {"longest_edge": value}},
+        {"images_kwargs": {"max_pixels": value}},
+    ):
+        with pytest.raises(ValueError, match="must be an integer from 1 to 35,389,440"):
+            processor(IMAGE, items, hf_processor_mm_kwargs=wish)
+
+
 @pytest.mark.extended
 def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path / "m3", preset="small")

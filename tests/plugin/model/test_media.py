@@ -254,3 +254,16 @@ def test_what_decoders_raise_is_the_clients_mistake() -> None:
             raise kind
     with pytest.raises(ValueError, match="RuntimeError"), reading_media(RuntimeError):
         raise RuntimeError
+
+
+def test_bounds_of_areas() -> None:
+    most = media.MAX_FRAME_PIXELS
+    for wishes in ({}, {"max_pixels": None, "min_pixels": most}, None, [1], {"size": 3}):
+        media.require_areas(wishes)
+    for value in (0, -1, most + 1, 1e9, "2", True, math.nan):
+        for wishes in ({"min_pixels": value}, {"max_pixels": value}):
+            with pytest.raises(ValueError, match="_pixels must be an integer from 1 to 35,389,440"):
+                media.require_areas(wishes)
+        for edge in ("shortest_edge", "longest_edge"):
+            with pytest.raises(ValueError, match=rf"size\.{edge} must be"):
+                media.require_areas({"size": {edge: value}})

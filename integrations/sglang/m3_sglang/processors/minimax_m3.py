@@ -54,6 +54,7 @@ from m3_plugin.model.media import (
     lay_out,
     modality_error,
     reading_media,
+    require_areas,
     require_frame_limit,
     require_frame_pixels,
     require_long_side,
@@ -98,8 +99,9 @@ class M3Processor(BaseMultimodalProcessor):
         self.rule = published_rule(hf_config, server_args)
         processor = with_rule(processor, self.rule)
         super().__init__(hf_config, server_args, processor, *args, **kwargs)
-        if self.rule is not None:
-            for wishes in (self.image_config, self.video_config):
+        for wishes in (self.image_config, self.video_config):
+            require_areas(wishes)
+            if self.rule is not None:
                 require_no_area(wishes, option="--mm-process-config")
         self.ids = MediaTokens.of(processor)
         tokens = MultimodalSpecialTokens(
