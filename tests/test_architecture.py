@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -52,6 +53,14 @@ def test_no_module_is_called_utils() -> None:
     folders = [ROOT / path for path in SOURCES]
     assert all(folder.is_dir() for folder in folders)
     assert not [path for folder in folders for path in folder.rglob("utils.py")]
+
+
+def test_nothing_waits_for_the_wall_clock() -> None:
+    """It jumps. What is measured or waited for is so by monotonic clocks; reports have a date."""
+    calls = re.compile(r"\btime\.time(_ns)?\(|\bdatetime\.(now|utcnow|today)\(")
+    files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in files if calls.search(path.read_text())}
+    assert found == {"m3_plugin/cli/bench/report.py"}
 
 
 @pytest.fixture(scope="module")

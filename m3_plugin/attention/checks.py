@@ -190,6 +190,23 @@ def output_fault(
     return request, said + "query and pages are: the kernels"
 
 
+def hidden_fault(hidden: Tensor, rows: Rows) -> Fault | None:
+    """The first row whose hidden state is NaN or infinite.
+
+    Parameters
+    ----------
+    hidden : [rows or more, hidden size], what logits are made of
+    """
+    finite = torch.isfinite(hidden[: len(rows.request)]).all(-1).cpu()
+    if bool(finite.all()):
+        return None
+    row = int(torch.nonzero(~finite)[0])
+    return int(rows.request[row]), (
+        f"the hidden state at position {int(rows.position[row])} is not finite; what MSA gave was: "
+        "its layer's experts, a layer behind it, or the host's kernels"
+    )
+
+
 class StepChecker:
     """Checks every n-th step of a session.
 
@@ -210,6 +227,8 @@ class StepChecker:
         self._rows: Rows | None = None
         self._step = -1
         self._layer = 0
+        # whether a layer has run since `end`
+        self._begun = False
         self._warned = False
 
     def replanned(self) -> None:
@@ -223,8 +242,9 @@ class StepChecker:
         ------
         StepCheckError : the step must not run.
         """
-        if self._is_captured(caches):
+        if self._is_captured(caches.k_pages):
             return
+        self._begun = True
         if plan is not self._plan:
             self._plan, self._rows = plan, None
             self._step += 1
@@ -246,7 +266,7 @@ class StepChecker:
         ------
         StepCheckError : what it chose or computed must not be served.
         """
-        if self._rows is None or self._is_captured(caches):
+        if self._rows is None or self._is_captured(caches.k_pages):
             return
         page_size = caches.index_k_pages.shape[1]
         self._refuse(
@@ -256,11 +276,28 @@ class StepChecker:
             output_fault(out, q, block_ids, self._rows, batch=plan.batch, caches=caches), plan
         )
 
-    def _refuse(self, fault: Fault | None, plan: MSAPlan) -> None:
+    def end(self, hidden: Tensor) -> None:
+        """The model has run; nothing is looked at where no layer of ours had a part in that.
+
+        Parameters
+        ----------
+        hidden : [rows, hidden size], behind the last norm
+
+        Raises
+        ------
+        StepCheckError : what it gave must not be served.
+        """
+        begun, self._begun = self._begun, False
+        if not begun or self._rows is None or self._plan is None or self._is_captured(hidden):
+            return
+        self._refuse(hidden_fault(hidden, self._rows), self._plan, where=", behind the last layer")
+
+    def _refuse(self, fault: Fault | None, plan: MSAPlan, *, where: str | None = None) -> None:
         if fault is None:
             return
         request, words = fault
-        where = "" if self._layer < 0 else f", MSA layer {self._layer} of the step"
+        if where is None:
+            where = "" if self._layer < 0 else f", MSA layer {self._layer} of the step"
         who = "the step" if request is None else self._name(request, plan)
         message = f"{VARIABLE}: step {self._step}{where}: {who}: {words}"
         logger.error("m3-plugin: %s", message)
@@ -274,8 +311,8 @@ class StepChecker:
             f"{int(plan.batch.seq_lens[request])} tokens)"
         )
 
-    def _is_captured(self, caches: MSACaches) -> bool:
-        captured = caches.k_pages.is_cuda and torch.cuda.is_current_stream_capturing()
+    def _is_captured(self, read: Tensor) -> bool:
+        captured = read.is_cuda and torch.cuda.is_current_stream_capturing()
         if captured and not self._warned:
             self._warned = True
             logger.warning(

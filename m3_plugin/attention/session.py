@@ -132,6 +132,10 @@ class LayerChecker(Protocol):
         """A layer has run; raises where its result must not be used."""
         ...
 
+    def end(self, hidden: Tensor) -> None:
+        """The model has run; raises where what it gave, [rows, hidden size], must not be used."""
+        ...
+
 
 class MSASession:
     """Runs MSA for the layers of one worker; owns whatever outlives a step, shares nothing.

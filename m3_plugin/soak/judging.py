@@ -149,7 +149,9 @@ def judge(request: Request, prompt: Prompt | None, reply: Reply) -> tuple[Verdic
     if sorted(reply.said) != list(range(request.answers)):
         return "wrong", f"asked for {request.answers} answers, got {sorted(reply.said)}"
     for said in reply.said.values():
-        right = prompt.begins_right(said) if request.kind == "long" else prompt.is_right(said)
+        # what must merely be said is said by then
+        begins = request.kind == "long" and prompt.exact
+        right = prompt.begins_right(said) if begins else prompt.is_right(said)
         if not right or not said:
             return "wrong", f"expected {prompt.expected!r}, got {said[:400]!r}"
     return _judge_counts(request, reply)

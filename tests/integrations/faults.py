@@ -11,10 +11,12 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -22,21 +24,34 @@ import torch
 from openai import APIConnectionError, APIError, OpenAI
 from safetensors.torch import load_file, save_file
 
+from m3_kernels import native_build
 from m3_plugin.cli.soak import counters
 from m3_plugin.host.children import LOOPBACK
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
+from m3_plugin.soak import judging
 from m3_plugin.soak.driver import Driver
 from m3_plugin.soak.judging import Model
 from m3_plugin.soak.mixture import ROUND, Mixture
 from m3_plugin.soak.needles import ConstructedNeedles
 from m3_plugin.soak.processes import processes_of_session
 from m3_plugin.testing.prompts import needle_prompt
+from tests.integrations.bad_machine import Disks, JumpingClock
 from tests.integrations.server import MODEL, ask
 from tests.integrations.soak import asked_meanwhile, processes_named
 
 ROOT = Path(__file__).parents[2]
 # How long a server may take to end by itself.
 ENDS_WITHIN_S = 120
+# Names the folder of `Spoilers` in the server.
+SPOILED_FOLDER = "M3_TEST_SPOILED"
+# Where hosts, torch, Triton and the C++ kernels keep what they compile.
+CACHES = (
+    "VLLM_CACHE_ROOT",
+    "SGLANG_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+    "XDG_CACHE_HOME",
+)
 
 
 def client_of(server: ServerProcess) -> OpenAI:
@@ -84,19 +99,67 @@ def with_bad_value(checkpoint: Path, folder: Path, *, tensor: str, value: float)
     return folder
 
 
-def install_plugin(folder: Path, *, group: str, module: str) -> dict[str, str]:
-    """Make a module of the tests a plugin of the host; variables of servers that load it."""
-    info = folder / "m3_test_faults-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: m3-test-faults\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\nm3_test_faults = {module}:register\n")
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+@dataclass(frozen=True)
+class Spoilers:
+    """The test's hand on a server that loads a plugin of it.
+
+    Parameters
+    ----------
+    folder : of the plugin, new
+    group : of entry points that the host loads
+    module : with a function `register`, whose hooks spoil what `asked_to_spoil` says
+    """
+
+    folder: Path
+    group: str
+    module: str
+
+    def __post_init__(self) -> None:
+        info = self.folder / "m3_test_faults-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: m3-test-faults\nVersion: 0\n")
+        entry = f"[{self.group}]\nm3_test_faults = {self.module}:register\n"
+        (info / "entry_points.txt").write_text(entry)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the server."""
+        path = f"{self.folder}{os.pathsep}{ROOT}"
+        return {"PYTHONPATH": path, SPOILED_FOLDER: str(self.folder)}
+
+    def spoil(self, what: str) -> None:
+        """From now on: "page" or "result"."""
+        (self.folder / what).touch()
+
+
+def asked_to_spoil(what: str) -> bool:
+    """In the server: whether the test wants that spoiled now."""
+    return Path(os.environ[SPOILED_FOLDER], what).exists()
 
 
 def spoil_page(page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
     """What a bad connector does: the second page of a long request becomes its third."""
+    if not asked_to_spoil("page"):
+        return
     for request in torch.nonzero(seq_lens > 512).flatten().tolist():
         page_table[request, 1] = page_table[request, 2]
+
+
+def spoil_results(layer_class: Any) -> None:
+    """What a bad kernel behind the last attention does: NaN in the last row of a long step."""
+    build, forward = layer_class.__init__, layer_class.forward
+
+    def built(self: Any, config: Any, *, layer: int, **options: Any) -> None:
+        build(self, config, layer=layer, **options)
+        self.is_last = layer == config.num_hidden_layers - 1
+
+    def spoiled(self: Any, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, residual = forward(self, *arguments, **options)
+        if self.is_last and len(hidden) > 512 and asked_to_spoil("result"):
+            hidden[-1, 3] = torch.nan
+        return hidden, residual
+
+    layer_class.__init__, layer_class.forward = built, spoiled
 
 
 class FaultCases:
@@ -104,14 +167,15 @@ class FaultCases:
 
     Attributes
     ----------
-    parts : names of processes that are killed one after the other
-    plugin : (group of entry points, module of the tests that spoils a page)
+    parts : names of processes that are killed one after the other, and what those that are left
+        say of it; "" where nobody is left to say it
+    plugins : (group of entry points, module of the tests that registers hooks of `Spoilers`)
     crowded : options of a server whose cache holds one request of 8192 tokens, and takes many
     """
 
-    parts: ClassVar[Sequence[str]]
+    parts: ClassVar[Mapping[str, str]]
     worker: ClassVar[str]
-    plugin: ClassVar[tuple[str, str]]
+    plugins: ClassVar[tuple[str, str]]
     crowded: ClassVar[tuple[str, ...]]
 
     def command(
@@ -121,6 +185,11 @@ class FaultCases:
 
     def environment(self) -> dict[str, str]:
         raise NotImplementedError
+
+    def spoilers(self, folder: Path) -> Spoilers:
+        """For servers that are to go wrong when the test says so."""
+        group, module = self.plugins
+        return Spoilers(folder, group, module)
 
     @contextmanager
     def started(
@@ -133,12 +202,13 @@ class FaultCases:
         ready: bool = True,
         ranks: int = 1,
         options: Sequence[str] = (),
+        wrapped: Callable[[Sequence[str]], list[str]] = list,
     ) -> Iterator[ServerProcess]:
-        """A server while the context lasts."""
+        """A server while the context lasts; `wrapped` makes of its command what is started."""
         port = port or free_port()
         folder.mkdir(exist_ok=True)
         with ServerProcess(
-            self.command(model, port, ranks=ranks, options=options),
+            wrapped(self.command(model, port, ranks=ranks, options=options)),
             port=port,
             log=folder / "server.log",
             environment=self.environment() | (environment or {}),
@@ -148,41 +218,21 @@ class FaultCases:
             yield server
 
     @pytest.mark.extended
+    @pytest.mark.timeout(2400)
     def test_whatever_is_killed_the_server_ends_and_starts_again(
         self, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
         """On one port: each start is the restart after the kill before."""
         port = free_port()
-        for number, part in enumerate(self.parts):
+        for number, (part, reason) in enumerate(self.parts.items()):
             with self.started(constructed_checkpoint, tmp_path / str(number), port=port) as server:
                 assert answers_right(server, 800 + number)
                 (victim,) = processes_named(server, part)
                 os.kill(victim.pid, signal.SIGKILL)
                 require_nothing_left(server)
+                assert reason in server.log.read_text()
                 with pytest.raises(APIConnectionError):
                     answers_right(server, 800)
-
-    @pytest.mark.extended
-    def test_a_cache_too_small_for_all_who_ask(
-        self, constructed_checkpoint: Path, tmp_path: Path
-    ) -> None:
-        """Requests lose their pages all the time, begin again, and answer right."""
-        with self.started(constructed_checkpoint, tmp_path, options=self.crowded) as server:
-            mixture = Mixture(11, 2048)
-            long = [r for r in mixture.first(20 * ROUND) if r.kind == "long" and r.tokens > 500]
-            driver = Driver(
-                server.url,
-                Model(MODEL, 8192),
-                mixture=mixture,
-                needles=ConstructedNeedles(),
-                concurrency=8,
-                timeout_s=600,
-            )
-            numbers = tuple(request.number for request in long[:16])
-            outcomes = asyncio.run(driver.all_at_once(numbers))
-            told = counters(httpx.get(f"{server.url}/metrics").text, server.url)
-        assert [(o.verdict, o.detail) for o in outcomes] == [("right", "")] * 16
-        assert told.preemptions
 
     @pytest.mark.extended
     def test_one_of_two_ranks_is_killed(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
@@ -193,54 +243,36 @@ class FaultCases:
             victim = processes_named(server, self.worker)[1]
             os.kill(victim.pid, signal.SIGKILL)
             require_nothing_left(server)
+            assert self.parts[self.worker] in server.log.read_text()
 
     @pytest.mark.extended
-    def test_a_server_without_descriptors_recovers_and_ends_in_order(
-        self, constructed_checkpoint: Path, tmp_path: Path
+    @pytest.mark.timeout(2400)
+    def test_what_a_server_outlives_and_how_it_ends(
+        self, constructed_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with self.started(constructed_checkpoint, tmp_path) as server:
-            pid = server.process.pid
+        """Preemption, a clock that jumps, no descriptors, then SIGTERM: all with one start."""
+        clock = JumpingClock(tmp_path / "clock")
+        with self.started(
+            constructed_checkpoint, tmp_path, environment=clock.environment, options=self.crowded
+        ) as server:
             assert answers_right(server, 810)
-            limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-            files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (files + 8, limits[1]))
-            idle = []
-            try:
-                for _ in range(40):
-                    idle.append(socket.create_connection((LOOPBACK, server.port), timeout=5))
-                with pytest.raises((httpx.HTTPError, OSError)):
-                    httpx.get(f"{server.url}/health", timeout=3).raise_for_status()
-            finally:
-                for connection in idle:
-                    connection.close()
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-            assert wait_until(lambda: is_well(server))
+            require_right_while_preempted(server, monkeypatch)
+            # an hour ahead and two back, as on a machine whose clock is set while it serves
+            for seed, offset in ((840, 3600), (850, -3600)):
+                require_right_while_the_clock_jumps(server, clock, offset, seed=seed)
+            require_recovery_from_no_descriptors(server)
             assert answers_right(server, 811)
-
-            # and SIGTERM under load: no wrong answer, and nothing is left
-            right, wait = asked_meanwhile(
-                client_of(server), range(812, 820), tokens=6000, forgiving=True
-            )
-            time.sleep(1)
-            server.process.send_signal(signal.SIGTERM)
-            wait()
-            require_nothing_left(server)
-            assert all(right), right
+            require_order_after_sigterm(server)
 
     @pytest.mark.extended
     def test_a_wrong_page_is_named(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
-        group, module = self.plugin
-        spoiled = install_plugin(tmp_path / "plugin", group=group, module=module)
+        spoiled = self.spoilers(tmp_path / "plugin")
         with self.started(
-            constructed_checkpoint, tmp_path / "server", environment=spoiled
+            constructed_checkpoint, tmp_path / "server", environment=spoiled.environment
         ) as server:
-            with pytest.raises(APIError):
-                answers_right(server, 820)
-            require_nothing_left(server)
-            text = server.log.read_text()
-        assert "M3_PLUGIN_CHECK: step " in text
+            spoiled.spoil("page")
+            text = require_checked_end(server, seed=820)
         assert "is its block" in text
-        assert "request '" in text
 
     @pytest.mark.extended
     @pytest.mark.parametrize(
@@ -272,17 +304,149 @@ class FaultCases:
         assert "NaN or infinite" in text
 
     @pytest.mark.extended
-    def test_a_home_that_cannot_be_written(
+    def test_disks_that_take_nothing_and_then_a_result_that_is_no_number(
         self, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
-        """Nor a place for recordings: a file system that takes no byte, whoever asks."""
-        nowhere = {
-            "HOME": "/proc/self",
-            "XDG_CACHE_HOME": "/proc/self/cache",
-            "M3_PLUGIN_RECORD_BLOCKS": str(tmp_path / "recorded"),
+        """Full under recordings, compile caches and C++ kernels, a read-only home: it serves.
+
+        Then the last layer's kernels go bad, and the server must not.
+        """
+        disks = Disks.below(tmp_path)
+        spoiled = self.spoilers(tmp_path / "plugin")
+        full = str(disks.full)
+        environment = {
+            "HOME": str(disks.readonly),
+            "M3_PLUGIN_RECORD_BLOCKS": f"{full}/recorded",
+            **dict.fromkeys(CACHES, full),
+            **spoiled.environment,
         }
-        with self.started(constructed_checkpoint, tmp_path, environment=nowhere) as server:
+        with self.started(
+            constructed_checkpoint, tmp_path, environment=environment, wrapped=disks.seen_by
+        ) as server:
             assert answers_right(server, 830)
+            seen = disks.full_as_seen(server.process.pid)
+            sizes = [file.stat().st_size for file in (seen / "recorded").iterdir()]
+            kept = list((seen / "m3-plugin" / "native").glob("*.so"))
+            spoiled.spoil("result")
+            text = require_checked_end(server, seed=831)
+        # it was tried, and there was no room
+        assert sizes == [0]
+        assert not kept
+        assert "chosen blocks are no longer recorded: [Errno 28]" in text
+        assert "the C++ kernels are not used" in text
+        assert "behind the last layer: request '" in text
+
+    @pytest.mark.extended
+    @pytest.mark.timeout(2400)
+    def test_two_servers_find_a_build_that_was_cut_short(
+        self, constructed_checkpoint: Path, tmp_path: Path
+    ) -> None:
+        """Both at the same moment: one builds it again, the other waits for that."""
+        environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        begin = partial(self.started, constructed_checkpoint, environment=environment)
+        whole = Path(native_build.library()._name)
+        folder = tmp_path / "cache" / "m3-plugin" / "native"
+        folder.mkdir(mode=0o700, parents=True)
+        cut = folder / whole.name
+        cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+        cut.chmod(0o700)
+        with (
+            begin(tmp_path / "first", ready=False) as first,
+            begin(tmp_path / "second", ready=False) as second,
+        ):
+            for seed, server in enumerate((first, second)):
+                server.wait_until_ready(timeout_s=900)
+                assert answers_right(server, 831 + seed)
+        logs = first.log.read_text() + second.log.read_text()
+        # who waited found the whole one
+        assert logs.count("is cut short") == 1
+        assert cut.stat().st_size == whole.stat().st_size
+        assert sorted(file.suffix for file in folder.iterdir()) == [".lock", ".so"]
+
+
+def require_checked_end(server: ServerProcess, *, seed: int) -> str:
+    """A request is refused by a checked step, which names it; the server's log."""
+    with pytest.raises(APIError):
+        answers_right(server, seed)
+    require_nothing_left(server)
+    text = server.log.read_text()
+    assert "M3_PLUGIN_CHECK: step " in text
+    assert "request '" in text
+    return text
+
+
+def require_right_while_preempted(server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests lose their pages all the time, begin again, and answer right."""
+    # answers long enough to outgrow what was free when their requests were let in
+    monkeypatch.setattr(judging, "LONG_ANSWER", 400)
+    mixture = Mixture(11, 2048)
+    long = [r for r in mixture.first(20 * ROUND) if r.kind == "long" and r.tokens > 500]
+    driver = Driver(
+        server.url,
+        Model(MODEL, 8192),
+        mixture=mixture,
+        needles=ConstructedNeedles(),
+        concurrency=8,
+        timeout_s=900,
+    )
+    numbers = tuple(request.number for request in long[:16])
+    assert len(numbers) == 16
+    outcomes = asyncio.run(driver.all_at_once(numbers))
+    assert [(o.verdict, o.detail) for o in outcomes] == [("right", "")] * 16
+    assert counters(httpx.get(f"{server.url}/metrics").text, server.url).preemptions
+
+
+def require_right_while_the_clock_jumps(
+    server: ServerProcess, clock: JumpingClock, offset: int, *, seed: int
+) -> None:
+    """Requests under way, and those after, are answered; the server tells the clock's time.
+
+    Parameters
+    ----------
+    offset : of the clock from now on, in seconds
+    """
+    client = client_of(server)
+    right, wait = asked_meanwhile(client, range(seed, seed + 4), tokens=6000)
+    streamed = needle_prompt(seed + 4, num_tokens=2000)
+    stream = ask(client, streamed.messages(), streamed.max_tokens, stream=True)
+    clock.jump(offset)
+    text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+    wait()
+    assert right == [True] * 4
+    assert text == streamed.expected_text
+    prompt = needle_prompt(seed + 5, num_tokens=1400)
+    reply = ask(client, prompt.messages(), prompt.max_tokens)
+    assert reply.choices[0].message.content == prompt.expected_text
+    assert abs(reply.created - time.time() - offset) < 600
+
+
+def require_recovery_from_no_descriptors(server: ServerProcess) -> None:
+    """The API process cannot open a file or take a connection for a while."""
+    pid = server.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (files + 8, limits[1]))
+    idle = []
+    try:
+        for _ in range(40):
+            idle.append(socket.create_connection((LOOPBACK, server.port), timeout=5))
+        with pytest.raises((httpx.HTTPError, OSError)):
+            httpx.get(f"{server.url}/health", timeout=3).raise_for_status()
+    finally:
+        for connection in idle:
+            connection.close()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    assert wait_until(lambda: is_well(server))
+
+
+def require_order_after_sigterm(server: ServerProcess) -> None:
+    """It ends while requests run: no wrong answer, and nothing is left."""
+    right, wait = asked_meanwhile(client_of(server), range(812, 820), tokens=6000, forgiving=True)
+    time.sleep(1)
+    server.process.send_signal(signal.SIGTERM)
+    require_nothing_left(server)
+    wait()
+    assert all(right), right
 
 
 def is_well(server: ServerProcess) -> bool:

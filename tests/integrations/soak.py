@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import pytest
 from openai import OpenAI, OpenAIError
 from typer.testing import CliRunner
@@ -25,10 +26,16 @@ from typer.testing import CliRunner
 from m3_plugin.cli import app
 from m3_plugin.host.children import LOOPBACK
 from m3_plugin.host.serving import ServerProcess
+from m3_plugin.soak.judging import Model, body_of
+from m3_plugin.soak.mixture import Mixture
+from m3_plugin.soak.needles import ConstructedNeedles
 from m3_plugin.soak.processes import Process, processes_of_session
 from m3_plugin.testing.prompts import needle_prompt
-from tests.integrations.server import MODEL, ask, counter
+from tests.integrations.server import MODEL, NO_THINKING, ask, counter
 from tests.plugin.cli.schemas import checked
+
+# Number of a request -> the reply; of vLLM and SGLang alike.
+GREEDY = Path(__file__).with_name("greedy.json")
 
 
 def processes_named(server: ServerProcess, name: str) -> list[Process]:
@@ -62,6 +69,17 @@ def asked_meanwhile(
     for thread in threads:
         thread.start()
     return right, wait
+
+
+def greedy_reply(url: str, number: int) -> str:
+    """What a server of the constructed checkpoint says to a request of one mixture, as it is."""
+    request = Mixture(21, 4096).request(number)
+    assert not request.temperature
+    prompt = ConstructedNeedles().prompt(request)
+    body = json.loads(body_of(request, prompt, Model(MODEL, 8192))) | {"stream": False}
+    body.pop("stream_options", None)
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300).json()
+    return reply["choices"][0]["message"]["content"]
 
 
 class SoakCases:
@@ -122,10 +140,37 @@ class SoakCases:
         wait()
         assert right == [True] * 3
 
-    @pytest.mark.parametrize("repeats", [pytest.param(200, marks=pytest.mark.extended)])
-    def test_one_prompt_again_and_again_while_pages_change_hands(
-        self, server: ServerProcess, client: OpenAI, repeats: int
+    @pytest.mark.extended
+    @pytest.mark.timeout(3000)
+    @pytest.mark.parametrize("repeats", [200])
+    def test_one_prompt_on_other_pages_every_time_gives_the_same_bits(
+        self, client: OpenAI, repeats: int
     ) -> None:
+        """Alone in its steps, its prefix forgotten, and between two times its pages are others'."""
+        prompt = needle_prompt(730, num_tokens=1800)
+        found = set()
+        for number in range(repeats):
+            if number % 4 == 0:
+                other = needle_prompt(731 + number, num_tokens=1400 + number % 7 * 500)
+                ask(client, other.messages(), other.max_tokens)
+            reply = client.chat.completions.create(
+                model=MODEL,
+                messages=prompt.messages(),
+                max_tokens=prompt.max_tokens,
+                temperature=0,
+                logprobs=True,
+                extra_body=NO_THINKING | {"cache_salt": f"time {number}"},
+            )
+            (choice,) = reply.choices
+            assert choice.message.content == prompt.expected_text
+            cached = reply.usage.prompt_tokens_details
+            assert not (cached and cached.cached_tokens)
+            found.add(tuple(token.logprob for token in choice.logprobs.content))
+        assert len(found) == 1
+
+    @pytest.mark.extended
+    @pytest.mark.parametrize("repeats", [40])
+    def test_one_prompt_again_and_again_beside_others(self, client: OpenAI, repeats: int) -> None:
         """One answer. Hosts' own products round by the number of rows, and cached prefixes change
         that: log-probabilities agree to the rounding of fp32."""
         prompt = needle_prompt(730, num_tokens=1800)
@@ -154,3 +199,33 @@ class SoakCases:
                 other.join()
         for found in logprobs:
             assert found == pytest.approx(logprobs[0], abs=1e-4)
+
+    def test_greedy_replies_are_those_of_every_host(self, server: ServerProcess) -> None:
+        """The same seed asks the same; all tokens behind the known answer are compared as well."""
+        known = {int(number): text for number, text in json.loads(GREEDY.read_text()).items()}
+        assert {number: greedy_reply(server.url, number) for number in known} == known
+
+    def test_plain_text_is_asked_of_any_server_and_replayed(
+        self, server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """These weights know no prose: what they say is wrong, and no question of it is refused."""
+        monkeypatch.setattr(sys.modules["m3_plugin.cli.soak"], "_MINUTE_S", 1.0)
+        output = tmp_path / "soak.json"
+        target = ("--url", server.url, "--model", MODEL)
+        load = ("--minutes", "1", "--concurrency", "2", "--longest", "2048", "--seed", "1")
+        result = CliRunner().invoke(app, ["soak", *target, *load, "--output", str(output)])
+        assert result.exit_code == 1, result.output
+        found = checked("soak", output.read_text())
+        assert found["settings"]["needles"] == "text"
+        details = {fault["number"]: fault["detail"] for fault in found["faults"]}
+        assert details
+        assert all(detail.startswith("expected ") for detail in details.values()), details
+
+        # the first of them alone says the same again
+        fault = found["faults"][0] | {"beside": []}
+        output.write_text(json.dumps(found | {"faults": [fault]}))
+        again = CliRunner().invoke(app, ["soak", *target, "--replay", str(output), "--json"])
+        assert again.exit_code == 1, again.output
+        replayed = checked("soak", again.stdout)["faults"]
+        assert {entry["number"] for entry in replayed} == {fault["number"]}
+        assert {entry["detail"] for entry in replayed} == {fault["detail"]}

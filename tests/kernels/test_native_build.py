@@ -49,7 +49,12 @@ def forget():
 
 
 def test_workers_starting_together_compile_once(tmp_path: Path) -> None:
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    environment = {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        # the package that is tested here, wherever another copy is installed
+        "PYTHONPATH": str(native_build.PACKAGE.parent),
+    }
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", LOAD],

@@ -88,6 +88,9 @@ def survives(fault: Fault, folder: Path) -> bool:
             )
         except subprocess.TimeoutExpired:
             return False
+        if done.returncode < 0:
+            # the process died of it
+            return False
         if done.returncode not in (0, 1):
             raise ValueError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}")
         return done.returncode == 0

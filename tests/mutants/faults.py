@@ -40,6 +40,7 @@ CONFIG = ("tests/plugin/model/test_config.py",)
 WORKSPACE = ("tests/plugin/attention/test_workspace.py",)
 CHECKS = ("tests/plugin/attention/test_checks.py",)
 SOAK = ("tests/plugin/soak",)
+NATIVE_BUILD = ("tests/kernels/test_native_build.py",)
 GPU_SERVERS = ("tests/integrations/vllm/test_gpu_servers.py",)
 GRAPHS = ("tests/integrations/sglang/test_graphs.py",)
 SGLANG = "integrations/sglang/m3_sglang"
@@ -664,6 +665,91 @@ FAULTS = (
         ("tests/plugin/checkpoint/test_finite.py",),
     ),
     Fault(
+        "checks: NaN behind the last attention passes",
+        "m3_plugin/attention/checks.py",
+        "    finite = torch.isfinite(hidden[: len(rows.request)]).all(-1).cpu()\n",
+        "    finite = torch.ones(len(rows.request), dtype=torch.bool)\n",
+        CHECKS,
+    ),
+    Fault(
+        "checks: rows of a step before are those of a rehearsal",
+        "m3_plugin/attention/checks.py",
+        "        begun, self._begun = self._begun, False\n",
+        "        begun = self._begun\n",
+        CHECKS,
+    ),
+    Fault(
+        "weights: NaN is found by nobody at the first load",
+        "m3_plugin/checkpoint/updates.py",
+        "    require_finite(text.parameters, told)\n",
+        "",
+        ("tests/plugin/checkpoint/test_finite.py",),
+        "first_load",
+    ),
+    Fault(
+        "native build: builders do not wait for each other",
+        f"{KERNELS}/native_build.py",
+        "                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "                pass\n",
+        NATIVE_BUILD,
+        "starting_together",
+    ),
+    Fault(
+        "native build: a library that was cut short is loaded",
+        f"{KERNELS}/native_build.py",
+        "        if found.st_size < table + entry_size * entries:\n",
+        "        if found.st_size < 0:\n",
+        NATIVE_BUILD,
+        "cut_short",
+    ),
+    Fault(
+        "native build: a full disk ends the start",
+        f"{KERNELS}/native_build.py",
+        "    except OSError as error:\n        # a full disk",
+        "    except ZeroDivisionError as error:\n        # a full disk",
+        NATIVE_BUILD,
+        "locks_or_room",
+    ),
+    Fault(
+        "native build: a home that cannot be written ends the start",
+        f"{KERNELS}/native_build.py",
+        "    except (OSError, RuntimeError) as error:\n",
+        "    except RuntimeError as error:\n",
+        NATIVE_BUILD,
+        "unusable_cache_folder",
+    ),
+    Fault(
+        "native build: a lock is waited for by the wall clock",
+        f"{KERNELS}/native_build.py",
+        "        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS\n",
+        "        deadline = time.time() + LOCK_TIMEOUT_SECONDS\n",
+        ("tests/test_architecture.py",),
+        "wall_clock",
+    ),
+    Fault(
+        "recorder: a full disk ends the request",
+        "m3_plugin/attention/recorder.py",
+        "            self._end(str(error))\n",
+        "            raise\n",
+        ("tests/plugin/attention/test_selection.py",),
+        "full_disk",
+    ),
+    Fault(
+        "vLLM: an engine outlives the process that started it",
+        "integrations/vllm/m3_vllm/orphans.py",
+        "        os.kill(engine, signal.SIGTERM)\n",
+        "        return\n",
+        ("tests/integrations/vllm/test_orphans.py",),
+        "killed_starter",
+    ),
+    Fault(
+        "soak: a long answer in plain text is never wrong",
+        "m3_plugin/soak/judging.py",
+        'request.kind == "long" and prompt.exact',
+        'request.kind == "long"',
+        SOAK,
+    ),
+    Fault(
         "soak: an error in a stream is an end",
         "m3_plugin/soak/driver.py",
         "reply.finished = not reply.reason",
@@ -687,8 +773,8 @@ FAULTS = (
     Fault(
         "soak: the warm-up counts for slopes",
         "m3_plugin/soak/record.py",
-        "for minute in own[WARM_UP:] if",
-        "for minute in own if",
+        "if at >= WARM_UP and minute.idle",
+        "if minute.idle",
         SOAK,
     ),
     Fault(

@@ -189,6 +189,8 @@ class M3Model(nn.Module):
                 if layer in self.captured_layers:
                     captured.append(hidden_states + residual)
         hidden_states, _ = self.norm(hidden_states, residual)
+        if self.is_sparse and not forward_batch.forward_mode.is_idle():
+            check_result(hidden_states)
         return hidden_states, captured or None
 
 
@@ -332,6 +334,13 @@ def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan
     if plan is not None:
         logger.info("m3-plugin: %s", plan.describe())
     return plan
+
+
+def check_result(hidden_states: Tensor) -> None:
+    """Under `M3_PLUGIN_CHECK`: refuse to serve what is not finite."""
+    backend = get_attn_backend()
+    if isinstance(backend, M3AttentionBackend) and backend.session.checker is not None:
+        backend.session.checker.end(hidden_states)
 
 
 def require_our_backend() -> None:

@@ -640,7 +640,14 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3, SupportsLoRA):
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor | IntermediateTensors | tuple[Tensor, list[Tensor]]:
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        given = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        session = self.model.session
+        if session is not None and session.checker is not None:
+            hidden = given[0] if isinstance(given, tuple) else given
+            # other stages hand on what the last one looks at
+            if isinstance(hidden, Tensor):
+                session.checker.end(hidden)
+        return given
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from m3_plugin.cli.hosts import HOSTS
 from m3_plugin.host.serving import sglang_command
@@ -12,9 +13,14 @@ from tests.integrations.sglang.test_server import OPTIONS, SERVER_ENVIRONMENT
 
 
 class TestFaults(FaultCases):
-    parts = ("sglang::scheduler", "sglang::detokenizer", "sglang.launch_server")
+    parts: ClassVar = {
+        "sglang::scheduler": "crashed with exit code -9",
+        "sglang::detokenizer": "crashed with exit code -9",
+        # all others are the kernel's to end with it
+        "sglang.launch_server": "",
+    }
     worker = "sglang::scheduler"
-    plugin = ("sglang.srt.plugins", "tests.integrations.sglang.spoiled_page")
+    plugins = ("sglang.srt.plugins", "tests.integrations.sglang.spoilers")
 
     # it lets more in than there is room for, which it is careful not to do otherwise
     crowded = (*HOSTS["sglang"].load_options(8192, 8192, 16), "--schedule-conservativeness", "0.1")

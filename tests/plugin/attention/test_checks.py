@@ -174,6 +174,31 @@ def test_results_that_are_not_finite_are_traced(session: _Session, caches: MSACa
         run(session, batch(), caches)
 
 
+def test_what_the_model_gives_is_traced_to_its_request(
+    session: _Session, caches: MSACaches
+) -> None:
+    """Of layers behind the last MSA layer, which no layer of ours sees; padding is nobody's."""
+    checker = session.checker
+    assert checker is not None
+    hidden = torch.randn(8, 16)
+    hidden[6:] = torch.nan
+    run(session, batch(), caches)
+    checker.end(hidden)
+    hidden[4, 3] = -torch.inf
+    # a step without layers of ours, as a rehearsal of the host's: rows of another step say nothing
+    checker.end(hidden)
+    run(session, batch(), caches)
+    with pytest.raises(
+        StepCheckError, match=r"step 1, behind the last layer.*'second'.*position 298 is not finite"
+    ):
+        checker.end(hidden)
+    session.checker = StepChecker(2, session.msa)
+    for looked_at in (True, False):
+        run(session, batch(), caches)
+        if not looked_at:
+            session.checker.end(hidden)
+
+
 def test_only_every_nth_step_is_looked_at(session: _Session, caches: MSACaches) -> None:
     session.checker = StepChecker(3, session.msa)
     wrong = changed("page_table", 0, 2, to=4)

@@ -65,6 +65,15 @@ def test_verdicts(asked: Request, got: Reply, verdict: str) -> None:
     assert bool(detail) == (verdict in ("wrong", "lost"))
 
 
+def test_what_must_merely_be_said_must_be_said() -> None:
+    """As of real weights, by the end of a long answer too; who left may have missed it."""
+    prompt = Prompt("question", "4711", exact=False, max_tokens=8, pattern="[0-9]+")
+    for kind in ("chain", "long"):
+        assert judge(request(kind), prompt, reply("It is 4711, as told.")) == ("right", "")
+        assert judge(request(kind), prompt, reply("I do not know."))[0] == "wrong"
+    assert judge(request("abort"), prompt, reply("I do", left=True)) == ("left", "")
+
+
 def test_bodies() -> None:
     needles = ConstructedNeedles()
     for asked in Mixture(3, 4096).first(2 * ROUND):

@@ -1,15 +1,16 @@
-"""A plugin of vLLM for tests: one page of each long request is another one."""
+"""A plugin of vLLM for tests: it spoils what checked steps must find, once a test says so."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.integrations.faults import spoil_page
+from tests.integrations.faults import spoil_page, spoil_results
 
 
 def register() -> None:
-    """Entry point: spoil what vLLM tells attention."""
+    """Entry point: hooks around what vLLM tells attention, and around its layers."""
     from m3_vllm import backend
+    from m3_vllm.model import M3DecoderLayer
 
     original = backend.msa_batch
 
@@ -19,3 +20,4 @@ def register() -> None:
         return batch
 
     backend.msa_batch = spoiled
+    spoil_results(M3DecoderLayer)
