@@ -17,37 +17,51 @@ from m3_kernels.quantised_linear import quantised_linear
 from m3_kernels.stored_matrix import StoredMatrix
 from m3_plugin.checkpoint.names import TEXT_PREFIX
 from m3_plugin.quantization.dialects import PLAIN, Quantization
+from m3_plugin.quantization.formats import WeightFormat
 from m3_plugin.quantization.packing import PART_NAMES, Layout, PartName, layout_of
 
 
-def stored_layout(
+def format_of_layer(
     quantization: Quantization, prefix: str, *, fused: Mapping[str, str]
-) -> Layout | None:
-    """How a host's layer holds its weights; None if they are plain.
+) -> WeightFormat:
+    """How the weights of a host's layer are stored; the plan has checked that fused ones are alike.
 
     Parameters
     ----------
     quantization : what the checkpoint says
     prefix : of the host's layer, or "model.layers.3.block_sparse_moe.experts.0.w1" for experts
     fused : projection -> the host's fused layer, by their last names
+    """
+    return quantization.format_of(_first_module(prefix, fused))
+
+
+def stored_layout(
+    quantization: Quantization, prefix: str, *, fused: Mapping[str, str]
+) -> Layout | None:
+    """How a host's layer holds its weights; None if they are plain. Parameters as above.
 
     Raises
     ------
-    ValueError : no layout for the format; the plan has checked that fused weights are alike.
+    ValueError : no layout for the format.
     """
-    parent, _, name = prefix.removeprefix(TEXT_PREFIX).rpartition(".")
-    parts = [part for part, layer in fused.items() if layer == name] or [name]
-    weight = quantization.format_of(f"{parent}.{parts[0]}")
+    weight = format_of_layer(quantization, prefix, fused=fused)
     if weight == PLAIN:
         return None
     layout = layout_of(weight)
     if layout is None:
         raise ValueError(
-            f"m3-plugin: {parent}.{parts[0]} is stored as {weight.name} with reordered columns "
-            "(desc_act) or groups that are no multiple of 16 columns, which cannot be multiplied "
-            "as stored on a CPU; set M3_PLUGIN_DEQUANTIZE=1 if memory suffices"
+            f"m3-plugin: {_first_module(prefix, fused)} is stored as {weight.name} with reordered "
+            "columns (desc_act) or groups that are no multiple of 16 columns, which cannot be "
+            "multiplied as stored on a CPU; set M3_PLUGIN_DEQUANTIZE=1 if memory suffices"
         )
     return layout
+
+
+def _first_module(prefix: str, fused: Mapping[str, str]) -> str:
+    """The checkpoint's name for a layer's weight, or for the first of those that it fuses."""
+    parent, _, name = prefix.removeprefix(TEXT_PREFIX).rpartition(".")
+    parts = [part for part, layer in fused.items() if layer == name] or [name]
+    return f"{parent}.{parts[0]}".removeprefix(".")
 
 
 def stored_parameters(

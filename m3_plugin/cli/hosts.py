@@ -71,6 +71,9 @@ _COMMON_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     # spinning worker threads starve each other on machines with few cores
     "OMP_WAIT_POLICY": "PASSIVE",
+    # oneDNN keeps a compiled product for each number of rows it has met, 1,024 of them if it may:
+    # hundreds of MB that grow for hours and look like a leak
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 
 

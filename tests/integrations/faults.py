@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -25,6 +25,7 @@ from openai import APIConnectionError, APIError, OpenAI
 from safetensors.torch import load_file, save_file
 
 from m3_kernels import native_build
+from m3_plugin.attention.checks import StepChecker
 from m3_plugin.cli.soak import counters
 from m3_plugin.host.children import LOOPBACK
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port
@@ -40,8 +41,9 @@ from tests.integrations.server import MODEL, ask
 from tests.integrations.soak import asked_meanwhile, processes_named
 
 ROOT = Path(__file__).parents[2]
+STARTS_WITHIN_S = 1200
 # How long a server may take to end by itself.
-ENDS_WITHIN_S = 120
+ENDS_WITHIN_S = 240
 # Names the folder of `Spoilers` in the server.
 SPOILED_FOLDER = "M3_TEST_SPOILED"
 # Where hosts, torch, Triton and the C++ kernels keep what they compile.
@@ -55,7 +57,7 @@ CACHES = (
 
 
 def client_of(server: ServerProcess) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600)
 
 
 def answers_right(server: ServerProcess, seed: int) -> bool:
@@ -145,21 +147,16 @@ def spoil_page(page_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
         page_table[request, 1] = page_table[request, 2]
 
 
-def spoil_results(layer_class: Any) -> None:
+def spoil_results() -> None:
     """What a bad kernel behind the last attention does: NaN in the last row of a long step."""
-    build, forward = layer_class.__init__, layer_class.forward
+    looked_at = StepChecker.end
 
-    def built(self: Any, config: Any, *, layer: int, **options: Any) -> None:
-        build(self, config, layer=layer, **options)
-        self.is_last = layer == config.num_hidden_layers - 1
-
-    def spoiled(self: Any, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, residual = forward(self, *arguments, **options)
-        if self.is_last and len(hidden) > 512 and asked_to_spoil("result"):
+    def spoiled(self: StepChecker, hidden: torch.Tensor) -> None:
+        if len(hidden) > 512 and asked_to_spoil("result"):
             hidden[-1, 3] = torch.nan
-        return hidden, residual
+        looked_at(self, hidden)
 
-    layer_class.__init__, layer_class.forward = built, spoiled
+    StepChecker.end = spoiled
 
 
 class FaultCases:
@@ -172,6 +169,9 @@ class FaultCases:
     plugins : (group of entry points, module of the tests that registers hooks of `Spoilers`)
     crowded : options of a server whose cache holds one request of 8192 tokens, and takes many
     """
+
+    # a start takes a minute, on a busy machine ten
+    pytestmark: ClassVar = [pytest.mark.extended, pytest.mark.timeout(2400)]
 
     parts: ClassVar[Mapping[str, str]]
     worker: ClassVar[str]
@@ -214,11 +214,9 @@ class FaultCases:
             environment=self.environment() | (environment or {}),
         ) as server:
             if ready:
-                server.wait_until_ready(timeout_s=600)
+                server.wait_until_ready(timeout_s=STARTS_WITHIN_S)
             yield server
 
-    @pytest.mark.extended
-    @pytest.mark.timeout(2400)
     def test_whatever_is_killed_the_server_ends_and_starts_again(
         self, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
@@ -234,7 +232,6 @@ class FaultCases:
                 with pytest.raises(APIConnectionError):
                     answers_right(server, 800)
 
-    @pytest.mark.extended
     def test_one_of_two_ranks_is_killed(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
         # neither host places two ranks on one NUMA node by itself
         cores = {f"{host}_CPU_OMP_THREADS_BIND": "0|1" for host in ("VLLM", "SGLANG")}
@@ -245,8 +242,6 @@ class FaultCases:
             require_nothing_left(server)
             assert self.parts[self.worker] in server.log.read_text()
 
-    @pytest.mark.extended
-    @pytest.mark.timeout(2400)
     def test_what_a_server_outlives_and_how_it_ends(
         self, constructed_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -264,7 +259,6 @@ class FaultCases:
             assert answers_right(server, 811)
             require_order_after_sigterm(server)
 
-    @pytest.mark.extended
     def test_a_wrong_page_is_named(self, constructed_checkpoint: Path, tmp_path: Path) -> None:
         spoiled = self.spoilers(tmp_path / "plugin")
         with self.started(
@@ -274,7 +268,6 @@ class FaultCases:
             text = require_checked_end(server, seed=820)
         assert "is its block" in text
 
-    @pytest.mark.extended
     @pytest.mark.parametrize(
         ("tensor", "value", "said"),
         [
@@ -298,12 +291,11 @@ class FaultCases:
             self.started(bad, tmp_path / "server", ready=False) as server,
             pytest.raises(ServerFailed),
         ):
-            server.wait_until_ready(timeout_s=600)
+            server.wait_until_ready(timeout_s=STARTS_WITHIN_S)
         text = server.log.read_text()
         assert said in text
         assert "NaN or infinite" in text
 
-    @pytest.mark.extended
     def test_disks_that_take_nothing_and_then_a_result_that_is_no_number(
         self, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
@@ -336,8 +328,6 @@ class FaultCases:
         assert "the C++ kernels are not used" in text
         assert "behind the last layer: request '" in text
 
-    @pytest.mark.extended
-    @pytest.mark.timeout(2400)
     def test_two_servers_find_a_build_that_was_cut_short(
         self, constructed_checkpoint: Path, tmp_path: Path
     ) -> None:
@@ -355,7 +345,7 @@ class FaultCases:
             begin(tmp_path / "second", ready=False) as second,
         ):
             for seed, server in enumerate((first, second)):
-                server.wait_until_ready(timeout_s=900)
+                server.wait_until_ready(timeout_s=STARTS_WITHIN_S)
                 assert answers_right(server, 831 + seed)
         logs = first.log.read_text() + second.log.read_text()
         # who waited found the whole one
@@ -406,13 +396,13 @@ def require_right_while_the_clock_jumps(
     offset : of the clock from now on, in seconds
     """
     client = client_of(server)
-    right, wait = asked_meanwhile(client, range(seed, seed + 4), tokens=6000)
+    right, wait = asked_meanwhile(client, range(seed, seed + 3), tokens=3000)
     streamed = needle_prompt(seed + 4, num_tokens=2000)
     stream = ask(client, streamed.messages(), streamed.max_tokens, stream=True)
     clock.jump(offset)
     text = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
     wait()
-    assert right == [True] * 4
+    assert right == [True] * 3
     assert text == streamed.expected_text
     prompt = needle_prompt(seed + 5, num_tokens=1400)
     reply = ask(client, prompt.messages(), prompt.max_tokens)
@@ -441,7 +431,7 @@ def require_recovery_from_no_descriptors(server: ServerProcess) -> None:
 
 def require_order_after_sigterm(server: ServerProcess) -> None:
     """It ends while requests run: no wrong answer, and nothing is left."""
-    right, wait = asked_meanwhile(client_of(server), range(812, 820), tokens=6000, forgiving=True)
+    right, wait = asked_meanwhile(client_of(server), range(812, 818), tokens=2500, forgiving=True)
     time.sleep(1)
     server.process.send_signal(signal.SIGTERM)
     require_nothing_left(server)

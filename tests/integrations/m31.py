@@ -6,17 +6,20 @@ and `M31Answers` with its engine on `m31_constructed` there. Both checkpoints ar
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from m3_plugin.model.released import published_config
 from m3_plugin.testing.constructed import ConstructedCheckpoint
 from m3_plugin.testing.dspark import add_dspark
 from m3_plugin.testing.prompts import first_block_prompt, needle_prompt
@@ -26,11 +29,20 @@ from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.constructed import PAGE, answer, check
 from tests.integrations.m31_reference import reference
 
+PUBLISHED = "MiniMaxAI/MiniMax-M3.1-Flash"
+DOCS = Path(__file__).parents[2] / "docs"
 QUANT = "mxfp8-nvfp4"
 # Of the constructed one: two places beside the own and the first block, as prompts for 4 expect.
 TOPK, INIT = 5, 1
 # Of scores in the hundreds, and of an expert's chance.
 NEAR_TIE = 1e-4
+# Matrices of a random one: nine of each of four layers, and three of eight experts in two.
+DECODED = {"mxfp8": 4 * 9, "nvfp4": 2 * 8 * 3}
+# Beside the model's dtype: what caches may hold on a CPU.
+CACHES = (
+    pytest.param({"M3_PLUGIN_CACHE_VALUES": "nvfp4"}, id="as NVFP4 rounds"),
+    pytest.param({"M3_PLUGIN_INDEX_KEYS": "int8"}, id="index keys of int8"),
+)
 FOREIGN_TENSOR = "language_model.model.dspark.fc.weight"
 
 
@@ -67,12 +79,53 @@ def write_constructed(folder: Path) -> Path:
     return stored
 
 
+def documented_options(program: str) -> list[str]:
+    """What docs/m31.md types behind a host's program, without the model's name.
+
+    Parameters
+    ----------
+    program : "vllm serve" or "sglang.launch_server"
+    """
+    page = (DOCS / "m31.md").read_text().replace("\\\n", " ")
+    (line,) = [line for line in page.splitlines() if f"{program} " in line]
+    words = shlex.split(line.partition(f"{program} ")[2])
+    assert words.count(PUBLISHED) == 1, line
+    place = words.index(PUBLISHED)
+    before = 1 if words[place - 1] == "--model-path" else 0
+    return words[: place - before] + words[place + 1 :]
+
+
+def write_published_config(folder: Path, *, layers: int | None = None) -> Path:
+    """The published config in a folder, whole or of its first layers, which are in full size."""
+    config = copy.deepcopy(published_config(PUBLISHED))
+    if layers is not None:
+        text = config["text_config"]
+        holders = (text, text["sparse_attention_config"])
+        for holder, name in ((h, n) for h in holders for n, v in h.items() if is_per_layer(v)):
+            holder[name] = holder[name][:layers]
+        text["num_hidden_layers"] = layers
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def is_per_layer(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 60
+
+
 class M31Cases:
-    """Tokens and log probabilities; `engine` computes in fp32 and takes 4,096 tokens."""
+    """Tokens and log probabilities; `engine` computes in fp32 and takes 4,096 tokens.
+
+    Attributes
+    ----------
+    init : first blocks that are always read
+    """
+
+    init: ClassVar[int] = 2
 
     @pytest.fixture(scope="class")
     def checkpoint(self, m31_random: Callable[[int], Path]) -> Path:
-        return m31_random(2)
+        return m31_random(self.init)
 
     @pytest.mark.parametrize("length", [127, 513, 2300])
     def test_greedy_tokens_and_logprobs_are_the_reference_s(
@@ -99,11 +152,11 @@ class M31Cases:
         prompt = random_prompt(2300, seed=2300)
         ours = torch.as_tensor(engine.prompt_logprobs(prompt))
         rule = reference(checkpoint / "reference").config["sparse_attention_config"]
-        for init in (0, 1):
+        for init in {0, 1, 2} - {self.init}:
             rule["sparse_init_block"] = init
             other = reference(checkpoint / "reference").token_logprobs(prompt)
             assert (ours - other).abs().max() > 100 * LOGPROB_ATOL
-        rule["sparse_init_block"] = 2
+        rule["sparse_init_block"] = self.init
 
 
 class M31Answers:

@@ -169,6 +169,7 @@ class SoakCases:
         assert len(found) == 1
 
     @pytest.mark.extended
+    @pytest.mark.timeout(3000)
     @pytest.mark.parametrize("repeats", [40])
     def test_one_prompt_again_and_again_beside_others(self, client: OpenAI, repeats: int) -> None:
         """One answer. Hosts' own products round by the number of rows, and cached prefixes change

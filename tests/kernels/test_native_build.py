@@ -48,30 +48,6 @@ def forget():
         cached.cache_clear()
 
 
-def test_workers_starting_together_compile_once(tmp_path: Path) -> None:
-    environment = {
-        "XDG_CACHE_HOME": str(tmp_path),
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        # the package that is tested here, wherever another copy is installed
-        "PYTHONPATH": str(native_build.PACKAGE.parent),
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOAD],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(3)
-    ]
-    outputs = [worker.communicate(timeout=300) for worker in workers]
-    assert [out.strip() for out, _ in outputs] == ["None"] * 3
-    assert sum(err.count("compiled the C++ kernels") for _, err in outputs) == 1
-    folder = tmp_path / "m3-plugin" / "native"
-    assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".so"]
-
-
 def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     native, *others = kernel_families("cpu")
@@ -135,6 +111,33 @@ def copying(fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(native_build, "_expose_openmp", lambda: None)
     native_build._private_folder.cache_clear()
     return fresh / "cache" / "m3-plugin" / "native"
+
+
+def test_workers_starting_together_compile_once(tmp_path: Path, built: Path) -> None:
+    """By a compiler that takes long enough for all of them to come."""
+    slow = COPY.replace("*) cp", "*) sleep 2; cp").format(library=built)
+    environment = {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "CXX": str(fake_compiler(tmp_path, slow)),
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        # the package that is tested here, wherever another copy is installed
+        "PYTHONPATH": str(native_build.PACKAGE.parent),
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOAD],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    outputs = [worker.communicate(timeout=300) for worker in workers]
+    assert [out.strip() for out, _ in outputs] == ["None"] * 3
+    assert sum(err.count("compiled the C++ kernels") for _, err in outputs) == 1
+    folder = tmp_path / "m3-plugin" / "native"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".so"]
 
 
 def loaded_from(monkeypatch: pytest.MonkeyPatch) -> list[Path]:

@@ -27,7 +27,7 @@ from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
 from m3_kernels.mxfp8_linear import mxfp8_linear
-from m3_plugin.checkpoint.names import TEXT_PREFIX
+from m3_plugin.checkpoint.stored_layers import format_of_layer
 from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8
 from m3_sglang.checkpoint_config import CheckpointConfig
@@ -54,10 +54,9 @@ class M3Mxfp8Config(CheckpointConfig):
         return None
 
     def _is_mxfp8(self, prefix: str) -> bool:
-        """Whether a layer's weight is quantised; the plan has checked that fused ones are alike."""
-        parent, _, name = prefix.removeprefix(TEXT_PREFIX).rpartition(".")
-        parts = [part for part, (fused, _) in FUSED.items() if fused == name] or [name]
-        return isinstance(self.quantization.format_of(f"{parent}.{parts[0]}"), Mxfp8)
+        """Whether a layer's weight is quantised."""
+        fused = {projection: layer for projection, (layer, _) in FUSED.items()}
+        return isinstance(format_of_layer(self.quantization, prefix, fused=fused), Mxfp8)
 
 
 class Mxfp8LinearMethod(LinearMethodBase):

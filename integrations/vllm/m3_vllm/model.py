@@ -77,7 +77,7 @@ from m3_vllm.media import (
     vision_ranks,
 )
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
-from m3_vllm.norms import HiddenNorm, add_and_norm
+from m3_vllm.norms import HiddenNorm, add_and_norm, norm_and_rotate
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import prepare_speculation, require_aux_layers
 from m3_vllm.updates import ServedWeights
@@ -193,8 +193,16 @@ class M3DenseAttention(_M3AttentionBase):
     def forward(self, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor) -> Tensor:
         # called as MSA layers are; the host's RoPE has its own table and leaves cos_sin alone
         qkv, _ = self.qkv_proj(hidden_states)
+        done = norm_and_rotate(
+            qkv,
+            positions,
+            norms=(self.q_norm, self.k_norm),
+            rope=self.rotary_emb,
+            heads=(self.num_heads, self.num_kv_heads),
+        )
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k = self.norm_and_rope(positions, q, k)
+        if not done:
+            q, k = self.norm_and_rope(positions, q, k)
         attended = self.attn(q.flatten(1), k.flatten(1), v)
         output, _ = self.o_proj(attended)
         return output

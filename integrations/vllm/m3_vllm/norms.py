@@ -53,6 +53,50 @@ def add_and_norm(x: Tensor, residual: Tensor, norm: Any, *, partial: bool) -> tu
     return norm(x, residual)
 
 
+def norm_and_rotate(
+    qkv: Tensor, positions: Tensor, *, norms: tuple[Any, Any], rope: Any, heads: tuple[int, int]
+) -> bool:
+    """Normalise and rotate the heads of q and k where they lie, in the one launch of vLLM's M3.
+
+    Parameters
+    ----------
+    qkv : [tokens, q | k | v], changed in place
+    norms : of the heads of q and of k
+    rope : vLLM's, with a table of cosines and sines
+    heads : how many of q and of k
+
+    Returns
+    -------
+    bool : whether it was done; vLLM builds the kernel for CUDA alone, and it takes 16 bits
+    """
+    if torch.compiler.is_compiling() or qkv.dtype.itemsize != 2:
+        return False
+    kernel = _norm_and_rope()
+    if kernel is None:
+        return False
+    q_norm, k_norm = norms
+    kernel(
+        qkv,
+        q_norm.weight,
+        k_norm.weight,
+        rope.cos_sin_cache,
+        positions,
+        *heads,
+        rope.rotary_dim,
+        q_norm.variance_epsilon,
+        kv_cache_dtype="auto",
+    )
+    return True
+
+
+@cache
+def _norm_and_rope() -> Any:
+    """vLLM's kernel; None where it was not built."""
+    if not hasattr(torch.ops._C, "fused_minimax_m3_qknorm_rope_kv_insert"):
+        return None
+    return importlib.import_module("vllm._custom_ops").fused_minimax_m3_qknorm_rope_kv_insert
+
+
 @cache
 def _kernels() -> Any:
     """FlashInfer's norms, which vLLM's GPU wheels require; None without them."""

@@ -2,8 +2,9 @@
 
     python -m tests.integrations.sglang.host_layers_m31 STORED REPORT
 
-As `host_layers`; what needs a GPU is left out: SGLang's packing for Marlin and the proof of the
-experts. Nothing is computed with the layers.
+As `host_layers`, with the bytes of experts and SGLang's own decoders besides. What needs a GPU is
+left out: SGLang's packing for Marlin and the proof of the experts. Nothing is computed with the
+layers.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from m3_plugin.checkpoint.names import TEXT_PREFIX
+from tests.integrations.m31_layers import decoded_alike, experts_as_stored
 from tests.integrations.sglang.host_layers import build, compare
-
-SUFFIXES = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 
 
 def without_a_gpu() -> None:
@@ -38,33 +37,23 @@ def without_a_gpu() -> None:
     proof.run = lambda self: None
 
 
-def experts(model: nn.Module, files: dict[str, Tensor]) -> dict[str, bool]:
-    """Per layer and part of its experts: whether SGLang holds the files' bytes."""
-    report = {}
-    for name, module in model.named_modules():
-        own = {n: p.data for n, p in module.named_parameters(recurse=False)}
-        for prefix, matrices in (("w13", ("w1", "w3")), ("w2", ("w2",))):
-            for suffix in SUFFIXES:
-                if f"{prefix}_{suffix}" not in own:
-                    continue
-                stored = [
-                    torch.cat([files[f"{TEXT_PREFIX}{name}.{e}.{m}.{suffix}"] for m in matrices])
-                    for e in range(len(own["w2_weight_packed"]))
-                ]
-                held = own[f"{prefix}_{suffix}"].reshape(len(stored), *stored[0].shape)
-                report[f"{name}.{prefix}_{suffix}"] = torch.equal(
-                    held.view(torch.uint8), torch.stack(stored).view(torch.uint8)
-                )
-    return report
-
-
 def main(stored: str, report: str) -> None:
     without_a_gpu()
     model = build(Path(stored))
     files: dict[str, Tensor] = {}
     for file in Path(stored).glob("*.safetensors"):
         files |= load_file(file)
-    facts = {"layers": compare(model, files), "experts": experts(model, files)}
+    from sglang.srt.layers.quantization.dequantization import dequantize_nvfp4
+    from sglang.srt.layers.quantization.mxfp8_block_convert import dequant_mxfp8_2d_to_bf16
+
+    def nvfp4(packed: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
+        return dequantize_nvfp4(packed, scales, factor, torch.float32)
+
+    facts = {
+        "layers": compare(model, files),
+        "experts": experts_as_stored(model, files),
+        "decoders": decoded_alike(files, mxfp8=dequant_mxfp8_2d_to_bf16, nvfp4=nvfp4),
+    }
     Path(report).write_text(json.dumps(facts))
 
 

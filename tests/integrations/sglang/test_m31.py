@@ -13,7 +13,7 @@ import pytest
 
 from m3_plugin.testing.prompts import needle_prompt, picture_prompt
 from tests.integrations.constructed import answer, check
-from tests.integrations.m31 import M31Answers, M31Cases
+from tests.integrations.m31 import DECODED, M31Answers, M31Cases
 from tests.integrations.quantised import DEQUANTISE
 from tests.integrations.sglang.engine import EngineProcess
 from tests.integrations.sglang.rehearsal import CHIPS
@@ -55,7 +55,7 @@ class TestM31Answers(M31Answers):
 def test_sglang_s_own_layers_hold_what_the_checkpoint_stores(
     m31_random: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """Every byte of values and scales, the experts in SGLang's own scheme for M3.1."""
+    """Every byte of values and scales, the experts in SGLang's own scheme; decoded as by SGLang."""
     stored, report = m31_random(2) / "stored", tmp_path / "report.json"
     run("host_layers_m31", stored, report)
     found: dict[str, Any] = json.loads(report.read_text())
@@ -65,6 +65,7 @@ def test_sglang_s_own_layers_hold_what_the_checkpoint_stores(
     assert all(found["experts"].values()), found["experts"]
     assert "model.layers.0.self_attn.index_qkv_proj" in found["layers"]
     assert all(found["layers"].values()), found["layers"]
+    assert found["decoders"] == DECODED
 
 
 def test_each_chip_gets_kernels_that_it_has(

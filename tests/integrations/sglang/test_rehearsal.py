@@ -86,6 +86,14 @@ def test_sglangs_deep_gemm_still_leaves_swiglu_out() -> None:
     assert given in inspect.getsource(DeepGemmRunnerCore._run_masked_gemm)
 
 
+def test_sglang_counts_a_head_as_a_layer_of_the_target() -> None:
+    """If this fails, read docs/gpu-audit.md, D6: a head's own KV heads may be counted now."""
+    from sglang.srt.model_executor import pool_configurator
+
+    assumed = "assumes the draft shares the target's per-layer KV size"
+    assert assumed in inspect.getsource(pool_configurator)
+
+
 def test_tokenizer_workers_without_plugins(outcomes: dict[str, Any]) -> None:
     """They know no method of ours, so that a checkpoint which needs it is refused with them."""
     for chip in CHIPS:

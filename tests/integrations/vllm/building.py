@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ SERVERS = (
     ("B200", 4, 2, ""),
 )
 # What layers take from vLLM's extensions while they are built.
-OPERATIONS = ("silu_and_mul_with_clamp",)
+OPERATIONS = ("silu_and_mul_with_clamp", "rotary_embedding", "vocab_parallel_embedding")
 AUX_LAYERS = (2, 30, 57)
 # of a rank, for its cache
 CACHE_BYTES = 400 * 2**30
@@ -84,8 +84,8 @@ def on_meta() -> None:
     mock.patch.object(session, "device_type", return_value="meta").start()
 
 
-def with_operations() -> None:
-    """Let layers find the operations that vLLM's extensions would bring; none of them is called."""
+def with_operations(made: Callable[[str], Any] = lambda name: lambda *arguments: None) -> None:
+    """Let layers find the operations that vLLM's extensions would bring, as `made` makes them."""
     namespace: Any = torch._ops._OpNamespace
     known = namespace.__getattr__
 
@@ -95,7 +95,7 @@ def with_operations() -> None:
         except AttributeError:
             # vLLM defines operations on its own after it has asked whether they are there
             if self.name in ("_C", "_moe_C") and name in OPERATIONS:
-                return lambda *arguments: None
+                return made(name)
             raise
 
     namespace.__getattr__ = ask
@@ -177,7 +177,8 @@ def server(folder: str, tensor: int, stages: int, typed: str) -> dict[str, Any]:
     }
 
 
-def main(folder: str) -> None:
+def prepare() -> Any:
+    """Make this process one in which models are built as on GPUs; returns the platform."""
     declare_missing_ops()
     # Triton's configurations of another model's kernels, which cannot be listed without Triton
     scans = "vllm.model_executor.layers.mamba.ops.ssd_combined"
@@ -192,6 +193,11 @@ def main(folder: str) -> None:
     with_operations()
     for name in ("Stream", "Event"):
         setattr(torch.cuda, name, SimpleNamespace)
+    return gpu
+
+
+def main(folder: str) -> None:
+    gpu = prepare()
     found: dict[str, Any] = {}
     for chip, tensor, stages, typed in SERVERS:
         gpu.chip = CHIPS[chip]

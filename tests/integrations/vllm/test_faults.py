@@ -30,7 +30,7 @@ class TestFaults(FaultCases):
         self, model: Path, port: int, *, ranks: int = 1, options: Sequence[str] = ()
     ) -> list[str]:
         # without it vLLM drops what runs at SIGTERM, and ends once the last client has given up
-        ending = ("--shutdown-timeout", "100")
+        ending = ("--shutdown-timeout", "200")
         all_options = (*OPTIONS, *ending, "--tensor-parallel-size", str(ranks), *options)
         return vllm_command(model, port=port, options=all_options)
 

@@ -169,3 +169,40 @@ def test_sums_over_ranks_are_made_where_the_stream_is_read(monkeypatch: pytest.M
     assert [float(stream[0, 0]) for stream in streams] == [1.0, 3.0]
     assert len(sums) == 4
     torch.testing.assert_close(out, torch.ones(2, 64), atol=1e-3, rtol=0)
+
+
+def test_heads_of_dense_layers_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, by the kernel and with the arguments of vLLM's own M3; 16 bits alone."""
+    from vllm.models.minimax_m3.nvidia import model as own
+
+    calls: list[Any] = []
+
+    def kernel(*args: Any, **kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    monkeypatch.setattr(own.ops, "fused_minimax_m3_qknorm_rope_kv_insert", kernel)
+    norm = made(HiddenNorm, torch.bfloat16)
+    rope = SimpleNamespace(cos_sin_cache=torch.zeros(8, 64), rotary_dim=64)
+    qkv, positions = torch.zeros(3, 4 * 64).bfloat16(), torch.arange(3)
+    layer: Any = SimpleNamespace(
+        qkv_proj=lambda hidden: (qkv, None),
+        q_norm=norm,
+        k_norm=norm,
+        rotary_emb=rope,
+        num_heads=2,
+        num_kv_heads=1,
+        q_size=128,
+        kv_size=64,
+        attn=lambda q, k, v: q,
+        o_proj=lambda attended: (attended, None),
+    )
+    own.MiniMaxM3Attention.forward(layer, positions, qkv)
+    given: Any = {"norms": (norm, norm), "rope": rope, "heads": (2, 1)}
+    monkeypatch.setattr(norms, "_norm_and_rope", lambda: kernel)
+    assert norms.norm_and_rotate(qkv, positions, **given)
+    theirs, ours = calls
+    assert ours[1] == theirs[1]
+    assert all(a is b or a == b for a, b in zip(ours[0], theirs[0], strict=True))
+    assert not norms.norm_and_rotate(qkv.float(), positions, **given)
+    monkeypatch.setattr(norms, "_norm_and_rope", lambda: None)
+    assert not norms.norm_and_rotate(qkv, positions, **given)

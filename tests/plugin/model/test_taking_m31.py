@@ -8,7 +8,7 @@ import pytest
 
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import published_config
-from m3_plugin.model.taking import why_not_taken
+from m3_plugin.model.taking import draft_refusal, is_dspark, why_not_taken
 from m3_plugin.model.vision import VisionConfig
 from tests.integrations.foreign import FOREIGN, with_key
 from tests.plugin.model.test_taking import another, is_harmless, leaves
@@ -94,3 +94,22 @@ def test_the_file_decides_what_sources_disagree_on(experts: int, init: int) -> N
     assert read.num_experts_per_token == experts
     assert read.msa is not None
     assert read.msa.num_init_blocks == init
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"architectures": ["DSparkMiniMaxDraftModel"]}, True),
+        ({"text_config": {"dspark_block_size": 7}}, True),
+        ({"dspark_markov_rank": 256}, True),
+        (
+            {"architectures": ["MiniMaxM3SparseForConditionalGeneration"], "text_config": None},
+            False,
+        ),
+        ({}, False),
+    ],
+)
+def test_a_draft_is_known_by_its_config(config: dict[str, Any], found: bool) -> None:
+    """Hosts rename its architecture, so that its keys count as well."""
+    assert is_dspark(config) is found
+    assert "left unread; do so" in str(draft_refusal("x", instead="do so"))

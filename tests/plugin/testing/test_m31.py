@@ -25,7 +25,9 @@ from tests.integrations.m31_reference import Reference
 from tests.plugin.cli.schemas import checked
 
 
-@pytest.mark.parametrize(("preset", "tensors", "size"), [("small", 295, 5_151_680)])
+@pytest.mark.parametrize(
+    ("preset", "tensors", "size"), [("small", 295, 5_151_680), ("kernel", 393, 47_613_600)]
+)
 def test_tensors_are_as_many_and_as_large_as_published(
     tmp_path: Path, preset: str, tensors: int, size: int
 ) -> None:
@@ -50,7 +52,7 @@ def test_tensors_are_as_many_and_as_large_as_published(
     assert dtypes == {f"w{i}.{k}": v for i in (1, 2, 3) for k, v in wanted.items()}
     config = M3Config.from_hf(json.loads((stored / "config.json").read_text()))
     assert all(config.sparse_layers)
-    assert config.moe_layers == (False, False, True, True)
+    assert config.moe_layers == tuple(map(shape.is_routed, layers))
     plan = plan_checkpoint(stored, config, fused={}, dequantise=False)
     assert len({weight.weight.name for weight in plan.weights}) == 3
 

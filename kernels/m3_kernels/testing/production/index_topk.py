@@ -23,10 +23,10 @@ HOT_LOOPS = {
     "decode scores bf16 q_len 8": LoopBudget(300, 1100, barriers=8, shuffles=41, programs_per_sm=2),
     "prefill scores bf16": LoopBudget(300, 900, barriers=5, shuffles=5),
     "decode scores int8 q_len 1": LoopBudget(
-        880, 2450, barriers=9, shuffles=41, awaited_loads=4, programs_per_sm=3
+        880, 2850, barriers=9, shuffles=41, awaited_loads=4, programs_per_sm=3
     ),
     "decode scores int8 q_len 8": LoopBudget(
-        1010, 2550, barriers=13, shuffles=81, awaited_loads=4, programs_per_sm=3
+        1010, 3000, barriers=13, shuffles=81, awaited_loads=4, programs_per_sm=3
     ),
     "prefill scores int8": LoopBudget(760, 1850, barriers=6, shuffles=5, awaited_loads=16),
     "decode scores e4m3 q_len 1": LoopBudget(
