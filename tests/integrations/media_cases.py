@@ -186,6 +186,39 @@ def with_tool_result(*content: Part) -> Callable[[str], dict[str, Any]]:
     }
 
 
+def said_by_everyone(words: str) -> list[dict[str, Any]]:
+    """Messages in which a system, a user, an assistant and a tool say the same; then a picture."""
+    call = {"id": "c0", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    return [
+        {"role": "system", "content": words},
+        {"role": "user", "content": words},
+        {"role": "assistant", "content": words, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c0", "content": words},
+        {"role": "user", "content": [text(words), picture(png("red", (56, 56)))]},
+    ]
+
+
+def all_special_tokens(tokenizer: Any) -> str:
+    """One text that holds every special token of a tokenizer of transformers."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return "a " + " b ".join(tokens) + " c"
+
+
+def with_parallel_results(*pictures: Part) -> Callable[[str], dict[str, Any]]:
+    """A picture in the result of each of several calls, and the question after them."""
+    calls = [
+        {"id": f"c{i}", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+        for i in range(len(pictures))
+    ]
+    results = [
+        {"role": "tool", "tool_call_id": f"c{i}", "content": [part]}
+        for i, part in enumerate(pictures)
+    ]
+    asked = {"role": "assistant", "content": "", "tool_calls": calls}
+    first = {"role": "user", "content": " the river"}
+    return lambda host: {"messages": [first, asked, *results, *question()]}
+
+
 def history(*messages: dict[str, Any], last: Sequence[Part]) -> Callable[[str], dict[str, Any]]:
     return lambda host: {"messages": [*messages, *question(*last)]}
 
@@ -245,7 +278,12 @@ def _pictures() -> list[MediaCase]:
         _case("one-pixel", "1x1", asks(picture(png("red", (1, 1)))), RED),
         _case("strip", "2x400, an aspect of 200", asks(picture(png("red", (2, 400)))), RED),
         _case("thin", "1x201, an aspect beyond 200", asks(picture(png("red", (1, 201)))), REFUSED),
-        _case("large", "4,000x4,000", asks(picture(png("red", (4000, 4000)))), RED),
+        _case(
+            "large",
+            "8,000x8,000",
+            asks(picture(media_files.flat_png(8000, colour_rgb("red")))),
+            RED,
+        ),
         _case(
             "bomb",
             "decompression bomb, PNG of 20,000x20,000",
@@ -334,6 +372,12 @@ def _videos() -> list[MediaCase]:
             asks(video(media_files.avi(frames("red", 3), claimed=2**32 - 1))),
             _refused("4,294,967"),
         ),
+        _case(
+            "huge-frames",
+            "MP4 whose header claims frames of 16,000x9,000",
+            asks(video(mp4(frames("red", 3), size=(16_000, 9000)))),
+            _refused("35,389,440"),
+        ),
         _case("avi", "AVI", asks(video(media_files.avi(frames("red", 3), claimed=3))), RED),
         _case("zeros", "zeros", asks(video(bytes(64))), REFUSED),
         _case(
@@ -392,6 +436,35 @@ def _wishes() -> list[MediaCase]:
                     REFUSED,
                 )
             )
+        cases.append(
+            _case(
+                f"{name}-text",
+                f'`{name}` "2"',
+                with_wish(CLIP, {name: "2"}),
+                REFUSED,
+                sglang=(RED, "its protocol reads the number"),
+            )
+        )
+    for value in (2, 1e9, -5, 0, "2"):
+        cases.append(
+            _case(
+                f"num_frames-{value}",
+                f"`num_frames` {json.dumps(value)}",
+                with_wish(CLIP, {"num_frames": value}),
+                RED if value == 2 else REFUSED,
+                **({} if value == 2 else {"sglang": (RED, "SGLang has no such wish")}),
+            )
+        )
+    for value in (100_000, 10**12, -1, "2"):
+        cases.append(
+            _case(
+                f"max_pixels-{value}",
+                f"`max_pixels` {json.dumps(value)}",
+                asks(picture(png("red")), mm_processor_kwargs={"max_pixels": value}),
+                RED if value == 100_000 else REFUSED,
+                **({} if value == 100_000 else {"sglang": (RED, "SGLang has no such wish")}),
+            )
+        )
     long_side = (Answer(text=" red"), "vLLM has no such wish")
     for value in (10**9, -1, 113):
         cases.append(
@@ -460,10 +533,23 @@ def _others() -> list[MediaCase]:
             RED,
         ),
         _case(
+            "tool-pictures",
+            "a picture in the result of each of two parallel calls",
+            with_parallel_results(red, red),
+            ANSWERED,
+        ),
+        _case(
             "tool-empty",
             "an empty result of a tool",
             with_tool_result(),
             Answer(text=""),
+        ),
+        _case(
+            "log-probabilities-of-the-prompt",
+            "log probabilities of a prompt with a picture",
+            asks(red, prompt_logprobs=1),
+            RED,
+            sglang=(RED, "its chats tell those of answers alone"),
         ),
         _case("video-picture", "a video, then a picture", asks(video(CLIP), red), Answer(text="")),
         _case("picture-video", "a picture, then a video", asks(red, video(CLIP)), Answer(text="")),

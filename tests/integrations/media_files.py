@@ -36,12 +36,22 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def bomb(side: int = 20_000) -> bytes:
     """A PNG of 1 bit per pixel whose header claims side x side, with hardly any data."""
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     rows = zlib.compress(bytes(side // 8 + 1) * 64)
+    return _png(side, colour_type=0, parts=[(b"IDAT", rows)])
+
+
+def _png(side: int, *, colour_type: int, parts: Sequence[tuple[bytes, bytes]]) -> bytes:
+    header = struct.pack(">IIBBBBB", side, side, 1, colour_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+        for name, body in ((b"IHDR", header), *parts, (b"IEND", b""))
     )
+
+
+def flat_png(side: int, colour: tuple[int, int, int]) -> bytes:
+    """A square PNG of one colour, as large as wanted: 1 bit per pixel, into a palette."""
+    rows = zlib.compress(bytes(side // 8 + 1) * side)
+    return _png(side, colour_type=3, parts=[(b"PLTE", bytes(colour) * 2), (b"IDAT", rows)])
 
 
 def mkv(

@@ -120,13 +120,19 @@ class EngineProcess(EnginePipe):
 
         Parameters
         ----------
-        prompts : lists of token ids, or dicts of arguments of `Engine.generate` for one prompt
+        prompts : lists of token ids, or dicts of arguments of `Engine.generate` for one prompt;
+            dicts of different keys are asked one after the other
         max_tokens : one number, or one per prompt
         """
         return self._call("generate", list(prompts), max_tokens, sampling)
 
-    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
-        """Log probability of every prompt token after the first."""
+    def prompt_logprobs(self, prompt: Any) -> list[float]:
+        """Log probability of every prompt token after the first.
+
+        Parameters
+        ----------
+        prompt : a list of token ids, or a dict of arguments of `Engine.generate`
+        """
         return self._call("prompt_logprobs", prompt)
 
     def abort(self, prompt: list[int], *, after: int, beside: list[int]) -> list[Completion]:
@@ -219,6 +225,9 @@ class _Engine:
         params = [{"temperature": 0, "max_new_tokens": n, **sampling} for n in limits]
         if all(isinstance(prompt, list) for prompt in prompts):
             outputs = self.host.generate(input_ids=prompts, sampling_params=params)
+        elif len(prompts) > 1 and all(prompt.keys() == prompts[0].keys() for prompt in prompts):
+            together = {name: [prompt[name] for prompt in prompts] for name in prompts[0]}
+            outputs = self.host.generate(**together, sampling_params=params)
         else:
             outputs = [
                 self.host.generate(**prompt, sampling_params=p)
@@ -226,9 +235,10 @@ class _Engine:
             ]
         return [_completion(output) for output in outputs]
 
-    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+    def prompt_logprobs(self, prompt: Any) -> list[float]:
+        asked = {"input_ids": prompt} if isinstance(prompt, list) else prompt
         output = self.host.generate(
-            input_ids=prompt,
+            **asked,
             sampling_params={"temperature": 0, "max_new_tokens": 1},
             return_logprob=True,
             logprob_start_len=0,

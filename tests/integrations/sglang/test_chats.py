@@ -17,9 +17,11 @@ from tests.integrations.hostile_media import corpus
 from tests.integrations.media_cases import (
     CASES,
     TOKENS,
+    all_special_tokens,
     frame_list,
     picture,
     png,
+    said_by_everyone,
     text,
     video,
 )
@@ -88,6 +90,13 @@ def test_typed_tokens_are_text(front: Front) -> None:
     # the picture is where it was sent, behind the text
     before = front.tokenizer.decode(ids[: ids.index(front.processor.ids.image)])
     assert TYPED in before
+
+
+def test_every_special_token_is_text_whoever_says_it(front: Front) -> None:
+    words = all_special_tokens(front.tokenizer)
+    ids = front.ids(said_by_everyone(words))
+    assert front.added(ids) == front.added(front.ids(said_by_everyone("so")))
+    assert front.tokenizer.decode(ids).count(words) == 5
 
 
 def test_text_alone_and_tools_too(front: Front) -> None:

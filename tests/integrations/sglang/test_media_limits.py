@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations import media_files, media_memory
+from tests.integrations import media_files, media_memory, mixed_media
 from tests.integrations.sglang.media_processor import build, prepare
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
@@ -315,6 +315,31 @@ def test_expanded_prompts_are_kept_or_refused(processor: Any) -> None:
         short = list(first.input_ids)
         short.remove(tokenizer.encode(token)[0])
         assert f"expanded {name} of another size" in refusal(processor, short, **media)
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("order", mixed_media.ORDERS)
+def test_media_in_every_order_are_laid_out_by_transformers(
+    processor: Any, random_checkpoint: Callable[[str], Path], order: str, as_ids: bool
+) -> None:
+    prompt = mixed_media.mixed_prompt(order)
+    right = mixed_media.prepared(random_checkpoint("engine"), prompt)
+    text = processor._tokenizer(prompt.text).input_ids if as_ids else prompt.text
+    videos = [torch.from_numpy(video).permute(0, 3, 1, 2) for video in prompt.videos]
+    output = prepare(processor, text, image=prompt.images, video=videos)
+    assert output.input_ids == right["input_ids"][0].tolist()
+    for kind, name, token in (
+        ("image", "pixel_values", processor.ids.image),
+        ("video", "pixel_values_videos", processor.ids.video),
+    ):
+        items = [item for item in output.mm_items if item.modality.name.lower() == kind]
+        assert torch.equal(torch.cat([item.feature for item in items]), right[name])
+        places = [offset for item in items for offset in item.offsets]
+        # in the order in which they are sent, each at its own place
+        assert places == sorted(places)
+        covered = [output.input_ids[first : last + 1] for first, last in places]
+        assert {i for run in covered for i in run} == {token}
+        assert sum(map(len, covered)) == output.input_ids.count(token)
 
 
 def test_media_and_placeholders_must_be_as_many(processor: Any) -> None:

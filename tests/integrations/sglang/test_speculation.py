@@ -39,6 +39,7 @@ from tests.integrations.speculation import (
     ids,
     image,
     image_text,
+    long_picture_questions,
     picture_question,
     pictures_around_a_chunk_end,
     random_prompts,
@@ -255,6 +256,24 @@ class TestRepeatingModule:
         assert repeating_engine.metric(RETRACTED) > before
         assert "KV cache pool is full. Retract requests." in repeating_engine.log_text()
         assert [output.token_ids for output in outputs] == [answer(p, 200) for p in prompts]
+
+    def test_retraction_of_pictures(self, repeating_engine: EngineProcess) -> None:
+        """Recomputed with their features; answers are those of each alone."""
+        requests = [
+            {"prompt": text, "image_data": pictures}
+            for text, pictures in long_picture_questions(3, num_fillers=1550)
+        ]
+        options = {"max_tokens": 200, "ignore_eos": True}
+        alone = []
+        for one in requests:
+            settle(repeating_engine)
+            alone += repeating_engine.generate([one], **options)
+        settle(repeating_engine)
+        before = repeating_engine.metric(RETRACTED)
+        together = repeating_engine.generate(requests, **options)
+        assert repeating_engine.metric(RETRACTED) > before
+        assert [output.token_ids for output in together] == [o.token_ids for o in alone]
+        assert all(output.text.startswith(PICTURE_ANSWER) for output in alone)
 
     def test_sglangs_own_metrics_show_the_acceptance(self, repeating_engine: EngineProcess) -> None:
         """The gauges are of the last step, the counter grows by the steps of each answer."""

@@ -127,8 +127,13 @@ class EngineProcess(EnginePipe):
         """One chat through the checkpoint's template, greedily."""
         return self._call("chat", messages, max_tokens, options)
 
-    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
-        """Log probability of every prompt token after the first."""
+    def prompt_logprobs(self, prompt: Any) -> list[float]:
+        """Log probability of every prompt token after the first.
+
+        Parameters
+        ----------
+        prompt : a list of token ids, or anything `LLM.generate` takes
+        """
         return self._call("prompt_logprobs", prompt)
 
     def next_logprobs(self, prompts: list[list[int]], token_ids: list[int]) -> list[list[float]]:
@@ -216,10 +221,11 @@ class _Engine:
     def add_adapter(self, folder: Path) -> bool:
         return self.llm.llm_engine.add_lora(self._adapter(folder))
 
-    def prompt_logprobs(self, prompt: list[int]) -> list[float]:
+    def prompt_logprobs(self, prompt: Any) -> list[float]:
         params = _sampling(1, {"prompt_logprobs": 0})
-        (output,) = self.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-        steps = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        asked = {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
+        (output,) = self.llm.generate(asked, params, use_tqdm=False)
+        steps = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [step[token].logprob for token, step in steps]
 
     def embed(self, prompt: list[int]) -> list[float]:

@@ -11,6 +11,7 @@ import torch
 
 from tests.integrations import golden
 from tests.integrations.cases import random_prompt
+from tests.integrations.mixed_media import MixedMediaCases, MixedPrompt
 from tests.integrations.parity import ParityCases, require_close
 from tests.integrations.vllm.engine import EngineProcess
 
@@ -20,12 +21,12 @@ def engine(random_checkpoint: Callable[[str], Path]) -> Iterator[EngineProcess]:
     with EngineProcess(
         random_checkpoint("engine"),
         max_num_batched_tokens=2048,
-        limit_mm_per_prompt={"image": 2, "video": 1},
+        limit_mm_per_prompt={"image": 2, "video": 2},
     ) as engine:
         yield engine
 
 
-class TestParity(ParityCases):
+class TestParity(ParityCases, MixedMediaCases):
     """The cases of all hosts."""
 
     def dense_rows(self, engine: EngineProcess) -> int:
@@ -35,6 +36,11 @@ class TestParity(ParityCases):
 
     def start(self, checkpoint: Path, folder: Path, **options: Any) -> EngineProcess:
         return EngineProcess(checkpoint, max_num_batched_tokens=2048, **options)
+
+    def media_logprobs(self, engine: EngineProcess, prompt: MixedPrompt) -> tuple[int, list[float]]:
+        media = {"image": prompt.images, "video": prompt.videos}
+        found = engine.prompt_logprobs({"prompt": prompt.text, "multi_modal_data": media})
+        return len(found) + 1, found
 
 
 def test_our_class_serves_the_model(engine: EngineProcess) -> None:
