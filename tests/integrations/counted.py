@@ -112,13 +112,14 @@ def stand_in(name: str, result: Callable[..., Any] = lambda *args, **kwargs: Non
 
 def shortened(released: dict[str, Any], layers: int) -> dict[str, Any]:
     """The released config with its first layers alone: three dense ones, then MSA with experts."""
-    text = dict(released["text_config"])
+    text: dict[str, Any] = dict(released["text_config"])
     whole = text["num_hidden_layers"]
 
     def cut(value: Any) -> Any:
         return value[:layers] if isinstance(value, list) and len(value) == whole else value
 
-    text = {key: cut(value) for key, value in text.items()} | {"num_hidden_layers": layers}
+    text = {key: cut(value) for key, value in text.items()}
+    text["num_hidden_layers"] = layers
     sparse = text["sparse_attention_config"]
     text["sparse_attention_config"] = {key: cut(value) for key, value in sparse.items()}
     return {**released, "text_config": text}

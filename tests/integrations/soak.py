@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -153,9 +153,10 @@ class SoakCases:
             if number % 4 == 0:
                 other = needle_prompt(731 + number, num_tokens=1400 + number % 7 * 500)
                 ask(client, other.messages(), other.max_tokens)
-            reply = client.chat.completions.create(
+            messages: Any = prompt.messages()
+            reply: Any = client.chat.completions.create(
                 model=MODEL,
-                messages=prompt.messages(),
+                messages=messages,
                 max_tokens=prompt.max_tokens,
                 temperature=0,
                 logprobs=True,

@@ -94,7 +94,7 @@ def prefer_marlin() -> None:
     config, major = get_current_vllm_config_or_none(), device_major()
     if config is None or major is None or major >= 10:
         return
-    kernels = config.kernel_config
+    kernels: Any = config.kernel_config
     if kernels.linear_backend == "auto":
         asked = kernels.linear_backend_per_quant or {}
         kernels.linear_backend_per_quant = {"mxfp8": "marlin"} | asked

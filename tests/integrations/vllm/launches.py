@@ -104,6 +104,7 @@ def in_tree_sm100(step: Step) -> Counter[str]:
     build count as one launch each, so there are at least so many."""
     from vllm.models.minimax_m3.nvidia import indexer_msa, sparse_attention_msa
 
+    theirs: Any = sparse_attention_msa
     decoding = [rows for rows in step.rows if rows <= 4]
     prompts = [rows for rows in step.rows if rows > 4]
     tokens, first = sum(step.rows), sum(decoding)
@@ -134,7 +135,7 @@ def in_tree_sm100(step: Step) -> Counter[str]:
     }
     metadata = {
         "index": _without_init(indexer_msa.MiniMaxM3IndexerMSAMetadata, shared),
-        "layer": _without_init(sparse_attention_msa.MiniMaxM3SparseMetadata, shared),
+        "layer": _without_init(theirs.MiniMaxM3SparseMetadata, shared),
     }
     ids = torch.zeros(tokens, 1, 16, dtype=torch.int32)
     indexer = SimpleNamespace(
@@ -209,11 +210,12 @@ def stand_ins() -> Iterator[None]:
     """vLLM's kernels and layers that have no CPU build, as one launch each."""
     from vllm.model_executor.layers.attention.attention import Attention
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory
-    from vllm.models.minimax_m3.nvidia import model as own
+    from vllm.models.minimax_m3.nvidia import model
 
     from m3_vllm import moe, norms
     from m3_vllm.caches import M3SparseCacheLayer
 
+    own: Any = model
     kernels = ModuleType("flashinfer.norm")
     kernels.gemma_rmsnorm = stand_in("norm", lambda x, weight, eps: torch.empty_like(x))  # type: ignore[attr-defined]
     kernels.gemma_fused_add_rmsnorm = stand_in("norm")  # type: ignore[attr-defined]
@@ -276,8 +278,9 @@ def around(folder: str, *, own: bool) -> dict[str, Parts]:
         model = kind(vllm_config=config, prefix="language_model")
         layers = model.model.layers
         for layer in layers if own else ():
-            if hasattr(layer.self_attn, "kv_cache"):
-                layer.self_attn.kv_cache = torch.empty(3, 1, 128, 2 * DIM)
+            attention: Any = layer.self_attn
+            if hasattr(attention, "kv_cache"):
+                attention.kv_cache = torch.empty(3, 1, 128, 2 * DIM)
         steps = STEPS.items()
         return {name: counted_parts(model, sum(step.rows), own=own) for name, step in steps}
 

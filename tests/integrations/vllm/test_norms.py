@@ -180,7 +180,8 @@ def test_heads_of_dense_layers_are_one_launch(monkeypatch: pytest.MonkeyPatch) -
     def kernel(*args: Any, **kwargs: Any) -> None:
         calls.append((args, kwargs))
 
-    monkeypatch.setattr(own.ops, "fused_minimax_m3_qknorm_rope_kv_insert", kernel)
+    host: Any = own
+    monkeypatch.setattr(host.ops, "fused_minimax_m3_qknorm_rope_kv_insert", kernel)
     norm = made(HiddenNorm, torch.bfloat16)
     rope = SimpleNamespace(cos_sin_cache=torch.zeros(8, 64), rotary_dim=64)
     qkv, positions = torch.zeros(3, 4 * 64).bfloat16(), torch.arange(3)
