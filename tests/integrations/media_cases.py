@@ -448,7 +448,7 @@ def _wishes() -> list[MediaCase]:
     for value in (2, 1e9, -5, 0, "2"):
         cases.append(
             _case(
-                f"num_frames-{value}",
+                f"num_frames-{json.dumps(value)}",
                 f"`num_frames` {json.dumps(value)}",
                 with_wish(CLIP, {"num_frames": value}),
                 RED if value == 2 else REFUSED,
@@ -458,7 +458,7 @@ def _wishes() -> list[MediaCase]:
     for value in (100_000, 10**12, -1, "2"):
         cases.append(
             _case(
-                f"max_pixels-{value}",
+                f"max_pixels-{json.dumps(value)}",
                 f"`max_pixels` {json.dumps(value)}",
                 asks(picture(png("red")), mm_processor_kwargs={"max_pixels": value}),
                 RED if value == 100_000 else REFUSED,
