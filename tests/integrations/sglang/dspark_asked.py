@@ -7,10 +7,9 @@ A process of its own, in which SGLang's own classes resolve the arguments as on 
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
+from tests.integrations.dspark import write_answers
 from tests.integrations.sglang.rehearsal import chip, resolved
 
 CHIP = "H100"
@@ -25,30 +24,25 @@ def ways(checkpoint: str) -> dict[str, list[str]]:
         "DFLASH and the folder": ["--speculative-algorithm", "DFLASH", *draft],
         "EAGLE3 and the folder": ["--speculative-algorithm", "EAGLE3", *draft],
         "NEXTN and the folder": ["--speculative-algorithm", "NEXTN", *draft],
+        "MTP": [
+            *("--speculative-algorithm", "NEXTN"),
+            *("--speculative-draft-model-path", checkpoint),
+        ],
     }
-
-
-def answer(argv: list[str]) -> str:
-    from m3_sglang.options import require_served
-
-    try:
-        # as the backend asks once more, of what was resolved
-        require_served(resolved(argv))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "served"
 
 
 def main(checkpoint: str, report: str) -> None:
     from sglang.srt.plugins import load_plugins
 
+    def start(options: list[str]) -> None:
+        from m3_sglang.options import require_served
+
+        # as the backend asks once more, of what was resolved
+        require_served(resolved(["--model-path", checkpoint, *options]))
+
     load_plugins()
     with chip(CHIP):
-        found = {
-            name: answer(["--model-path", checkpoint, *options])
-            for name, options in ways(checkpoint).items()
-        }
-    Path(report).write_text(json.dumps(found, indent=1))
+        write_answers(ways(checkpoint), start, report=report)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.integrations.m31 import documented_options
 from tests.integrations.sglang.rehearsal import CHIPS, chip, resolved
 
 COMMANDS = {
+    "documented": documented_options("sglang.launch_server"),
     "plain": ["--tp", "4", "--chunked-prefill-size", "8192"],
     "fp8 cache": ["--tp", "4", "--chunked-prefill-size", "8192", "--kv-cache-dtype", "fp8_e4m3"],
 }

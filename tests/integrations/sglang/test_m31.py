@@ -13,7 +13,7 @@ import pytest
 
 from m3_plugin.testing.prompts import needle_prompt, picture_prompt
 from tests.integrations.constructed import answer, check
-from tests.integrations.m31 import DECODED, M31Answers, M31Cases
+from tests.integrations.m31 import CACHES, DECODED, M31Answers, M31Cases
 from tests.integrations.quantised import DEQUANTISE
 from tests.integrations.sglang.engine import EngineProcess
 from tests.integrations.sglang.rehearsal import CHIPS
@@ -29,8 +29,17 @@ class TestM31(M31Cases):
         self, m31_random: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory
     ) -> Iterator[EngineProcess]:
         log = tmp_path_factory.mktemp("m31") / "engine.log"
-        with EngineProcess(m31_random(2) / "stored", log=log, environment=DEQUANTISE) as engine:
+        with EngineProcess(
+            m31_random(self.init) / "stored", log=log, environment=DEQUANTISE
+        ) as engine:
             yield engine
+
+
+@pytest.mark.extended
+class TestNoFirstBlock(TestM31):
+    """The same for a checkpoint that forces none, as the published one probably does."""
+
+    init = 0
 
 
 class TestM31Answers(M31Answers):
@@ -121,15 +130,16 @@ def test_tensor_parallel(m31_constructed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.extended
-def test_caches_that_hold_what_nvfp4_holds_answer_the_same(
-    m31_constructed: Path, tmp_path: Path
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_that_hold_less_answer_the_same(
+    m31_constructed: Path, tmp_path: Path, cache: dict[str, str]
 ) -> None:
-    """Rounded as the model was trained with; beyond the budget, in chunks and from the cache."""
+    """Beyond the budget, in chunks and from the cache."""
     prompts = [needle_prompt(seed, num_tokens=tokens) for seed, tokens in ((0, 1408), (1, 5000))]
     with EngineProcess(
         m31_constructed,
         log=tmp_path / "engine.log",
-        environment=DEQUANTISE | {"M3_PLUGIN_CACHE_VALUES": "nvfp4"},
+        environment=DEQUANTISE | cache,
     ) as engine:
         check(prompts, answer(engine, prompts))
         check(prompts, answer(engine, prompts))

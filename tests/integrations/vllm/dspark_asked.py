@@ -7,10 +7,10 @@ A process of its own, in which the plugin is loaded as in a server.
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
+
+from tests.integrations.dspark import write_answers
 
 TOKENS = {"num_speculative_tokens": 7}
 
@@ -27,31 +27,28 @@ def ways(checkpoint: str) -> dict[str, dict[str, Any]]:
         "dspark": {"method": "dspark"},
         "DSPARK": {"method": "DSPARK"},
         "dflash": {"method": "dflash"},
+        "MTP": {"method": "mtp"},
     }
 
 
-def answer(checkpoint: str, asked: dict[str, Any]) -> str:
-    from vllm.engine.arg_utils import EngineArgs
-
-    arguments = EngineArgs(
-        model=checkpoint,
-        speculative_config=asked | TOKENS,
-        max_model_len=1024,
-        dtype="bfloat16",
-    )
-    try:
-        arguments.create_engine_config()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "served"
-
-
 def main(checkpoint: str, report: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
 
+    def start(asked: dict[str, Any]) -> None:
+        from m3_vllm.speculation import require_speculation
+
+        arguments = EngineArgs(
+            model=checkpoint,
+            speculative_config=asked | TOKENS,
+            max_model_len=1024,
+            dtype="bfloat16",
+        )
+        # as each worker asks once more, of what was resolved
+        require_speculation(arguments.create_engine_config())
+
     load_general_plugins()
-    found = {name: answer(checkpoint, asked) for name, asked in ways(checkpoint).items()}
-    Path(report).write_text(json.dumps(found, indent=1))
+    write_answers(ways(checkpoint), start, report=report)
 
 
 if __name__ == "__main__":
