@@ -22,7 +22,7 @@ from m3_plugin.quantization.packing import PART_NAMES, Layout, PartName, layout_
 
 
 def format_of_layer(
-    quantization: Quantization, prefix: str, *, fused: Mapping[str, str]
+    quantization: Quantization, prefix: str, *, fused: Mapping[str, tuple[str, Any]]
 ) -> WeightFormat:
     """How the weights of a host's layer are stored; the plan has checked that fused ones are alike.
 
@@ -30,13 +30,13 @@ def format_of_layer(
     ----------
     quantization : what the checkpoint says
     prefix : of the host's layer, or "model.layers.3.block_sparse_moe.experts.0.w1" for experts
-    fused : projection -> the host's fused layer, by their last names
+    fused : projection -> the host's fused layer, by their last names, and its place in there
     """
     return quantization.format_of(_first_module(prefix, fused))
 
 
 def stored_layout(
-    quantization: Quantization, prefix: str, *, fused: Mapping[str, str]
+    quantization: Quantization, prefix: str, *, fused: Mapping[str, tuple[str, Any]]
 ) -> Layout | None:
     """How a host's layer holds its weights; None if they are plain. Parameters as above.
 
@@ -57,10 +57,10 @@ def stored_layout(
     return layout
 
 
-def _first_module(prefix: str, fused: Mapping[str, str]) -> str:
+def _first_module(prefix: str, fused: Mapping[str, tuple[str, Any]]) -> str:
     """The checkpoint's name for a layer's weight, or for the first of those that it fuses."""
     parent, _, name = prefix.removeprefix(TEXT_PREFIX).rpartition(".")
-    parts = [part for part, layer in fused.items() if layer == name] or [name]
+    parts = [part for part, (layer, _) in fused.items() if layer == name] or [name]
     return f"{parent}.{parts[0]}".removeprefix(".")
 
 

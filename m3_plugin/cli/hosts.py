@@ -72,7 +72,7 @@ _COMMON_ENVIRONMENT = {
     # spinning worker threads starve each other on machines with few cores
     "OMP_WAIT_POLICY": "PASSIVE",
     # oneDNN keeps a compiled product for each number of rows it has met, 1,024 of them if it may:
-    # hundreds of MB that grow for hours and look like a leak
+    # memory that grows with every length of prompt and looks like a leak
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 

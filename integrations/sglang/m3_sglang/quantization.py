@@ -55,8 +55,7 @@ class M3Mxfp8Config(CheckpointConfig):
 
     def _is_mxfp8(self, prefix: str) -> bool:
         """Whether a layer's weight is quantised."""
-        fused = {projection: layer for projection, (layer, _) in FUSED.items()}
-        return isinstance(format_of_layer(self.quantization, prefix, fused=fused), Mxfp8)
+        return isinstance(format_of_layer(self.quantization, prefix, fused=FUSED), Mxfp8)
 
 
 class Mxfp8LinearMethod(LinearMethodBase):

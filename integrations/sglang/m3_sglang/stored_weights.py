@@ -41,8 +41,7 @@ class M3StoredConfig(CheckpointConfig):
             layout = stored_layout(self.quantization, f"{prefix}.0.w1", fused={})
             return None if layout is None else StoredExpertsMethod(layout)
         if isinstance(layer, LinearBase):
-            fused = {projection: fused for projection, (fused, _) in FUSED.items()}
-            layout = stored_layout(self.quantization, prefix, fused=fused)
+            layout = stored_layout(self.quantization, prefix, fused=FUSED)
             return UnquantizedLinearMethod() if layout is None else StoredLinearMethod(layout)
         return None
 

@@ -73,15 +73,12 @@ class OwnExperts(OwnMethod):
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from m3_plugin.checkpoint.stored_layers import format_of_layer
-        from m3_vllm.weights import FUSED
+        from m3_vllm.weights import FUSED_EITHER_WAY
 
         if isinstance(layer, RoutedExperts):
             return weight_only_experts(layer, prefix)
-        fused = {projection: name for projection, (name, _) in FUSED.items()}
-        # where index projections are a layer of their own
-        fused["index_q_proj"] = "index_proj"
         if isinstance(layer, LinearBase | VocabParallelEmbedding):
-            if format_of_layer(self.quantization, prefix, fused=fused) == PLAIN:
+            if format_of_layer(self.quantization, prefix, fused=FUSED_EITHER_WAY) == PLAIN:
                 return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
             prefer_marlin()
         return self.dense.get_quant_method(layer, prefix)

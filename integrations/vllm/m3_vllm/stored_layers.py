@@ -21,7 +21,7 @@ from m3_kernels.stored_matrix import Kind, StoredMatrix
 from m3_plugin.checkpoint.stored_layers import StoredExperts, StoredLinear, stored_layout
 from m3_plugin.quantization.dialects import Quantization
 from m3_plugin.quantization.packing import Layout
-from m3_vllm.weights import FUSED
+from m3_vllm.weights import FUSED_EITHER_WAY
 
 
 def stored_method(
@@ -33,13 +33,12 @@ def stored_method(
     ------
     ValueError : stored in a form that our kernels do not read.
     """
-    fused = {projection: fused for projection, (fused, _) in FUSED.items()}
     if isinstance(layer, RoutedExperts):
         experts = prefix.removesuffix(".routed_experts")
         layout = stored_layout(quantization, f"{experts}.0.w1", fused={})
         return None if layout is None else StoredExpertsMethod(layer.moe_config, layout)
     if isinstance(layer, LinearBase):
-        layout = stored_layout(quantization, prefix, fused=fused | {"index_q_proj": "index_proj"})
+        layout = stored_layout(quantization, prefix, fused=FUSED_EITHER_WAY)
         return UnquantizedLinearMethod() if layout is None else StoredLinearMethod(layout)
     return None
 

@@ -39,6 +39,8 @@ _INDEX_APART: dict[str, tuple[str, Shard]] = {
     "index_q_proj": ("index_proj", 0),
     "index_k_proj": ("index_proj", 1),
 }
+# Every fused layer with one projection at least, whichever way index projections are stored.
+FUSED_EITHER_WAY = FUSED | _INDEX_APART
 
 
 @cache
