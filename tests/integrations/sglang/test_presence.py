@@ -176,35 +176,42 @@ def test_a_server_that_is_half_ours_does_not_start(
     refuse(constructed_checkpoint, tmp_path, reason, PYTHONPATH=str(tmp_path))
 
 
-def test_the_named_backend_notices_that_we_are_not_allowed(
-    tmp_path: Path, constructed_checkpoint: Path
+@pytest.mark.parametrize(
+    ("options", "environment", "reason"),
+    [
+        # left out by SGLANG_PLUGINS nothing of ours runs; SGLang then does not know the name
+        (("--attention-backend", "msa"), {"SGLANG_PLUGINS": "another"}, "invalid choice: 'msa'"),
+        (("--page-size", "64"), {}, "--page-size must be"),
+    ],
+    ids=["a plugin that is not allowed", "a page that is not a block"],
+)
+def test_options_that_cannot_be_served_end_the_start(
+    loader: Forking,
+    constructed_checkpoint: Path,
+    options: tuple[str, ...],
+    environment: dict[str, str],
+    reason: str,
 ) -> None:
-    """Left out by SGLANG_PLUGINS nothing of ours runs; SGLang then does not know the name."""
-    refuse(
-        constructed_checkpoint,
-        tmp_path,
-        "invalid choice: 'msa'",
-        options=("--attention-backend", "msa"),
-        SGLANG_PLUGINS="another",
+    command = sglang_command(constructed_checkpoint, port=free_port(), options=(*OPTIONS, *options))
+    module = command.index("sglang.launch_server")
+    script = (
+        f"import runpy, sys; sys.argv = {command[module:]!r}; "
+        "runpy.run_module('sglang.launch_server', run_name='__main__')"
     )
-
-
-def test_a_page_that_is_not_a_block_is_refused(
-    tmp_path: Path, constructed_checkpoint: Path
-) -> None:
-    refuse(constructed_checkpoint, tmp_path, "--page-size must be", options=("--page-size", "64"))
+    done = loader.run(script, environment={**ENVIRONMENT, **environment})
+    assert done.returncode != 0
+    assert reason in done.stdout + done.stderr
 
 
 def refuse(
     checkpoint: Path,
     tmp_path: Path,
     reason: str,
-    options: tuple[str, ...] = (),
     **environment: str,
 ) -> None:
     """Start a server that must end by itself and give the reason."""
     port = free_port()
-    command = sglang_command(checkpoint, port=port, options=(*OPTIONS, *options))
+    command = sglang_command(checkpoint, port=port, options=OPTIONS)
     with (
         ServerProcess(
             command,
