@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from m3_plugin.checkpoint.adapters import wanted_projections
 from m3_plugin.checkpoint.headers import read_checkpoint
 from m3_plugin.checkpoint.names import require_mtp_modules
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
@@ -13,12 +14,15 @@ from m3_plugin.model.released import read_config
 from m3_plugin.model.taking import draft_refusal, is_dspark
 from m3_plugin.settings import Settings
 from m3_sglang.compat import (
+    adapters_are_tested,
     leave_prefill_graphs_out,
     needs_triton_on_cpu,
     resolved,
+    run_adapters_in_torch,
     sglang_version,
     speculation_is_tested,
 )
+from m3_sglang.ours import FUSED_LAYERS
 
 BACKEND_NAME = "msa"
 
@@ -27,6 +31,7 @@ _ONE = (1, None)
 _DATA_PARALLEL = "data parallel attention is not supported; several servers behind a router are"
 _CONTEXT_PARALLEL = "context parallelism is not supported with MSA layers"
 _EXPERTS = "expert parallelism is not supported yet"
+_EXPERT_ADAPTERS = "adapters of routed experts are not taken; merge them into the weights"
 _POOL = "MSA layers need SGLang's cache pool for MiniMax-M3, one buffer per layer"
 _OFFLOAD = "MSA layers were never run with it"
 _PREFILL_GRAPHS = "steps of prompts stay eager"
@@ -98,9 +103,14 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_pd_role_switch": (_OFF, "disaggregation was never run with MSA layers"),
     "encoder_only": (_OFF, "the vision tower runs beside the text model"),
     "language_only": (_OFF, "the vision tower runs beside the text model"),
-    "enable_lora": (_OFF, "adapters are not supported yet"),
-    "lora_paths": ((None, [], ()), "adapters are not supported yet"),
-    "uno_lora_path": ((None,), "adapters are not supported yet"),
+    "uno_lora_path": ((None,), "it drafts with an adapter of another model"),
+    "lora_backend": (
+        ("csgmv", "triton", "torch_native"),
+        "index projections hold two parts, which the others were not read for",
+    ),
+    "enable_lora_overlap_loading": (_OFF, "adapters were never loaded beside a running step"),
+    "experts_shared_outer_loras": (_OFF, _EXPERT_ADAPTERS),
+    "lora_use_virtual_experts": (_OFF, _EXPERT_ADAPTERS),
     "is_embedding": (_OFF, "the model generates; it has no pooled output"),
     "enable_deterministic_inference": (
         _OFF,
@@ -156,6 +166,8 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
     )
     if given == (None, None, None):
         overrides["attention_backend"] = BACKEND_NAME
+    if server_args.device == "cpu" and wants_adapters(server_args):
+        run_adapters_in_torch(server_args)
     return overrides
 
 
@@ -174,6 +186,8 @@ def require_served(server_args: Any) -> None:
         _require(name, getattr(found, name, served[0]), served, advice)
     _require_prefill_graphs(server_args)
     _require_kept_weights(found)
+    if wants_adapters(found):
+        require_adapters(found)
     if server_args.device == "cpu" and needs_triton_on_cpu():
         require_interpreted_steps(server_args)
     if server_args.speculative_algorithm is not None:
@@ -204,6 +218,40 @@ def _require_kept_weights(found: Any) -> None:
         kept = getattr(found, "enable_weights_cpu_backup", False)
         advice = "beside --enable-memory-saver; rotation angles and cache scales are in no update"
         _require("enable_weights_cpu_backup", kept, (True,), advice)
+
+
+def wants_adapters(server_args: Any) -> bool:
+    """Whether adapters are asked for: `--lora-paths` alone does so, too."""
+    enabled = getattr(server_args, "enable_lora", None)
+    paths = getattr(server_args, "lora_paths", None)
+    return bool(enabled or (enabled is None and paths))
+
+
+def require_adapters(found: Any) -> None:
+    """Refuse `--enable-lora` where it was never run, and layers that take no adapters.
+
+    Raises
+    ------
+    ValueError : an SGLang too old, speculation beside it, kernels for a GPU on a CPU, or
+        `--lora-target-modules` of other layers.
+    """
+    if not adapters_are_tested():
+        raise ValueError(
+            f"m3-plugin: --enable-lora needs SGLang 0.5.23; got {sglang_version()}: install that, "
+            "or merge the adapter into the weights"
+        )
+    if found.speculative_algorithm is not None:
+        raise ValueError(
+            f"m3-plugin: --enable-lora beside --speculative-algorithm {found.speculative_algorithm}"
+            ": adapters were never run with drafts; leave one of them out"
+        )
+    backend = getattr(found, "lora_backend", None)
+    if found.device == "cpu" and backend == "triton":
+        raise ValueError(
+            "m3-plugin: --lora-backend must be torch_native on a CPU; got 'triton', whose kernels "
+            "are for a GPU; leave it out"
+        )
+    wanted_projections(getattr(found, "lora_target_modules", None), fused=FUSED_LAYERS)
 
 
 def require_interpreted_steps(server_args: Any) -> None:

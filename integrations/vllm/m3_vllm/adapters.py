@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.platforms import current_platform
 
-from m3_plugin.checkpoint.adapters import ADAPTED, adapted_module, adapted_modules
+from m3_plugin.checkpoint.adapters import adapted_modules, adapted_tensor, wanted_projections
 from m3_plugin.model.config import M3Config
 from m3_vllm import cpu_repairs
 from m3_vllm.quantization import StoredWeights
@@ -24,7 +24,6 @@ FUSED = {
     "index_proj": ("index_q_proj", "index_k_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-_PARTS = ("lora_A.weight", "lora_B.weight")
 
 
 def takes_adapters(vllm_config: VllmConfig) -> bool:
@@ -62,7 +61,7 @@ def choose_adapted_layers(
             "--enable-lora cannot be used with weights that a CPU multiplies as they are stored: "
             "vLLM's LoRA layers need plain ones; set M3_PLUGIN_DEQUANTIZE=1"
         )
-    wanted = _projections(lora.target_modules)
+    wanted = wanted_projections(lora.target_modules, fused=FUSED)
     names = set()
     for module in adapted_modules(config):
         parent, _, projection = module.rpartition(".")
@@ -74,19 +73,6 @@ def choose_adapted_layers(
     if current_platform.is_cpu():
         cpu_repairs.leave_out_rows_without_adapter()
     return AdapterNames(config, prefix=prefix, targets=names)
-
-
-def _projections(targets: list[str] | None) -> frozenset[str]:
-    """Projections that `--lora-target-modules` means."""
-    if targets is None:
-        return frozenset(ADAPTED)
-    found = {part for target in targets for part in FUSED.get(target, (target,))}
-    if strange := sorted(found - {*ADAPTED}):
-        raise ValueError(
-            f"--lora-target-modules {' '.join(strange)}: adapters are taken by "
-            f"{', '.join(ADAPTED)} of the text model; leave the others out"
-        )
-    return frozenset(found)
 
 
 @contextmanager
@@ -131,19 +117,13 @@ class AdapterNames:
         ------
         ValueError : no layer that takes adapters has this name.
         """
-        for part in _PARTS:
-            if name.endswith(f".{part}"):
-                module = adapted_module(name.removesuffix(f".{part}"), self.config)
-                if f"{self.prefix}{module}" not in self.targets:
-                    raise ValueError(
-                        f"adapter module {module!r} is left out by --lora-target-modules; name "
-                        "its projection there, too"
-                    )
-                return f"{self.prefix}{module}.{part}"
-        raise ValueError(
-            f"adapter tensor {name!r}: only lora_A and lora_B of projections are taken; save the "
-            "adapter without modules_to_save and embeddings, or merge it into the weights"
-        )
+        module, part = adapted_tensor(name, self.config)
+        if f"{self.prefix}{module}" not in self.targets:
+            raise ValueError(
+                f"adapter module {module!r} is left out by --lora-target-modules; name "
+                "its projection there, too"
+            )
+        return f"{self.prefix}{module}.{part}"
 
     # as vLLM 0.31 and 0.32 call it
     _map_name = map_name

@@ -175,6 +175,14 @@ class EngineProcess(EnginePipe):
         """The same over a gloo group in which the engine's parent is the trainer."""
         return self._call("update_from_group", str(folder), list(names))
 
+    def load_adapter(self, name: str, folder: Path) -> tuple[bool, str]:
+        """SGLang's answer to `/load_lora_adapter`."""
+        return self._call("load_adapter", name, str(folder))
+
+    def unload_adapter(self, name: str) -> tuple[bool, str]:
+        """SGLang's answer to `/unload_lora_adapter`."""
+        return self._call("unload_adapter", name)
+
     def flush(self) -> bool:
         """Empty the radix cache; False if SGLang refuses because a request still runs."""
         return self._call("flush")
@@ -361,6 +369,14 @@ class _Engine:
         MultiProcessCollector(registry)
         samples = [sample for family in registry.collect() for sample in family.samples]
         return sum(sample.value for sample in samples if sample.name == name)
+
+    def load_adapter(self, name: str, folder: str) -> tuple[bool, str]:
+        answer = self.host.load_lora_adapter(lora_name=name, lora_path=folder)
+        return answer.success, answer.error_message
+
+    def unload_adapter(self, name: str) -> tuple[bool, str]:
+        answer = self.host.unload_lora_adapter(lora_name=name)
+        return answer.success, answer.error_message
 
     def flush(self) -> bool:
         return bool(self.host.flush_cache().success)
