@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from m3_plugin.checkpoint.names import linear_shape
 from m3_plugin.model.config import M3Config
 
 # Projections that take adapters, by their names in the checkpoint.
@@ -131,25 +132,6 @@ def wanted_projections(
     return frozenset(found)
 
 
-def adapted_shape(module: str, config: M3Config) -> tuple[int, int]:
-    """Rows and columns of the weight of a module as of `adapted_module`, over all ranks."""
-    projection = module.rpartition(".")[2]
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    hidden, head_dim = config.hidden_size, config.head_dim
-    if projection in ADAPTED_MLP:
-        inner = config.dense_intermediate_size
-        if ".shared_experts." in module:
-            inner = config.shared_intermediate_size * config.num_shared_experts
-        return (hidden, inner) if projection == "down_proj" else (inner, hidden)
-    if projection == "o_proj":
-        return hidden, heads * head_dim
-    if projection.startswith("index_"):
-        msa = config.msa
-        assert msa is not None, "only MSA layers have index projections"
-        return (msa.num_index_heads if projection == "index_q_proj" else 1) * msa.index_dim, hidden
-    return (heads if projection == "q_proj" else kv_heads) * head_dim, hidden
-
-
 def require_adapter_config(values: Mapping[str, Any]) -> None:
     """Refuse an adapter_config.json whose tensors mean more than B A times alpha / r.
 
@@ -187,7 +169,7 @@ def require_adapter_shapes(
     ------
     ValueError : one is missing or has another shape; names it.
     """
-    rows, columns = adapted_shape(module, config)
+    rows, columns = linear_shape(config, module)
     wanted = dict(zip(ADAPTER_PARTS, ((rank, columns), (rows, rank)), strict=True))
     for part, shape in wanted.items():
         if part not in shapes:

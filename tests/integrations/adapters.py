@@ -118,6 +118,15 @@ def write_adapter(
     return folder
 
 
+def write_cut_adapter(checkpoint: Path, folder: Path, *, half: int) -> Path:
+    """An adapter of output projections in which one half of each pair lacks its last column."""
+    cut = {}
+    for module, pair in draw(checkpoint, ["o_proj"], seed=7).items():
+        a, b = (part[:, :-1] if i == half else part for i, part in enumerate(pair))
+        cut[module] = (a, b)
+    return write_adapter(folder, cut)
+
+
 def merge(checkpoint: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> Path:
     """The checkpoint with an adapter in its weights; `pairs` by the checkpoint's names."""
     shutil.copytree(checkpoint, folder)

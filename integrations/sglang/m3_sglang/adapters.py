@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from m3_plugin.checkpoint.adapters import (
     ADAPTER_PARTS,
     adapted_modules,
-    adapted_shape,
     adapted_tensor,
     require_adapter_config,
     require_adapter_shapes,
     wanted_projections,
 )
+from m3_plugin.checkpoint.names import linear_shape
 from m3_plugin.model.config import M3Config
 from m3_sglang.hooks import apply_around
 from m3_sglang.ours import FUSED_LAYERS
@@ -141,7 +141,7 @@ class AdaptedLayers:
 
 
 def _zeros(like: Tensor, module: str, part: str, *, rank: int, config: M3Config) -> Tensor:
-    rows, columns = adapted_shape(module, config)
+    rows, columns = linear_shape(config, module)
     return like.new_zeros((rank, columns) if part == ADAPTER_PARTS[0] else (rows, rank))
 
 

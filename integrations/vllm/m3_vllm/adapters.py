@@ -7,13 +7,20 @@ and asks the model for a mapper of an adapter's names; it passes over names that
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.platforms import current_platform
 
-from m3_plugin.checkpoint.adapters import adapted_modules, adapted_tensor, wanted_projections
+from m3_plugin.checkpoint.adapters import (
+    adapted_modules,
+    adapted_tensor,
+    require_adapter_shapes,
+    wanted_projections,
+)
 from m3_plugin.model.config import M3Config
 from m3_vllm import cpu_repairs
 from m3_vllm.quantization import StoredWeights
@@ -70,9 +77,55 @@ def choose_adapted_layers(
             # vLLM asks by the name of its layer, and by those of an adapter
             names |= {f"{prefix}{parent}.{name}" for name in (projection, fused)}
     lora.target_modules = sorted(names)
+    refuse_other_shapes()
     if current_platform.is_cpu():
         cpu_repairs.leave_out_rows_without_adapter()
     return AdapterNames(config, prefix=prefix, targets=names)
+
+
+def refuse_other_shapes() -> None:
+    """Have tensors of an adapter for our model looked at when it is loaded; once, in a worker.
+
+    vLLM copies what is smaller than a layer into a corner of it, and the rest counts as zero.
+    """
+    from vllm.lora.lora_model import LoRAModel
+
+    theirs: Any = LoRAModel.from_lora_tensors
+    if getattr(theirs, "looks_at_shapes", False):
+        return
+
+    def ours(cls: type[LoRAModel], *args: Any, **kwargs: Any) -> LoRAModel:
+        mapper = kwargs.get("weights_mapper")
+        if isinstance(mapper, AdapterNames):
+            require_shapes(kwargs["tensors"], kwargs["peft_helper"], mapper.config)
+        return theirs.__func__(cls, *args, **kwargs)
+
+    ours.looks_at_shapes = True  # type: ignore[attr-defined]
+    LoRAModel.from_lora_tensors = classmethod(ours)  # type: ignore[method-assign]
+
+
+def require_shapes(tensors: Mapping[str, Tensor], peft: Any, config: M3Config) -> None:
+    """Refuse an adapter whose tensors are not those of this model's projections.
+
+    Parameters
+    ----------
+    tensors : by their names in the adapter's file
+    peft : vLLM's `PEFTHelper` of the adapter; 0.31's knows one rank for all
+
+    Raises
+    ------
+    ValueError : half of a pair is missing or has another shape.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    ranks: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        module, part = adapted_tensor(name, config)
+        shapes.setdefault(module, {})[part] = tuple(tensor.shape)
+        named = name.removeprefix("base_model.model.").removesuffix(f".{part}")
+        rank_of = getattr(peft, "get_rank_and_scaling", None)
+        ranks[module] = peft.r if rank_of is None else rank_of(named)[0]
+    for module, found in shapes.items():
+        require_adapter_shapes(module, found, rank=ranks[module], config=config)
 
 
 @contextmanager

@@ -10,10 +10,17 @@ import pytest
 import torch
 
 from tests.integrations import golden
-from tests.integrations.adapters import REFUSED, Adapter, draw, two_adapters, write_adapter
-from tests.integrations.cases import random_prompt
+from tests.integrations.adapters import (
+    REFUSED,
+    Adapter,
+    two_adapters,
+    write_adapter,
+    write_cut_adapter,
+)
+from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.parity import require_close
 from tests.integrations.sglang.engine import EngineProcess
+from tests.integrations.sglang.test_tensor_parallel import TWO_RANKS
 
 # Beyond the block budget of the checkpoint, where another index projection chooses other blocks.
 LENGTH = 700
@@ -59,11 +66,11 @@ def test_answers_are_those_of_the_merged_weights(
     names = ["a", "b", None]
     weights = [adapters[0].merged, adapters[1].merged, checkpoint]
     outputs = engine.generate(
-        [asked(prompt, name) for name in names], max_tokens=8, ignore_eos=True
+        [asked(prompt, name) for name in names], max_tokens=4, ignore_eos=True
     )
     answers = []
     for output, name, folder in zip(outputs, names, weights, strict=True):
-        assert output.token_ids == golden.greedy(folder, prompt, num_tokens=8)
+        assert output.token_ids == golden.greedy(folder, prompt, num_tokens=4)
         whole = golden.token_logprobs(folder, prompt)
         engine.flush()
         require_close(engine.prompt_logprobs(asked(prompt, name)), whole)
@@ -102,12 +109,7 @@ def test_a_wrong_shape_is_refused_when_an_adapter_is_loaded(
     engine: EngineProcess, checkpoint: Path, tmp_path: Path, half: int
 ) -> None:
     """SGLang looks at shapes when the first request comes, and its scheduler ends."""
-    pairs = draw(checkpoint, ["o_proj"], seed=7)
-    cut = {
-        name: tuple(part[:, :-1] if i == half else part for i, part in enumerate(pair))
-        for name, pair in pairs.items()
-    }
-    folder = write_adapter(tmp_path / "adapter", cut)
+    folder = write_cut_adapter(checkpoint, tmp_path / "adapter", half=half)
     require_refused(engine, folder, "o_proj.lora_[AB].weight must have shape")
 
 
@@ -131,3 +133,35 @@ def test_adapters_come_and_go(
     assert engine.unload_adapter("c")[0]
     (output,) = engine.generate([asked(prompt, None)], max_tokens=4, ignore_eos=True)
     assert output.token_ids == plain
+
+
+def test_weights_change_beneath_adapters(
+    engine: EngineProcess, checkpoint: Path, adapters: list[Adapter]
+) -> None:
+    """The folder with one adapter merged in answers as that adapter does, and back."""
+    prompt = random_prompt(LENGTH, seed=45)
+
+    def answer(name: str | None) -> list[float]:
+        engine.flush()
+        return engine.prompt_logprobs(asked(prompt, name))
+
+    plain, adapted = answer(None), answer("a")
+    assert engine.update_from_disk(adapters[0].merged)[0]
+    torch.testing.assert_close(answer(None), adapted, atol=LOGPROB_ATOL, rtol=0)
+    assert answer("a") != adapted
+    assert engine.update_from_disk(checkpoint)[0]
+    assert (answer(None), answer("a")) == (plain, adapted)
+
+
+@pytest.mark.extended
+def test_two_ranks(checkpoint: Path, adapters: list[Adapter], tmp_path: Path) -> None:
+    """And an adapter that is given when the server starts says rank and layers."""
+    prompt = random_prompt(LENGTH, seed=46)
+    options = {name: OPTIONS[name] for name in ("chunked_prefill_size", "enable_lora")}
+    paths = [{"lora_name": "a", "lora_path": str(adapters[0].folder)}]
+    with EngineProcess(
+        checkpoint, log=tmp_path / "engine.log", lora_paths=paths, **options, **TWO_RANKS
+    ) as engine:
+        for name, folder in ((None, checkpoint), ("a", adapters[0].merged)):
+            ours = engine.prompt_logprobs(asked(prompt, name))
+            require_close(ours, golden.token_logprobs(folder, prompt))

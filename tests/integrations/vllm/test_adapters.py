@@ -11,7 +11,13 @@ import torch
 
 from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from tests.integrations import golden
-from tests.integrations.adapters import REFUSED, Adapter, two_adapters, write_adapter
+from tests.integrations.adapters import (
+    REFUSED,
+    Adapter,
+    two_adapters,
+    write_adapter,
+    write_cut_adapter,
+)
 from tests.integrations.cases import random_prompt
 from tests.integrations.parity import require_close
 from tests.integrations.vllm.engine import EngineError, EngineProcess
@@ -107,6 +113,16 @@ def test_what_would_be_passed_over_is_refused(
         [random_prompt(5, seed=1)], max_tokens=1, adapters=[adapters[0].folder]
     )
     assert len(output.token_ids) == 1
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_wrong_shape_is_refused(
+    engine: EngineProcess, checkpoint: Path, tmp_path: Path, half: int
+) -> None:
+    """vLLM would copy it into a corner of its buffer and answer."""
+    folder = write_cut_adapter(checkpoint, tmp_path / "adapter", half=half)
+    with pytest.raises(EngineError, match=r"o_proj\.lora_[AB]\.weight must have shape"):
+        engine.add_adapter(folder)
 
 
 def completion(server: ServerProcess, model: str, prompt: list[int]) -> list[int]:
