@@ -30,9 +30,14 @@ _OFF = (False, None)
 _ONE = (1, None)
 _DATA_PARALLEL = "data parallel attention is not supported; several servers behind a router are"
 _CONTEXT_PARALLEL = "context parallelism is not supported with MSA layers"
-_EXPERTS = "expert parallelism is not supported yet"
+_EXPERTS = (
+    "expert parallelism is not supported yet; leave it out, --tp-size cuts every expert instead"
+)
 _EXPERT_ADAPTERS = "adapters of routed experts are not taken; merge them into the weights"
 _POOL = "MSA layers need SGLang's cache pool for MiniMax-M3, one buffer per layer"
+_DISAGGREGATION = (
+    "disaggregation was never run with MSA layers; leave it out, or use vLLM's NixlConnector"
+)
 _OFFLOAD = "MSA layers were never run with it"
 _PREFILL_GRAPHS = "steps of prompts stay eager"
 _ELSEWHERE = "it is another model's"
@@ -59,9 +64,12 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "speculative_token_map": ((None,), "the draft has the target's whole vocabulary"),
     "speculative_draft_window_size": ((None,), "the draft attends as the target does"),
     "speculative_draft_sink_size": ((None,), "the draft attends as the target does"),
-    "speculative_moe_a2a_backend": ((None, "none"), "expert parallelism is not supported yet"),
+    "speculative_moe_a2a_backend": ((None, "none"), _EXPERTS),
     "decoupled_spec_role": ((None, "null"), "target and draft run in one worker"),
-    "pp_size": (_ONE, "pipeline parallelism is not supported yet"),
+    "pp_size": (
+        _ONE,
+        "pipeline parallelism is not supported yet; --tp-size cuts every layer instead",
+    ),
     "ep_size": (_ONE, _EXPERTS),
     "moe_a2a_backend": ((None, "none"), _EXPERTS),
     "enable_eplb": (_OFF, _EXPERTS),
@@ -91,16 +99,20 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_two_batch_overlap": (_OFF, "two-batch overlap is not supported"),
     "enable_single_batch_overlap": (_OFF, "single-batch overlap is not supported"),
     "enable_hisparse": (_OFF, "HiSparse is not supported"),
-    "enable_hierarchical_cache": (_OFF, "HiCache was never run with MSA layers"),
+    "enable_hierarchical_cache": (
+        _OFF,
+        "HiCache was never run with MSA layers, and SGLang copies with kernels for a GPU alone; "
+        "leave it out, or serve several replicas behind a router that knows prefixes",
+    ),
     "enable_lmcache": (_OFF, _POOL),
     "enable_flexkv": (_OFF, _POOL),
     "enable_unified_memory": (_OFF, _POOL),
     "enable_unified_cache_external_linker": (_OFF, _POOL),
     "enable_page_major_kv_layout": (_OFF, _POOL),
     "prefill_only_disable_kv_cache": (_OFF, "MSA layers read keys from the cache alone"),
-    "disaggregation_mode": ((None, "null"), "disaggregation was never run with MSA layers"),
+    "disaggregation_mode": ((None, "null"), _DISAGGREGATION),
     "disaggregation_decode_enable_offload_kvcache": (_OFF, _POOL),
-    "enable_pd_role_switch": (_OFF, "disaggregation was never run with MSA layers"),
+    "enable_pd_role_switch": (_OFF, _DISAGGREGATION),
     "encoder_only": (_OFF, "the vision tower runs beside the text model"),
     "language_only": (_OFF, "the vision tower runs beside the text model"),
     "uno_lora_path": ((None,), "it drafts with an adapter of another model"),

@@ -9,7 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations.sglang.engine import EngineProcess, checkpoint_tensors
+from m3_sglang.compat import speculation_is_tested
+from tests.integrations.sglang.engine import EngineProcess, checkpoint_tensors, speculation
+from tests.integrations.speculation import (
+    answer,
+    chains_of_eight_phases,
+    drafting_checkpoint,
+    ids,
+)
 from tests.integrations.updates import EXPERT, FUSED, PROMPT, with_nan, without_tensor
 
 
@@ -150,3 +157,32 @@ def test_a_folder_that_breaks_while_it_is_read_gives_way_to_the_one_before() -> 
     assert not success
     assert "input/output error; the weights of old serve" in message
     assert read == [("new", "auto"), ("old", "auto")]
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
+def test_drafts_change_with_their_target(constructed_checkpoint: Path, tmp_path: Path) -> None:
+    """A module that is always wrong, the right one from disk, and the wrong one in one bucket.
+
+    A folder without MTP weights leaves the module as it is.
+    """
+    wrong = drafting_checkpoint(tmp_path / "wrong", wrong_every=1)
+    right = drafting_checkpoint(tmp_path / "right")
+    prompt = chains_of_eight_phases()[0]
+    module = [name for name in checkpoint_tensors(wrong) if ".mtp." in name]
+    with EngineProcess(wrong, log=tmp_path / "engine.log", **speculation(wrong, steps=3)) as engine:
+
+        def accepted() -> int:
+            engine.flush()
+            (output,) = engine.generate([ids([prompt])[0]], max_tokens=16, ignore_eos=True)
+            assert output.token_ids == answer(prompt, 16)
+            return output.num_accepted
+
+        assert accepted() == 0
+        assert engine.update_from_disk(right)[0]
+        assert (many := accepted()) > 8
+        assert engine.update_from_disk(constructed_checkpoint)[0]
+        assert accepted() == many
+        ((success, message),) = engine.update_from_tensors(wrong, module, bucket=len(module))
+        assert success, message
+        assert accepted() == 0
