@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.released import released_config
 from tests.integrations import golden
 from tests.integrations.adapters import (
     REFUSED,
@@ -52,6 +56,51 @@ def engine(
         for name, adapter in zip("ab", adapters, strict=True):
             assert engine.load_adapter(name, adapter.folder) == (True, "")
         yield engine
+
+
+def adapted() -> Any:
+    from m3_sglang.adapters import AdaptedLayers
+
+    config = M3Config.from_hf(released_config())
+    return AdaptedLayers(torch.nn.Module(), config, prefix="", targets=None)
+
+
+def test_parts_of_a_fused_layer_that_an_adapter_lacks_are_zero() -> None:
+    """Rows of A by projection, rows of B where the projection's lie in the layer."""
+    module = "model.layers.3.self_attn.k_proj"
+    a, b = torch.randn(8, 6144), torch.randn(512, 8)
+    fused = adapted().fuse({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, rank=8)
+    layer = "model.layers.3.self_attn.qkv_proj"
+    assert fused.keys() == {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"}
+    whole_a, whole_b = fused[f"{layer}.lora_A.weight"], fused[f"{layer}.lora_B.weight"]
+    assert whole_a.shape == (24, 6144)
+    assert whole_b.shape == (8192 + 512 + 512, 8)
+    assert torch.equal(whole_a[8:16], a)
+    assert torch.equal(whole_b[8192 : 8192 + 512], b)
+    assert whole_a.count_nonzero() == a.count_nonzero()
+    assert whole_b.count_nonzero() == b.count_nonzero()
+
+
+def test_an_adapter_that_says_more_than_sglang_reads_is_refused() -> None:
+    from m3_sglang.adapters import fuse_tensors
+
+    given = SimpleNamespace(
+        base_model=SimpleNamespace(adapted=adapted()),
+        config=SimpleNamespace(r=8, hf_config={"r": 8, "use_rslora": True}),
+        layers=[],
+    )
+    with pytest.raises(ValueError, match="use_rslora"):
+        fuse_tensors(lambda adapter: None, given)
+
+
+def test_layers_take_adapters_by_whole_names() -> None:
+    layers = adapted()
+    assert layers.takes("model.layers.3.self_attn.index_qkv_proj")
+    assert layers.takes("model.layers.3.block_sparse_moe.shared_experts.down_proj")
+    assert not layers.takes("model.layers.3.block_sparse_moe.experts")
+    assert not layers.takes("vision_tower.layers.3.self_attn.qkv_proj")
+    # what SGLang takes for routed experts and makes room for all of them
+    assert not layers.names & {"gate_up_proj", "down_proj"}
 
 
 def asked(prompt: list[int], adapter: str | None) -> dict[str, object]:
