@@ -6,12 +6,41 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 # What a script prints before an answer in JSON, so that a host's own lines do not count.
 MARK = "ANSWER "
+
+# Imports what takes long, then forks for every line of its input: a script, variables, two files.
+FORKING = """
+import importlib, json, os, sys, traceback
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print("READY", flush=True)
+for line in sys.stdin:
+    script, variables, out, err = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for number, name in ((1, out), (2, err)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(variables)
+    sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
+    code = 0
+    try:
+        exec(script, {"__name__": "__main__"})
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+"""
 
 
 def run(
@@ -65,3 +94,61 @@ def report(
     target = folder / "report.json"
     interpret("-m", module, *arguments, target, environment=environment)
     return json.loads(target.read_text())
+
+
+class Forking:
+    """An interpreter that has imported modules already: each script runs in a child of it.
+
+    For what a program does after imports that take seconds. Variables that are read during these
+    imports, and a `sitecustomize`, need an interpreter of their own.
+
+    Parameters
+    ----------
+    modules : imported once
+    """
+
+    def __init__(self, *modules: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._errors = Path(self._folder.name, "imports")
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", FORKING, *modules],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.communicate()
+        self._folder.cleanup()
+
+    def run(
+        self, script: str, *, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script to its end, however it ends."""
+        out, err = (Path(self._folder.name, name) for name in ("out", "err"))
+        for file in (out, err):
+            file.unlink(missing_ok=True)
+        request = json.dumps([script, dict(environment or {}), str(out), str(err)])
+        assert self._process.stdin is not None
+        self._process.stdin.write(request + "\n")
+        self._process.stdin.flush()
+        code = self._answer()
+        return subprocess.CompletedProcess(script, code, out.read_text(), err.read_text())
+
+    def _answer(self) -> int:
+        """The exit status of the last child; what imports print stands before the first."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip().lstrip("-").isdigit():
+                return int(line)
+        raise RuntimeError(f"imports failed: {self._errors.read_text()[-4000:]}")

@@ -51,6 +51,14 @@ _SETTLING_S = 15.0
 _MARGIN = 1024
 # The cache holds so many requests of the longest kind: some wait, some are preempted.
 _CACHE_SHARE = 1.25
+# glibc keeps what was freed and gives it out again, at most a block of 32 MB at a time: its memory
+# then grows for an hour while nothing more is held. So blocks from 1 MB on go back to the system,
+# and threads share two heaps: what is measured is what the server holds.
+_GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+    "MALLOC_ARENA_MAX": "2",
+}
 
 
 @dataclass(frozen=True)
@@ -338,7 +346,11 @@ class _Keeper:
                 host.command(checkpoint, port, self._options(host, checkpoint, drafts=drafts)),
                 port=port,
                 log=self._log_of(drafts) or scratch / "server.log",
-                environment={**host.environment(scratch), "VLLM_SERVER_DEV_MODE": "1"},
+                environment={
+                    **_GIVE_BACK,
+                    **host.environment(scratch),
+                    "VLLM_SERVER_DEV_MODE": "1",
+                },
             ) as server:
                 with self.console.status(f"starting {host.title}"):
                     server.wait_until_ready()

@@ -34,8 +34,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 QUANT = "mxfp8-nvfp4"
 # Of the constructed one: two places beside the own and the first block, as prompts for 4 expect.
 TOPK, INIT = 5, 1
-# Of scores in the hundreds, and of an expert's chance.
-NEAR_TIE = 1e-4
+# Of scores in the hundreds, and of an expert's chance: another order of summing may take the other.
+NEAR_TIE = 5e-4
 # Matrices of a random one: nine of each of four layers, and three of eight experts in two.
 DECODED = {"mxfp8": 4 * 9, "nvfp4": 2 * 8 * 3}
 # Beside the model's dtype: what caches may hold on a CPU.
@@ -133,29 +133,35 @@ class M31Cases:
     ) -> None:
         """The last prompt fills 18 blocks, of which a row reads 4.
 
-        Rows are left out whose last block or expert outranks the next by no more than rounding.
+        Few rows differ, and only as far as the reference itself goes where its near ties are
+        broken the other way: in the row of the tie, and in rows that read that one.
         """
         expected = reference(checkpoint / "reference")
         prompt = random_prompt(length, seed=length)
         (ours,) = engine.generate([prompt], max_tokens=4, ignore_eos=True)
-        assert ours.token_ids == expected.greedy(prompt, num_tokens=4)
-        logprobs = torch.as_tensor(engine.prompt_logprobs(prompt))
+        likeliest = expected.next_tokens([*prompt, *ours.token_ids])
+        assert ours.token_ids == likeliest[length - 1 : -1]
         wanted = expected.token_logprobs(prompt)
-        sure = expected.gaps[:-1] > NEAR_TIE
-        assert sure.float().mean() > 0.99
-        torch.testing.assert_close(logprobs[sure], wanted[sure], atol=LOGPROB_ATOL, rtol=0)
+        off = (torch.as_tensor(engine.prompt_logprobs(prompt)) - wanted).abs()
+        assert (off > LOGPROB_ATOL).float().mean() < 0.01
+        if (off > LOGPROB_ATOL).any():
+            ties = expected.gaps[:-1] <= NEAR_TIE
+            assert ties[: int((off > LOGPROB_ATOL).nonzero()[0]) + 1].any()
+            reach = (expected.token_logprobs(prompt, tie=NEAR_TIE) - wanted).abs()
+            # the engine may break some of the ties so, and the effects of several may cancel
+            assert (off <= LOGPROB_ATOL + 2 * reach).all(), torch.stack([off, reach]).T
 
     def test_another_number_of_first_blocks_is_another_model(
         self, engine: Any, checkpoint: Path
     ) -> None:
         """So that the cases see whether they are read."""
-        prompt = random_prompt(2300, seed=2300)
+        prompt = random_prompt(1100, seed=1100)
         ours = torch.as_tensor(engine.prompt_logprobs(prompt))
         rule = reference(checkpoint / "reference").config["sparse_attention_config"]
         for init in {0, 1, 2} - {self.init}:
             rule["sparse_init_block"] = init
             other = reference(checkpoint / "reference").token_logprobs(prompt)
-            assert (ours - other).abs().max() > 100 * LOGPROB_ATOL
+            assert ((ours - other).abs() > LOGPROB_ATOL).float().mean() > 0.1
         rule["sparse_init_block"] = self.init
 
 

@@ -17,7 +17,33 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def select(index_q: Tensor, index_k: Tensor, *, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def take_best(values: Tensor, *, count: int, tie: float | None) -> tuple[Tensor, Tensor]:
+    """The `count` best of the last axis, earlier ones first among equals.
+
+    Returns
+    -------
+    indices [..., count], and by how much the last of them outranks the next, [...]; infinity where
+    there is none beside them, or only what may not be taken (-inf)
+
+    Parameters
+    ----------
+    tie : where the gap is no larger, the next is taken instead of the last; None: never
+    """
+    ranked = values.sort(dim=-1, descending=True, stable=True)
+    order = ranked.indices[..., :count]
+    if values.shape[-1] <= count:
+        return order, torch.full(values.shape[:-1], float("inf"))
+    last, following = ranked.values[..., count - 1], ranked.values[..., count]
+    gaps = (last - following).where(following > float("-inf"), float("inf"))
+    if tie is not None:
+        other = ranked.indices[..., count].where(gaps <= tie, order[..., -1])
+        order = torch.cat([order[..., :-1], other[..., None]], dim=-1)
+    return order, gaps
+
+
+def select(
+    index_q: Tensor, index_k: Tensor, *, rule: dict[str, Any], tie: float | None
+) -> tuple[Tensor, Tensor]:
     """Which keys each row may read, and by how much its last block outranks the next.
 
     Row i is position i; the former are bool [heads, rows, keys], the latter [rows].
@@ -27,6 +53,7 @@ def select(index_q: Tensor, index_k: Tensor, *, rule: dict[str, Any]) -> tuple[T
     index_q : [rows, heads, channels], one head per KV head
     index_k : [keys, channels]
     rule : the config's `sparse_attention_config`
+    tie : as `take_best` takes it
     """
     block, topk = rule["sparse_block_size"], rule["sparse_topk_blocks"]
     rows = len(index_k)
@@ -41,15 +68,10 @@ def select(index_q: Tensor, index_k: Tensor, *, rule: dict[str, Any]) -> tuple[T
     first, newest = rule["sparse_init_block"], rule["sparse_local_block"]
     forced = visible & ((number < first) | (number > last - newest))
     best = best.masked_fill(forced, float("inf")).masked_fill(~visible, float("-inf"))
-    ranked = best.sort(dim=-1, descending=True, stable=True)
-    order = ranked.indices[..., :topk]
+    # a block that is left out is there from the row on which has more blocks than places
+    order, gaps = take_best(best, count=topk, tie=tie)
     chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, order, True) & visible
-    gaps = torch.full((rows,), float("inf"))
-    if blocks > topk:
-        last, following = ranked.values[..., topk - 1], ranked.values[..., topk]
-        # a block that is left out is there from the row on which has more blocks than places
-        gaps = (last - following).where(following > float("-inf"), float("inf")).amin(0)
-    return chosen.repeat_interleave(block, dim=-1)[..., :rows] & causal, gaps
+    return chosen.repeat_interleave(block, dim=-1)[..., :rows] & causal, gaps.amin(0)
 
 
 class Reference:
@@ -64,6 +86,9 @@ class Reference:
     """Of each row of the last call: the smallest gap between a block or an expert that was taken
     and one left out. Where it is no larger than rounding, another order of summing takes another.
     """
+
+    tie: float | None = None
+    """Where a gap is no larger, what was left out is taken; None: never."""
 
     def __init__(self, folder: Path) -> None:
         self.config = json.loads((folder / "config.json").read_text())["text_config"]
@@ -89,16 +114,22 @@ class Reference:
             )
         return self._linear(self._norm(stream, "model.norm"), "lm_head")
 
-    def greedy(self, token_ids: list[int], *, num_tokens: int) -> list[int]:
-        """The likeliest next token, `num_tokens` times over."""
-        ids = list(token_ids)
-        for _ in range(num_tokens):
-            ids.append(int(self.logits(ids)[-1].argmax()))
-        return ids[len(token_ids) :]
+    def next_tokens(self, token_ids: list[int]) -> list[int]:
+        """The likeliest token behind each one and those before it."""
+        return self.logits(token_ids).argmax(-1).tolist()
 
-    def token_logprobs(self, token_ids: list[int]) -> Tensor:
-        """Log probability of token i + 1 given tokens 0..i, [len - 1]."""
-        logprobs = self.logits(token_ids)[:-1].log_softmax(-1)
+    def token_logprobs(self, token_ids: list[int], *, tie: float | None = None) -> Tensor:
+        """Log probability of token i + 1 given tokens 0..i, [len - 1].
+
+        Parameters
+        ----------
+        tie : every choice by no more than this is made the other way; None: none is
+        """
+        self.tie = tie
+        try:
+            logprobs = self.logits(token_ids)[:-1].log_softmax(-1)
+        finally:
+            self.tie = None
         return logprobs.gather(1, torch.tensor(token_ids)[1:, None]).squeeze(1)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
@@ -129,7 +160,7 @@ class Reference:
         if rule["sparse_attention_freq"][layer]:
             index_q = self._heads(x, f"{prefix}index_q_proj")
             index_k = self._heads(x, f"{prefix}index_k_proj").squeeze(1)
-            readable, gaps = select(index_q, index_k, rule=rule)
+            readable, gaps = select(index_q, index_k, rule=rule, tie=self.tie)
             self.gaps = self.gaps.minimum(gaps)
         else:
             readable = torch.ones(k.shape[1], len(x), len(x), dtype=torch.bool).tril()
@@ -151,9 +182,8 @@ class Reference:
         scores = torch.sigmoid(self._linear(x, prefix + "gate"))
         biased = scores + self.weights[prefix + "e_score_correction_bias"]
         count = self.config["num_experts_per_tok"]
-        best = biased.topk(count + 1, dim=-1)
-        self.gaps = self.gaps.minimum(best.values[:, count - 1] - best.values[:, count])
-        chosen = best.indices[:, :count]
+        chosen, gaps = take_best(biased, count=count, tie=self.tie)
+        self.gaps = self.gaps.minimum(gaps)
         weights = scores.gather(1, chosen)
         weights = weights / weights.sum(-1, keepdim=True) * self.config["routed_scaling_factor"]
         out = self._mlp(x, prefix + "shared_experts.", ("gate_proj", "up_proj", "down_proj"))

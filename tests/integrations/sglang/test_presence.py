@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from m3_sglang.options import m3_defaults
 from tests.integrations.sglang.engine import ENVIRONMENT
 from tests.integrations.sglang.test_server import OPTIONS
 from tests.integrations.variables import (
+    Load,
     check_contradiction,
     check_disabled,
     check_mistakes,
     check_service_links,
 )
-from tests.interpreters import interpret, run
+from tests.interpreters import Forking, interpret, run
 
 LOAD = """
 from sglang.srt.plugins import load_plugins
@@ -35,10 +37,21 @@ if MODELS:
 """
 
 
-def load_plugins(*, models: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run SGLang's plugin loader in a fresh interpreter and print what it left behind."""
-    script = LOAD.replace("MODELS", str(models))
-    return run([sys.executable, "-c", script], environment=environment)
+@pytest.fixture(scope="module")
+def loader() -> Iterator[Forking]:
+    """What SGLang has imported when it comes to plugins; nothing of ours."""
+    with Forking("sglang.srt.plugins", "sglang.srt.server_args") as loader:
+        yield loader
+
+
+@pytest.fixture
+def load_plugins(loader: Forking) -> Load:
+    """Run SGLang's plugin loader with these variables and print what it left behind."""
+
+    def load(**environment: str) -> subprocess.CompletedProcess[str]:
+        return loader.run(LOAD.replace("MODELS", "False"), environment=environment)
+
+    return load
 
 
 def broken_package(tmp_path: Path, name: str) -> str:
@@ -51,8 +64,7 @@ def broken_package(tmp_path: Path, name: str) -> str:
 
 @pytest.mark.every_release
 def test_entry_point_registers_everything_once() -> None:
-    result = load_plugins(models=True)
-    assert result.returncode == 0, result.stderr
+    result = interpret("-c", LOAD.replace("MODELS", "True"))
     assert "CHOICE True True" in result.stdout
     assert "HOOK True" in result.stdout
     assert result.stdout.count("CLASS m3_sglang.models.minimax_m3") == 2
@@ -77,7 +89,12 @@ def test_a_users_own_model_package_keeps_its_place(tmp_path: Path) -> None:
     assert "users_models.one" in result.stdout
 
 
-def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path) -> None:
+def test_the_loader_of_these_tests_brings_nothing_of_ours(loader: Forking) -> None:
+    script = "import sys; assert not [name for name in sys.modules if name.startswith('m3_')]"
+    assert loader.run(script).returncode == 0
+
+
+def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path, load_plugins: Load) -> None:
     result = load_plugins(M3_PLUGIN_DISABLE="1")
     assert "CHOICE False False" in result.stdout
     assert "HOOK False" in result.stdout
@@ -85,7 +102,7 @@ def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path) -> None:
     check_contradiction(load_plugins)
 
 
-def test_variables_of_a_cluster_and_mistakes_end_no_other_models_start() -> None:
+def test_variables_of_a_cluster_and_mistakes_end_no_other_models_start(load_plugins: Load) -> None:
     check_service_links(load_plugins)
     check_mistakes(load_plugins)
 
@@ -97,7 +114,7 @@ def test_a_mistake_ends_a_start_with_an_m3(monkeypatch: pytest.MonkeyPatch) -> N
         m3_defaults(None, None)
 
 
-def test_broken_import_is_loud_or_fails_when_required(tmp_path: Path) -> None:
+def test_broken_import_is_loud_or_fails_when_required(tmp_path: Path, load_plugins: Load) -> None:
     path = broken_package(tmp_path, "m3_kernels")
     loud = load_plugins(PYTHONPATH=path)
     assert loud.returncode == 0, loud.stderr
@@ -114,7 +131,10 @@ def test_untested_release_is_refused_with_the_way_to_override(tmp_path: Path) ->
         "version = metadata.version\n"
         "metadata.version = lambda name: '0.6.0' if name == 'sglang' else version(name)\n"
     )
-    refused = load_plugins(PYTHONPATH=str(tmp_path), M3_PLUGIN_REQUIRED="1")
+    refused = run(
+        [sys.executable, "-c", LOAD.replace("MODELS", "False")],
+        environment={"PYTHONPATH": str(tmp_path), "M3_PLUGIN_REQUIRED": "1"},
+    )
     assert refused.returncode != 0
     assert "sglang 0.6.0 is outside the tested window" in refused.stderr
     assert "M3_PLUGIN_ALLOW_UNTESTED=1" in refused.stderr
@@ -156,35 +176,42 @@ def test_a_server_that_is_half_ours_does_not_start(
     refuse(constructed_checkpoint, tmp_path, reason, PYTHONPATH=str(tmp_path))
 
 
-def test_the_named_backend_notices_that_we_are_not_allowed(
-    tmp_path: Path, constructed_checkpoint: Path
+@pytest.mark.parametrize(
+    ("options", "environment", "reason"),
+    [
+        # left out by SGLANG_PLUGINS nothing of ours runs; SGLang then does not know the name
+        (("--attention-backend", "msa"), {"SGLANG_PLUGINS": "another"}, "invalid choice: 'msa'"),
+        (("--page-size", "64"), {}, "--page-size must be"),
+    ],
+    ids=["a plugin that is not allowed", "a page that is not a block"],
+)
+def test_options_that_cannot_be_served_end_the_start(
+    loader: Forking,
+    constructed_checkpoint: Path,
+    options: tuple[str, ...],
+    environment: dict[str, str],
+    reason: str,
 ) -> None:
-    """Left out by SGLANG_PLUGINS nothing of ours runs; SGLang then does not know the name."""
-    refuse(
-        constructed_checkpoint,
-        tmp_path,
-        "invalid choice: 'msa'",
-        options=("--attention-backend", "msa"),
-        SGLANG_PLUGINS="another",
+    command = sglang_command(constructed_checkpoint, port=free_port(), options=(*OPTIONS, *options))
+    module = command.index("sglang.launch_server")
+    script = (
+        f"import runpy, sys; sys.argv = {command[module:]!r}; "
+        "runpy.run_module('sglang.launch_server', run_name='__main__')"
     )
-
-
-def test_a_page_that_is_not_a_block_is_refused(
-    tmp_path: Path, constructed_checkpoint: Path
-) -> None:
-    refuse(constructed_checkpoint, tmp_path, "--page-size must be", options=("--page-size", "64"))
+    done = loader.run(script, environment={**ENVIRONMENT, **environment})
+    assert done.returncode != 0
+    assert reason in done.stdout + done.stderr
 
 
 def refuse(
     checkpoint: Path,
     tmp_path: Path,
     reason: str,
-    options: tuple[str, ...] = (),
     **environment: str,
 ) -> None:
     """Start a server that must end by itself and give the reason."""
     port = free_port()
-    command = sglang_command(checkpoint, port=port, options=(*OPTIONS, *options))
+    command = sglang_command(checkpoint, port=port, options=OPTIONS)
     with (
         ServerProcess(
             command,

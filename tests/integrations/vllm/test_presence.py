@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -16,13 +15,14 @@ from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, vllm_
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.released import released_config
 from tests.integrations.variables import (
+    Load,
     check_contradiction,
     check_disabled,
     check_mistakes,
     check_service_links,
 )
 from tests.integrations.vllm.engine import ENVIRONMENT
-from tests.interpreters import run
+from tests.interpreters import Forking, interpret, run
 
 LOAD = """
 from vllm.plugins import load_general_plugins
@@ -35,10 +35,21 @@ for name in ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGenerat
 """
 
 
-def load_plugins(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run vLLM's plugin loader in a fresh interpreter and print what serves M3."""
-    variables = {"VLLM_CACHE_ROOT": str(tmp_path), **environment}
-    return run([sys.executable, "-c", LOAD], environment=variables)
+@pytest.fixture(scope="module")
+def loader() -> Iterator[Forking]:
+    """What vLLM has imported when it comes to plugins; nothing of ours."""
+    with Forking("vllm.plugins", "vllm.model_executor.models") as loader:
+        yield loader
+
+
+@pytest.fixture
+def load_plugins(loader: Forking, tmp_path: Path) -> Load:
+    """Run vLLM's plugin loader with these variables and print what serves M3."""
+
+    def load(**environment: str) -> subprocess.CompletedProcess[str]:
+        return loader.run(LOAD, environment={"VLLM_CACHE_ROOT": str(tmp_path), **environment})
+
+    return load
 
 
 def break_kernels(tmp_path: Path) -> str:
@@ -50,22 +61,24 @@ def break_kernels(tmp_path: Path) -> str:
 
 
 def test_entry_point_registers_both_architectures_once(tmp_path: Path) -> None:
-    result = load_plugins(tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = interpret("-c", LOAD, environment={"VLLM_CACHE_ROOT": str(tmp_path)})
     assert result.stdout.count("CLASS m3_vllm.model") == 2
     assert (result.stdout + result.stderr).count("m3-plugin 0.") == 1
 
 
-def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path) -> None:
-    load = partial(load_plugins, tmp_path)
-    check_disabled(load, PYTHONPATH=break_kernels(tmp_path))
-    check_contradiction(load)
+def test_the_loader_of_these_tests_brings_nothing_of_ours(loader: Forking) -> None:
+    script = "import sys; assert not [name for name in sys.modules if name.startswith('m3_')]"
+    assert loader.run(script).returncode == 0
 
 
-def test_variables_of_a_cluster_and_mistakes_end_no_other_models_start(tmp_path: Path) -> None:
-    load = partial(load_plugins, tmp_path)
-    check_service_links(load)
-    check_mistakes(load)
+def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path, load_plugins: Load) -> None:
+    check_disabled(load_plugins, PYTHONPATH=break_kernels(tmp_path))
+    check_contradiction(load_plugins)
+
+
+def test_variables_of_a_cluster_and_mistakes_end_no_other_models_start(load_plugins: Load) -> None:
+    check_service_links(load_plugins)
+    check_mistakes(load_plugins)
 
 
 def test_a_mistake_ends_the_construction_of_an_m3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,13 +91,15 @@ def test_a_mistake_ends_the_construction_of_an_m3(monkeypatch: pytest.MonkeyPatc
         worker_session(replace(config, msa=None), cast(VllmConfig, None))
 
 
-def test_impossible_kernels_fall_back_loudly_or_fail_when_required(tmp_path: Path) -> None:
+def test_impossible_kernels_fall_back_loudly_or_fail_when_required(
+    tmp_path: Path, load_plugins: Load
+) -> None:
     wish = {"M3_PLUGIN_KERNELS": "native", "CXX": "/nonexistent/compiler"}
     wish["XDG_CACHE_HOME"] = str(tmp_path)
-    loud = load_plugins(tmp_path, **wish)
+    loud = load_plugins(**wish)
     assert loud.returncode == 0, loud.stderr
     assert "NOT ACTIVE" in loud.stdout + loud.stderr
-    required = load_plugins(tmp_path, M3_PLUGIN_REQUIRED="1", **wish)
+    required = load_plugins(M3_PLUGIN_REQUIRED="1", **wish)
     assert required.returncode != 0
     assert "NoKernelError" in required.stderr
 
