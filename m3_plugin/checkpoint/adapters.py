@@ -6,14 +6,38 @@ half an adapter answers. Here each name is either a layer that takes adapters, o
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from m3_plugin.checkpoint.names import linear_shape
 from m3_plugin.model.config import M3Config
 
 # Projections that take adapters, by their names in the checkpoint.
 ADAPTED_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "index_q_proj", "index_k_proj")
 ADAPTED_MLP = ("gate_proj", "up_proj", "down_proj")
 ADAPTED = (*ADAPTED_ATTENTION, *ADAPTED_MLP)
+
+# What an adapter has for each of its projections.
+ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight")
+
+# Keys of adapter_config.json that change what its tensors mean, and the values that do not.
+# Those of `init_lora_weights` only say where training began; others change the base weights.
+_MEANT: dict[str, tuple[object, ...]] = {
+    "use_rslora": (None, False),
+    "use_dora": (None, False),
+    "use_qalora": (None, False),
+    "use_bdlora": (None, {}),
+    "fan_in_fan_out": (None, False),
+    "bias": (None, "none"),
+    "lora_bias": (None, False),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
+}
 
 _LAYER = re.compile(r"(?:(?:model\.)?language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)")
 # transformers' names in memory, with which PEFT writes an adapter: ours
@@ -57,6 +81,104 @@ def adapted_module(name: str, config: M3Config) -> str:
             "train the adapter for those only, or merge it into the weights"
         )
     return f"model.layers.{layer}.{part}"
+
+
+def adapted_tensor(name: str, config: M3Config) -> tuple[str, str]:
+    """Module and part (of `ADAPTER_PARTS`) that a tensor of an adapter is.
+
+    Parameters
+    ----------
+    name : of the tensor, with or without PEFT's `base_model.model.`
+
+    Returns
+    -------
+    The module as of `adapted_module`, and the part.
+
+    Raises
+    ------
+    ValueError : it is neither A nor B of a projection that takes adapters.
+    """
+    for part in ADAPTER_PARTS:
+        if name.endswith(f".{part}"):
+            module = name.removeprefix("base_model.model.").removesuffix(f".{part}")
+            return adapted_module(module, config), part
+    raise ValueError(
+        f"adapter tensor {name!r}: only lora_A and lora_B of projections are taken; save the "
+        "adapter without modules_to_save and embeddings, or merge it into the weights"
+    )
+
+
+def wanted_projections(
+    targets: Iterable[str] | None, *, fused: Mapping[str, tuple[str, ...]]
+) -> frozenset[str]:
+    """Projections that `--lora-target-modules` means; all where it is left out or says `all`.
+
+    Parameters
+    ----------
+    fused : a host's names of fused layers, and the projections in each
+
+    Raises
+    ------
+    ValueError : it names what takes no adapters.
+    """
+    if targets is None or "all" in (named := set(targets)):
+        return frozenset(ADAPTED)
+    found = {part for name in named for part in fused.get(name, (name,))}
+    if strange := sorted(found - {*ADAPTED}):
+        raise ValueError(
+            f"m3-plugin: --lora-target-modules {' '.join(strange)}: adapters are taken by "
+            f"{', '.join(ADAPTED)} of the text model; leave the others out"
+        )
+    return frozenset(found)
+
+
+def require_adapter_config(values: Mapping[str, Any]) -> None:
+    """Refuse an adapter_config.json whose tensors mean more than B A times alpha / r.
+
+    For a host that reads none of these keys and would answer as if they were not there.
+
+    Raises
+    ------
+    ValueError : names the key and its value.
+    """
+    for key, meant in _MEANT.items():
+        if (value := values.get(key)) not in meant:
+            served = " or ".join(json.dumps(choice) for choice in meant[1:])
+            raise ValueError(
+                f"adapter_config.json key {key!r} must be {served}; got {value!r}: merge such an "
+                "adapter into the weights"
+            )
+
+
+def require_adapter_shapes(
+    module: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rank: int,
+    config: M3Config,
+) -> None:
+    """Refuse A and B that do not belong to a module of this model.
+
+    Parameters
+    ----------
+    module : as of `adapted_module`
+    shapes : by part, of `ADAPTER_PARTS`
+    rank : of the adapter
+
+    Raises
+    ------
+    ValueError : one is missing or has another shape; names it.
+    """
+    rows, columns = linear_shape(config, module)
+    wanted = dict(zip(ADAPTER_PARTS, ((rank, columns), (rows, rank)), strict=True))
+    for part, shape in wanted.items():
+        if part not in shapes:
+            raise ValueError(f"adapter tensor {module}.{part} is missing; the other half is there")
+        if shapes[part] != shape:
+            raise ValueError(
+                f"adapter tensor {module}.{part} must have shape {list(shape)} at r = {rank}; got "
+                f"{list(shapes[part])}"
+            )
 
 
 def adapted_modules(config: M3Config) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,6 +46,22 @@ def require_finite(parameters: Mapping[str, Tensor], names: Iterable[str]) -> No
                 f"{_index(first, values.shape)} of {list(values.shape)}; the checkpoint's file is "
                 "damaged or was written so: compare its checksum, and download it again"
             )
+
+
+def require_finite_files(files: Iterable[Path]) -> None:
+    """Refuse safetensors files whose tensors hold NaN or infinity; each is read once, in turn.
+
+    Raises
+    ------
+    ValueError : see `require_finite`.
+    """
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            names = stored.keys()
+            for name in names:
+                require_finite({name: stored.get_tensor(name)}, [name])
 
 
 def _sum_is_finite(values: Tensor) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.finite import require_finite
-from m3_plugin.checkpoint.headers import read_checkpoint
+from m3_plugin.checkpoint.finite import require_finite, require_finite_files
+from m3_plugin.checkpoint.headers import read_checkpoint, shard_files
 from m3_plugin.checkpoint.loading import ReopensLoading, WeightLoader, stored_as
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, TensorLedger
 from m3_plugin.model.config import M3Config
@@ -154,19 +154,25 @@ def checked(text: WeightLoader, vision: VisionWeights, weights: Weights) -> Weig
 
     Raises
     ------
-    ValueError : a tensor that this model cannot take; of a bucket, before any is given out.
+    ValueError : a tensor that this model cannot take, or that is NaN or infinite somewhere; of a
+        bucket, before any is given out.
     """
     if isinstance(weights, Collection):
         for name, tensor in weights:
-            require_known(text, vision, name, tensor)
+            _require_takeable(text, vision, name, tensor)
         return weights
     return _checked_stream(text, vision, weights)
 
 
 def _checked_stream(text: WeightLoader, vision: VisionWeights, weights: Weights) -> Weights:
     for name, tensor in weights:
-        require_known(text, vision, name, tensor)
+        _require_takeable(text, vision, name, tensor)
         yield name, tensor
+
+
+def _require_takeable(text: WeightLoader, vision: VisionWeights, name: str, tensor: Tensor) -> None:
+    require_known(text, vision, name, tensor)
+    require_finite({name: tensor}, [name])
 
 
 def update_in_place(
@@ -211,13 +217,13 @@ def require_folder(folder: Path, text: WeightLoader, vision: VisionWeights) -> N
 
     Parameters
     ----------
-    folder : its files; only their headers are read
+    folder : its files; their headers are read first, then every tensor once
     text, vision : loaders of the model that serves
 
     Raises
     ------
-    ValueError : a shard missing or cut short; tensors missing, left over or of other shapes; a
-        config.json that quantises otherwise.
+    ValueError : a shard missing or cut short; tensors missing, left over, of other shapes, or NaN
+        or infinite somewhere; a config.json that quantises otherwise.
     """
     _require_same_quantisation(folder, text.config)
     ledger = TensorLedger(text.ledger.expected)
@@ -234,6 +240,8 @@ def require_folder(folder: Path, text: WeightLoader, vision: VisionWeights) -> N
     ledger.leftover.clear()  # cache scales; anything else was refused above
     ledger.require_complete()
     require_no_missing(vision.parameters.keys() - seen)
+    # a host that finds out half way has half of them in place
+    require_finite_files(shard_files(folder))
 
 
 def _require_same_quantisation(folder: Path, served: M3Config) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from m3_plugin.checkpoint.adapters import ADAPTED
 
 RANK = 8
 ALPHA = 16
@@ -21,6 +24,39 @@ ALPHA = 16
 SHARE = 0.5
 # How adapters are written: names of the module in its file.
 PEFT = "base_model.model."
+
+# Modules that no host may pass over in silence, and what the refusal says.
+REFUSED = [
+    ("language_model.model.layers.1.block_sparse_moe.experts.0.w1", "experts.0.w1.*merge"),
+    ("language_model.model.layers.1.block_sparse_moe.gate", "are taken by projections"),
+    ("language_model.model.layers.99.self_attn.q_proj", "layers 0 to"),
+    ("language_model.model.layers.0.self_attn.index_q_proj", "of layer 0"),
+    ("vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", "are taken by"),
+    ("language_model.lm_head", "are taken by"),
+]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder, and the checkpoint with it merged in."""
+
+    folder: Path
+    merged: Path
+
+
+def two_adapters(checkpoint: Path, root: Path) -> list[Adapter]:
+    """One of every projection, one of the index branch alone."""
+    made = []
+    for seed, modules in enumerate((ADAPTED, ("index_q_proj", "index_k_proj"))):
+        pairs = draw(checkpoint, modules, seed=seed)
+        assert {name.rpartition(".")[2] for name in pairs} == set(modules)
+        made.append(
+            Adapter(
+                write_adapter(root / f"adapter-{seed}", pairs),
+                merge(checkpoint, pairs, root / f"merged-{seed}"),
+            )
+        )
+    return made
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -80,6 +116,15 @@ def write_adapter(
         tensors[f"{PEFT}{module}.lora_B.weight"] = b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+def write_cut_adapter(checkpoint: Path, folder: Path, *, half: int) -> Path:
+    """An adapter of output projections in which one half of each pair lacks its last column."""
+    cut = {}
+    for module, pair in draw(checkpoint, ["o_proj"], seed=7).items():
+        a, b = (part[:, :-1] if i == half else part for i, part in enumerate(pair))
+        cut[module] = (a, b)
+    return write_adapter(folder, cut)
 
 
 def merge(checkpoint: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> Path:

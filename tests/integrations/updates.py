@@ -16,6 +16,17 @@ EXPERT = "language_model.model.layers.2.block_sparse_moe.experts.1.w2.weight"
 PROMPT = [(7 * i * i + 3 * i) % 251 + 1 for i in range(700)]
 
 
+def with_nan(source: Path, target: Path, name: str) -> Path:
+    """A copy of a checkpoint of whose tensor the last number is none."""
+    shutil.copytree(source, target)
+    for shard in target.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name].view(-1)[-1] = float("nan")
+            save_file(tensors, shard, metadata={"format": "pt"})
+    return target
+
+
 def without_tensor(source: Path, target: Path, name: str) -> Path:
     """A copy of a checkpoint that lacks one tensor and its index."""
     shutil.copytree(source, target)

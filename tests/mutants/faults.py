@@ -814,6 +814,20 @@ FAULTS = (
         ("tests/plugin/checkpoint/test_adapters.py",),
     ),
     Fault(
+        "an adapter of another shape is taken",
+        "m3_plugin/checkpoint/adapters.py",
+        "        if shapes[part] != shape:",
+        "        if len(shapes[part]) != len(shape):",
+        ("tests/plugin/checkpoint/test_adapters.py",),
+    ),
+    Fault(
+        "an update may bring NaN",
+        "m3_plugin/checkpoint/updates.py",
+        "    require_finite({name: tensor}, [name])",
+        "    require_finite({name: tensor}, [])",
+        ("tests/plugin/checkpoint/test_updates.py",),
+    ),
+    Fault(
         "rows without an adapter get one",
         "integrations/vllm/m3_vllm/cpu_repairs.py",
         "[self.token_lora_indices < 0] = 0",

@@ -95,6 +95,20 @@ def speculation_is_tested() -> bool:
     return not _is_older_than("0.5.23")
 
 
+def adapters_are_tested() -> bool:
+    """Whether this SGLang has the LoRA layers our hooks were written for."""
+    return not _is_older_than("0.5.23")
+
+
+def takes_adapters() -> bool:
+    """Whether this server was started with `--enable-lora`, on a release where we serve it."""
+    if not adapters_are_tested():
+        return False
+    from sglang.srt.runtime_context import get_lora
+
+    return bool(get_lora().enable_lora)
+
+
 def has_cache_budget() -> bool:
     """Whether this SGLang sizes its cache pools in `KVCacheConfigurator`; older ones in the runner.
 
@@ -189,6 +203,13 @@ def leave_prefill_graphs_out(server_args: Any) -> None:
 
     graphs = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
     declare_resolution(server_args, "m3-plugin", cuda_graph_config=graphs)
+
+
+def run_adapters_in_torch(server_args: Any) -> None:
+    """Declare SGLang's torch backend for LoRA adapters; its default launches Triton kernels."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    declare_resolution(server_args, "m3-plugin", lora_backend="torch_native")
 
 
 def tensor_parallel_size() -> int:

@@ -28,8 +28,14 @@ from m3_plugin.model.config import M3Config
 from m3_plugin.model.rope import RowAngles
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
-from m3_sglang.compat import read_config, tensor_parallel_rank, tensor_parallel_size
+from m3_sglang.compat import (
+    read_config,
+    takes_adapters,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+)
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
+from m3_sglang.ours import FUSED_LAYERS
 from m3_sglang.rope import make_rope
 from m3_sglang.speculation import prepare_speculation
 from m3_sglang.updates import ServedWeights
@@ -206,11 +212,7 @@ class M3CausalLM(nn.Module):
     """
 
     # SGLang's quantisation maps its fused names back to the checkpoint's through this
-    packed_modules_mapping: ClassVar = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "index_qkv_proj": ["index_q_proj", "index_k_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
+    packed_modules_mapping: ClassVar = {name: [*parts] for name, parts in FUSED_LAYERS.items()}
 
     def __init__(
         self,
@@ -247,12 +249,27 @@ class M3CausalLM(nn.Module):
         routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
         self.expert_proof = None if routed is None else ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+        if is_root:
+            self.take_adapters(self, prefix="")
         # last: it looks at all others once they are loaded
         self.served = (
             ServedWeights(self, text=self.weight_loader, after_first=self.end_first_load)
             if is_root
             else None
         )
+
+    def take_adapters(self, root: nn.Module, *, prefix: str) -> None:
+        """With `--enable-lora`, say to SGLang which layers take adapters.
+
+        Parameters
+        ----------
+        root : what SGLang serves
+        prefix : of this model within it, with its dot
+        """
+        if takes_adapters():
+            from m3_sglang.adapters import choose_adapted_layers
+
+            choose_adapted_layers(root, self, self.m3_config, prefix=prefix)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens

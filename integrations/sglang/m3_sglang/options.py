@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from m3_plugin.checkpoint.adapters import wanted_projections
 from m3_plugin.checkpoint.headers import read_checkpoint
 from m3_plugin.checkpoint.names import require_mtp_modules
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
@@ -13,12 +14,15 @@ from m3_plugin.model.released import read_config
 from m3_plugin.model.taking import draft_refusal, is_dspark
 from m3_plugin.settings import Settings
 from m3_sglang.compat import (
+    adapters_are_tested,
     leave_prefill_graphs_out,
     needs_triton_on_cpu,
     resolved,
+    run_adapters_in_torch,
     sglang_version,
     speculation_is_tested,
 )
+from m3_sglang.ours import FUSED_LAYERS
 
 BACKEND_NAME = "msa"
 
@@ -26,8 +30,14 @@ _OFF = (False, None)
 _ONE = (1, None)
 _DATA_PARALLEL = "data parallel attention is not supported; several servers behind a router are"
 _CONTEXT_PARALLEL = "context parallelism is not supported with MSA layers"
-_EXPERTS = "expert parallelism is not supported yet"
+_EXPERTS = (
+    "expert parallelism is not supported yet; leave it out, --tp-size cuts every expert instead"
+)
+_EXPERT_ADAPTERS = "adapters of routed experts are not taken; merge them into the weights"
 _POOL = "MSA layers need SGLang's cache pool for MiniMax-M3, one buffer per layer"
+_DISAGGREGATION = (
+    "disaggregation was never run with MSA layers; leave it out, or use vLLM's NixlConnector"
+)
 _OFFLOAD = "MSA layers were never run with it"
 _PREFILL_GRAPHS = "steps of prompts stay eager"
 _ELSEWHERE = "it is another model's"
@@ -54,9 +64,12 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "speculative_token_map": ((None,), "the draft has the target's whole vocabulary"),
     "speculative_draft_window_size": ((None,), "the draft attends as the target does"),
     "speculative_draft_sink_size": ((None,), "the draft attends as the target does"),
-    "speculative_moe_a2a_backend": ((None, "none"), "expert parallelism is not supported yet"),
+    "speculative_moe_a2a_backend": ((None, "none"), _EXPERTS),
     "decoupled_spec_role": ((None, "null"), "target and draft run in one worker"),
-    "pp_size": (_ONE, "pipeline parallelism is not supported yet"),
+    "pp_size": (
+        _ONE,
+        "pipeline parallelism is not supported yet; --tp-size cuts every layer instead",
+    ),
     "ep_size": (_ONE, _EXPERTS),
     "moe_a2a_backend": ((None, "none"), _EXPERTS),
     "enable_eplb": (_OFF, _EXPERTS),
@@ -86,21 +99,30 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_two_batch_overlap": (_OFF, "two-batch overlap is not supported"),
     "enable_single_batch_overlap": (_OFF, "single-batch overlap is not supported"),
     "enable_hisparse": (_OFF, "HiSparse is not supported"),
-    "enable_hierarchical_cache": (_OFF, "HiCache was never run with MSA layers"),
+    "enable_hierarchical_cache": (
+        _OFF,
+        "HiCache was never run with MSA layers, and SGLang copies with kernels for a GPU alone; "
+        "leave it out, or serve several replicas behind a router that knows prefixes",
+    ),
     "enable_lmcache": (_OFF, _POOL),
     "enable_flexkv": (_OFF, _POOL),
     "enable_unified_memory": (_OFF, _POOL),
     "enable_unified_cache_external_linker": (_OFF, _POOL),
     "enable_page_major_kv_layout": (_OFF, _POOL),
     "prefill_only_disable_kv_cache": (_OFF, "MSA layers read keys from the cache alone"),
-    "disaggregation_mode": ((None, "null"), "disaggregation was never run with MSA layers"),
+    "disaggregation_mode": ((None, "null"), _DISAGGREGATION),
     "disaggregation_decode_enable_offload_kvcache": (_OFF, _POOL),
-    "enable_pd_role_switch": (_OFF, "disaggregation was never run with MSA layers"),
+    "enable_pd_role_switch": (_OFF, _DISAGGREGATION),
     "encoder_only": (_OFF, "the vision tower runs beside the text model"),
     "language_only": (_OFF, "the vision tower runs beside the text model"),
-    "enable_lora": (_OFF, "adapters are not supported yet"),
-    "lora_paths": ((None, [], ()), "adapters are not supported yet"),
-    "uno_lora_path": ((None,), "adapters are not supported yet"),
+    "uno_lora_path": ((None,), "it drafts with an adapter of another model"),
+    "lora_backend": (
+        ("csgmv", "triton", "torch_native"),
+        "index projections hold two parts, which the others were not read for",
+    ),
+    "enable_lora_overlap_loading": (_OFF, "adapters were never loaded beside a running step"),
+    "experts_shared_outer_loras": (_OFF, _EXPERT_ADAPTERS),
+    "lora_use_virtual_experts": (_OFF, _EXPERT_ADAPTERS),
     "is_embedding": (_OFF, "the model generates; it has no pooled output"),
     "enable_deterministic_inference": (
         _OFF,
@@ -156,6 +178,8 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
     )
     if given == (None, None, None):
         overrides["attention_backend"] = BACKEND_NAME
+    if server_args.device == "cpu" and wants_adapters(server_args):
+        run_adapters_in_torch(server_args)
     return overrides
 
 
@@ -174,6 +198,8 @@ def require_served(server_args: Any) -> None:
         _require(name, getattr(found, name, served[0]), served, advice)
     _require_prefill_graphs(server_args)
     _require_kept_weights(found)
+    if wants_adapters(found):
+        require_adapters(found)
     if server_args.device == "cpu" and needs_triton_on_cpu():
         require_interpreted_steps(server_args)
     if server_args.speculative_algorithm is not None:
@@ -204,6 +230,40 @@ def _require_kept_weights(found: Any) -> None:
         kept = getattr(found, "enable_weights_cpu_backup", False)
         advice = "beside --enable-memory-saver; rotation angles and cache scales are in no update"
         _require("enable_weights_cpu_backup", kept, (True,), advice)
+
+
+def wants_adapters(server_args: Any) -> bool:
+    """Whether adapters are asked for: `--lora-paths` alone does so, too."""
+    enabled = getattr(server_args, "enable_lora", None)
+    paths = getattr(server_args, "lora_paths", None)
+    return bool(enabled or (enabled is None and paths))
+
+
+def require_adapters(found: Any) -> None:
+    """Refuse `--enable-lora` where it was never run, and layers that take no adapters.
+
+    Raises
+    ------
+    ValueError : an SGLang too old, speculation beside it, kernels for a GPU on a CPU, or
+        `--lora-target-modules` of other layers.
+    """
+    if not adapters_are_tested():
+        raise ValueError(
+            f"m3-plugin: --enable-lora needs SGLang 0.5.23; got {sglang_version()}: install that, "
+            "or merge the adapter into the weights"
+        )
+    if found.speculative_algorithm is not None:
+        raise ValueError(
+            f"m3-plugin: --enable-lora beside --speculative-algorithm {found.speculative_algorithm}"
+            ": adapters were never run with drafts; leave one of them out"
+        )
+    backend = getattr(found, "lora_backend", None)
+    if found.device == "cpu" and backend == "triton":
+        raise ValueError(
+            "m3-plugin: --lora-backend must be torch_native on a CPU; got 'triton', whose kernels "
+            "are for a GPU; leave it out"
+        )
+    wanted_projections(getattr(found, "lora_target_modules", None), fused=FUSED_LAYERS)
 
 
 def require_interpreted_steps(server_args: Any) -> None:

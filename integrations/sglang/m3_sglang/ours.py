@@ -13,6 +13,13 @@ MODEL_PACKAGE = "m3_sglang.models"
 MXFP8_METHOD = "m3_mxfp8"
 STORED_METHOD = "m3_stored"
 
+# our fused layers, and the projections of the checkpoint in the order of their rows
+FUSED_LAYERS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "index_qkv_proj": ("index_q_proj", "index_k_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
 
 def is_ours(hf_config: Any, *, draft: bool = False) -> bool:
     """Whether the model of this config is M3 or its MTP module, and one that we serve exactly.

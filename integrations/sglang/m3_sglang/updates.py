@@ -31,6 +31,9 @@ from m3_sglang.hooks import apply_around
 
 logger = logging.getLogger(__name__)
 
+# forms of a bucket that come as tensors by the checkpoint's names
+_FORMS = (None, "flattened_bucket")
+
 
 class ServedWeights(nn.Module):
     """Loads a model's weights: whole at first, any part while it serves.
@@ -184,7 +187,23 @@ def refuse_folder(original: Any, updater: Any, model_path: str, *args: Any, **kw
             served.require_folder(folder)
         except ValueError as error:
             return _refused(error)
+        return _or_the_folder_before(original, updater, model_path, *args, **kwargs)
     return original(updater, model_path, *args, **kwargs)
+
+
+def _or_the_folder_before(
+    original: Any, updater: Any, model_path: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Load a folder; if that fails half way, as when a disk does, the one loaded before it.
+
+    SGLang's own way back reads the folder that has just failed, and its scheduler ends.
+    """
+    before = updater.model_config.model_path
+    try:
+        return original(updater, model_path, *args, **kwargs)
+    except Exception as error:
+        original(updater, before, *args, **kwargs)
+        return _refused(f"{model_path}: {error}; the weights of {before} serve")
 
 
 def answer_refusal(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +211,11 @@ def answer_refusal(original: Any, updater: Any, *args: Any, **kwargs: Any) -> An
     served = getattr(_model_of(updater), "served", None)
     if not isinstance(served, ServedWeights):
         return original(updater, *args, **kwargs)
+    if (form := kwargs.get("load_format")) not in _FORMS:
+        return _refused(
+            f"load_format must be {_FORMS[1]} or left out for MiniMax-M3; got {form!r}: others "
+            "write past the names of the checkpoint and what SGLang packed"
+        )
     try:
         return original(updater, *args, **kwargs)
     except ValueError as error:
@@ -202,7 +226,7 @@ def _model_of(updater: Any) -> Any:
     return updater.get_model()
 
 
-def _refused(error: ValueError) -> tuple[bool, str]:
+def _refused(error: ValueError | str) -> tuple[bool, str]:
     message = f"m3-plugin: {error}"
     logger.warning("%s", message)
     return False, message

@@ -7,13 +7,20 @@ and asks the model for a mapper of an adapter's names; it passes over names that
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.platforms import current_platform
 
-from m3_plugin.checkpoint.adapters import ADAPTED, adapted_module, adapted_modules
+from m3_plugin.checkpoint.adapters import (
+    adapted_modules,
+    adapted_tensor,
+    require_adapter_shapes,
+    wanted_projections,
+)
 from m3_plugin.model.config import M3Config
 from m3_vllm import cpu_repairs
 from m3_vllm.quantization import StoredWeights
@@ -24,7 +31,6 @@ FUSED = {
     "index_proj": ("index_q_proj", "index_k_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-_PARTS = ("lora_A.weight", "lora_B.weight")
 
 
 def takes_adapters(vllm_config: VllmConfig) -> bool:
@@ -62,7 +68,7 @@ def choose_adapted_layers(
             "--enable-lora cannot be used with weights that a CPU multiplies as they are stored: "
             "vLLM's LoRA layers need plain ones; set M3_PLUGIN_DEQUANTIZE=1"
         )
-    wanted = _projections(lora.target_modules)
+    wanted = wanted_projections(lora.target_modules, fused=FUSED)
     names = set()
     for module in adapted_modules(config):
         parent, _, projection = module.rpartition(".")
@@ -71,22 +77,55 @@ def choose_adapted_layers(
             # vLLM asks by the name of its layer, and by those of an adapter
             names |= {f"{prefix}{parent}.{name}" for name in (projection, fused)}
     lora.target_modules = sorted(names)
+    refuse_other_shapes()
     if current_platform.is_cpu():
         cpu_repairs.leave_out_rows_without_adapter()
     return AdapterNames(config, prefix=prefix, targets=names)
 
 
-def _projections(targets: list[str] | None) -> frozenset[str]:
-    """Projections that `--lora-target-modules` means."""
-    if targets is None:
-        return frozenset(ADAPTED)
-    found = {part for target in targets for part in FUSED.get(target, (target,))}
-    if strange := sorted(found - {*ADAPTED}):
-        raise ValueError(
-            f"--lora-target-modules {' '.join(strange)}: adapters are taken by "
-            f"{', '.join(ADAPTED)} of the text model; leave the others out"
-        )
-    return frozenset(found)
+def refuse_other_shapes() -> None:
+    """Have tensors of an adapter for our model looked at when it is loaded; once, in a worker.
+
+    vLLM copies what is smaller than a layer into a corner of it, and the rest counts as zero.
+    """
+    from vllm.lora.lora_model import LoRAModel
+
+    theirs: Any = LoRAModel.from_lora_tensors
+    if getattr(theirs, "looks_at_shapes", False):
+        return
+
+    def ours(cls: type[LoRAModel], *args: Any, **kwargs: Any) -> LoRAModel:
+        mapper = kwargs.get("weights_mapper")
+        if isinstance(mapper, AdapterNames):
+            require_shapes(kwargs["tensors"], kwargs["peft_helper"], mapper.config)
+        return theirs.__func__(cls, *args, **kwargs)
+
+    ours.looks_at_shapes = True  # type: ignore[attr-defined]
+    LoRAModel.from_lora_tensors = classmethod(ours)  # type: ignore[method-assign]
+
+
+def require_shapes(tensors: Mapping[str, Tensor], peft: Any, config: M3Config) -> None:
+    """Refuse an adapter whose tensors are not those of this model's projections.
+
+    Parameters
+    ----------
+    tensors : by their names in the adapter's file
+    peft : vLLM's `PEFTHelper` of the adapter; 0.31's knows one rank for all
+
+    Raises
+    ------
+    ValueError : half of a pair is missing or has another shape.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    ranks: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        module, part = adapted_tensor(name, config)
+        shapes.setdefault(module, {})[part] = tuple(tensor.shape)
+        named = name.removeprefix("base_model.model.").removesuffix(f".{part}")
+        rank_of = getattr(peft, "get_rank_and_scaling", None)
+        ranks[module] = peft.r if rank_of is None else rank_of(named)[0]
+    for module, found in shapes.items():
+        require_adapter_shapes(module, found, rank=ranks[module], config=config)
 
 
 @contextmanager
@@ -131,19 +170,13 @@ class AdapterNames:
         ------
         ValueError : no layer that takes adapters has this name.
         """
-        for part in _PARTS:
-            if name.endswith(f".{part}"):
-                module = adapted_module(name.removesuffix(f".{part}"), self.config)
-                if f"{self.prefix}{module}" not in self.targets:
-                    raise ValueError(
-                        f"adapter module {module!r} is left out by --lora-target-modules; name "
-                        "its projection there, too"
-                    )
-                return f"{self.prefix}{module}.{part}"
-        raise ValueError(
-            f"adapter tensor {name!r}: only lora_A and lora_B of projections are taken; save the "
-            "adapter without modules_to_save and embeddings, or merge it into the weights"
-        )
+        module, part = adapted_tensor(name, self.config)
+        if f"{self.prefix}{module}" not in self.targets:
+            raise ValueError(
+                f"adapter module {module!r} is left out by --lora-target-modules; name "
+                "its projection there, too"
+            )
+        return f"{self.prefix}{module}.{part}"
 
     # as vLLM 0.31 and 0.32 call it
     _map_name = map_name

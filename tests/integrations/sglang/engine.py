@@ -159,7 +159,13 @@ class EngineProcess(EnginePipe):
         return self._call("update_from_disk", str(folder))
 
     def update_from_tensors(
-        self, folder: Path, names: Sequence[str], *, bucket: int, cut: str = ""
+        self,
+        folder: Path,
+        names: Sequence[str],
+        *,
+        bucket: int,
+        cut: str = "",
+        load_format: str | None = None,
     ) -> list[tuple[bool, str]]:
         """One update session with tensors of a folder; SGLang's answers, one per bucket.
 
@@ -168,12 +174,21 @@ class EngineProcess(EnginePipe):
         names : in the order in which they are sent
         bucket : tensors per request
         cut : one of them, sent without its last row
+        load_format : SGLang's word for how buckets are written
         """
-        return self._call("update_from_tensors", str(folder), list(names), bucket, cut)
+        return self._call("update_from_tensors", str(folder), list(names), bucket, cut, load_format)
 
     def update_from_group(self, folder: Path, names: Sequence[str]) -> tuple[bool, str]:
         """The same over a gloo group in which the engine's parent is the trainer."""
         return self._call("update_from_group", str(folder), list(names))
+
+    def load_adapter(self, name: str, folder: Path) -> tuple[bool, str]:
+        """SGLang's answer to `/load_lora_adapter`."""
+        return self._call("load_adapter", name, str(folder))
+
+    def unload_adapter(self, name: str) -> tuple[bool, str]:
+        """SGLang's answer to `/unload_lora_adapter`."""
+        return self._call("unload_adapter", name)
 
     def flush(self) -> bool:
         """Empty the radix cache; False if SGLang refuses because a request still runs."""
@@ -302,7 +317,7 @@ class _Engine:
         return success, message
 
     def update_from_tensors(
-        self, folder: str, names: list[str], bucket: int, cut: str
+        self, folder: str, names: list[str], bucket: int, cut: str, load_format: str | None
     ) -> list[tuple[bool, str]]:
         tensors = checkpoint_tensors(folder)
         if cut:
@@ -311,7 +326,7 @@ class _Engine:
         answers = []
         for start in range(0, len(names), bucket):
             sent = [(name, tensors[name]) for name in names[start : start + bucket]]
-            success, message = self.host.update_weights_from_tensor(sent)
+            success, message = self.host.update_weights_from_tensor(sent, load_format=load_format)
             answers.append((success, message))
         self.host.end_weight_update()
         return answers
@@ -361,6 +376,14 @@ class _Engine:
         MultiProcessCollector(registry)
         samples = [sample for family in registry.collect() for sample in family.samples]
         return sum(sample.value for sample in samples if sample.name == name)
+
+    def load_adapter(self, name: str, folder: str) -> tuple[bool, str]:
+        answer = self.host.load_lora_adapter(lora_name=name, lora_path=folder)
+        return answer.success, answer.error_message
+
+    def unload_adapter(self, name: str) -> tuple[bool, str]:
+        answer = self.host.unload_lora_adapter(lora_name=name)
+        return answer.success, answer.error_message
 
     def flush(self) -> bool:
         return bool(self.host.flush_cache().success)

@@ -16,7 +16,8 @@ SERVED = _names(
     """
     attention_backend chunked_prefill_size context_length cuda_graph_backend_decode
     cuda_graph_config decode_attention_backend device disable_cuda_graph
-    disable_prefill_cuda_graph disable_radix_cache dtype enable_memory_saver enable_metrics
+    disable_prefill_cuda_graph disable_radix_cache dtype enable_lora enable_memory_saver
+    enable_metrics lora_paths lora_target_modules max_lora_rank max_loras_per_batch
     enable_mixed_chunk enable_weights_cpu_backup json_model_override_args load_format
     max_prefill_tokens max_running_requests max_total_tokens mem_fraction_static
     mm_enable_dp_encoder mm_process_config model_path moe_runner_backend
@@ -52,7 +53,7 @@ WITHOUT_EFFECT = _names(
     enable_dsa_cache_layer_split enable_dsa_fused_indexer enable_dynamic_chunking
     enable_encoder_swa_bounded_replay enable_fused_qk_norm_rope enable_int8_mamba_checkpoint
     enable_lean_attention enable_linear_replayssm enable_linear_replayssm_spec
-    enable_linker_mla_dedup enable_lora_overlap_loading enable_mamba_cache_stochastic_rounding
+    enable_linker_mla_dedup enable_mamba_cache_stochastic_rounding
     enable_megamoe_for_layernorm_sp enable_precise_embedding_interpolation
     enable_scattered_sconv enable_torch_compile_debug_mode enable_tp_lm_head_all_to_all
     enable_w4a4_mxfp4_megamoe enable_waterfill encoder_bootstrap_port encoder_register_urls
@@ -60,7 +61,7 @@ WITHOUT_EFFECT = _names(
     ep_join_mode ep_join_rank_offset eplb_algorithm eplb_min_rebalancing_utilization_threshold
     eplb_rebalance_layers_per_chunk eplb_rebalance_num_iterations
     expert_balancedness_report_mode expert_distribution_recorder_buffer_size
-    expert_distribution_recorder_mode experts_shared_outer_loras flashinfer_a2a_dispatch_type
+    expert_distribution_recorder_mode flashinfer_a2a_dispatch_type
     flashinfer_mla_disable_ragged flashinfer_mxfp4_moe_precision flexkv_config_file fuseep_mode
     gated_launch_port hicache_host_memory_fraction hicache_host_memory_mode hicache_io_backend
     hicache_mem_layout hicache_ratio hicache_size hicache_storage_backend
@@ -70,11 +71,11 @@ WITHOUT_EFFECT = _names(
     kt_max_deferred_experts_per_token kt_method kt_num_gpu_experts kt_threadpool_count
     language_model_only linear_attn_backend linear_attn_decode_backend
     linear_attn_prefill_backend linear_attn_verify_backend linear_replayssm_cache_len
-    lmcache_config_file lora_backend lora_drain_wait_threshold lora_eviction_policy
-    lora_strict_loading lora_target_modules lora_use_virtual_experts mamba_backend
+    lmcache_config_file lora_drain_wait_threshold lora_eviction_policy
+    lora_strict_loading mamba_backend
     mamba_cache_philox_rounds mamba_full_memory_ratio mamba_max_states_per_path
     mamba_radix_cache_strategy mamba_ssm_dtype mamba_track_interval max_ep_size max_loaded_loras
-    max_lora_chunk_size max_lora_rank max_loras_per_batch max_mamba_cache_size
+    max_lora_chunk_size max_mamba_cache_size
     mlx_enable_sampling mooncake_ib_device num_reserved_decode_tokens offload_mode
     offload_num_in_group offload_prefetch_step optimistic_prefill_attempts
     paged_experts_num_resident pdmux_config_path ple_offload_backend ple_offload_dir

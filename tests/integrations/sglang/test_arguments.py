@@ -55,7 +55,7 @@ OTHER: dict[str, Any] = {
     "speculative_algorithm": "NGRAM",
     "kv_cache_dtype": "fp4_e2m1",
     "cuda_graph_backend_prefill": "full",
-    "lora_paths": ["a/path"],
+    "lora_backend": "triton_v2",
 }
 
 
@@ -106,3 +106,38 @@ def test_memory_of_weights_is_given_back_with_a_copy_alone() -> None:
     require_served(SimpleNamespace(**given, enable_weights_cpu_backup=True))
     with pytest.raises(ValueError, match="--enable-weights-cpu-backup must be True"):
         require_served(SimpleNamespace(**given, enable_weights_cpu_backup=False))
+
+
+ADAPTERS = {
+    "device": "cuda",
+    "speculative_algorithm": None,
+    "enable_lora": True,
+    "lora_target_modules": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"speculative_algorithm": "NEXTN"}, "--enable-lora beside --speculative-algorithm NEXTN"),
+        ({"device": "cpu", "lora_backend": "triton"}, "--lora-backend must be torch_native"),
+        ({"lora_target_modules": {"q_proj", "embed_tokens"}}, "embed_tokens: adapters are taken"),
+        ({"enable_lora": None, "lora_paths": ["a"], "lora_target_modules": ["qkvr"]}, "qkvr"),
+    ],
+)
+def test_adapters_are_refused_where_they_were_never_run(
+    other: dict[str, Any], message: str
+) -> None:
+    from m3_sglang.options import require_served
+
+    require_served(SimpleNamespace(**ADAPTERS))
+    with pytest.raises(ValueError, match=message):
+        require_served(SimpleNamespace(**(ADAPTERS | other)))
+
+
+def test_adapters_need_the_release_that_they_were_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from m3_sglang import options
+
+    monkeypatch.setattr(options, "adapters_are_tested", lambda: False)
+    with pytest.raises(ValueError, match="--enable-lora needs SGLang"):
+        options.require_served(SimpleNamespace(**ADAPTERS))

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations.sglang.engine import EngineProcess, checkpoint_tensors
-from tests.integrations.updates import EXPERT, FUSED, PROMPT, without_tensor
+from m3_sglang.compat import speculation_is_tested
+from tests.integrations.sglang.engine import EngineProcess, checkpoint_tensors, speculation
+from tests.integrations.speculation import (
+    answer,
+    chains_of_eight_phases,
+    drafting_checkpoint,
+    ids,
+)
+from tests.integrations.updates import EXPERT, FUSED, PROMPT, with_nan, without_tensor
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +107,82 @@ def test_a_folder_without_one_tensor_is_answered_and_the_old_weights_serve(
     short = EXPERT.removeprefix("language_model.").removesuffix(".weight")
     assert f"missing 1 tensor(s): {short}" in message
     assert answers.now() == answers.first
+
+
+def test_weights_that_are_no_numbers_are_answered_and_the_old_ones_serve(
+    answers: Answers, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    broken = with_nan(other_checkpoint, tmp_path / "broken", EXPERT)
+    success, message = answers.engine.update_from_disk(broken)
+    assert not success
+    assert f"{EXPERT} holds 1 values that are NaN" in message
+    names = [FUSED[0], EXPERT]
+    ((success, message),) = answers.engine.update_from_tensors(broken, names, bucket=2)
+    assert not success
+    assert f"{EXPERT} holds 1 values that are NaN" in message
+    assert answers.now() == answers.first
+
+
+@pytest.mark.parametrize("form", ["direct", "of.nobody"])
+def test_forms_of_buckets_that_pass_names_over_are_answered(
+    answers: Answers, other_checkpoint: Path, form: str
+) -> None:
+    """SGLang ends its scheduler with one it does not know, and writes blindly with `direct`."""
+    (answer,) = answers.engine.update_from_tensors(
+        other_checkpoint, [FUSED[0]], bucket=1, load_format=form
+    )
+    assert not answer[0]
+    assert (
+        f"load_format must be flattened_bucket or left out for MiniMax-M3; got '{form}'"
+        in (answer[1])
+    )
+    assert answers.now() == answers.first
+
+
+def test_a_folder_that_breaks_while_it_is_read_gives_way_to_the_one_before() -> None:
+    """SGLang's own way back would read the broken one again."""
+    from m3_sglang.updates import _or_the_folder_before
+
+    read = []
+
+    def load(updater: SimpleNamespace, folder: str, form: str) -> tuple[bool, str]:
+        read.append((folder, form))
+        updater.model_config.model_path = folder
+        if folder == "new":
+            raise OSError("input/output error")
+        return True, ""
+
+    updater = SimpleNamespace(model_config=SimpleNamespace(model_path="old"))
+    success, message = _or_the_folder_before(load, updater, "new", "auto")
+    assert not success
+    assert "input/output error; the weights of old serve" in message
+    assert read == [("new", "auto"), ("old", "auto")]
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
+def test_drafts_change_with_their_target(constructed_checkpoint: Path, tmp_path: Path) -> None:
+    """A module that is always wrong, the right one from disk, and the wrong one in one bucket.
+
+    A folder without MTP weights leaves the module as it is.
+    """
+    wrong = drafting_checkpoint(tmp_path / "wrong", wrong_every=1)
+    right = drafting_checkpoint(tmp_path / "right")
+    prompt = chains_of_eight_phases()[0]
+    module = [name for name in checkpoint_tensors(wrong) if ".mtp." in name]
+    with EngineProcess(wrong, log=tmp_path / "engine.log", **speculation(wrong, steps=3)) as engine:
+
+        def accepted() -> int:
+            engine.flush()
+            (output,) = engine.generate([ids([prompt])[0]], max_tokens=16, ignore_eos=True)
+            assert output.token_ids == answer(prompt, 16)
+            return output.num_accepted
+
+        assert accepted() == 0
+        assert engine.update_from_disk(right)[0]
+        assert (many := accepted()) > 8
+        assert engine.update_from_disk(constructed_checkpoint)[0]
+        assert accepted() == many
+        ((success, message),) = engine.update_from_tensors(wrong, module, bucket=len(module))
+        assert success, message
+        assert accepted() == 0

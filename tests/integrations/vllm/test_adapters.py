@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 
-from m3_plugin.checkpoint.adapters import ADAPTED
 from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from tests.integrations import golden
-from tests.integrations.adapters import draw, merge, write_adapter
+from tests.integrations.adapters import (
+    REFUSED,
+    Adapter,
+    two_adapters,
+    write_adapter,
+    write_cut_adapter,
+)
 from tests.integrations.cases import random_prompt
 from tests.integrations.parity import require_close
 from tests.integrations.vllm.engine import EngineError, EngineProcess
@@ -23,14 +27,6 @@ from tests.integrations.vllm.test_server import OPTIONS, SERVER_ENVIRONMENT
 LENGTH = 700
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter's folder, and the checkpoint with it merged in."""
-
-    folder: Path
-    merged: Path
-
-
 @pytest.fixture(scope="module")
 def checkpoint(random_checkpoint: Callable[[str], Path]) -> Path:
     return random_checkpoint("engine")
@@ -38,19 +34,7 @@ def checkpoint(random_checkpoint: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
-    """One of every projection, one of the index branch alone."""
-    root = tmp_path_factory.mktemp("adapters")
-    made = []
-    for seed, modules in enumerate((ADAPTED, ("index_q_proj", "index_k_proj"))):
-        pairs = draw(checkpoint, modules, seed=seed)
-        assert {name.rpartition(".")[2] for name in pairs} == set(modules)
-        made.append(
-            Adapter(
-                write_adapter(root / f"adapter-{seed}", pairs),
-                merge(checkpoint, pairs, root / f"merged-{seed}"),
-            )
-        )
-    return made
+    return two_adapters(checkpoint, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
@@ -116,17 +100,7 @@ def test_weights_stay_while_adapters_are_served(engine: EngineProcess, checkpoin
     assert after.token_ids == before.token_ids
 
 
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
-        ("language_model.model.layers.1.block_sparse_moe.experts.0.w1", "experts.0.w1.*merge"),
-        ("language_model.model.layers.1.block_sparse_moe.gate", "are taken by projections"),
-        ("language_model.model.layers.99.self_attn.q_proj", "layers 0 to"),
-        ("language_model.model.layers.0.self_attn.index_q_proj", "of layer 0"),
-        ("vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", "are taken by"),
-        ("language_model.lm_head", "are taken by"),
-    ],
-)
+@pytest.mark.parametrize(("module", "reason"), REFUSED)
 def test_what_would_be_passed_over_is_refused(
     engine: EngineProcess, adapters: list[Adapter], tmp_path: Path, module: str, reason: str
 ) -> None:
@@ -139,6 +113,16 @@ def test_what_would_be_passed_over_is_refused(
         [random_prompt(5, seed=1)], max_tokens=1, adapters=[adapters[0].folder]
     )
     assert len(output.token_ids) == 1
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_wrong_shape_is_refused(
+    engine: EngineProcess, checkpoint: Path, tmp_path: Path, half: int
+) -> None:
+    """vLLM would copy it into a corner of its buffer and answer."""
+    folder = write_cut_adapter(checkpoint, tmp_path / "adapter", half=half)
+    with pytest.raises(EngineError, match=r"o_proj\.lora_[AB]\.weight must have shape"):
+        engine.add_adapter(folder)
 
 
 def completion(server: ServerProcess, model: str, prompt: list[int]) -> list[int]:

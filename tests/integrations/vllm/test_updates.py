@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations.updates import EXPERT, FUSED, PROMPT, without_tensor
+from tests.integrations.updates import EXPERT, FUSED, PROMPT, with_nan, without_tensor
 from tests.integrations.vllm.engine import EngineError, EngineProcess
 from tests.integrations.vllm.updating_worker import read
 
@@ -110,6 +110,20 @@ def test_a_folder_without_one_tensor_is_refused_and_the_old_weights_serve(
     short = EXPERT.removeprefix("language_model.").removesuffix(".weight")
     with pytest.raises(EngineError, match=rf"missing 1 tensor\(s\): {short}"):
         answers.engine.rpc("reload_weights", None, str(broken))
+    assert answers.now() == answers.first
+
+
+def test_weights_that_are_no_numbers_are_refused_and_the_old_ones_serve(
+    answers: Answers, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    """In a folder before its first tensor is written; in a bucket, too."""
+    broken = with_nan(other_checkpoint, tmp_path / "broken", EXPERT)
+    said = f"{EXPERT} holds 1 values that are NaN"
+    with pytest.raises(EngineError, match=said):
+        answers.engine.rpc("reload_weights", None, str(broken))
+    assert answers.now() == answers.first
+    with pytest.raises(EngineError, match=said):
+        answers.engine.rpc("load_directly", str(broken), [*FUSED, EXPERT])
     assert answers.now() == answers.first
 
 

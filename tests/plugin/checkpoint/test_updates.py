@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from m3_plugin.checkpoint.finite import require_finite_files
 from m3_plugin.checkpoint.loading import WeightLoader, interleave_gate_up, separate_gate_up
 from m3_plugin.checkpoint.names import TensorLedger, expert_of, tensor_shape, text_modules
 from m3_plugin.checkpoint.updates import (
@@ -69,6 +71,31 @@ def test_a_bucket_is_checked_before_any_of_it_is_given_out() -> None:
     assert next(iter(stream)) is not None
     with pytest.raises(ValueError, match="got \\[1\\]"):
         next(iter(stream))
+
+
+def test_what_is_no_number_is_refused_before_any_of_a_bucket_is_given_out() -> None:
+    text, vision = loader(Recorder()), VisionWeights(None, default_loader=lambda *given: None)
+    good = ("model.norm.weight", torch.ones(CONFIG.hidden_size))
+    bad = torch.ones(CONFIG.hidden_size)
+    bad[3] = torch.inf
+    weights = [good, (f"{LAYER}.input_layernorm.weight", bad)]
+    said = r"input_layernorm\.weight holds 1 values that are NaN .* \[3\]"
+    with pytest.raises(ValueError, match=said):
+        checked(text, vision, weights)
+    stream = iter(checked(text, vision, iter(weights)))
+    assert next(stream)[0] == good[0]
+    with pytest.raises(ValueError, match=said):
+        next(stream)
+
+
+def test_a_folder_with_what_is_no_number_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    right = {"b": torch.ones(4), "codes": torch.full((4,), 255, dtype=torch.uint8)}
+    save_file(right, file)
+    require_finite_files([file])
+    save_file(right | {"a": torch.tensor([1.0, torch.nan]).bfloat16()}, file)
+    with pytest.raises(ValueError, match=r"a holds 1 values that are NaN .* \[1\] of \[2\]"):
+        require_finite_files([file])
 
 
 def test_the_vision_part_is_passed_over_or_known() -> None:

@@ -59,6 +59,7 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         self.language_model = M3CausalLM(
             config, quant_config, f"{dot}language_model", is_root=False
         )
+        self.language_model.take_adapters(self, prefix="language_model.")
         self.served = ServedWeights(
             self,
             text=self.language_model.weight_loader,
