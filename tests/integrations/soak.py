@@ -92,7 +92,7 @@ class SoakCases:
 
     worker: ClassVar[str]
 
-    @pytest.mark.parametrize("seconds", [25, pytest.param(180, marks=pytest.mark.extended)])
+    @pytest.mark.parametrize("seconds", [90, pytest.param(180, marks=pytest.mark.extended)])
     def test_every_answer_under_fire_is_right(
         self, server: ServerProcess, seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
