@@ -561,6 +561,30 @@ FAULTS = (
         ("tests/plugin/model/test_vision_shares.py",),
     ),
     Fault(
+        "mxfp8 triton: a program of its own takes the first segment",
+        f"{KERNELS}/mxfp8_linear/triton.py",
+        "start = segment * SEGMENT",
+        "start = segment * 0",
+        ("tests/kernels/triton/test_mxfp8_linear.py",),
+    ),
+    Fault(
+        "mxfp8 triton: a program that takes all segments sums them as one",
+        f"{KERNELS}/mxfp8_linear/triton.py",
+        "for start in range(0, num_columns, SEGMENT):\n"
+        "            end = tl.minimum(num_columns, start + SEGMENT)",
+        "for start in range(0, num_columns, num_columns):\n            end = num_columns",
+        ("tests/kernels/triton/test_mxfp8_linear.py",),
+        "segments_of_columns",
+    ),
+    Fault(
+        "mxfp8 triton: tiles of prompts wait for the first prompt",
+        f"{KERNELS}/mxfp8_linear/triton.py",
+        "MOST_TOKENS = 2**17",
+        "MOST_TOKENS = 2**5",
+        ("tests/kernels/triton/test_mxfp8_linear.py",),
+        "compiled_ahead",
+    ),
+    Fault(
         "tuning: every context is looked up anew",
         f"{KERNELS}/index_topk/triton.py",
         "max_blocks=power_of_two(plan.max_blocks)),",

@@ -292,6 +292,30 @@ def experts_layer(*, experts: int, hidden: int, inner: int) -> nn.Module:
     return layer
 
 
+def test_products_in_eight_bits_are_compiled_when_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from m3_sglang import quantization
+
+    asked: list[tuple[Any, ...]] = []
+
+    def compiled(weight: Tensor, scales: Tensor, *, dtype: torch.dtype) -> None:
+        asked.append((*weight.shape, *scales.shape, dtype))
+
+    monkeypatch.setattr(quantization, "compile_mxfp8_linear", compiled)
+    linear, experts = quantization.Mxfp8LinearMethod(), quantization.Mxfp8ExpertsMethod()
+    layers = nn.Module(), nn.Module()
+    linear.create_weights(layers[0], 64, [96, 32], 64, 128, torch.bfloat16)
+    experts.create_weights(layers[1], 5, 64, 96, torch.float16)
+    for method, layer in zip((linear, experts), layers, strict=True):
+        method.process_weights_after_loading(layer)
+    assert asked == [
+        (128, 64, 128, 2, torch.bfloat16),
+        (5, 192, 64, 5, 192, 2, torch.float16),
+        (5, 64, 96, 5, 64, 3, torch.float16),
+    ]
+
+
 def test_experts_in_eight_bits_are_those_of_the_decoded_weights() -> None:
     """Tokens without an expert (id -1, as padding has), experts without a token, and both signs."""
     from m3_plugin.quantization.codecs import dequantise
