@@ -248,10 +248,11 @@ def launches(call: Mxfp8Linear, *, arch: int) -> Iterator[Launch]:
     dot = str(x.dtype).removeprefix("torch.")
     # the look-up is kept for each power of two
     per_group = power_of_two(max(1, tokens // groups))
-    config = kernel_config("mxfp8_linear", arch=arch, dot=dot, tokens=per_group)
+    grouped = starts is not None
+    config = kernel_config("mxfp8_linear", arch=arch, dot=dot, tokens=per_group, grouped=grouped)
     few, sums = config.pop("SPLIT_BELOW"), config.pop("SUMS")
     tiles = triton.cdiv(tokens, config["TOKENS"])
-    if starts is not None:
+    if grouped:
         # each group may end within a tile
         tiles += min(groups, tokens) - 1
     row_tiles = triton.cdiv(rows, config["ROWS"])
@@ -268,7 +269,7 @@ def launches(call: Mxfp8Linear, *, arch: int) -> Iterator[Launch]:
         "num_rows": rows,
         "num_groups": groups,
         "out_stride": call.out.stride(0),
-        "GROUPED": starts is not None,
+        "GROUPED": grouped,
     }
     arguments = {
         **shared,

@@ -99,11 +99,11 @@ def test_wide_tiles_of_prompts_have_the_bits_of_narrow_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("m3_kernels.tuning.INTERPRETER_ARCH", 90)
-    x, weight, scales, _ = inputs(LinearCase("wide", 257, 40, 832), torch.float16)
-    wide, narrow = (launched(rows, weight, scales, arch=90)[0] for rows in (x, x[:200]))
+    x, weight, scales, _ = inputs(LinearCase("wide", 130, 40, 832), torch.float16)
+    wide, narrow = (launched(rows, weight, scales, arch=90)[0] for rows in (x, x[:100]))
     assert (wide["TOKENS"], narrow["TOKENS"]) == (128, 32)
     together = mxfp8_linear(x, weight, scales, backend="triton")
-    for some in (slice(0, 200), slice(250, 251)):
+    for some in (slice(0, 100), slice(128, 129)):
         alone = mxfp8_linear(x[some], weight, scales, backend="triton")
         assert torch.equal(alone, together[some])
 

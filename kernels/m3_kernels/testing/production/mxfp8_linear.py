@@ -12,9 +12,9 @@ from m3_kernels.mxfp8_linear.triton import launches
 from m3_kernels.testing import production as m3
 from m3_kernels.testing.compile_gate import LoopBudget, Variant
 
-EXPERTS, ROWS, COLUMNS = 128, 3072, 6144
+EXPERTS, ROWS, COLUMNS = 128, 6144, 6144
 # Tokens of a step: too few for the chip, enough, and those of a prompt.
-FEW, SOME, MANY = 4, 200, 8192
+FEW, SOME, MANY = 2, 100, 8192
 
 # Of sm_90, with the release of Triton that needs most.
 HOT_LOOPS = {
@@ -25,7 +25,7 @@ HOT_LOOPS = {
     "projection bf16": LoopBudget(470, 1250, barriers=3, awaited_loads=2, programs_per_sm=2),
     "projection bf16, prompts": LoopBudget(310, 1000, barriers=3, awaited_loads=2),
     "experts bf16, few tokens": LoopBudget(
-        470, 1250, barriers=3, awaited_loads=2, programs_per_sm=2
+        490, 1250, barriers=3, awaited_loads=2, programs_per_sm=2
     ),
     "experts bf16": LoopBudget(470, 1250, barriers=3, awaited_loads=2, programs_per_sm=2),
     "experts bf16, prompts": LoopBudget(310, 1000, barriers=3, awaited_loads=2),
