@@ -38,6 +38,7 @@ from m3_plugin.model.config import MSAConfig
 
 if TYPE_CHECKING:
     from m3_plugin.attention.recorder import SelectionRecorder
+    from m3_plugin.attention.transfers import TransferVerifier
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ class MSASession:
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None
         self.checker: LayerChecker | None = None
+        self.transfers: TransferVerifier | None = None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
         """Prepare one engine step. May look at host integers, never at device values.
@@ -234,6 +236,8 @@ class MSASession:
             q, index_q = self.store(
                 plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
             )
+        if self.transfers is not None:
+            self.transfers.look(plan, caches=caches)
         with self.timed("select", plan):
             block_ids = self.select(plan, index_q, caches=caches)
         with self.timed("attend", plan):

@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.checkpoint.loading import TakesCacheScales, WeightLoader
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.checkpoint.stored_layers import StoredExperts, StoredLinear
 from m3_plugin.checkpoint.stream import Dequantiser
 from m3_plugin.checkpoint.updates import (
     LoadedForm,
@@ -134,7 +135,8 @@ class ServedWeights(nn.Module, AttentionLayerBase):
         if not by_host:
             self.waiting.clear()
             initialize_layerwise_reload(root)
-            text, vision = self._loaders()
+        keep_stored_layers(root, self.model_config)
+        text, vision = self._loaders()
         try:
             if getattr(root, "lora_manager", None) is not None:
                 raise ValueError(
@@ -251,6 +253,24 @@ class ServedWeights(nn.Module, AttentionLayerBase):
 def is_reloading(root: nn.Module) -> bool:
     """Whether vLLM has opened a layer-wise reload of this model."""
     return any(get_layerwise_info(module).can_load() for module in root.modules())
+
+
+def keep_stored_layers(root: nn.Module, model_config: ModelConfig) -> None:
+    """Take layers out of a layer-wise reload whose parameters keep the bytes of the files.
+
+    Tensors are written into them where they lie. vLLM would lay memory out anew and hand it over
+    once it has counted as many elements as the layer has, which are not those of the files.
+    """
+    for module in root.modules():
+        method = getattr(module, "quant_method", None)
+        stored = isinstance(method, StoredLinear) or isinstance(
+            getattr(method, "experts", None), StoredExperts
+        )
+        info = get_layerwise_info(module)
+        if stored and info.can_load():
+            # nothing has been loaded, and nothing is missed
+            info.load_numel_total = 0
+            finalize_layerwise_reload(module, model_config)
 
 
 def put_old_weights_back(root: nn.Module, model_config: ModelConfig) -> None:
