@@ -27,6 +27,10 @@ constexpr float kLowPlaneBoundPerChannel = 0.002f;
 // [key of a pair][query], and two such pairs side by side.
 typedef float PairFloats __attribute__((vector_size(32)));
 typedef int32_t PairInts __attribute__((vector_size(32)));
+// Of one key.
+typedef float QueryFloats __attribute__((vector_size(16)));
+typedef int32_t QueryInts __attribute__((vector_size(16)));
+typedef double QueryDoubles __attribute__((vector_size(32)));
 
 // Whole numbers of a query [dim] into codes[padded]; what 256 times the products with high planes
 // may lack, or NaN for a query that is not finite, whose codes are zero.
@@ -166,6 +170,14 @@ inline int32_t product(const int8_t* key, const int16_t* query, int64_t padded) 
 // The score that both planes give, as every implementation rounds it.
 inline float score_of(int32_t high, int32_t low, float scale) {
   return static_cast<float>(int64_t{256} * high + low) * scale;
+}
+
+// 256 high + low as an fp32 for each query: at most 38 bits, which fp64 holds, so they are rounded
+// once, as `score_of` does.
+inline QueryFloats scores_of(QueryInts high, QueryInts low) {
+  const QueryDoubles sum = __builtin_convertvector(high, QueryDoubles) * 256.0 +
+                           __builtin_convertvector(low, QueryDoubles);
+  return __builtin_convertvector(sum, QueryFloats);
 }
 
 }  // namespace m3

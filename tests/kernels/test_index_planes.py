@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -133,6 +134,42 @@ def test_the_choice_is_that_of_all_bits(kind: int, rows: int, backend: Backend) 
     queries[0, 1] = 0
     expected = choose(queries, keys, "reference")
     assert torch.equal(choose(queries, keys, backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [lambda keys: keys, equal])
+def test_tokens_behind_a_row_count_for_later_rows_alone(
+    kind: Callable[[Tensor], Tensor], backend: Backend
+) -> None:
+    """The last token is by far the best, and no block is forced."""
+    queries, keys = numbers(5, 1, 3, DIM).abs().repeat(6, 1, 1), kind(numbers(6, 90 * PAGE, DIM))
+    keys[-8:] = -1.0
+    keys[-1] = 100.0
+    ids = choose(queries, keys, backend, num_local_blocks=0)
+    assert torch.equal(ids, choose(queries, keys, "reference", num_local_blocks=0))
+    assert (ids == 89).any(-1)[:, -1].all()
+    assert not (ids == 89).any(-1)[:, :-1].any()
+
+
+def equal_in_places(keys: Tensor) -> Tensor:
+    """From the tenth of the keys on to the half, in every second page behind, and at the end."""
+    page = torch.arange(len(keys)) // PAGE
+    half = int(page[-1]) // 2
+    first, second = (page > half // 5) & (page < half), (page > half) & (page % 2 == 0)
+    keys[first | second | (page > 2 * half - 9)] = keys[0].clone()
+    return keys
+
+
+@pytest.mark.parametrize("rows", [1, 5, 9])
+@pytest.mark.parametrize("topk", [4, 16])
+@pytest.mark.parametrize("kind", [equal, equal_in_places, last_bit, lambda keys: keys])
+def test_crowds_that_come_and_go_are_chosen_from_alike(
+    kind: Callable[[Tensor], Tensor], topk: int, rows: int
+) -> None:
+    """700 blocks are ranges enough that some look whether the crowd has ended."""
+    queries, keys = numbers(3, rows, 4, DIM), kind(numbers(4, 700 * PAGE - 3, DIM))
+    expected = choose(queries, keys, "reference", topk=topk)
+    assert torch.equal(choose(queries, keys, "native", topk=topk), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

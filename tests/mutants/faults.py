@@ -133,6 +133,27 @@ FAULTS = (
         PLANES,
     ),
     Fault(
+        "planes native: a block scored whole is scored by its high plane",
+        f"{KERNELS}/native_planes.h",
+        "__builtin_convertvector(low, QueryDoubles);",
+        "0.0 * __builtin_convertvector(low, QueryDoubles);",
+        PLANES,
+    ),
+    Fault(
+        "planes native: a block scored whole has tokens behind a row",
+        f"{KERNELS}/index_topk/native.cpp",
+        "found = static_cast<int32_t>(key) < seen ? found * scale[key] : nothing;",
+        "found = found * scale[key];",
+        PLANES,
+    ),
+    Fault(
+        "planes native: a score is taken for a bound of a token",
+        f"{KERNELS}/index_topk/native.cpp",
+        "if (tokens(tile, lane)[block] == kWhole) return bounds(tile, lane)[block];",
+        "if (tokens(tile, lane)[block] == kWhole) return bounds(tile, lane)[0];",
+        PLANES,
+    ),
+    Fault(
         "planes: low bytes of the next token",
         f"{KERNELS}/cache_store/native.cpp",
         "page * low_pages->stride[0] + offset * low_pages->stride[1], low->size[1]);",

@@ -19,9 +19,11 @@ constexpr int64_t kTileLanes = 128;                    // (row, head) pairs of a
 constexpr int64_t kWaveFloats = 16 * 1024 * 1024;      // scores alive at once: 64 MiB
 constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kMaxBlocksPerItem = 64;
-// If more than one block of so many would be scored whole for a row and head, all blocks are scored
-// for it at once, and for those beside it.
+// If more than one block of so many would be scored whole for a row and head, all are, and those of
+// the rows and heads beside it.
 constexpr int64_t kCrowded = 4;
+// Where a range of blocks was so, the next are scored whole at once; one of so many looks again.
+constexpr int64_t kLooks = 16;
 constexpr int64_t kUsualChannels = 128;
 constexpr int64_t kKeysAhead = 16;
 constexpr int64_t kManyLanes = 24;  // of a tile, from which on keys are turned to columns
@@ -35,6 +37,7 @@ struct Tile {
 struct Item {
   const Tile* tile;
   int64_t first_block, last_block;
+  int64_t number;  // of its tile
 };
 
 struct Candidate {
@@ -170,7 +173,7 @@ class TiledStep {
       tile->scores = next;
       next += floats_of(*tile);
       for (int64_t b = 0; b < tile->blocks; b += step) {
-        items.push_back({tile, b, std::min(b + step, tile->blocks)});
+        items.push_back({tile, b, std::min(b + step, tile->blocks), b / step});
       }
     }
     return items;
@@ -327,7 +330,7 @@ class IndexTopk : public TiledStep {
 //
 // Kept per row, head and block: the largest bound of its tokens, the token it is of, and the second
 // largest. Where the second does not reach what the first token really scores, that is the block's
-// score, and two rows of bytes have told it.
+// score, and two rows of bytes have told it. Of a block scored whole: the score, no token, and -inf.
 class PlanesTopk : public TiledStep {
  public:
   PlanesTopk(const Array& q, const Array& high, const Array& low, const Array& scales,
@@ -337,6 +340,9 @@ class PlanesTopk : public TiledStep {
         padded_(round_up(dim_, kChannels)) {}
 
  private:
+  // In place of a token: the block's bound is its score.
+  static constexpr float kWhole = -1.0f;
+
   // A block and what its score is at least and at most.
   struct Range {
     float low, high;
@@ -353,6 +359,7 @@ class PlanesTopk : public TiledStep {
     std::vector<int32_t> likely;
     std::vector<Range> ranges;
     std::vector<float> values;
+    std::vector<char> whole;  // of each lane: whether an item's blocks are scored whole at once
     const Tile* tile = nullptr;  // whose queries these are
     // Of tiles of many lanes: queries, products, a panel and what was found, and where these lie.
     std::vector<float> floats;
@@ -369,7 +376,8 @@ class PlanesTopk : public TiledStep {
       memory.slack.resize(lanes);
       memory.scale.resize(page_size_ + 1);
       memory.rows.resize((page_size_ + 2) * padded_);
-      memory.products.resize((page_size_ + 1) * kQueries);
+      memory.products.resize((page_size_ + 1) * 2 * kQueries);
+      memory.whole.resize(lanes);
       if (lanes >= kManyLanes) {
         memory.floats.resize(lanes * (dim_ + kPanel + 3 * kLanes) + dim_ * kPanel);
       }
@@ -381,14 +389,17 @@ class PlanesTopk : public TiledStep {
   void run_wave(Tile* tiles, int64_t num_tiles, const std::vector<Item>& items) override {
     std::atomic<int64_t> next_item{0}, next_lane{0}, next_exact{0}, next_choice{0};
     const int64_t num_items = static_cast<int64_t>(items.size());
-    // Lanes of all tiles in one row, for threads to share; and which of them had to be given up.
+    // Lanes of all tiles in one row, for threads to share.
     std::vector<int64_t> first_lane(num_tiles + 1, 0);
     for (int64_t t = 0; t < num_tiles; ++t) {
       first_lane[t + 1] = first_lane[t] + tiles[t].rows * heads_;
     }
-    // By the first lane of each `kQueries`, which are multiplied together.
-    std::vector<std::atomic<bool>> crowded(first_lane[num_tiles]);
+    // By the first lane of each `kQueries`, which are multiplied together: whether the last look at
+    // a range of blocks left too many in doubt; whether all of them did. When threads see the former
+    // decides what is scored whole, never what is chosen.
+    std::vector<std::atomic<bool>> crowded(first_lane[num_tiles]), given_up(first_lane[num_tiles]);
     for (auto& flag : crowded) flag.store(false);
+    for (auto& flag : given_up) flag.store(false);
     for (Memory& memory : memory_) memory.tile = memory.rows_of_tile = nullptr;
     const auto tile_of = [&](int64_t lane) {
       return std::upper_bound(first_lane.begin(), first_lane.end(), lane) - first_lane.begin() - 1;
@@ -396,24 +407,26 @@ class PlanesTopk : public TiledStep {
 #pragma omp parallel num_threads(static_cast<int>(threads_))
     {
       Memory& memory = memory_[omp_get_thread_num()];
-      for (int64_t i; (i = next_item.fetch_add(1)) < num_items;) bound(items[i], memory);
+      for (int64_t i; (i = next_item.fetch_add(1)) < num_items;) {
+        bound(items[i], &crowded[first_lane[items[i].tile - tiles]], memory);
+      }
 #pragma omp barrier
       // Without a page there are no bounds to choose by.
       const bool complete = failure_.status == kOk;
       for (int64_t i; complete && (i = next_lane.fetch_add(1)) < first_lane[num_tiles];) {
         const int64_t t = tile_of(i);
         const int64_t lane = i - first_lane[t];
-        if (!choose(tiles[t], lane, memory, false)) crowded[i - lane % kQueries].store(true);
+        if (!choose(tiles[t], lane, memory, false)) given_up[i - lane % kQueries].store(true);
       }
 #pragma omp barrier
       for (int64_t i; complete && (i = next_exact.fetch_add(1)) < num_items;) {
-        score(items[i], &crowded[first_lane[items[i].tile - tiles]], memory);
+        score(items[i], &given_up[first_lane[items[i].tile - tiles]], memory);
       }
 #pragma omp barrier
       for (int64_t i; complete && (i = next_choice.fetch_add(1)) < first_lane[num_tiles];) {
         const int64_t t = tile_of(i);
         const int64_t lane = i - first_lane[t];
-        if (crowded[i - lane % kQueries].load()) choose(tiles[t], lane, memory, true);
+        if (given_up[i - lane % kQueries].load()) choose(tiles[t], lane, memory, true);
       }
     }
   }
@@ -479,34 +492,66 @@ class PlanesTopk : public TiledStep {
     return std::min(page_size_, tile.position + lane / heads_ - block * page_size_ + 1);
   }
 
-  // Upper bounds of the blocks of an item, from the high plane.
-  void bound(const Item& item, Memory& memory) {
+  // Upper bounds of the blocks of an item, from the high plane; where too many would be in doubt,
+  // their scores.
+  void bound(const Item& item, std::atomic<bool>* crowded, Memory& memory) {
     const Tile& tile = *item.tile;
     load_queries(tile, memory);
     const int64_t lanes = tile.rows * heads_;
+    const bool look = item.number % kLooks == 0;
+    bool any_bounds = false;
+    for (int64_t lane = 0; lane < lanes; lane += kQueries) {
+      memory.whole[lane] = !look && crowded[lane].load(std::memory_order_relaxed);
+      any_bounds = any_bounds || !memory.whole[lane];
+    }
     float* const scale = memory.scale.data();
     for (int64_t block = item.first_block; block < item.last_block; ++block) {
       const int64_t page = page_of(tile, block);
       if (page < 0) return;
       const int64_t keys = seen_by(tile, lanes - 1, block);
-      load_floats(scale, element(scales_, page * scales_.stride[0]), scales_.dtype, keys);
-      scale[keys] = std::numeric_limits<float>::quiet_NaN();  // of the second of an odd pair
+      load_scales(page, keys, memory);
       const bool causal = seen_by(tile, 0, block) < keys;
       int64_t stride;
       const int8_t* const rows = rows_of(page, keys, memory, &stride);
-      if (lanes >= kManyLanes) {
-        bound_panels(tile, block, page, keys, causal, memory);
-        continue;
-      }
+      if (lanes >= kManyLanes && any_bounds) bound_panels(tile, block, page, keys, causal, memory);
       for (int64_t lane = 0; lane < lanes; lane += kQueries) {
         const int64_t count = std::min(kQueries, lanes - lane);
-        if (dim_ == kUsualChannels) {
+        if (memory.whole[lane]) {
+          score_block(tile, lane, count, block, page, keys, memory);
+        } else if (lanes >= kManyLanes) {
+          continue;
+        } else if (dim_ == kUsualChannels) {
           bound_block<kUsualChannels>(tile, lane, count, block, rows, stride, keys, causal, memory);
         } else {
           bound_block<0>(tile, lane, count, block, rows, stride, keys, causal, memory);
         }
       }
     }
+    for (int64_t lane = 0; lane < lanes; lane += kQueries) {
+      if (memory.whole[lane]) continue;
+      bool found = false;
+      for (int64_t i = lane; i < std::min(lane + kQueries, lanes); ++i) {
+        found = found || in_doubt(item, i, memory);
+      }
+      memory.whole[lane] = found;
+      crowded[lane].store(found, std::memory_order_relaxed);
+    }
+    score_where(item, [&](int64_t lane) { return memory.whole[lane] != 0; }, memory);
+  }
+
+  // Whether most of an item's blocks would have to be scored whole to find the best quarter of them.
+  bool in_doubt(const Item& item, int64_t lane, Memory& memory) {
+    const Tile& tile = *item.tile;
+    const int64_t first = item.first_block, last = item.last_block;
+    const int64_t count = std::min(topk_, (last - first) / kCrowded);
+    if (count == 0) return false;
+    const float floor = floor_of(tile, lane, first, last, count, memory);
+    const float* const second = seconds(tile, lane);
+    int64_t doubts = 0, left = last - first;
+    for (int64_t b = first; b < last && 2 * (doubts + left) > last - first; ++b, --left) {
+      doubts += second[b] >= floor && second[b] > score_of_token(tile, lane, b, memory);
+    }
+    return 2 * doubts > last - first;
   }
 
   // As `bound_block` for all lanes of a tile: with many of them, keys are worth turning to columns,
@@ -634,21 +679,32 @@ class PlanesTopk : public TiledStep {
     }
   }
 
-  // Scores of the blocks of an item, from both planes, in place of their bounds, for the lanes
-  // that could not be chosen for.
-  void score(const Item& item, const std::atomic<bool>* crowded, Memory& memory) {
+  void load_scales(int64_t page, int64_t keys, Memory& memory) const {
+    float* const scale = memory.scale.data();
+    load_floats(scale, element(scales_, page * scales_.stride[0]), scales_.dtype, keys);
+    scale[keys] = std::numeric_limits<float>::quiet_NaN();  // of the second of an odd pair
+  }
+
+  // Scores of the blocks of an item that have none, for the lanes that could not be chosen for.
+  void score(const Item& item, const std::atomic<bool>* given_up, Memory& memory) {
+    load_queries(*item.tile, memory);
+    score_where(item, [&](int64_t lane) { return given_up[lane].load(); }, memory);
+  }
+
+  // Scores in place of bounds, for those `kQueries` lanes each that are asked for by the first.
+  template <typename Asked>
+  void score_where(const Item& item, const Asked& asked, Memory& memory) {
     const Tile& tile = *item.tile;
     const int64_t lanes = tile.rows * heads_;
     bool any = false;
-    for (int64_t lane = 0; lane < lanes; lane += kQueries) any = any || crowded[lane].load();
-    if (!any) return;
-    load_queries(tile, memory);
-    for (int64_t block = item.first_block; block < item.last_block; ++block) {
+    for (int64_t lane = 0; lane < lanes; lane += kQueries) any = any || asked(lane);
+    for (int64_t block = item.first_block; any && block < item.last_block; ++block) {
       const int64_t page = page_of(tile, block);
       if (page < 0) return;
       const int64_t keys = seen_by(tile, lanes - 1, block);
+      load_scales(page, keys, memory);
       for (int64_t lane = 0; lane < lanes; lane += kQueries) {
-        if (!crowded[lane].load()) continue;
+        if (!asked(lane) || tokens(tile, lane)[block] == kWhole) continue;
         score_block(tile, lane, std::min(kQueries, lanes - lane), block, page, keys, memory);
       }
     }
@@ -656,22 +712,43 @@ class PlanesTopk : public TiledStep {
 
   void score_block(const Tile& tile, int64_t lane, int64_t count, int64_t block, int64_t page,
                    int64_t keys, Memory& memory) const {
+    if (dim_ == kUsualChannels) {
+      score_block_of<kUsualChannels>(tile, lane, count, block, page, keys, memory);
+    } else {
+      score_block_of<0>(tile, lane, count, block, page, keys, memory);
+    }
+  }
+
+  template <int64_t Channels>
+  void score_block_of(const Tile& tile, int64_t lane, int64_t count, int64_t block, int64_t page,
+                      int64_t keys, Memory& memory) const {
     const int16_t* codes = &memory.codes[lane * padded_];
-    float best[kQueries] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
+    const int64_t padded = padded_;
+    int32_t* const products = memory.products.data();
     for (int64_t key = 0; key < keys; ++key) {
-      const PairInts sums =
-          products_of_pair<0>(row_of(pages_, page, key, &memory.rows[0]),
-                           row_of(low_, page, key, &memory.rows[padded_]), codes, padded_);
-      const float scale = scale_of(page, key);
-      for (int64_t i = 0; i < count; ++i) {
-        if (key >= seen_by(tile, lane + i, block)) continue;
-        const float found = score_of(sums[i], sums[kQueries + i], scale);
-        best[i] = found > best[i] ? found : best[i];
-      }
+      store(products + 2 * kQueries * key,
+            products_of_pair<Channels>(row_of(pages_, page, key, &memory.rows[0]),
+                                       row_of(low_, page, key, &memory.rows[padded_]), codes,
+                                       padded));
+    }
+    QueryInts seen{};
+    for (int64_t i = 0; i < count; ++i) {
+      seen[i] = static_cast<int32_t>(seen_by(tile, lane + i, block));
+    }
+    const float* scale = memory.scale.data();
+    const QueryFloats nothing = QueryFloats{} + kMinusInfinity;
+    QueryFloats best = nothing;
+    for (int64_t key = 0; key < keys; ++key) {
+      const int32_t* const both = products + 2 * kQueries * key;
+      QueryFloats found = scores_of(load<QueryInts>(both), load<QueryInts>(both + kQueries));
+      found = static_cast<int32_t>(key) < seen ? found * scale[key] : nothing;
+      best = found > best ? found : best;  // false for NaN, which therefore counts as -inf
     }
     for (int64_t i = 0; i < count; ++i) {
       const bool finite = memory.slack[lane + i] == memory.slack[lane + i];
       bounds(tile, lane + i)[block] = finite ? best[i] : kMinusInfinity;
+      seconds(tile, lane + i)[block] = kMinusInfinity;
+      tokens(tile, lane + i)[block] = kWhole;
     }
   }
 
@@ -704,15 +781,7 @@ class PlanesTopk : public TiledStep {
     const float* const bound = bounds(tile, lane);
     const float* const second = seconds(tile, lane);
     Candidate* const heap = memory.heap.data();
-    // What one token of a block scores, the block scores at least: `count` blocks reach the least
-    // of these, so that no block whose bound stays below it is among the best.
-    int32_t* const likely = memory.likely.data();
-    int32_t* likely_end = likely;
-    select(bound, first, last, count, heap, likely_end);
-    float least = std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < count; ++i) {
-      least = std::min(least, score_of_token(tile, lane, likely[i], memory));
-    }
+    const float least = floor_of(tile, lane, first, last, count, memory);
     std::vector<Range>& ranges = memory.ranges;
     ranges.clear();
     for (int64_t b = first; b < last; ++b) {
@@ -758,6 +827,20 @@ class PlanesTopk : public TiledStep {
     return true;
   }
 
+  // What one token of a block scores, the block scores at least: `count` blocks of more than so
+  // many reach the least of these, so that no block whose bound stays below it is among the best.
+  float floor_of(const Tile& tile, int64_t lane, int64_t first, int64_t last, int64_t count,
+                 Memory& memory) {
+    int32_t* const likely = memory.likely.data();
+    int32_t* end = likely;
+    select(bounds(tile, lane), first, last, count, memory.heap.data(), end);
+    float least = std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < count; ++i) {
+      least = std::min(least, score_of_token(tile, lane, likely[i], memory));
+    }
+    return least;
+  }
+
   // The n-th largest, from one on, of one end of the ranges.
   static float nth_largest(float Range::*side, int64_t n, Memory& memory) {
     std::vector<float>& values = memory.values;
@@ -770,6 +853,7 @@ class PlanesTopk : public TiledStep {
   float score_of_token(const Tile& tile, int64_t lane, int64_t block, Memory& memory) {
     const float slack = memory.slack[lane];
     if (!(slack == slack) || bounds(tile, lane)[block] == kMinusInfinity) return kMinusInfinity;
+    if (tokens(tile, lane)[block] == kWhole) return bounds(tile, lane)[block];
     const int64_t token = static_cast<int64_t>(tokens(tile, lane)[block]);
     return exactly(page_of(tile, block), token, &memory.codes[lane * padded_], memory);
   }
