@@ -38,7 +38,6 @@ from m3_plugin.model.config import MSAConfig
 
 if TYPE_CHECKING:
     from m3_plugin.attention.recorder import SelectionRecorder
-    from m3_plugin.attention.transfers import TransferVerifier
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +137,14 @@ class LayerChecker(Protocol):
         ...
 
 
+class LooksAtTransfers(Protocol):
+    """Knows rows of caches that came from elsewhere (`m3_plugin.attention.transfers`)."""
+
+    def look(self, plan: MSAPlan, *, caches: MSACaches) -> None:
+        """A layer has stored and is about to read; raises where it must not."""
+        ...
+
+
 class MSASession:
     """Runs MSA for the layers of one worker; owns whatever outlives a step, shares nothing.
 
@@ -183,7 +190,7 @@ class MSASession:
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None
         self.checker: LayerChecker | None = None
-        self.transfers: TransferVerifier | None = None
+        self.transfers: LooksAtTransfers | None = None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
         """Prepare one engine step. May look at host integers, never at device values.
