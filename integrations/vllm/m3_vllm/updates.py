@@ -27,6 +27,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from m3_plugin.checkpoint.cache_scales import CacheScales
+from m3_plugin.checkpoint.finite import require_finite
 from m3_plugin.checkpoint.loading import TakesCacheScales, WeightLoader
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
 from m3_plugin.checkpoint.stored_layers import StoredExperts, StoredLinear
@@ -78,6 +79,8 @@ class ServedWeights(nn.Module, AttentionLayerBase):
         self.waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.parts: dict[str, set[str]] = {}
         self.scales: dict[str, CacheScales] = {}
+        # parameters of the text model that the update in progress has changed
+        self.written: set[str] = set()
 
     def load(self, weights: Weights) -> set[str]:
         """Load tensors by the checkpoint's names; names of the parameters loaded.
@@ -105,7 +108,8 @@ class ServedWeights(nn.Module, AttentionLayerBase):
 
         Raises
         ------
-        ValueError : tensors of a packed layer that never became whole; what serves is named.
+        ValueError : tensors of a packed layer that never became whole, what serves is named; or
+            numbers that are none.
         """
         # an error here must not leave this module open
         get_layerwise_info(self).reset()
@@ -115,9 +119,21 @@ class ServedWeights(nn.Module, AttentionLayerBase):
             return
         self._place_scales()
         self._place_left_over()
+        self._require_finite()
         for module in self._root[0].modules():
             if isinstance(module, ClampProbe):
                 module.run()
+
+    def _require_finite(self) -> None:
+        """Refuse what has become of numbers: vLLM leaves memory undefined where it counts wrongly.
+
+        Raises
+        ------
+        ValueError : a parameter holds NaN or infinity.
+        """
+        written, self.written = self.written, set()
+        parameters = self._text_parameters()
+        require_finite(parameters, written & parameters.keys())
 
     def _loaders(self) -> tuple[WeightLoader, VisionWeights]:
         vision = VisionWeights(self._tower[0], default_loader=default_weight_loader)
@@ -155,6 +171,7 @@ class ServedWeights(nn.Module, AttentionLayerBase):
                 self._require_whole_if_packed(text)
             self._keep_scales(text)
             written = text.finish(partial=True)
+            self.written |= written
         except BaseException:
             self.waiting.clear()
             self.scales.clear()
