@@ -152,13 +152,15 @@ def test_a_folder_that_breaks_while_it_is_read_gives_way_to_the_one_before() -> 
         updater.model_config.model_path = folder
         if folder == "new":
             raise OSError("input/output error")
-        return True, ""
+        return folder != "nowhere", ""
 
     updater = SimpleNamespace(model_config=SimpleNamespace(model_path="old"))
     success, message = _or_the_folder_before(load, updater, "new", "auto")
     assert not success
     assert "input/output error; the weights of old serve" in message
     assert read == [("new", "auto"), ("old", "auto")]
+    assert _or_the_folder_before(load, updater, "nowhere", "auto") == (False, "")
+    assert updater.model_config.model_path == "old"
 
 
 @pytest.mark.extended
