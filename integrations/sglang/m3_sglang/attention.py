@@ -59,6 +59,8 @@ class _M3AttentionBase(nn.Module):
             config.hidden_size,
             bias=False,
             quant_config=quant_config,
+            # the sum over ranks goes with the norm behind it (`RankSums`)
+            reduce_results=False,
             prefix=f"{prefix}.o_proj",
         )
         self.eps = config.rms_norm_eps
