@@ -10,6 +10,7 @@
 | `M3_PLUGIN_CHECK` | 0, 1, n | n: look at pages, choices and results of every n-th step |
 | `M3_PLUGIN_DEQUANTIZE` | 0, 1 | 1: quantised weights become plain ones while they are loaded |
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
+| `M3_PLUGIN_VERIFY_TRANSFER` | folder | look up rows of caches that came from another server |
 | `M3_PLUGIN_INDEX_KEYS` | auto, int8, planes | int8: half the bytes; planes: half are read (CPU) |
 | `M3_PLUGIN_CACHE_VALUES` | auto, nvfp4 | nvfp4: MSA's caches hold numbers of NVFP4 |
 | `M3_PLUGIN_DENSE` | auto, host | host: dense layers on a CPU stay on the host's own kernels |
@@ -59,6 +60,7 @@ class Settings:
     timings: bool = False
     check: int = 0
     record_blocks: Path | None = None
+    verify_transfer: Path | None = None
     dequantize: bool = False
     index_keys: IndexKeys = "auto"
     cache_values: CacheValues = "auto"
@@ -115,6 +117,7 @@ class Settings:
             timings=_flag(given, "TIMINGS", mistakes),
             check=_steps(given, "CHECK", mistakes),
             record_blocks=Path(folder) if (folder := given.get("RECORD_BLOCKS")) else None,
+            verify_transfer=_shared_folder(given, "VERIFY_TRANSFER", mistakes),
             dequantize=_flag(given, "DEQUANTIZE", mistakes),
             index_keys=cast(IndexKeys, _choice(given, "INDEX_KEYS", get_args(IndexKeys), mistakes)),
             cache_values=cast(
@@ -170,6 +173,16 @@ def _steps(given: Mapping[str, str], name: str, mistakes: list[str]) -> int:
         return int(value)
     mistakes.append(f"{PREFIX}{name} must be 0, or n for every n-th step; got {given[name]!r}")
     return 0
+
+
+def _shared_folder(given: Mapping[str, str], name: str, mistakes: list[str]) -> Path | None:
+    value = given.get(name)
+    if not value or Path(value).is_absolute():
+        return Path(value) if value else None
+    mistakes.append(
+        f"{PREFIX}{name} must be the whole path of a folder that all servers share; got {value!r}"
+    )
+    return None
 
 
 def _flag(given: Mapping[str, str], name: str, mistakes: list[str]) -> bool:

@@ -19,6 +19,7 @@ from m3_plugin.attention.checks import StepChecker
 from m3_plugin.attention.observers import ExportedStatistics, TimedSession
 from m3_plugin.attention.recorder import SelectionRecorder
 from m3_plugin.attention.session import MSASession
+from m3_plugin.attention.transfers import TransferVerifier
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.host.metrics import export_presence
 from m3_plugin.model.config import M3Config, MSAConfig, local_heads
@@ -138,6 +139,19 @@ def make_session(
         session.checker = StepChecker(settings.check, config.msa)
     if settings.record_blocks is not None:
         session.recorder = SelectionRecorder(settings.record_blocks, config.msa)
+    if settings.verify_transfer is not None:
+        if settings.index_keys != "auto":
+            raise ValueError(
+                "M3_PLUGIN_VERIFY_TRANSFER compares rows, and index keys of "
+                f"M3_PLUGIN_INDEX_KEYS={settings.index_keys} have scales elsewhere in their page; "
+                "unset one of them"
+            )
+        session.transfers = TransferVerifier(settings.verify_transfer)
+        logger.warning(
+            "m3-plugin: rows of MSA's caches are compared with those in %s; every step reads its "
+            "whole context",
+            settings.verify_transfer,
+        )
     export_presence(kernels.family, refused=kernels.refused, device_type=device.type)
     return session
 

@@ -137,6 +137,14 @@ class LayerChecker(Protocol):
         ...
 
 
+class LooksAtTransfers(Protocol):
+    """Knows rows of caches that came from elsewhere (`m3_plugin.attention.transfers`)."""
+
+    def look(self, plan: MSAPlan, *, caches: MSACaches) -> None:
+        """A layer has stored and is about to read; raises where it must not."""
+        ...
+
+
 class MSASession:
     """Runs MSA for the layers of one worker; owns whatever outlives a step, shares nothing.
 
@@ -182,6 +190,7 @@ class MSASession:
         self.statistics: MSAStatistics | None = None
         self.recorder: SelectionRecorder | None = None
         self.checker: LayerChecker | None = None
+        self.transfers: LooksAtTransfers | None = None
 
     def plan(self, batch: MSABatch) -> MSAPlan:
         """Prepare one engine step. May look at host integers, never at device values.
@@ -234,6 +243,8 @@ class MSASession:
             q, index_q = self.store(
                 plan, q, k, v, index_q, index_k, norms=norms, cos_sin=cos_sin, caches=caches
             )
+        if self.transfers is not None:
+            self.transfers.look(plan, caches=caches)
         with self.timed("select", plan):
             block_ids = self.select(plan, index_q, caches=caches)
         with self.timed("attend", plan):

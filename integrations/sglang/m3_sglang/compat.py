@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 from packaging.version import Version
 
@@ -246,6 +247,55 @@ def few_rows_router() -> Any:
     from sglang.kernels.ops.gemm.router_gemv import router_gemv, router_gemv_supported
 
     return router_gemv_supported, router_gemv
+
+
+class FusedSum(NamedTuple):
+    """SGLang's sum over ranks with a norm behind it, one launch.
+
+    Attributes
+    ----------
+    register : makes its buffer, on every rank
+    takes : (rows, columns) to whether the buffer holds them; never before `register`
+    allowed : whether nothing that is decided at run time, but for the rows, speaks against it
+    sum_and_norm : part, stream, weight and epsilon of the norm to (normalised, stream)
+    """
+
+    register: Callable[[], None]
+    takes: Callable[[int, int], bool]
+    allowed: Callable[[], bool]
+    sum_and_norm: Callable[..., tuple[Any, Any]]
+
+
+def fused_sum(device_type: str) -> FusedSum | None:
+    """What SGLang's own M3 sums and normalises with on this chip and these ranks; None without."""
+    if device_type != "cuda" or _is_older_than("0.5.23"):
+        return None
+    from sglang.kernels.ops.communication.all_reduce_fusion import all_reduce_residual_norm
+    from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
+    from sglang.srt.layers.layer_boundary import get_attn_tp_context
+    from sglang.srt.layers.quantization import mxfp4_flashinfer_trtllm_moe as plane
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
+        is_in_breakable_cuda_graph,
+    )
+    from sglang.srt.models import minimax_m3
+    from sglang.srt.runtime_context import get_exec
+
+    if not minimax_m3._uses_push_plane_fusion():
+        return None
+
+    def allowed() -> bool:
+        return not (
+            is_in_breakable_cuda_graph()
+            or is_batch_invariant_mode_enabled()
+            or get_attn_tp_context().input_scattered
+            or get_exec().comm.enable_quant_communications
+        )
+
+    # sizes of SGLang's own M3: 341 rows of 6,144 columns
+    register = partial(
+        plane.register_fused_all_reduce_comm, max_push_size=4 << 20, max_push_blocks=512
+    )
+    return FusedSum(register, plane.can_fuse_all_reduce, allowed, all_reduce_residual_norm)
 
 
 def is_capturing() -> bool:

@@ -38,6 +38,7 @@ from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.ours import FUSED_LAYERS
 from m3_sglang.rope import make_rope
 from m3_sglang.speculation import prepare_speculation
+from m3_sglang.sums import RankSums
 from m3_sglang.updates import ServedWeights
 from m3_sglang.weights import FUSED, text_weight_loader
 
@@ -53,6 +54,7 @@ class M3DecoderLayer(nn.Module):
     Parameters
     ----------
     rope : of dense layers (`make_rope`); None if the model has none
+    sums : of the model
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class M3DecoderLayer(nn.Module):
         *,
         layer: int,
         rope: nn.Module | None,
+        sums: RankSums,
         device_type: str,
         quant_config: QuantizationConfig | None,
         prefix: str,
     ) -> None:
         super().__init__()
+        self.sums = sums
         if config.sparse_layers[layer]:
             self.self_attn: nn.Module = M3SparseAttention(
                 config, layer=layer, quant_config=quant_config, prefix=f"{prefix}.self_attn"
@@ -95,7 +99,6 @@ class M3DecoderLayer(nn.Module):
                 config,
                 intermediate_size=config.dense_intermediate_size,
                 quant_config=quant_config,
-                reduce_results=True,
                 prefix=feed_forward_prefix,
             )
         self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -108,20 +111,31 @@ class M3DecoderLayer(nn.Module):
         hidden_states: Tensor,
         residual: Tensor | None,
         forward_batch: ForwardBatch,
+        *,
+        summed: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """[tokens, hidden] -> what the layer adds to the stream, and the stream before that.
+        """[tokens, hidden] -> this rank's part of what is added to the stream, and the stream.
 
         Parameters
         ----------
         cos_sin : of the positions (`RowAngles`), for an MSA layer
+        hidden_states : this rank's part of what the layer before adds; the stream itself if
+            `residual` is None
+        summed : `hidden_states` are of all ranks already
         """
         if residual is None:
             stream = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
-        else:
+        elif summed:
             hidden_states, stream = self.input_layernorm(hidden_states, residual)
+        else:
+            hidden_states, stream = self.sums.normalise(
+                self.input_layernorm, hidden_states, residual, forward_batch
+            )
         hidden_states = self.self_attn(positions, cos_sin, hidden_states, forward_batch)
-        hidden_states, stream = self.post_attention_layernorm(hidden_states, stream)
+        hidden_states, stream = self.sums.normalise(
+            self.post_attention_layernorm, hidden_states, stream, forward_batch
+        )
         feed_forward = getattr(self, self.feed_forward_name)
         return feed_forward(hidden_states), stream
 
@@ -145,6 +159,7 @@ class M3Model(nn.Module):
             config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
         )
         self.angles = RowAngles.of(config)
+        self.sums = RankSums(hidden_size=config.hidden_size, device_type=self.device_type)
         rope = make_rope(config, device_type=self.device_type)
         self.layers = nn.ModuleList()
         for index in range(config.num_hidden_layers):
@@ -152,6 +167,7 @@ class M3Model(nn.Module):
                 config,
                 layer=index,
                 rope=rope,
+                sums=self.sums,
                 device_type=self.device_type,
                 quant_config=quant_config,
                 prefix=f"{prefix}.layers.{index}",
@@ -187,14 +203,22 @@ class M3Model(nn.Module):
         cos_sin = self.angles(positions)
         residual = None
         captured = []
+        summed = False
         with activations_as_is(self.device_type):
             for layer, module in enumerate(self.layers):
                 hidden_states, residual = module(
-                    positions, cos_sin, hidden_states, residual, forward_batch
+                    positions, cos_sin, hidden_states, residual, forward_batch, summed=summed
                 )
-                if layer in self.captured_layers:
+                summed = layer in self.captured_layers
+                if summed:
+                    hidden_states = self.sums.add_up(hidden_states)
                     captured.append(hidden_states + residual)
-        hidden_states, _ = self.norm(hidden_states, residual)
+        if summed:
+            hidden_states, _ = self.norm(hidden_states, residual)
+        else:
+            hidden_states, _ = self.sums.normalise(
+                self.norm, hidden_states, residual, forward_batch
+            )
         if self.is_sparse and not forward_batch.forward_mode.is_idle():
             check_result(hidden_states)
         return hidden_states, captured or None
@@ -286,6 +310,10 @@ class M3CausalLM(nn.Module):
         return self.logits_processor(
             input_ids, hidden_states, self.lm_head, forward_batch, captured
         )
+
+    def precompile_kernels_after_loading(self) -> None:
+        """Called by SGLang before it records graphs."""
+        self.model.sums.prepare()
 
     def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
         """What a draft model shares with its target."""

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.linear import (
     MergedColumnParallelLinear,
     RowParallelLinear,
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from m3_plugin.checkpoint.loading import interleave_gate_up, separate_gate_up
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import ExpertProbe, KnownExperts
-from m3_sglang.compat import expert_offset, is_capturing, second_stream, tensor_parallel_size
+from m3_sglang.compat import expert_offset, is_capturing, second_stream
 from m3_sglang.quantization import Mxfp8ExpertsMethod
 from m3_sglang.router import M3Router
 from m3_sglang.stored_weights import StoredExpertsMethod
@@ -32,7 +31,10 @@ _HOST_BETA = 1.0
 
 
 class M3MLP(nn.Module):
-    """SwiGLU-OAI MLP of the dense layers and of the shared expert: [tokens, hidden] to same."""
+    """SwiGLU-OAI MLP of the dense layers and of the shared expert: [tokens, hidden] to same.
+
+    What it returns is this rank's part, to be summed over ranks.
+    """
 
     def __init__(
         self,
@@ -40,7 +42,6 @@ class M3MLP(nn.Module):
         *,
         intermediate_size: int,
         quant_config: QuantizationConfig | None,
-        reduce_results: bool,
         prefix: str,
     ) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class M3MLP(nn.Module):
             config.hidden_size,
             bias=False,
             quant_config=quant_config,
-            reduce_results=reduce_results,
+            reduce_results=False,
             prefix=f"{prefix}.down_proj",
         )
 
@@ -91,7 +92,6 @@ class M3MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.tp_size = tensor_parallel_size()
         self.gate = M3Router(config, device_type=device_type, prefix=f"{prefix}.gate")
         self.e_score_correction_bias: nn.Parameter | None = None
         if config.use_routing_bias:
@@ -139,12 +139,11 @@ class M3MoE(nn.Module):
                 config,
                 intermediate_size=config.shared_intermediate_size * config.num_shared_experts,
                 quant_config=quant_config,
-                reduce_results=False,
                 prefix=f"{prefix}.shared_experts",
             )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[tokens, hidden] -> same: factor * routed + shared, one all-reduce for both."""
+        """[tokens, hidden] -> this rank's part of factor * routed + shared, to be summed."""
         if hidden_states.shape[0] == 0:
             return hidden_states
         if self.side_stream is not None and is_capturing():
@@ -154,8 +153,7 @@ class M3MoE(nn.Module):
             shared = None if self.shared_experts is None else self.shared_experts(hidden_states)
             routed = self._routed(hidden_states)
         factor = self.config.routed_scaling_factor
-        total = routed * factor if shared is None else torch.add(shared, routed, alpha=factor)
-        return tensor_model_parallel_all_reduce(total) if self.tp_size > 1 else total
+        return routed * factor if shared is None else torch.add(shared, routed, alpha=factor)
 
     def _routed(self, hidden_states: Tensor) -> Tensor:
         router_logits, _ = self.gate(hidden_states)

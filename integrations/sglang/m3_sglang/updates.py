@@ -187,8 +187,7 @@ def refuse_folder(original: Any, updater: Any, model_path: str, *args: Any, **kw
             served.require_folder(folder)
         except ValueError as error:
             return _refused(error)
-        return _or_the_folder_before(original, updater, model_path, *args, **kwargs)
-    return original(updater, model_path, *args, **kwargs)
+    return _or_the_folder_before(original, updater, model_path, *args, **kwargs)
 
 
 def _or_the_folder_before(
@@ -200,10 +199,14 @@ def _or_the_folder_before(
     """
     before = updater.model_config.model_path
     try:
-        return original(updater, model_path, *args, **kwargs)
+        success, message = original(updater, model_path, *args, **kwargs)
     except Exception as error:
         original(updater, before, *args, **kwargs)
         return _refused(f"{model_path}: {error}; the weights of {before} serve")
+    if not success:
+        # noted before anything was loaded
+        updater.model_config.model_path = before
+    return success, message
 
 
 def answer_refusal(original: Any, updater: Any, *args: Any, **kwargs: Any) -> Any:

@@ -27,8 +27,10 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from m3_plugin.checkpoint.cache_scales import CacheScales
+from m3_plugin.checkpoint.finite import require_finite
 from m3_plugin.checkpoint.loading import TakesCacheScales, WeightLoader
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
+from m3_plugin.checkpoint.stored_layers import StoredExperts, StoredLinear
 from m3_plugin.checkpoint.stream import Dequantiser
 from m3_plugin.checkpoint.updates import (
     LoadedForm,
@@ -77,6 +79,8 @@ class ServedWeights(nn.Module, AttentionLayerBase):
         self.waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.parts: dict[str, set[str]] = {}
         self.scales: dict[str, CacheScales] = {}
+        # parameters of the text model that the update in progress has changed
+        self.written: set[str] = set()
 
     def load(self, weights: Weights) -> set[str]:
         """Load tensors by the checkpoint's names; names of the parameters loaded.
@@ -104,7 +108,8 @@ class ServedWeights(nn.Module, AttentionLayerBase):
 
         Raises
         ------
-        ValueError : tensors of a packed layer that never became whole; what serves is named.
+        ValueError : tensors of a packed layer that never became whole, what serves is named; or
+            numbers that are none.
         """
         # an error here must not leave this module open
         get_layerwise_info(self).reset()
@@ -114,9 +119,21 @@ class ServedWeights(nn.Module, AttentionLayerBase):
             return
         self._place_scales()
         self._place_left_over()
+        self._require_finite()
         for module in self._root[0].modules():
             if isinstance(module, ClampProbe):
                 module.run()
+
+    def _require_finite(self) -> None:
+        """Refuse what has become of numbers: vLLM leaves memory undefined where it counts wrongly.
+
+        Raises
+        ------
+        ValueError : a parameter holds NaN or infinity.
+        """
+        written, self.written = self.written, set()
+        parameters = self._text_parameters()
+        require_finite(parameters, written & parameters.keys())
 
     def _loaders(self) -> tuple[WeightLoader, VisionWeights]:
         vision = VisionWeights(self._tower[0], default_loader=default_weight_loader)
@@ -134,7 +151,8 @@ class ServedWeights(nn.Module, AttentionLayerBase):
         if not by_host:
             self.waiting.clear()
             initialize_layerwise_reload(root)
-            text, vision = self._loaders()
+        keep_stored_layers(root, self.model_config)
+        text, vision = self._loaders()
         try:
             if getattr(root, "lora_manager", None) is not None:
                 raise ValueError(
@@ -153,6 +171,7 @@ class ServedWeights(nn.Module, AttentionLayerBase):
                 self._require_whole_if_packed(text)
             self._keep_scales(text)
             written = text.finish(partial=True)
+            self.written |= written
         except BaseException:
             self.waiting.clear()
             self.scales.clear()
@@ -251,6 +270,24 @@ class ServedWeights(nn.Module, AttentionLayerBase):
 def is_reloading(root: nn.Module) -> bool:
     """Whether vLLM has opened a layer-wise reload of this model."""
     return any(get_layerwise_info(module).can_load() for module in root.modules())
+
+
+def keep_stored_layers(root: nn.Module, model_config: ModelConfig) -> None:
+    """Take layers out of a layer-wise reload whose parameters keep the bytes of the files.
+
+    Tensors are written into them where they lie. vLLM would lay memory out anew and hand it over
+    once it has counted as many elements as the layer has, which are not those of the files.
+    """
+    for module in root.modules():
+        method = getattr(module, "quant_method", None)
+        stored = isinstance(method, StoredLinear) or isinstance(
+            getattr(method, "experts", None), StoredExperts
+        )
+        info = get_layerwise_info(module)
+        if stored and info.can_load():
+            # nothing has been loaded, and nothing is missed
+            info.load_numel_total = 0
+            finalize_layerwise_reload(module, model_config)
 
 
 def put_old_weights_back(root: nn.Module, model_config: ModelConfig) -> None:

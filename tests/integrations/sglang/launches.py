@@ -41,6 +41,8 @@ from tests.integrations.sglang.rehearsal import CHIPS, chip, resolved
 from tests.integrations.sglang.steps import forward_batch
 from tests.plugin.attention.specialisations import DIM, DTYPE, HEADS, Step
 
+SUMS = "sglang.kernels.ops.communication.all_reduce_fusion"
+PLANE = "sglang.srt.layers.quantization.mxfp4_flashinfer_trtllm_moe"
 FUSION = "sglang.srt.layers.layer_boundary.fusions.custom_all_reduce_fusion"
 CHOICE = "sglang.kernels.ops.attention.minimax_decode_topk"
 HEADS_KERNELS = "sglang.kernels.ops.attention.minimax_qknorm_rope"
@@ -67,7 +69,7 @@ def with_stand_ins() -> None:
     from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
     from sglang.srt.models import minimax_m3 as own
 
-    from m3_sglang import model, moe, router
+    from m3_sglang import compat, model, moe, router, sums
 
     def normed(norm: Any, x: Any, residual: Any = None, *added: Any) -> Any:
         return torch.empty_like(x) if residual is None else (torch.empty_like(x), residual)
@@ -86,7 +88,8 @@ def with_stand_ins() -> None:
 
     activated = stand_in("activation", lambda x, *args: x[:, ::2].contiguous())
     few_rows = (lambda rows, weight: len(rows) <= 8, stand_in("router", logits))
-    fusion = importlib.import_module(FUSION)
+    plane = importlib.import_module(PLANE)
+    summed = stand_in("sum over ranks and norm", lambda x, residual, *args, **kwargs: (x, residual))
     replaced: tuple[tuple[Any, str, Any], ...] = (
         (torch.cuda, "Stream", SimpleNamespace),
         (GemmaRMSNorm, "forward", stand_in("norm", normed)),
@@ -103,15 +106,15 @@ def with_stand_ins() -> None:
         (own, "tiny_gemm_bf16", stand_in("router", logits)),
         # what SGLang's loader decides for this checkpoint before it builds a layer
         (own, "get_num_fused_shared_experts", lambda: 1),
-        (fusion, "can_fuse_all_reduce", lambda tokens, width: tokens <= 384),
-        (
-            fusion,
-            "all_reduce_residual_norm",
-            stand_in("sum over ranks and norm", lambda x, residual, *args, **kw: (x, residual)),
-        ),
+        # of the chip, not of the meta device
+        (sums, "fused_sum", lambda device_type: compat.fused_sum("cuda")),
+        (plane, "can_fuse_all_reduce", lambda tokens, width: tokens <= 384),
+        (importlib.import_module(SUMS), "all_reduce_residual_norm", summed),
     )
     for owner, name, value in replaced:
         mock.patch.object(owner, name, value).start()
+    # the latter two as SGLang's own module finds them when it is imported
+    importlib.reload(importlib.import_module(FUSION))
     for name in ("vllm", "vllm._custom_ops", HEADS_KERNELS, CHOICE):
         sys.modules[name] = StandIns(name)
 

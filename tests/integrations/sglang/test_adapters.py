@@ -23,6 +23,7 @@ from tests.integrations.adapters import (
 )
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.parity import require_close
+from tests.integrations.quantised import QuantisedCheckpoints
 from tests.integrations.sglang.engine import EngineProcess
 from tests.integrations.sglang.test_tensor_parallel import TWO_RANKS
 
@@ -214,3 +215,21 @@ def test_two_ranks(checkpoint: Path, adapters: list[Adapter], tmp_path: Path) ->
         for name, folder in ((None, checkpoint), ("a", adapters[0].merged)):
             ours = engine.prompt_logprobs(asked(prompt, name))
             require_close(ours, golden.token_logprobs(folder, prompt))
+
+
+@pytest.mark.extended
+def test_adapters_beside_weights_in_stored_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    """SGLang's LoRA layers add to whatever the layer's own method gives."""
+    quantised = QuantisedCheckpoints(checkpoint, tmp_path / "quantised")
+    reference = quantised.reference("nvfp4")
+    adapter, _ = two_adapters(reference, tmp_path)
+    prompt = random_prompt(LENGTH, seed=47)
+    with EngineProcess(quantised.stored("nvfp4"), log=tmp_path / "engine.log", **OPTIONS) as engine:
+        assert engine.load_adapter("a", adapter.folder)[0]
+        answers = [
+            torch.tensor(engine.prompt_logprobs(asked(prompt, name))) for name in ("a", None)
+        ]
+    for ours, folder in zip(answers, (adapter.merged, reference), strict=True):
+        expected = golden.token_logprobs(folder, prompt)
+        torch.testing.assert_close(ours, expected, atol=10 * LOGPROB_ATOL, rtol=0)
+    assert (answers[0] - answers[1]).abs().max() > 100 * LOGPROB_ATOL

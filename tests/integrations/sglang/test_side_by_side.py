@@ -52,7 +52,7 @@ def moe(monkeypatch: pytest.MonkeyPatch) -> Any:
     made: Any = object.__new__(M3MoE)
     nn.Module.__init__(made)
     made.config = SimpleNamespace(routed_scaling_factor=2.0)
-    made.tp_size, made.side_stream = 1, Stream("side")
+    made.side_stream = Stream("side")
     made.shared_experts = Layer("shared", lambda x: x + 1)
     made.gate = Layer("gate", lambda x: (x, None))
     made.topk = Layer("topk", lambda x, logits: logits)

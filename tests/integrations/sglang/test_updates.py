@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from m3_plugin.testing.quantised import QuantName
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from m3_sglang.compat import speculation_is_tested
+from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
 from tests.integrations.sglang.engine import EngineProcess, checkpoint_tensors, speculation
 from tests.integrations.speculation import (
     answer,
@@ -150,13 +152,15 @@ def test_a_folder_that_breaks_while_it_is_read_gives_way_to_the_one_before() -> 
         updater.model_config.model_path = folder
         if folder == "new":
             raise OSError("input/output error")
-        return True, ""
+        return folder != "nowhere", ""
 
     updater = SimpleNamespace(model_config=SimpleNamespace(model_path="old"))
     success, message = _or_the_folder_before(load, updater, "new", "auto")
     assert not success
     assert "input/output error; the weights of old serve" in message
     assert read == [("new", "auto"), ("old", "auto")]
+    assert _or_the_folder_before(load, updater, "nowhere", "auto") == (False, "")
+    assert updater.model_config.model_path == "old"
 
 
 @pytest.mark.extended
@@ -186,3 +190,44 @@ def test_drafts_change_with_their_target(constructed_checkpoint: Path, tmp_path:
         ((success, message),) = engine.update_from_tensors(wrong, module, bucket=len(module))
         assert success, message
         assert accepted() == 0
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    ("quant", "environment"),
+    [
+        pytest.param("nvfp4", DEQUANTISE, id="nvfp4 dequantised"),
+        pytest.param("nvfp4", {}, id="nvfp4 as stored"),
+        pytest.param("mxfp8", {}, id="mxfp8 as stored"),
+    ],
+)
+def test_quantised_weights_change_in_their_stored_format(
+    random_checkpoint: Callable[[str], Path],
+    other_checkpoint: Path,
+    tmp_path: Path,
+    quant: QuantName,
+    environment: dict[str, str],
+) -> None:
+    """A whole folder, and the tensors of one expert's matrix in one bucket; back, bit for bit.
+
+    A folder of plain weights is refused by its config.json.
+    """
+    plain = random_checkpoint("engine")
+    original = QuantisedCheckpoints(plain, tmp_path / "original").stored(quant)
+    other = QuantisedCheckpoints(other_checkpoint, tmp_path / "other").stored(quant)
+    expert = EXPERT.removesuffix("weight")
+    part = [name for name in checkpoint_tensors(other) if name.startswith(expert)]
+    assert len(part) > 1
+    log = tmp_path / "engine.log"
+    with EngineProcess(original, log=log, environment=environment) as engine:
+        answers = Answers(engine, original)
+        assert engine.update_from_disk(other)[0]
+        assert answers.now() != answers.first
+        answers.back()
+        for source, is_back in ((other, False), (original, True)):
+            assert engine.update_from_tensors(source, part, bucket=len(part))[0][0]
+            assert (answers.now() == answers.first) == is_back
+        success, message = engine.update_from_disk(plain)
+        assert not success
+        assert "is stored as plain weights" in message
+        assert answers.now() == answers.first

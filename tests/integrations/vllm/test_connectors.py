@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from m3_plugin.testing.prompts import needle_prompt
-from tests.integrations.vllm.engine import EngineProcess
+from tests.integrations.vllm.engine import EngineError, EngineProcess
 
 # more than the 16 blocks that attention reads
 LENGTHS = (2700, 3300)
@@ -18,7 +18,7 @@ LENGTHS = (2700, 3300)
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("storage")
+    return tmp_path_factory.mktemp("storage") / "pages"
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,7 @@ def engine(constructed_checkpoint: Path, storage: Path) -> Iterator[EngineProces
     with EngineProcess(
         constructed_checkpoint,
         max_num_batched_tokens=4096,
+        environment={"M3_PLUGIN_VERIFY_TRANSFER": str(storage.with_name("rows"))},
         kv_transfer_config={
             "kv_connector": "ExampleConnector",
             "kv_role": "kv_both",
@@ -56,8 +57,9 @@ def test_layers_saved_by_a_connector_answer_when_they_come_back(
     assert sparse < layers
     assert engine.flush()
     assert ask() == [True, True]
-    # what came back was read: without its index keys the needle is not found
+    # every row that came back was looked up: without its index keys none of it is served
     for file in storage.rglob("*.index_cache.safetensors"):
         save_file({"kv_cache": torch.zeros_like(load_file(file)["kv_cache"])}, file)
     assert engine.flush()
-    assert ask() != [True, True]
+    with pytest.raises(EngineError, match="the index key is not the one that was stored beside"):
+        ask()

@@ -15,7 +15,7 @@ import pytest
 
 from m3_plugin.host.serving import free_port
 from m3_plugin.testing.prompts import NeedlePrompt, needle_prompt
-from tests.integrations.vllm.engine import Completion, EngineProcess
+from tests.integrations.vllm.engine import Completion, EngineError, EngineProcess
 
 ROOT = Path(__file__).parents[3]
 NIXL = ROOT / ".venv" / "nixl"
@@ -24,7 +24,7 @@ PAGE = 128
 pytestmark = pytest.mark.skipif(not (NIXL / ".ready").exists(), reason="no .venv/nixl")
 
 
-def start(checkpoint: Path, role: str) -> EngineProcess:
+def start(checkpoint: Path, role: str, **variables: str) -> EngineProcess:
     return EngineProcess(
         checkpoint,
         # chunks on both sides
@@ -43,6 +43,7 @@ def start(checkpoint: Path, role: str) -> EngineProcess:
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             "UCX_TLS": "tcp,self",
             "UCX_NET_DEVICES": "lo",
+            **variables,
         },
     )
 
@@ -128,3 +129,24 @@ def test_a_peer_that_died_costs_a_prompt_and_no_answer(
     prefill.kill()
     answer = answer_here(decode, prompt, params)
     assert tuple(answer.token_ids) == prompt.expected_ids
+
+
+@pytest.mark.extended
+def test_rows_that_arrive_are_looked_up(
+    constructed_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last page of a prompt is not full; without its index keys no word is answered."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(NIXL)])
+    rows = {"M3_PLUGIN_VERIFY_TRANSFER": str(tmp_path / "rows")}
+    with (
+        start(constructed_checkpoint, "kv_producer", **rows) as prefill,
+        start(constructed_checkpoint, "kv_consumer", **rows) as decode,
+    ):
+        prompt = needle_prompt(65, num_tokens=2700)
+        answer = answer_here(decode, prompt, read_there(prefill, prompt))
+        assert tuple(answer.token_ids) == prompt.expected_ids
+        other = needle_prompt(66, num_tokens=2800)
+        params = read_there(prefill, other)
+        prefill.rpc("forget_index_keys")
+        with pytest.raises(EngineError, match="the index key is not the one that was stored"):
+            answer_here(decode, other, params)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from m3_plugin.testing.quantised import QuantName
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
+from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
 from tests.integrations.updates import EXPERT, FUSED, PROMPT, with_nan, without_tensor
 from tests.integrations.vllm.engine import EngineError, EngineProcess
 from tests.integrations.vllm.updating_worker import read
@@ -135,3 +138,46 @@ def test_embeddings_of_a_prompt_serve_as_its_tokens_do(
     (by_tokens,) = served.generate([PROMPT], max_tokens=6)
     (by_rows,) = served.generate([{"prompt_embeds": table[PROMPT].clone()}], max_tokens=6)
     assert by_rows.token_ids == by_tokens.token_ids
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    ("quant", "environment"),
+    [
+        pytest.param("nvfp4", DEQUANTISE, id="nvfp4 dequantised"),
+        pytest.param("nvfp4", {}, id="nvfp4 as stored"),
+        pytest.param("mxfp8", {}, id="mxfp8 as stored"),
+    ],
+)
+def test_quantised_weights_change_in_their_stored_format(
+    random_checkpoint: Callable[[str], Path],
+    other_checkpoint: Path,
+    tmp_path: Path,
+    quant: QuantName,
+    environment: dict[str, str],
+) -> None:
+    """A whole folder, and back to the same bits; of stored bytes also one matrix of an expert.
+
+    A folder of plain weights is refused by its config.json.
+    """
+    plain = random_checkpoint("engine")
+    original = QuantisedCheckpoints(plain, tmp_path / "original").stored(quant)
+    other = QuantisedCheckpoints(other_checkpoint, tmp_path / "other").stored(quant)
+    expert = EXPERT.removesuffix("weight")
+    part = [name for name in read(str(other)) if name.startswith(expert)]
+    assert len(part) > 1
+    worker = "tests.integrations.vllm.updating_worker.UpdatingWorker"
+    with EngineProcess(original, worker_extension_cls=worker, environment=environment) as engine:
+        answers = Answers(engine, original)
+        engine.rpc("reload_weights", None, str(other))
+        changed = answers.now()
+        assert all(map(math.isfinite, changed))
+        assert changed != answers.first
+        answers.back()
+        if not environment:
+            for source, is_back in ((other, False), (original, True)):
+                engine.rpc("load_directly", str(source), part)
+                assert (answers.now() == answers.first) == is_back
+        with pytest.raises(EngineError, match="is stored as plain weights"):
+            engine.rpc("reload_weights", None, str(plain))
+        assert answers.now() == answers.first

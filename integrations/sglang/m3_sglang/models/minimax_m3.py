@@ -70,6 +70,10 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
+    def precompile_kernels_after_loading(self) -> None:
+        """Called by SGLang before it records graphs."""
+        self.language_model.precompile_kernels_after_loading()
+
     def pad_input_ids(self, input_ids: array, mm_inputs: MultimodalInputs) -> array:
         """Put each item's hash in the place of its tokens, so that prefixes tell pictures apart."""
         return MultiModalityDataPaddingPatternMultimodalTokens().pad_input_tokens(

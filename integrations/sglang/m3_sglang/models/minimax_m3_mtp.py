@@ -22,6 +22,7 @@ from m3_plugin.model.rope import RowAngles
 from m3_sglang.compat import read_draft_config, tensor_parallel_size
 from m3_sglang.model import M3CausalLM, M3DecoderLayer, read_plan, require_our_backend
 from m3_sglang.moe import activations_as_is
+from m3_sglang.sums import RankSums
 from m3_sglang.updates import ServedWeights
 from m3_sglang.weights import mtp_weight_loader
 
@@ -52,10 +53,12 @@ class M3MTPModule(nn.Module):
             prefix=f"{prefix}.eh_proj",
         )
         self.angles = RowAngles.of(config)
+        self.sums = RankSums(hidden_size=config.hidden_size, device_type=device_type)
         self.transformer_layer = M3DecoderLayer(
             config,
             layer=0,
             rope=None,
+            sums=self.sums,
             device_type=device_type,
             quant_config=quant_config,
             prefix=f"{prefix}.transformer_layer",
@@ -76,7 +79,7 @@ class M3MTPModule(nn.Module):
             added, stream = self.transformer_layer(
                 positions, self.angles(positions), hidden_states, None, forward_batch
             )
-        return self.final_layernorm(added, stream)
+        return self.sums.normalise(self.final_layernorm, added, stream, forward_batch)
 
 
 class M3MTPModel(nn.Module):
