@@ -576,6 +576,27 @@ FAULTS = (
         "first_graph",
     ),
     Fault(
+        "SGLang: a fused sum normalises by the stored weight alone",
+        f"{SGLANG}/sums.py",
+        "gemma=True,",
+        "gemma=False,",
+        ("tests/integrations/sglang/test_sums.py",),
+    ),
+    Fault(
+        "SGLang: a fused sum writes into the stream that it reads",
+        f"{SGLANG}/sums.py",
+        "residual_out=torch.empty_like(stream),",
+        "residual_out=stream,",
+        ("tests/integrations/sglang/test_sums.py",),
+    ),
+    Fault(
+        "SGLang: a joined product keeps the weights of before an update",
+        f"{SGLANG}/attention.py",
+        "        weight.data = rows\n",
+        "        weight.data = rows.clone()\n",
+        ("tests/integrations/sglang/test_joined_projections.py",),
+    ),
+    Fault(
         "SGLang: graphs multiply by router weights of before an update",
         f"{SGLANG}/router.py",
         "            self.parts.copy_(bf16_parts(",

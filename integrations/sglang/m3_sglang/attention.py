@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import Tensor, nn
 
@@ -16,12 +18,38 @@ from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.model.config import M3Config, local_heads
 from m3_sglang.compat import (
     partition_shared_by,
+    takes_adapters,
     tensor_parallel_rank,
     tensor_parallel_size,
 )
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+def can_be_joined(*layers: nn.Module) -> bool:
+    """Whether the weights of linear layers are 16-bit numbers in rows: not quantised, not packed.
+
+    SGLang packs those of a CPU once they are loaded.
+    """
+    return all(
+        type(layer.quant_method) is UnquantizedLinearMethod
+        and layer.get_parameter("weight").device.type != "cpu"
+        for layer in layers
+    )
+
+
+def join_rows(*layers: nn.Module) -> Any:
+    """Lay the weights of linear layers behind one another, for one product in place of several.
+
+    They stay parameters of their layers, so that loads and updates find them, as rows of one
+    tensor: what is given to the `quant_method.apply` of any of them.
+    """
+    weights = [layer.get_parameter("weight") for layer in layers]
+    joined = torch.cat([weight.data for weight in weights])
+    for weight, rows in zip(weights, joined.split([len(w) for w in weights]), strict=True):
+        weight.data = rows
+    return SimpleNamespace(weight=joined)
 
 
 class _M3AttentionBase(nn.Module):
@@ -165,6 +193,10 @@ class M3SparseAttention(_M3AttentionBase):
         self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
         self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
         self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
+        # an adapter reads and adds to each projection by itself
+        projections = (self.qkv_proj, self.index_qkv_proj)
+        joins = can_be_joined(*projections) and not takes_adapters()
+        self.joined = join_rows(*projections) if joins else None
         self.total_kv_heads = config.num_key_value_heads
         self.cache_scales = CacheScales()
         self.scales_are_read = False
@@ -212,6 +244,14 @@ class M3SparseAttention(_M3AttentionBase):
             eps=self.eps,
         )
 
+    def project_with_index(self, hidden_states: Tensor) -> list[Tensor]:
+        """q, k, v, index q and index k of the step: [tokens, heads * channels] each."""
+        if self.joined is not None:
+            rows = self.qkv_proj.quant_method.apply(self.joined, hidden_states)
+            return list(rows.split([*self.split_sizes, *self.index_split_sizes], dim=-1))
+        index, _ = self.index_qkv_proj(hidden_states)
+        return [*self.project(hidden_states), *index.split(self.index_split_sizes, dim=-1)]
+
     def forward(
         self,
         positions: Tensor,
@@ -219,9 +259,7 @@ class M3SparseAttention(_M3AttentionBase):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
     ) -> Tensor:
-        q, k, v = self.project(hidden_states)
-        index, _ = self.index_qkv_proj(hidden_states)
-        index_q, index_k = index.split(self.index_split_sizes, dim=-1)
+        q, k, v, index_q, index_k = self.project_with_index(hidden_states)
         index_q = index_q.unflatten(-1, (self.num_kv_heads, -1))
         _, attended = self.attn(
             q, k, v, forward_batch, idx_q=index_q, idx_k=index_k, cos_sin=cos_sin
