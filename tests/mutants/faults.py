@@ -668,6 +668,13 @@ FAULTS = (
         "replay_reads",
     ),
     Fault(
+        "SGLang: heads of a dense layer are normalised twice",
+        f"{SGLANG}/attention.py",
+        "        if not done:\n",
+        "        if positions is None or not done:\n",
+        ("tests/integrations/sglang/test_norms.py",),
+    ),
+    Fault(
         "SGLang: caches take the workspace's memory",
         f"{SGLANG}/registration.py",
         "return max(0, available - wanted)",

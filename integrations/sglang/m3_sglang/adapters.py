@@ -82,8 +82,8 @@ class AdaptedLayers:
         """Whether SGLang is to put its LoRA layer around the module of this name."""
         return name.startswith(self.prefix) and name.removeprefix(self.prefix) in self.layers
 
-    def find(self, short: str, layer: int) -> nn.Module | None:
-        """The layer of that short name in a decoder layer, without SGLang's around it."""
+    def find(self, short: str, layer: int) -> Any:
+        """SGLang's linear of that short name in a decoder layer, None without it."""
         for parent in ("", "block_sparse_moe."):
             if (name := f"model.layers.{layer}.{parent}{short}") in self.layers:
                 return unwrap_lora_layer(self._text.get_submodule(name))
@@ -153,7 +153,7 @@ def stacked_parts(short: str) -> int:
 class IndexProjectionWithLoRA(QKVParallelLinearWithLoRA):
     """Index query and key: SGLang's layer for q, k and v takes v to be as wide as k."""
 
-    def __init__(self, base_layer: nn.Module, lora_backend: Any) -> None:
+    def __init__(self, base_layer: Any, lora_backend: Any) -> None:
         super().__init__(base_layer, lora_backend)
         self.output_offset = self.output_offset[:3]
         self.output_offset_cpu = self.output_offset_cpu[:3]

@@ -22,6 +22,7 @@ from m3_sglang.compat import (
     tensor_parallel_rank,
     tensor_parallel_size,
 )
+from m3_sglang.norms import norm_and_rotate
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -147,8 +148,17 @@ class M3DenseAttention(_M3AttentionBase):
         forward_batch: ForwardBatch,
     ) -> Tensor:
         # called as MSA layers are; dense layers rotate by positions and leave cos_sin alone
-        q, k, v = self.project(hidden_states)
-        q, k = self.norm_and_rope(positions, q, k)
+        qkv, _ = self.qkv_proj(hidden_states)
+        done = norm_and_rotate(
+            qkv,
+            positions,
+            norms=(self.q_norm, self.k_norm),
+            rope=self.rope[0],
+            heads=(self.num_heads, self.num_kv_heads),
+        )
+        q, k, v = qkv.split(self.split_sizes, dim=-1)
+        if not done:
+            q, k = self.norm_and_rope(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v, forward_batch))
         return output
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from packaging.version import Version
@@ -247,6 +247,21 @@ def few_rows_router() -> Any:
     from sglang.kernels.ops.gemm.router_gemv import router_gemv, router_gemv_supported
 
     return router_gemv_supported, router_gemv
+
+
+@cache
+def fused_norm_and_rope() -> Any:
+    """SGLang's kernel of its own M3: Gemma norms and RoPE of q and k in place; None without.
+
+    It is CUDA's, and 0.5.22 is the oldest release whose source was read for it.
+    """
+    from sglang.srt.utils import is_cuda
+
+    if not is_cuda() or _is_older_than("0.5.22"):
+        return None
+    from sglang.kernels.ops.attention.minimax_qknorm_rope import minimax_qknorm_rope
+
+    return minimax_qknorm_rope
 
 
 class FusedSum(NamedTuple):

@@ -22,6 +22,8 @@ from unittest import mock
 os.environ.pop("TRITON_INTERPRET", None)
 # SGLang compiles functions of torch that it leaves alone on a GPU that has a kernel for them
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+# the table of RoPE as SGLang keeps it on a GPU, for which it has other kernels
+os.environ["SGLANG_ROPE_CACHE_FP32"] = "1"
 
 import torch
 
@@ -46,8 +48,7 @@ PLANE = "sglang.srt.layers.quantization.mxfp4_flashinfer_trtllm_moe"
 FUSION = "sglang.srt.layers.layer_boundary.fusions.custom_all_reduce_fusion"
 CHOICE = "sglang.kernels.ops.attention.minimax_decode_topk"
 HEADS_KERNELS = "sglang.kernels.ops.attention.minimax_qknorm_rope"
-# SGLang's own shares out the rows of longer steps once for all layers, which was not taken apart
-COUNTED = {"decode": STEPS["decode"]}
+SHARES = ("cu_seqblocks_q", "max_seqblock_q", "all_seqblock_q")
 MODELS = ("sglang.srt.models.minimax_m3", FUSION)
 
 
@@ -86,7 +87,12 @@ def with_stand_ins() -> None:
     def logits(rows: Any, weight: Any, **kwargs: Any) -> Any:
         return torch.empty(len(rows), len(weight), dtype=torch.float32)
 
-    activated = stand_in("activation", lambda x, *args: x[:, ::2].contiguous())
+    activated = stand_in("activation", lambda x, *args: x.new_empty(len(x), x.shape[1] // 2))
+    made = router.M3Router.__init__
+
+    def of_cuda(layer: Any, config: Any, *, device_type: str, prefix: str) -> None:
+        made(layer, config, device_type="cuda", prefix=prefix)
+
     few_rows = (lambda rows, weight: len(rows) <= 8, stand_in("router", logits))
     plane = importlib.import_module(PLANE)
     summed = stand_in("sum over ranks and norm", lambda x, residual, *args, **kwargs: (x, residual))
@@ -99,6 +105,7 @@ def with_stand_ins() -> None:
         (moe, "swiglu_no_interleaved_with_alpha_and_limit", activated),
         (fused_moe, "swiglu_no_interleaved_with_alpha_and_limit", activated),
         (router, "few_rows_router", lambda: few_rows),
+        (router.M3Router, "__init__", of_cuda),
         (model, "require_our_backend", lambda: None),
         (model, "check_result", lambda hidden_states: None),
         (model, "read_plan", lambda *args, **kwargs: None),
@@ -143,7 +150,7 @@ def around(folder: str, arch: int, *, own: bool) -> dict[str, list[int]]:
             theirs.build_minimax_fused_qkv_index(text)
         else:
             text = M3CausalLM(whole, None, "language_model", is_root=False)
-        return {name: _counted(text.model, step, triton) for name, step in COUNTED.items()}
+        return {name: _counted(text.model, step, triton) for name, step in STEPS.items()}
 
 
 def _counted(model: Any, step: Step, triton: list[Any]) -> list[int]:
@@ -169,12 +176,15 @@ def _counted(model: Any, step: Step, triton: list[Any]) -> list[int]:
     return [dense, msa, counts[1] - 3 * dense]
 
 
-def in_tree(arch: int, step: Step) -> int:
-    """Launches between the projections of an MSA layer of SGLang's own.
+def in_tree(arch: int, step: Step) -> tuple[int, int]:
+    """Launches between the projections of an MSA layer of SGLang's own, and once for all layers.
 
-    Norms and RoPE are one kernel, the store another. On SM100 the attention is a library's, of
-    which each call counts as one.
+    The store is one kernel; norms and RoPE are launched, and counted, with the projections. On
+    SM100 the attention is a library's, of which each call counts as one. Rows of longer steps are
+    shared out once, as its backend does.
     """
+    from sglang.kernels.ops.attention.minimax_sparse.common.utils import get_cu_seqblocks
+    from sglang.srt.layers.attention.minimax_sparse_backend import MiniMaxSparseAttnBackend
     from sglang.srt.layers.attention.minimax_sparse_ops import minimax_sparse as ops
 
     msa: Any = importlib.import_module("sglang.srt.layers.attention.minimax_sparse_ops.msa")
@@ -190,28 +200,42 @@ def in_tree(arch: int, step: Step) -> int:
     main = stand_in("attention", lambda **kwargs: torch.empty_like(kwargs["q"]))
     names = ("msa_sparse_decode_main", "msa_sparse_prefill_main")
     there = {name: main for name in names if hasattr(msa, name)}
+    is_decode, once, shares = max(step.rows) == 1, 0, ()
+    if not is_decode:
+        given: Any = SimpleNamespace(
+            seq_lens=lengths.long(),
+            extend_seq_lens=lengths,
+            extend_prefix_lens=torch.zeros_like(lengths),
+        )
+        backend: Any = SimpleNamespace(is_npu=False)
+        with Launches() as shared:
+            starts, lengths, before_rows = MiniMaxSparseAttnBackend._resolve_extend_meta(
+                backend, given, q
+            )
+            shares = get_cu_seqblocks(starts, max(step.rows), 1, 128, list(step.rows))[:3]
+        once = len(shared.names)
     with mock.patch.multiple(msa, **there), untuned(), recorded(arch) as triton, library:
         before = len(library.names)
-        if max(step.rows) == 1:
+        if is_decode:
             ops.minimax_sparse_decode(
                 *(q, None, pages, pages, index_q, None, pages, None, table, rows, lengths, 2000),
                 use_msa=arch == 100,
                 **rules,
             )
         else:
-            starts = torch.tensor([0, *step.rows]).cumsum(0).int()
             ops.minimax_sparse_prefill(
                 *(q, pages, pages, None, index_q, pages, None, None, table, rows, starts, lengths),
-                torch.zeros_like(lengths),
+                before_rows,
                 max(step.rows),
                 2000,
                 use_msa=arch == 100,
+                **dict(zip(SHARES, shares, strict=True)),
                 seqlens_cpu=list(step.rows),
                 seq_lens_cpu=lengths,
                 **rules,
             )
         counted = len(triton) + len(library.names) - before
-    return counted + 2
+    return counted + 1, once
 
 
 def counted_server(folder: str, name: str, own: bool) -> Any:
@@ -219,8 +243,9 @@ def counted_server(folder: str, name: str, own: bool) -> Any:
     parts = around(folder, arch, own=own)
     found = {}
     for step, (dense, msa, once) in parts.items():
-        inner = in_tree(arch, STEPS[step]) if own else ours(arch, STEPS[step]).total()
-        found[step] = [dense, msa + inner, once if own else once + 2]
+        # all our layers share two launches of a plan
+        inner, shared = in_tree(arch, STEPS[step]) if own else (ours(arch, STEPS[step]).total(), 2)
+        found[step] = [dense, msa + inner, once + shared]
     return found
 
 
@@ -239,7 +264,7 @@ def table(folder: str) -> str:
                 work = partial(counted_server, folder, name, own)
                 found[name, own] = building.in_a_child(work)
             assert "error" not in found[name, own], found[name, own]["trace"]
-    for step in COUNTED:
+    for step in STEPS:
         rows: dict[str, list[str]] = {}
         for name in chips:
             major, minor = CHIPS[name][0]

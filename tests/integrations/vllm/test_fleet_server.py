@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ import pytest
 
 from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations import golden
-from tests.integrations.parity import require_close
 from tests.integrations.server import MODEL
 from tests.integrations.updates import EXPERT, PROMPT, with_nan, without_tensor
 from tests.integrations.vllm.test_server import SERVER_ENVIRONMENT
@@ -50,10 +46,6 @@ class Client:
     def logprobs(self, prompt: list[int]) -> list[float]:
         """Of every prompt token after the first, none of them cached."""
         assert self.post("reset_prefix_cache").status_code == 200
-        return self.ask(prompt)
-
-    def ask(self, prompt: list[int]) -> list[float]:
-        """The same, beside other requests."""
         reply = self.post(
             "v1/completions",
             model=MODEL,
@@ -67,26 +59,20 @@ class Client:
         return [step[str(token)]["logprob"] for step, token in zip(steps, prompt[1:], strict=True)]
 
 
-@contextmanager
-def served(checkpoint: Path, folder: Path, *options: str) -> Iterator[Client]:
-    """A server of its own, with vLLM's routes for developers."""
-    port = free_port()
-    with ServerProcess(
-        vllm_command(checkpoint, port=port, options=(*OPTIONS, *options)),
-        port=port,
-        log=folder / "server.log",
-        environment={**SERVER_ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"},
-    ) as server:
-        server.wait_until_ready(timeout_s=900)
-        yield Client(server, checkpoint)
-
-
 @pytest.fixture(scope="module")
 def client(
     random_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Client]:
-    with served(random_checkpoint("engine"), tmp_path_factory.mktemp("server")) as client:
-        yield client
+    checkpoint, port = random_checkpoint("engine"), free_port()
+    environment = {**SERVER_ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"}
+    with ServerProcess(
+        vllm_command(checkpoint, port=port, options=OPTIONS),
+        port=port,
+        log=tmp_path_factory.mktemp("server") / "server.log",
+        environment=environment,
+    ) as server:
+        server.wait_until_ready(timeout_s=600)
+        yield Client(server, checkpoint)
 
 
 def test_folders_come_over_http(client: Client, tmp_path: Path) -> None:
@@ -117,19 +103,3 @@ def test_engines_that_move_weights_on_gpus_alone_are_answered(client: Client) ->
     assert reply.status_code >= 400
     assert "weight_transfer" in reply.text.lower().replace(" ", "_")
     assert client.logprobs(PROMPT) == first
-
-
-def test_data_parallel_ranks_answer_alike_with_one_idle(
-    random_checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """One request at a time, so that the other rank runs empty steps beside it; then four."""
-    checkpoint = random_checkpoint("engine")
-    expected = golden.token_logprobs(checkpoint, PROMPT)
-    with (
-        served(checkpoint, tmp_path, "--data-parallel-size", "2") as client,
-        ThreadPoolExecutor(4) as together,
-    ):
-        for _ in range(3):
-            require_close(client.logprobs(PROMPT), expected)
-        for answer in together.map(client.ask, [PROMPT] * 4):
-            require_close(answer, expected)
