@@ -171,8 +171,10 @@ class IndexProjectionWithLoRA(QKVParallelLinearWithLoRA):
         )
 
     def start_lora_a_overlap(self, x: Tensor) -> None:
-        if self.lora_backend.supports_lora_a_overlap:
-            self.lora_backend.start_lora_a_overlap(x, self.A_buffer_qkv, num_slices=2)
+        # its base class does not declare it
+        backend: Any = self.lora_backend
+        if backend.supports_lora_a_overlap:
+            backend.start_lora_a_overlap(x, self.A_buffer_qkv, num_slices=2)
 
 
 def choose_adapted_layers(

@@ -257,7 +257,8 @@ class M3SparseAttention(_M3AttentionBase):
     def project_with_index(self, hidden_states: Tensor) -> list[Tensor]:
         """q, k, v, index q and index k of the step: [tokens, heads * channels] each."""
         if self.joined is not None:
-            rows = self.qkv_proj.quant_method.apply(self.joined, hidden_states)
+            method: Any = self.qkv_proj.quant_method
+            rows = method.apply(self.joined, hidden_states)
             return list(rows.split([*self.split_sizes, *self.index_split_sizes], dim=-1))
         index, _ = self.index_qkv_proj(hidden_states)
         return [*self.project(hidden_states), *index.split(self.index_split_sizes, dim=-1)]

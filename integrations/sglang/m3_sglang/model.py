@@ -213,6 +213,7 @@ class M3Model(nn.Module):
                 if summed:
                     hidden_states = self.sums.add_up(hidden_states)
                     captured.append(hidden_states + residual)
+        assert residual is not None
         if summed:
             hidden_states, _ = self.norm(hidden_states, residual)
         else:

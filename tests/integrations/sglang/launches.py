@@ -201,6 +201,8 @@ def in_tree(arch: int, step: Step) -> tuple[int, int]:
     names = ("msa_sparse_decode_main", "msa_sparse_prefill_main")
     there = {name: main for name in names if hasattr(msa, name)}
     is_decode, once, shares = max(step.rows) == 1, 0, ()
+    starts: Any = None
+    before_rows: Any = None
     if not is_decode:
         given: Any = SimpleNamespace(
             seq_lens=lengths.long(),

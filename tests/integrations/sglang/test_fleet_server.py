@@ -155,7 +155,7 @@ def serialised(named: list[tuple[str, torch.Tensor]]) -> list[str]:
     from sglang.srt.utils import MultiprocessingSerializer
 
     torch.multiprocessing.set_sharing_strategy("file_system")
-    return [MultiprocessingSerializer.serialize(named, output_str=True)]
+    return [str(MultiprocessingSerializer.serialize(named, output_str=True))]
 
 
 def send_tensors(client: Client, tensors: dict[str, torch.Tensor]) -> None:
