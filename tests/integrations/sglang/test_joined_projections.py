@@ -17,9 +17,9 @@ HIDDEN, HEAD = 32, 8
 class Linear(nn.Module):
     """As SGLang's, of which a CPU's are left as they are."""
 
-    def __init__(self, rows: int, *, quant_method: Any = None) -> None:
+    def __init__(self, rows: int, *, device: str = "cpu", quant_method: Any = None) -> None:
         super().__init__()
-        weight = torch.linspace(-1, 1, rows * HIDDEN).sin().view(rows, HIDDEN)
+        weight = torch.linspace(-1, 1, rows * HIDDEN, device=device).sin().view(rows, HIDDEN)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.quant_method = quant_method or UnquantizedLinearMethod()
 
@@ -59,9 +59,7 @@ def test_products_are_those_of_the_layers(layer: Any) -> None:
 
 
 def test_only_plain_rows_are_joined() -> None:
-    with torch.device("meta"):
-        plain, other = Linear(HEAD), Linear(2 * HEAD)
-        quantised = Linear(HEAD, quant_method=object())
+    plain, other = Linear(HEAD, device="meta"), Linear(2 * HEAD, device="meta")
     assert can_be_joined(plain, other)
-    assert not can_be_joined(plain, quantised)
+    assert not can_be_joined(plain, Linear(HEAD, device="meta", quant_method=object()))
     assert not can_be_joined(plain, Linear(HEAD))
