@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 # What a script prints before an answer in JSON, so that a host's own lines do not count.
 MARK = "ANSWER "
@@ -96,59 +97,59 @@ def report(
     return json.loads(target.read_text())
 
 
-class Forking:
-    """An interpreter that has imported modules already: each script runs in a child of it.
-
-    For what a program does after imports that take seconds. Variables that are read during these
-    imports, and a `sitecustomize`, need an interpreter of their own.
-
-    Parameters
-    ----------
-    modules : imported once
-    """
-
-    def __init__(self, *modules: str) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._errors = Path(self._folder.name, "imports")
-        with self._errors.open("w") as errors:
-            self._process = subprocess.Popen(
+@contextmanager
+def forking(*modules: str) -> Iterator[Forking]:
+    """An interpreter that has imported modules, while the context lasts."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (folder / "imports").open("w") as errors:
+            process = subprocess.Popen(
                 [sys.executable, "-c", FORKING, *modules],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
             )
+        try:
+            yield Forking(process, folder)
+        finally:
+            process.communicate()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.communicate()
-        self._folder.cleanup()
+@dataclass(frozen=True)
+class Forking:
+    """An interpreter that has imported modules already: each script runs in a child of it.
+
+    For what a program does after imports that take seconds. Variables that are read during these
+    imports, and a `sitecustomize`, need an interpreter of their own.
+
+    Attributes
+    ----------
+    process : runs `FORKING`
+    folder : for what its children print; `imports` holds the errors of its imports
+    """
+
+    process: subprocess.Popen[str]
+    folder: Path
 
     def run(
         self, script: str, *, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run a script to its end, however it ends."""
-        out, err = (Path(self._folder.name, name) for name in ("out", "err"))
+        out, err = (self.folder / name for name in ("out", "err"))
         for file in (out, err):
             file.unlink(missing_ok=True)
         request = json.dumps([script, dict(environment or {}), str(out), str(err)])
-        assert self._process.stdin is not None
-        self._process.stdin.write(request + "\n")
-        self._process.stdin.flush()
+        assert self.process.stdin is not None
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
         code = self._answer()
         return subprocess.CompletedProcess(script, code, out.read_text(), err.read_text())
 
     def _answer(self) -> int:
         """The exit status of the last child; what imports print stands before the first."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             if line.strip().lstrip("-").isdigit():
                 return int(line)
-        raise RuntimeError(f"imports failed: {self._errors.read_text()[-4000:]}")
+        raise RuntimeError(f"imports failed: {(self.folder / 'imports').read_text()[-4000:]}")

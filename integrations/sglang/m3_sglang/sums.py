@@ -35,7 +35,10 @@ class RankSums:
         self.fused: FusedSum | None = fused_sum(device_type) if self.size > 1 else None
 
     def prepare(self) -> None:
-        """Make the buffer of fused sums, on all ranks at once and before any graph is recorded."""
+        """Make the buffer of fused sums, on all ranks at once and before any graph is recorded.
+
+        It is the process's: a draft model takes its target's.
+        """
         if self.fused is not None:
             self.fused.register()
 

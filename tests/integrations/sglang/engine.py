@@ -79,6 +79,19 @@ class Completion:
     accepted_lengths: list[int]
 
 
+def trainer_group(port: int, name: str) -> Any:
+    """The gloo group of this process, which trains, and one engine; waits for the engine."""
+    from sglang.srt.utils import init_custom_process_group
+
+    return init_custom_process_group(
+        backend="gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        world_size=2,
+        rank=0,
+        group_name=name,
+    )
+
+
 class EngineProcess(EnginePipe):
     """`sglang.Engine` behind a pipe.
 
@@ -335,20 +348,12 @@ class _Engine:
         from concurrent.futures import ThreadPoolExecutor
 
         import torch
-        from sglang.srt.utils import init_custom_process_group
         from sglang.srt.utils.network import get_open_port
 
         port, group = get_open_port(), "trainer"
         tensors = checkpoint_tensors(folder)
         with ThreadPoolExecutor(1) as trainer:
-            joined = trainer.submit(
-                init_custom_process_group,
-                backend="gloo",
-                init_method=f"tcp://127.0.0.1:{port}",
-                world_size=2,
-                rank=0,
-                group_name=group,
-            )
+            joined = trainer.submit(trainer_group, port, group)
             self.host.init_weights_update_group("127.0.0.1", port, 1, 2, group, backend="gloo")
             own: Any = joined.result(60)
             self.host.begin_weight_update()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
@@ -19,8 +17,14 @@ from tests.integrations.adapters import two_adapters, write_adapter
 from tests.integrations.cases import random_prompt
 from tests.integrations.parity import require_close
 from tests.integrations.server import MODEL
-from tests.integrations.sglang.engine import ENVIRONMENT, checkpoint_tensors
-from tests.integrations.updates import EXPERT, FUSED, PROMPT, without_tensor
+from tests.integrations.sglang.engine import ENVIRONMENT, checkpoint_tensors, trainer_group
+from tests.integrations.updates import (
+    EXPERT,
+    FUSED,
+    PROMPT,
+    ServedCheckpoint,
+    without_tensor,
+)
 
 pytestmark = pytest.mark.extended
 
@@ -41,15 +45,8 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Client:
-    """Asks one server of one model."""
-
-    server: ServerProcess
-    original: Path
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.server.url}/{path}", json=body, timeout=600, trust_env=False)
+class Client(ServedCheckpoint):
+    """Asks the server."""
 
     def logprobs(self, prompt: list[int], adapter: str | None = None) -> list[float]:
         """Of every prompt token after the first, none of them cached."""
@@ -171,18 +168,9 @@ def send_tensors(client: Client, tensors: dict[str, torch.Tensor]) -> None:
 
 def broadcast(client: Client, tensors: dict[str, torch.Tensor]) -> None:
     """All tensors over a gloo group in which this process is the trainer."""
-    from sglang.srt.utils import init_custom_process_group
-
     port, name = free_port(), "trainer"
     with ThreadPoolExecutor(1) as trainer:
-        joined = trainer.submit(
-            init_custom_process_group,
-            backend="gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
-            world_size=2,
-            rank=0,
-            group_name=name,
-        )
+        joined = trainer.submit(trainer_group, port, name)
         reply = client.post(
             "init_weights_update_group",
             master_address="127.0.0.1",

@@ -20,7 +20,7 @@ from tests.integrations.variables import (
     check_mistakes,
     check_service_links,
 )
-from tests.interpreters import Forking, interpret, run
+from tests.interpreters import Forking, forking, interpret, run
 
 LOAD = """
 from sglang.srt.plugins import load_plugins
@@ -40,7 +40,7 @@ if MODELS:
 @pytest.fixture(scope="module")
 def loader() -> Iterator[Forking]:
     """What SGLang has imported when it comes to plugins; nothing of ours."""
-    with Forking("sglang.srt.plugins", "sglang.srt.server_args") as loader:
+    with forking("sglang.srt.plugins", "sglang.srt.server_args") as loader:
         yield loader
 
 

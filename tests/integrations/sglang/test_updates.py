@@ -11,7 +11,6 @@ import pytest
 from m3_plugin.testing.quantised import QuantName
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from m3_sglang.compat import speculation_is_tested
-from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
 from tests.integrations.sglang.engine import EngineProcess, checkpoint_tensors, speculation
 from tests.integrations.speculation import (
     answer,
@@ -19,7 +18,15 @@ from tests.integrations.speculation import (
     drafting_checkpoint,
     ids,
 )
-from tests.integrations.updates import EXPERT, FUSED, PROMPT, with_nan, without_tensor
+from tests.integrations.updates import (
+    EXPERT,
+    FUSED,
+    PROMPT,
+    QUANTISED,
+    QuantisedPair,
+    with_nan,
+    without_tensor,
+)
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +200,7 @@ def test_drafts_change_with_their_target(constructed_checkpoint: Path, tmp_path:
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize(
-    ("quant", "environment"),
-    [
-        pytest.param("nvfp4", DEQUANTISE, id="nvfp4 dequantised"),
-        pytest.param("nvfp4", {}, id="nvfp4 as stored"),
-        pytest.param("mxfp8", {}, id="mxfp8 as stored"),
-    ],
-)
+@pytest.mark.parametrize(("quant", "environment"), QUANTISED)
 def test_quantised_weights_change_in_their_stored_format(
     random_checkpoint: Callable[[str], Path],
     other_checkpoint: Path,
@@ -213,19 +213,15 @@ def test_quantised_weights_change_in_their_stored_format(
     A folder of plain weights is refused by its config.json.
     """
     plain = random_checkpoint("engine")
-    original = QuantisedCheckpoints(plain, tmp_path / "original").stored(quant)
-    other = QuantisedCheckpoints(other_checkpoint, tmp_path / "other").stored(quant)
-    expert = EXPERT.removesuffix("weight")
-    part = [name for name in checkpoint_tensors(other) if name.startswith(expert)]
-    assert len(part) > 1
+    pair = QuantisedPair.of(plain, other_checkpoint, tmp_path, quant, names=checkpoint_tensors)
     log = tmp_path / "engine.log"
-    with EngineProcess(original, log=log, environment=environment) as engine:
-        answers = Answers(engine, original)
-        assert engine.update_from_disk(other)[0]
+    with EngineProcess(pair.original, log=log, environment=environment) as engine:
+        answers = Answers(engine, pair.original)
+        assert engine.update_from_disk(pair.other)[0]
         assert answers.now() != answers.first
         answers.back()
-        for source, is_back in ((other, False), (original, True)):
-            assert engine.update_from_tensors(source, part, bucket=len(part))[0][0]
+        for source, is_back in ((pair.other, False), (pair.original, True)):
+            assert engine.update_from_tensors(source, pair.part, bucket=len(pair.part))[0][0]
             assert (answers.now() == answers.first) == is_back
         success, message = engine.update_from_disk(plain)
         assert not success

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +11,13 @@ import pytest
 from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from tests.integrations.server import MODEL
-from tests.integrations.updates import EXPERT, PROMPT, with_nan, without_tensor
+from tests.integrations.updates import (
+    EXPERT,
+    PROMPT,
+    ServedCheckpoint,
+    with_nan,
+    without_tensor,
+)
 from tests.integrations.vllm.test_server import SERVER_ENVIRONMENT
 
 pytestmark = pytest.mark.extended
@@ -28,15 +32,8 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Client:
-    """Asks one server of one model."""
-
-    server: ServerProcess
-    original: Path
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.server.url}/{path}", json=body, timeout=600, trust_env=False)
+class Client(ServedCheckpoint):
+    """Asks the server."""
 
     def reload(self, folder: Path) -> httpx.Response:
         return self.post(

@@ -22,7 +22,7 @@ from tests.integrations.variables import (
     check_service_links,
 )
 from tests.integrations.vllm.engine import ENVIRONMENT
-from tests.interpreters import Forking, interpret, run
+from tests.interpreters import Forking, forking, interpret, run
 
 LOAD = """
 from vllm.plugins import load_general_plugins
@@ -38,7 +38,7 @@ for name in ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGenerat
 @pytest.fixture(scope="module")
 def loader() -> Iterator[Forking]:
     """What vLLM has imported when it comes to plugins; nothing of ours."""
-    with Forking("vllm.plugins", "vllm.model_executor.models") as loader:
+    with forking("vllm.plugins", "vllm.model_executor.models") as loader:
         yield loader
 
 

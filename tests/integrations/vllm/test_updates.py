@@ -10,8 +10,15 @@ import pytest
 
 from m3_plugin.testing.quantised import QuantName
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
-from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
-from tests.integrations.updates import EXPERT, FUSED, PROMPT, with_nan, without_tensor
+from tests.integrations.updates import (
+    EXPERT,
+    FUSED,
+    PROMPT,
+    QUANTISED,
+    QuantisedPair,
+    with_nan,
+    without_tensor,
+)
 from tests.integrations.vllm.engine import EngineError, EngineProcess
 from tests.integrations.vllm.updating_worker import read
 
@@ -141,14 +148,7 @@ def test_embeddings_of_a_prompt_serve_as_its_tokens_do(
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize(
-    ("quant", "environment"),
-    [
-        pytest.param("nvfp4", DEQUANTISE, id="nvfp4 dequantised"),
-        pytest.param("nvfp4", {}, id="nvfp4 as stored"),
-        pytest.param("mxfp8", {}, id="mxfp8 as stored"),
-    ],
-)
+@pytest.mark.parametrize(("quant", "environment"), QUANTISED)
 def test_quantised_weights_change_in_their_stored_format(
     random_checkpoint: Callable[[str], Path],
     other_checkpoint: Path,
@@ -161,22 +161,20 @@ def test_quantised_weights_change_in_their_stored_format(
     A folder of plain weights is refused by its config.json.
     """
     plain = random_checkpoint("engine")
-    original = QuantisedCheckpoints(plain, tmp_path / "original").stored(quant)
-    other = QuantisedCheckpoints(other_checkpoint, tmp_path / "other").stored(quant)
-    expert = EXPERT.removesuffix("weight")
-    part = [name for name in read(str(other)) if name.startswith(expert)]
-    assert len(part) > 1
+    pair = QuantisedPair.of(plain, other_checkpoint, tmp_path, quant, names=read)
     worker = "tests.integrations.vllm.updating_worker.UpdatingWorker"
-    with EngineProcess(original, worker_extension_cls=worker, environment=environment) as engine:
-        answers = Answers(engine, original)
-        engine.rpc("reload_weights", None, str(other))
+    with EngineProcess(
+        pair.original, worker_extension_cls=worker, environment=environment
+    ) as engine:
+        answers = Answers(engine, pair.original)
+        engine.rpc("reload_weights", None, str(pair.other))
         changed = answers.now()
         assert all(map(math.isfinite, changed))
         assert changed != answers.first
         answers.back()
         if not environment:
-            for source, is_back in ((other, False), (original, True)):
-                engine.rpc("load_directly", str(source), part)
+            for source, is_back in ((pair.other, False), (pair.original, True)):
+                engine.rpc("load_directly", str(source), pair.part)
                 assert (answers.now() == answers.first) == is_back
         with pytest.raises(EngineError, match="is stored as plain weights"):
             engine.rpc("reload_weights", None, str(plain))
