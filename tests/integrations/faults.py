@@ -39,6 +39,7 @@ from m3_plugin.testing.prompts import needle_prompt
 from tests.integrations.bad_machine import Disks, JumpingClock
 from tests.integrations.server import MODEL, ask
 from tests.integrations.soak import asked_meanwhile, processes_named
+from tests.processes import wait_until
 
 ROOT = Path(__file__).parents[2]
 STARTS_WITHIN_S = 1200
@@ -66,21 +67,12 @@ def answers_right(server: ServerProcess, seed: int) -> bool:
     return reply.choices[0].message.content == prompt.expected_text
 
 
-def wait_until(fact: Callable[[], bool], seconds: float = ENDS_WITHIN_S) -> bool:
-    """Whether it becomes true in time."""
-    deadline = time.monotonic() + seconds
-    while not fact():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-    return True
-
-
 def require_nothing_left(server: ServerProcess) -> None:
     """The server has ended by itself, with all its processes, and its port is free."""
-    assert wait_until(lambda: server.process.poll() is not None), "the first process still runs"
+    ended = wait_until(lambda: server.process.poll() is not None, ENDS_WITHIN_S)
+    assert ended, "the first process still runs"
     session = server.process.pid
-    gone = wait_until(lambda: not processes_of_session(session))
+    gone = wait_until(lambda: not processes_of_session(session), ENDS_WITHIN_S)
     assert gone, processes_of_session(session)
     with closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -426,7 +418,7 @@ def require_recovery_from_no_descriptors(server: ServerProcess) -> None:
         for connection in idle:
             connection.close()
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-    assert wait_until(lambda: is_well(server))
+    assert wait_until(lambda: is_well(server), ENDS_WITHIN_S)
 
 
 def require_order_after_sigterm(server: ServerProcess) -> None:

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from m3_vllm import orphans
 from m3_vllm.orphans import end_with_starter, engine_of_first_worker, parent_of
+from tests.processes import is_alive, wait_until
 
 # A starter whose child is the engine and whose grandchild is the worker, which watches. The engine
 # is deaf to SIGTERM if told so. The worker prints the engine's process id.
@@ -48,10 +48,7 @@ def test_a_killed_starter_takes_its_engine_with_it(hearing: str) -> None:
             assert parent_of(engine) == starter.pid
             starter.kill()
             starter.wait()
-            deadline = time.monotonic() + 60
-            while is_alive(engine) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert not is_alive(engine)
+            assert wait_until(lambda: not is_alive(engine))
         finally:
             os.killpg(starter.pid, signal.SIGKILL)
 
@@ -61,14 +58,6 @@ def test_one_process_watches() -> None:
     assert engine_of_first_worker("EngineCore_DP0") == os.getpid()
     for other in ("VllmWorker-1", "MainProcess", "RayWorkerWrapper"):
         assert engine_of_first_worker(other) is None
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody waited for does not."""
-    try:
-        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
 
 
 def test_a_starter_that_takes_all_with_it_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:

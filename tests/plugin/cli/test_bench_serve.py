@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from m3_plugin.cli.bench.serve import (
 from m3_plugin.cli.hosts import HOSTS
 from m3_plugin.cli.outputs import envelope
 from tests.plugin.cli.schemas import checked
-from tests.plugin.host.test_serving import is_alive
+from tests.processes import is_alive, wait_until
 
 SERVER = Server("m3-plugin", "http://127.0.0.1:9", "m3", "/nowhere")
 LOAD = Load(context=100, output_tokens=4, requests=2, concurrency=1)
@@ -204,14 +203,10 @@ def test_a_signal_stops_the_client(tmp_path: Path, number: signal.Signals) -> No
     script = STARTER.format(client=CLIENT.format(file=str(file)))
     root = Path(__file__).parents[3]
     starter = subprocess.Popen([sys.executable, "-c", script], cwd=root)
-    deadline = time.monotonic() + 60
-    while not (file.exists() and file.read_text()):
-        assert starter.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_until(lambda: file.exists() and bool(file.read_text()))
     starter.send_signal(number)
     assert starter.wait(60) != 0
-    assert not is_alive(int(file.read_text()))
+    assert wait_until(lambda: not is_alive(int(file.read_text())))
 
 
 def test_picture(tmp_path: Path) -> None:

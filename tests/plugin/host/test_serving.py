@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -21,6 +20,7 @@ from m3_plugin.host.serving import (
     listener_outside,
     named_error,
 )
+from tests.processes import is_alive, wait_until
 
 # A server with a child of its own, as the hosts have.
 SERVER = """
@@ -41,15 +41,6 @@ with ServerProcess(
 """
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # a zombie whose parent is gone is no process that runs
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_stops_the_server_and_its_children(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "server.log"
@@ -62,19 +53,13 @@ def test_a_signal_stops_the_server_and_its_children(tmp_path: Path, number: sign
     )
     assert starter.stdout is not None
     server = int(starter.stdout.readline())
-    deadline = time.monotonic() + 60
-    while not log.read_text().strip():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_until(lambda: bool(log.read_text().strip()))
     child = int(log.read_text())
     starter.send_signal(number)
     assert starter.wait(60) != 0
     # who is killed cannot wait: the watchdog asks first, and kills after 5 s
-    while number == signal.SIGKILL and (is_alive(server) or is_alive(child)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert not is_alive(server)
-    assert not is_alive(child)
+    assert wait_until(lambda: not is_alive(server))
+    assert wait_until(lambda: not is_alive(child))
 
 
 def test_the_old_handler_comes_back(tmp_path: Path) -> None:
@@ -132,10 +117,7 @@ def test_a_strangers_answer_does_not_count(tmp_path: Path) -> None:
     port = free_port()
     stranger = subprocess.Popen(python("-c", ANSWERING, str(port)), start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
-        while listener_outside(port, session=1) is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        assert wait_until(lambda: listener_outside(port, session=1) is not None)
         with (
             ServerProcess(["sleep", "300"], port=port, log=tmp_path / "server.log") as server,
             pytest.raises(ServerFailed, match="was not started here"),
@@ -146,10 +128,7 @@ def test_a_strangers_answer_does_not_count(tmp_path: Path) -> None:
         os.killpg(stranger.pid, signal.SIGKILL)
         stranger.wait()
     # the listener is the stranger's child: it is nobody's to wait for, and ends when it ends
-    deadline = time.monotonic() + 60
-    while listener_outside(port, session=1) is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_until(lambda: listener_outside(port, session=1) is None)
 
 
 def test_the_reason_is_the_last_error_that_points_at_no_other() -> None:

@@ -21,6 +21,7 @@ from m3_plugin.soak.record import (
     Run,
     slope,
 )
+from tests.processes import wait_until
 
 OUTCOME = Outcome(
     number=4,
@@ -142,4 +143,4 @@ def test_processes_of_a_session_are_seen() -> None:
     assert len(found) == 2
     assert all(process.rss_mb > 1 and process.files >= 3 for process in found)
     assert {process.threads for process in found} == {1}
-    assert processes_of_session(parent.pid) == []
+    assert wait_until(lambda: not processes_of_session(parent.pid))

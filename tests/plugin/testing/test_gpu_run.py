@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from m3_plugin.cli import app
 from m3_plugin.cli.check import _cases
 from m3_plugin.testing import gpu_run
 from m3_plugin.testing.gpu_run import MODEL_TEST, ROOT, SECONDS, Step, steps, visit
+from tests.processes import is_alive, wait_until
 
 
 def program(name: str, text: str, *, limit: int = 30, **more: object) -> Step:
@@ -74,12 +74,8 @@ def test_a_step_ends_with_all_it_started(tmp_path: Path) -> None:
     child = f"import time, os; open({mine!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     text = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     visit([program("parent", text, limit=8)], tmp_path, seconds=300)
-    # it is nobody's to wait for: what is left of it may be a zombie for a while
-    status = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    deadline = time.monotonic() + 60
-    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    started = int((tmp_path / "pid").read_text())
+    assert wait_until(lambda: not is_alive(started))
 
 
 def test_the_steps_fit_and_are_commands_that_exist(
