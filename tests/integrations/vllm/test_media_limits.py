@@ -175,7 +175,7 @@ def test_16_bit_greys_are_scaled(processor) -> None:
     tokens = processor.info.get_tokenizer().encode(IMAGE)
     file = ImageMediaIO().load_bytes(media_files.encoded(deep, "PNG"))
     one, two, expected = (
-        prepared(processor, tokens, {"image": image})["mm_kwargs"]["image"][0]["pixel_values"].data
+        prepared(processor, tokens, {"image": image})["mm_kwargs"]["image"][0]["pixel_bytes"].data
         for image in (file, deep, plain)
     )
     assert torch.equal(one, expected)
@@ -328,7 +328,7 @@ processor = build(Path({str(folder)!r}))
 def patches(data):
     video = M3VideoLoader.load_bytes(data)
     items = processor.info.parse_mm_data({{"video": video}})
-    return processor("{VIDEO}", items)["mm_kwargs"]["video"][0].get_data()["pixel_values_videos"]
+    return processor("{VIDEO}", items)["mm_kwargs"]["video"][0].get_data()["pixel_bytes_videos"]
 """,
         load="patches",
     )

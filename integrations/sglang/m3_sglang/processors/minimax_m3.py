@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,10 +38,9 @@ from sglang.srt.multimodal.processors.base_processor import (
 from sglang.srt.utils import common, load_image
 from torch import Tensor
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
-from transformers.utils.hub import cached_file
 
 from m3_plugin.host.metrics import count_refused_request
-from m3_plugin.host.side_caps import resized_frames, with_rule
+from m3_plugin.host.side_caps import as_served, resized_frames
 from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
     MAX_FRAMES,
@@ -67,9 +65,9 @@ from m3_plugin.model.media import (
     upright_rgb,
     with_stamp,
 )
-from m3_plugin.model.resizing import FILE, SideCaps, require_no_area, resize_rule
-from m3_plugin.untrusted import read_json
-from m3_sglang.compat import read_config
+from m3_plugin.model.pixels import PixelScale
+from m3_plugin.model.resizing import SideCaps, require_no_area, resize_rule
+from m3_sglang.compat import preprocessor_file, read_config
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
 # Requests whose media are prepared at the same time.
@@ -97,7 +95,9 @@ class M3Processor(BaseMultimodalProcessor):
         )
         processor.tokenizer = getattr(_processor, "tokenizer", processor.tokenizer)
         self.rule = published_rule(hf_config, server_args)
-        processor = with_rule(processor, self.rule)
+        # a file that is none has ended this by now
+        scale = PixelScale.read(preprocessor_file(server_args) or None)
+        processor = as_served(processor, rule=self.rule, scale=scale)
         super().__init__(hf_config, server_args, processor, *args, **kwargs)
         for wishes in (self.image_config, self.video_config):
             require_areas(wishes)
@@ -346,14 +346,7 @@ def published_rule(hf_config: Any, server_args: Any) -> SideCaps | None:
     ------
     ValueError : it names a rule that is not its model's.
     """
-    file = cached_file(
-        server_args.model_path,
-        FILE,
-        revision=server_args.revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    said = {} if file is None else read_json(Path(file))
-    return resize_rule(said, read_config(hf_config))
+    return resize_rule(preprocessor_file(server_args), read_config(hf_config))
 
 
 def plausible(data: Any) -> Any:
