@@ -44,14 +44,16 @@ def as_served(processor: Any, *, rule: SideCaps | None, scale: PixelScale | None
     scale : what the served model normalises bytes with; None if it expects them normalised
     """
     served = copy.copy(processor)
-    images, videos = processor.image_processor, processor.video_processor
+    pictures: Any
+    videos: Any
     if rule is None:
-        served.image_processor = BytePictures.from_dict(images.to_dict())
-        served.video_processor = VideosInPieces.from_dict(videos.to_dict())
+        pictures = BytePictures.from_dict(processor.image_processor.to_dict())
+        videos = VideosInPieces.from_dict(processor.video_processor.to_dict())
     else:
-        served.image_processor = CappedImages(caps=rule, **_kept(images))
-        served.video_processor = CappedVideos(caps=rule, **_kept(videos))
-    served.image_processor.scale = served.video_processor.scale = scale
+        pictures = CappedImages(caps=rule, **_kept(processor.image_processor))
+        videos = CappedVideos(caps=rule, **_kept(processor.video_processor))
+    pictures.scale = videos.scale = scale
+    served.image_processor, served.video_processor = pictures, videos
     return served
 
 

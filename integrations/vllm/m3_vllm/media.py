@@ -345,7 +345,7 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         hf_inputs = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
         videos = hf_inputs.hf_data.get("videos")
         if isinstance(videos, Sequence) and videos:
-            hf_inputs.hf_data["videos"] = [frames for frames, _ in videos]
+            hf_inputs.hf_data["videos"] = [_channels_first(frames) for frames, _ in videos]
             hf_inputs.hf_data["video_metadata"] = [
                 {"total_num_frames": len(frames), **_times(metadata)} for frames, metadata in videos
             ]
@@ -478,6 +478,15 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         return super()._apply_prompt_updates(prompt + list(token_ids[done:]), mm_prompt_updates)
 
 
+def _channels_first(frames: Any) -> Any:
+    """Decoded frames [n, height, width, 3] as transformers wants them, without its copy."""
+    decoded = isinstance(frames, np.ndarray) and frames.ndim == 4 and frames.dtype == np.uint8
+    # what has few rows or columns may be meant either way, as transformers decides
+    if not decoded or frames.shape[-1] != 3 or frames.shape[1] in (1, 3):
+        return frames
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
 def _times(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Rate and frame indices of a loaded video, None where its loader did not know them."""
     indices = metadata.get("frames_indices")
@@ -569,12 +578,12 @@ class M3VideoLoader(VideoBackend):
         size = fitted_size(height, width, **_FRAME_AREA)
         require_video_pixels(len(indices), *size)
         shrink = len(indices) * height * width > _MAX_HELD_PIXELS
-        frames = []
-        for index in indices:
+        frames = np.empty((len(indices), *(size if shrink else (height, width)), 3), dtype=np.uint8)
+        for place, index in enumerate(indices):
             (frame,) = animation.get_frames_at([index])
-            frames.append(_resized(frame, size) if shrink else frame)
+            frames[place] = _resized(frame, size) if shrink else frame
         source = VideoSourceMetadata(total, rate, total / rate)
-        return np.stack(frames), cls.create_hf_metadata(source, indices, "pillow")
+        return frames, cls.create_hf_metadata(source, indices, "pillow")
 
     @classmethod
     def compute_frames_index_to_sample(
@@ -609,7 +618,7 @@ class M3VideoLoader(VideoBackend):
         size = cls._frame_size(height, width)
         require_video_pixels(len(frame_idx), *size)
         shrink = len(frame_idx) * height * width > _MAX_HELD_PIXELS
-        frames: list[np.ndarray] = []
+        frames = np.empty((0, *size, 3), dtype=np.uint8)
         valid: list[int] = []
         wanted = iter(frame_idx)
         target = next(wanted, None)
@@ -622,14 +631,16 @@ class M3VideoLoader(VideoBackend):
                 usable = decoded and frame.size > 0
                 if usable:
                     frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-                    frames.append(cls._resized(frame, size) if shrink else frame)
+                    frame = cls._resized(frame, size) if shrink else frame
+                    if not valid:
+                        # a frame may be turned against what the header says
+                        frames = np.empty((len(frame_idx), *frame.shape), dtype=np.uint8)
+                    frames[len(valid)] = frame
                     valid.append(index)
                 while (usable or not frame_recovery) and target is not None and target <= index:
                     target = next(wanted, None)
             index += 1
-        if not frames:
-            return np.empty((0, *size, 3), dtype=np.uint8), []
-        return np.stack(frames), valid
+        return frames[: len(valid)], valid
 
     @classmethod
     def _frame_size(cls, height: int, width: int) -> tuple[int, int]:

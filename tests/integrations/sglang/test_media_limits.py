@@ -416,10 +416,15 @@ def test_absurd_areas_of_a_server_are_refused(
 
 
 @pytest.mark.extended
-def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
+# Of more frames decord decodes some ahead of who reads them, as many as it has time for.
+@pytest.mark.parametrize(("frames", "most"), media_memory.CASES[:1])
+def test_large_frames_of_a_small_file_fill_no_memory(
+    tmp_path: Path, frames: int, most: int
+) -> None:
     folder = write_random_checkpoint(tmp_path / "m3", preset="engine")
     grown = media_memory.grown_by(
-        media_memory.file_of_large_frames(tmp_path),
+        media_memory.file_of_large_frames(tmp_path, frames),
+        frames=frames,
         prepare=f"""
 from tests.integrations.sglang.media_processor import build, prepare
 processor = build(Path({str(folder)!r}))
@@ -429,4 +434,4 @@ def patches(data):
 """,
         load="patches",
     )
-    assert grown < media_memory.LIMIT
+    assert grown < most, grown

@@ -336,7 +336,7 @@ def test_bytes_and_floats_of_several_requests_stay_apart(processor, reference) -
     floats = np.asarray(second).transpose(2, 0, 1).astype(np.float32)
     given_floats = _process(processor, IMAGE, {"image": floats})
     items = [("image", result["mm_kwargs"]["image"][0]) for result in (*plain, asked, given_floats)]
-    batches = list(group_and_batch_mm_kwargs(items))
+    batches: list[Any] = list(group_and_batch_mm_kwargs(items))
     assert [(number, set(batch)) for _, number, batch in batches] == [
         (2, {"pixel_bytes", "image_grid_thw"}),
         (2, {"pixel_values", "image_grid_thw"}),

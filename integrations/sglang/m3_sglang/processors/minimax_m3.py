@@ -546,16 +546,20 @@ def video_frames(
     require_frame_pixels(height, width)
     require_video_pixels(len(indices), *size(height, width))
     at_once = max(_PIXELS_AT_ONCE // (height * width), 1)
-    parts = []
+    frames = None
     for first in range(0, len(indices), at_once):
         # not as a tensor, for which SGLang pins memory even where there is no accelerator
         part = torch.as_tensor(decoder.get_frames_at(indices[first : first + at_once]))
         part = part.permute(0, 3, 1, 2)
         # what is decoded may be turned against what the header says
-        parts.append(by(part, size(*part.shape[-2:])))
-    if len({part.shape[1:] for part in parts}) != 1:
-        raise ValueError("the frames of a video must be of one size")
-    return torch.cat(parts), {"total_num_frames": total, "fps": rate, "frames_indices": indices}
+        part = by(part, size(*part.shape[-2:]))
+        if frames is None:
+            frames = part.new_empty(len(indices), *part.shape[1:])
+        if part.shape[1:] != frames.shape[1:]:
+            raise ValueError("the frames of a video must be of one size")
+        frames[first : first + at_once] = part
+    assert frames is not None
+    return frames, {"total_num_frames": total, "fps": rate, "frames_indices": indices}
 
 
 def as_frames(video: Any) -> Tensor | None:
