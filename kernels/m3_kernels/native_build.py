@@ -193,6 +193,18 @@ def call(function: str, *arguments: Array | int | float | None) -> None:
     raise RuntimeError(f"{op}: unknown status {status}")
 
 
+def vector_family() -> str:
+    """The processor's vectors that the kernels were compiled for, in words.
+
+    Raises
+    ------
+    NativeUnavailableError : they cannot run here
+    """
+    function = library().m3_vector_family
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
 @cache
 def refusal() -> str | None:
     """Why the C++ kernels cannot run here, or None if they can; compiles them at the first call."""

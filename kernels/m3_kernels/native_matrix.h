@@ -136,6 +136,19 @@ struct WeightRow {
     return 0;
   }
 
+  static constexpr int64_t bytes(int64_t columns) {
+    if constexpr (kind == kPlain) return 4 * columns;
+    if constexpr (is_plain(kind)) return 2 * columns;
+    return kind >= kMxfp4 ? columns / 2 : columns;
+  }
+
+  // The row that many bytes behind this one is read next: hardware foresees no further than a page,
+  // and starts anew with each row.
+  void prefetch(int64_t column, int64_t ahead) const {
+    const int64_t at = bytes(column);
+    if (at % 64 == 0) __builtin_prefetch(codes + at + ahead, 0, 2);
+  }
+
   void decode(int64_t column, float scale, int zero, Floats (&to)[kUnitVectors]) const {
     if constexpr (is_plain(kind)) {
       constexpr int64_t own = kind == kPlain           ? kFloat32
@@ -143,6 +156,12 @@ struct WeightRow {
                                                        : kFloat16;
       const char* from = reinterpret_cast<const char*>(codes) + column * (own == kFloat32 ? 4 : 2);
       for (int v = 0; v < kUnitVectors; ++v) {
+#if defined(__FMA__) && defined(__F16C__)
+        if constexpr (own == kFloat16) {
+          to[v] = widen_halves(from + v * kLanes * 2);
+          continue;
+        }
+#endif
         to[v] = load_as_float(from + v * kLanes * (own == kFloat32 ? 4 : 2), own);
       }
     } else if constexpr (kind == kMxfp8 || kind == kFp8) {
@@ -154,6 +173,14 @@ struct WeightRow {
 
  private:
 #if defined(__FMA__) && defined(__F16C__)
+  static Floats widen_halves(const char* from) {
+#if defined(__AVX512F__)
+    return bits<Floats>(_mm512_cvtph_ps(load<__m256i>(from)));
+#else
+    return bits<Floats>(_mm256_cvtph_ps(load<__m128i>(from)));
+#endif
+  }
+
   // A byte moved below the sign bit of an fp16 is the number divided by 256.
   static void decode_e4m3_unit(const uint8_t* from, float scale, Floats (&to)[kUnitVectors]) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -223,6 +250,7 @@ template <int64_t kind, int Rows, int Weights>
 inline void dot_in_registers(const WeightRow<kind>* weights, const float* const* x,
                              int64_t columns, int64_t group, float* sums) {
   Floats sum[Rows][Weights] = {};
+  const int64_t ahead = Weights * WeightRow<kind>::bytes(columns);
   for (int64_t begin = 0, g = 0; begin < columns; begin += group, ++g) {
     const int64_t end = std::min(columns, begin + group);
     float scale[Weights];
@@ -236,6 +264,7 @@ inline void dot_in_registers(const WeightRow<kind>* weights, const float* const*
 #pragma GCC unroll 4
       for (int n = 0; n < Weights; ++n) {
         Floats w[kUnitVectors];
+        weights[n].prefetch(column, ahead);
         weights[n].decode(column, scale[n], zero[n], w);
 #pragma GCC unroll 4
         for (int m = 0; m < Rows; ++m) {

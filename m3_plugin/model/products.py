@@ -10,6 +10,7 @@ depend on the rows beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,14 +31,25 @@ class ProductChoice:
     ----------
     own : whether our product does; the host's otherwise
     reason : why, for a log
+    slow : whether the host's is torch's loop of 16 bits
     """
 
     own: bool
     reason: str
+    slow: bool = False
 
     def describe(self) -> str:
         """One line for a log."""
         return f"{'quantised_linear (native)' if self.own else 'the host'}: {self.reason}"
+
+    @property
+    def cost(self) -> str:
+        """What it costs, in words."""
+        if self.own:
+            return "weights are widened as they are read: about fp32's time, half its memory"
+        if self.slow:
+            return "prompts take several times as long as with --dtype float32"
+        return "as the host has it"
 
 
 def choose_products(device_type: str, dtype: torch.dtype, *, settings: Settings) -> ProductChoice:
@@ -52,16 +64,17 @@ def choose_products(device_type: str, dtype: torch.dtype, *, settings: Settings)
         return ProductChoice(False, "our product is for CPUs")
     if dtype not in NARROW:
         return ProductChoice(False, f"torch's library multiplies {_name(dtype)}")
+    slow = not library_multiplies(dtype)
     if settings.products == "host":
-        return ProductChoice(False, "requested by M3_PLUGIN_PRODUCTS")
+        return ProductChoice(False, "requested by M3_PLUGIN_PRODUCTS", slow)
     if settings.kernels not in ("auto", "native"):
-        return ProductChoice(False, f"M3_PLUGIN_KERNELS={settings.kernels} leaves out ours")
+        return ProductChoice(False, f"M3_PLUGIN_KERNELS={settings.kernels} leaves out ours", slow)
     refusal = m3_kernels.kernel_families("cpu")[0].refusal
     if refusal is not None:
-        return ProductChoice(False, f"ours cannot run: {refusal}")
+        return ProductChoice(False, f"ours cannot run: {refusal}", slow)
     if settings.products == "own":
         return ProductChoice(True, "requested by M3_PLUGIN_PRODUCTS")
-    if library_multiplies(dtype):
+    if not slow:
         return ProductChoice(False, f"torch's library multiplies {_name(dtype)} on this processor")
     return ProductChoice(
         True, f"torch's library has no products of {_name(dtype)} for this processor"
@@ -93,6 +106,20 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = quantised_linear(rows, StoredMatrix("plain", weight.detach())).view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` by whoever has the product; for layers that are no host's."""
+    if _is_own(weight.device.type, weight.dtype) and takes(weight) and x.dtype == weight.dtype:
+        return multiply(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@cache
+def _is_own(device_type: str, dtype: torch.dtype) -> bool:
+    if device_type != "cpu":
+        return False
+    return choose_products(device_type, dtype, settings=Settings.from_environment()).own
 
 
 def _name(dtype: torch.dtype) -> str:

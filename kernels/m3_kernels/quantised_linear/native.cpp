@@ -65,3 +65,5 @@ extern "C" int64_t m3_quantised_linear(const m3::Array* x, const m3::Array* code
     return m3::kOutOfMemory;
   }
 }
+
+extern "C" const char* m3_vector_family() { return m3::vector_family(); }

@@ -51,8 +51,9 @@ def test_the_layer_stays_and_the_product_is_ours(dtype: torch.dtype) -> None:
 def test_sglangs_product_is_kept(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, columns: int, variable: str
 ) -> None:
-    from m3_sglang.own_products import use_own_products
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    from m3_sglang.own_products import use_own_products
 
     monkeypatch.setenv("M3_PLUGIN_PRODUCTS", variable)
     use_own_products(made := model(dtype, columns=columns))
@@ -84,16 +85,18 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_experts_equal_sglangs_own(tokens: int) -> None:
     """Which know the activation with gate and up rows interleaved."""
-    from m3_plugin.checkpoint.loading import interleave_gate_up
-    from m3_sglang.own_products import OwnExpertProducts, use_own_experts
     from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
     from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from m3_plugin.checkpoint.loading import interleave_gate_up
+    from m3_sglang.own_products import OwnExpertProducts, use_own_experts
 
     random = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 64, generator=random).bfloat16()
     ids = torch.rand(tokens, 6, generator=random).argsort(1)[:, :3]
     chosen = StandardTopKOutput(torch.rand(tokens, 3, generator=random), ids, torch.zeros(1))
-    assert use_own_experts(ours := Experts(torch.bfloat16))
+    ours = Experts(torch.bfloat16)
+    assert use_own_experts(ours)
     assert isinstance(ours.quant_method, OwnExpertProducts)
     step: Any = SimpleNamespace(hidden_states=x, topk_output=chosen)
     found = ours.quant_method.apply(ours, step).hidden_states

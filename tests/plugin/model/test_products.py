@@ -96,3 +96,21 @@ def test_shapes_and_bias() -> None:
 )
 def test_weights_that_are_taken(weight: torch.Tensor, taken: bool) -> None:
     assert takes(weight) is taken
+
+
+@needs_native
+def test_linear_takes_our_product_where_the_library_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(2)
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((9, 64), (5, 64), (5,)))
+    for library, wanted in (
+        (False, multiply(x, weight, bias)),
+        (True, torch.nn.functional.linear(x, weight, bias)),
+    ):
+        monkeypatch.setattr(products, "library_multiplies", lambda dtype, has=library: has)
+        products._is_own.cache_clear()
+        assert torch.equal(products.linear(x, weight, bias), wanted)
+    products._is_own.cache_clear()
+    wide = (x.float(), weight.float(), bias.float())
+    assert torch.equal(products.linear(*wide), torch.nn.functional.linear(*wide))
