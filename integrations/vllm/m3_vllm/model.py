@@ -74,6 +74,7 @@ from m3_vllm.media import (
     M3MultiModalMixin,
     M3MultiModalProcessor,
     M3ProcessingInfo,
+    pixel_scale,
     vision_ranks,
 )
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
@@ -699,7 +700,9 @@ class M3ForConditionalGeneration(
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         with self._mark_tower_model(vllm_config, {"image", "video"}):
-            self.vision_tower = M3Vision(VisionConfig.from_hf(self.config))
+            self.vision_tower = M3Vision(
+                VisionConfig.from_hf(self.config), scale=pixel_scale(vllm_config.model_config)
+            )
         self.vision_ranks = vision_ranks(vllm_config)
         with self._mark_language_model(vllm_config):
             self.language_model = M3ForCausalLM(
