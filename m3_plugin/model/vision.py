@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from m3_plugin.model.pixels import PixelScale
+from m3_plugin.model.products import linear
 
 __all__ = ["CHECKPOINT_PREFIXES", "M3Vision", "VisionConfig", "split_segments"]
 
@@ -249,6 +250,13 @@ class _VisionModel(nn.Module):
         return self.encoder(hidden, cos, sin, runs)
 
 
+class _Linear(nn.Linear):
+    """torch's, whose product is ours on CPUs where torch's library has none of 16 bits."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 class _Embeddings(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -264,7 +272,7 @@ class _Embeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # The kernel covers a whole row, so the convolution is a product with its flat weight.
         weight = self.patch_embedding.weight.flatten(1)
-        return F.linear(pixel_values.to(weight.dtype), weight)
+        return linear(pixel_values.to(weight.dtype), weight)
 
 
 class _Encoder(nn.Module):
@@ -301,10 +309,10 @@ class _Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = _Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = _Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = _Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = _Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, runs: Sequence[_Run]
@@ -329,8 +337,8 @@ class _Attention(nn.Module):
 class _FeedForward(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = _Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = _Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(hidden)))
@@ -339,8 +347,8 @@ class _FeedForward(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, in_size: int, hidden_size: int, out_size: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_size, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, out_size)
+        self.linear_1 = _Linear(in_size, hidden_size)
+        self.linear_2 = _Linear(hidden_size, out_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.linear_2(F.gelu(self.linear_1(hidden)))

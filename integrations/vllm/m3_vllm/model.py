@@ -79,6 +79,7 @@ from m3_vllm.media import (
 )
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
 from m3_vllm.norms import HiddenNorm, add_and_norm, norm_and_rotate
+from m3_vllm.own_products import use_own_products
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import prepare_speculation, require_aux_layers
 from m3_vllm.updates import ServedWeights
@@ -607,6 +608,7 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3, SupportsLoRA):
         moe_layers = [module for module in self.model.modules() if isinstance(module, M3MoE)]
         if moe_layers:
             self.clamp_probe = ClampProbe(moe_layers[0], vllm_config=vllm_config)
+        use_own_products(self)
         # last: it looks at all others once they are loaded
         self.served: ServedWeights | None = None
         if is_root:
