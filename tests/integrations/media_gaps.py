@@ -51,8 +51,16 @@ def chat(model: str, parts: list[Part], **options: Any) -> dict[str, Any]:
 
 
 def streamed(client: httpx.Client, model: str) -> Iterator[str]:
-    """Events of one answer after another."""
-    body = chat(model, [text("Count.")], max_tokens=512, ignore_eos=True, stream=True)
+    """Events of one answer after another, one for each token, said or special."""
+    body = chat(
+        model,
+        [text("Count.")],
+        max_tokens=512,
+        ignore_eos=True,
+        skip_special_tokens=False,
+        temperature=0,
+        stream=True,
+    )
     while True:
         with client.stream("POST", "/v1/chat/completions", json=body) as reply:
             reply.raise_for_status()
