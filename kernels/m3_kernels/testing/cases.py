@@ -16,7 +16,7 @@ from torch import Tensor
 from m3_kernels.index_pages import PLANES_DTYPE, channels, views_of
 
 INT32_MAX = 2**31 - 1
-PageLayout = Literal["planes", "packed-heads", "packed-slots", "separate"]
+PageLayout = Literal["planes", "packed-heads", "packed-slots", "separate", "apart"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,7 +32,7 @@ class Case:
     padding_rows : rows of the query tensors that belong to no request
     missing_keys : taken off every sequence length, so that the first rows stand before position 0
     pages : how K and V lie: in planes of one page; side by side per slot, head by head or slot by
-        slot; or in two tensors
+        slot; or in two tensors, of one layout or ("apart") head by head and slot by slot
     kv_dtype : fp8 pages of K and V; None has them in `dtype`
     index_dtype : fp8 or int8 pages of index keys, `PLANES_DTYPE` for two planes of bytes; None has
         them in `dtype`
@@ -326,6 +326,9 @@ def empty_pages(case: Case, num_pages: int) -> tuple[Tensor, Tensor, Tensor]:
         k_pages, v_pages = (nans(num_pages, *order, dim, dtype=case.kv_dtype) for _ in range(2))
         if heads == 1:  # slots of a pool, whose one head has a stride of its own
             k_pages, v_pages = k_pages.transpose(1, 2), v_pages.transpose(1, 2)
+    elif case.pages == "apart":
+        k_pages = nans(num_pages, heads, size, dim, dtype=case.kv_dtype)
+        v_pages = nans(num_pages, size, heads, dim, dtype=case.kv_dtype).transpose(1, 2)
     else:
         order = (heads, size) if case.pages == "packed-heads" else (size, heads)
         fused = nans(num_pages, *order, 2 * dim, dtype=case.kv_dtype)
@@ -396,6 +399,7 @@ def corner_cases() -> tuple[Case, ...]:
         Case("no-local", ((0, 150),), num_local_blocks=0),
         Case("odd-sizes", ((0, 50), (77, 9)), head_dim=40, index_dim=24, page_size=12),
         Case("group-of-one", ((50, 9),), num_q_heads=3, num_kv_heads=3),
+        Case("keys-and-values-apart", ((90, 1), (0, 33), (55, 3)), pages="apart"),
         Case("block-edges", ((2046, 1), (2047, 1), (2048, 1), (126, 2)), page_size=128, topk=16),
     )
 
