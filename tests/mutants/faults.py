@@ -172,15 +172,22 @@ FAULTS = (
     Fault(
         "index triton: negative scores rank upside down",
         f"{KERNELS}/index_topk/triton_select.py",
-        "ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
-        "ordered = tl.where(bits < 0, bits, bits)",
+        "scored = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
+        "scored = tl.where(bits < 0, bits, bits)",
         INDEX_TRITON,
     ),
     Fault(
         "index triton: the higher id wins a tie",
         f"{KERNELS}/index_topk/triton_select.py",
-        "(block ^ ID_MASK).to(tl.int64)",
-        "block.to(tl.int64)",
+        "tl.min(tl.where(key == top, block, NO_BLOCK), axis=0)",
+        "tl.max(tl.where(key == top, block, -1), axis=0)",
+        INDEX_TRITON,
+    ),
+    Fault(
+        "index triton: local blocks beyond the room are in no order",
+        f"{KERNELS}/index_topk/triton_select.py",
+        "tl.where(crowded, tl.where(init_alone, TAKEN, scored), LOCAL_KEY)",
+        "LOCAL_KEY",
         INDEX_TRITON,
     ),
     Fault(

@@ -38,6 +38,10 @@ from m3_kernels.sparse_attention.triton_walk import (
 )
 from m3_kernels.triton_shared import await_previous_launch
 
+# Parts that are loaded at once when they are folded; more would take more registers than a thread
+# has.
+PARTS = tl.constexpr(8)
+
 
 @triton.jit
 def put_partial(partial, unit, segment, stored, sums, SEGMENTS: tl.constexpr):
@@ -331,11 +335,15 @@ def sparse_attention_decode_kernel(
     lane = tl.arange(0, GROUP_PAD)
     unit_start = partial + unit.to(tl.int64) * (SEGMENTS * N * (HEAD_PAD + 2))
     for own_row in tl.range(0, tl.minimum(rows_left, ROWS)):
+        own_columns = own_row * GROUP_PAD + lane
         row_sums = no_keys(1, GROUP_PAD, HEAD_PAD)
-        for part in tl.range(0, segments):
-            start = unit_start + part * (N * (HEAD_PAD + 2))
-            own_columns = own_row * GROUP_PAD + lane
-            row_sums = fold(row_sums, load_partial(start, own_columns, lane < GROUP, N, HEAD_PAD))
+        for first_part in tl.range(0, segments, PARTS):
+            # unrolled, so that no load waits for a fold; folding a part that is absent is exact
+            for further in tl.static_range(0, min(PARTS, SEGMENTS)):
+                part = first_part + further
+                start = unit_start + part * (N * (HEAD_PAD + 2))
+                there = (lane < GROUP) & (part < segments)
+                row_sums = fold(row_sums, load_partial(start, own_columns, there, N, HEAD_PAD))
         put_result(
             outputs,
             first_row + own_row + lane * 0,
