@@ -342,7 +342,7 @@ def sparse_attention_decode_kernel(
             for further in tl.static_range(0, min(PARTS, SEGMENTS)):
                 part = first_part + further
                 start = unit_start + part * (N * (HEAD_PAD + 2))
-                there = (lane < GROUP) & (part < segments)
+                there = lane < tl.where(part < segments, GROUP, 0)
                 row_sums = fold(row_sums, load_partial(start, own_columns, there, N, HEAD_PAD))
         put_result(
             outputs,
