@@ -26,7 +26,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
-from m3_kernels.mxfp8_linear import mxfp8_linear
+from m3_kernels.mxfp8_linear import compile_mxfp8_linear, mxfp8_linear
 from m3_plugin.checkpoint.stored_layers import format_of_layer
 from m3_plugin.quantization.chips import WEIGHT_ONLY_MXFP8
 from m3_plugin.quantization.formats import MX_GROUP, Mxfp8
@@ -71,11 +71,17 @@ class Mxfp8LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        self.activations = params_dtype
         rows = (sum(output_partition_sizes),)
         weight, scale = _stored(rows, input_size_per_partition)
         for name, parameter in (("weight", weight), (SCALE, scale)):
             set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0} | extra_weight_attrs)
             layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Kernels are compiled before the port opens."""
+        weight, scale = layer.get_parameter("weight"), layer.get_parameter(SCALE)
+        compile_mxfp8_linear(weight, scale, dtype=self.activations)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -96,6 +102,7 @@ class Mxfp8ExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        self.activations = params_dtype
         sizes = {
             "w13": ((num_experts, 2 * intermediate_size_per_partition), hidden_size),
             "w2": ((num_experts, hidden_size), intermediate_size_per_partition),
@@ -107,6 +114,13 @@ class Mxfp8ExpertsMethod(FusedMoEMethodBase):
             set_weight_attrs(scale, extra_weight_attrs | block)
             layer.register_parameter(f"{name}_weight", weight)
             layer.register_parameter(f"{name}_{SCALE}", scale)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Kernels are compiled before the port opens."""
+        for name in ("w13", "w2"):
+            weight = layer.get_parameter(f"{name}_weight")
+            scale = layer.get_parameter(f"{name}_{SCALE}")
+            compile_mxfp8_linear(weight, scale, dtype=self.activations)
 
     def create_moe_runner(self, layer: nn.Module, moe_runner_config: Any) -> None:
         """Nothing of SGLang's runs: `apply` is the whole of it."""

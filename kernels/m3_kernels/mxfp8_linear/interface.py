@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from m3_kernels.capability import Backend
@@ -57,3 +58,19 @@ def mxfp8_linear(
     call = Mxfp8Linear(x, weight, scales, group_starts, x.new_empty(*x.shape[:1], rows))
     MXFP8_LINEAR.run(call, backend=backend)
     return call.out
+
+
+def compile_mxfp8_linear(weight: Tensor, scales: Tensor, *, dtype: torch.dtype) -> None:
+    """Have compiled what products of a weight need for any number of tokens; nothing on a CPU.
+
+    So no request waits for a compiler. Once for all weights of a shape.
+
+    Parameters
+    ----------
+    weight, scales : as in `mxfp8_linear`
+    dtype : of the activations
+    """
+    if weight.device.type == "cuda":
+        from m3_kernels.mxfp8_linear.triton import compile_for_all_steps
+
+        compile_for_all_steps(weight, scales, dtype=dtype)
