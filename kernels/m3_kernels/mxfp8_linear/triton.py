@@ -28,8 +28,8 @@ from m3_kernels.tuning import arch_of, kernel_config
 # The least compute capability that converts e4m3 itself.
 E4M3_ARCH = 89
 
-# Of a step, those of experts counted once for each expert; more compile nothing else.
-MOST_TOKENS = 2**17
+# Doublings of the tokens of a matrix; more tokens than that many compile nothing else.
+DOUBLINGS = 14
 
 
 @triton.jit
@@ -326,8 +326,11 @@ def _compile(
     blocks = (*groups, rows, columns // GROUP)
     scales = torch.empty_strided(blocks, scales_strides, dtype=torch.uint8)
     starts = torch.empty(groups[0] + 1, dtype=torch.int32) if groups else None
-    for doublings in range(MOST_TOKENS.bit_length()):
-        tokens = 2**doublings
+    count = groups[0] if groups else 1
+    # Least and most tokens that look the same row of the configuration up: fewer are split first.
+    least = (count * (2**doublings // 2 + 1) if doublings else 1 for doublings in range(DOUBLINGS))
+    most = (count * (2**doublings + 1) - 1 for doublings in range(DOUBLINGS))
+    for tokens in (*least, *most):
         x, out = (torch.empty(tokens, size, dtype=dtype) for size in (columns, rows))
         for launch in launches(Mxfp8Linear(x, weight, scales, starts, out), arch=arch):
             launch.kernel.warmup(grid=launch.grid, **launch.arguments)

@@ -114,13 +114,13 @@ import torch
 from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_kernels.mxfp8_linear.triton import compile_for_all_steps
 from m3_kernels.testing.specialisations import recorded
-scales = torch.empty(8, 384, 48, dtype=torch.uint8)
-weight = torch.empty(8, 384, 1536, dtype=torch.uint8).view(torch.float8_e4m3fn)
+scales = torch.empty(8, 768, 48, dtype=torch.uint8)
+weight = torch.empty(8, 768, 1536, dtype=torch.uint8).view(torch.float8_e4m3fn)
 with recorded(90) as ahead:
     for stored in ((weight, scales), (weight[0], scales[0])):
         compile_for_all_steps(*stored, dtype=torch.bfloat16)
 with recorded(90) as serving:
-    for tokens in (1, 2, 3, 16, 17, 31, 100, 256, 257, 600, 3000, 5000):
+    for tokens in (1, 2, 3, 16, 17, 31, 100, 256, 257, 600, 1031, 1032, 3000, 5000):
         x = torch.empty(tokens, 1536, dtype=torch.bfloat16)
         mxfp8_linear(x, weight[0], scales[0], backend="triton")
         starts = torch.zeros(9, dtype=torch.int32)

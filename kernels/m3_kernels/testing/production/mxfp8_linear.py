@@ -25,7 +25,7 @@ HOT_LOOPS = {
     "projection bf16": LoopBudget(470, 1250, barriers=3, awaited_loads=2, programs_per_sm=2),
     "projection bf16, prompts": LoopBudget(310, 1000, barriers=3, awaited_loads=2),
     "experts bf16, few tokens": LoopBudget(
-        490, 1250, barriers=3, awaited_loads=2, programs_per_sm=2
+        500, 1250, barriers=3, awaited_loads=2, programs_per_sm=2
     ),
     "experts bf16": LoopBudget(470, 1250, barriers=3, awaited_loads=2, programs_per_sm=2),
     "experts bf16, prompts": LoopBudget(310, 1000, barriers=3, awaited_loads=2),
