@@ -37,8 +37,8 @@ SGLANG_BIN := $(SGLANG_VENV)/bin
 # Errors alone: what pip warns about is its configuration, and it warns once per package.
 PIP        := -m pip --disable-pip-version-check -qq
 
-# What the kernels are compiled for beside the environment's own Triton: the releases that torch 2.11
-# and 2.14 (GPU builds of vLLM 0.33 and SGLang) ask for.
+# What the kernels are compiled for beside the environment's own Triton: the releases that torch 2.11,
+# 2.13 (GPU builds of vLLM 0.31 and 0.32) and 2.14 (those of vLLM 0.33 and SGLang) ask for.
 TRITON_3.6 := 3.6.0
 TRITON_3.7 := 3.7.1
 TRITON_3.8 := 3.8.0

@@ -256,7 +256,7 @@ def _choice(w: Workload, g: Geometry, phase: str) -> tuple[str, Work]:
     """
     from m3_kernels.testing.time_model import Work
 
-    kinds = {256: 256, 1024: 1024, 8192: 8192} if phase == "decode" else {256: 256, 8192: 1024}
+    kinds = {256: 256, 1024: 1024, 8192: 8192} if phase == "decode" else {256: 256, 8192: 512}
     kind, chunk_blocks = next((k, c) for k, c in kinds.items() if w.blocks <= k or k == 8192)
     chunks = -(-w.blocks // chunk_blocks)
     rounds = sum(g.topk / (chunk + 1) for chunk in range(chunks)) if w.blocks > g.topk else 0

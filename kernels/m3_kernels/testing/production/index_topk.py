@@ -45,11 +45,15 @@ HOT_LOOPS = {
     "prefill scores e4m3": LoopBudget(
         560, 2600, conversions=128, barriers=6, shuffles=9, programs_per_sm=2
     ),
-    "decode choice up to 256 blocks": LoopBudget(180, 750, shuffles=20, programs_per_sm=32),
-    "decode choice up to 1024 blocks": LoopBudget(150, 650, barriers=6, shuffles=30),
-    "decode choice up to 8192 blocks": LoopBudget(150, 650, barriers=6, shuffles=30),
+    "decode choice up to 256 blocks": LoopBudget(
+        90, 620, barriers=6, shuffles=16, programs_per_sm=16
+    ),
+    "decode choice up to 1024 blocks": LoopBudget(
+        100, 680, barriers=6, shuffles=16, programs_per_sm=6
+    ),
+    "decode choice up to 8192 blocks": LoopBudget(110, 620, barriers=6, shuffles=16),
     "prefill choice up to 256 blocks": LoopBudget(180, 750, shuffles=20, programs_per_sm=32),
-    "prefill choice up to 8192 blocks": LoopBudget(370, 1150, shuffles=20, programs_per_sm=16),
+    "prefill choice up to 8192 blocks": LoopBudget(250, 850, shuffles=20, programs_per_sm=32),
 }
 
 
