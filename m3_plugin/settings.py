@@ -14,6 +14,7 @@
 | `M3_PLUGIN_INDEX_KEYS` | auto, int8, planes | int8: half the bytes; planes: half are read (CPU) |
 | `M3_PLUGIN_CACHE_VALUES` | auto, nvfp4 | nvfp4: MSA's caches hold numbers of NVFP4 |
 | `M3_PLUGIN_DENSE` | auto, host | host: dense layers on a CPU stay on the host's own kernels |
+| `M3_PLUGIN_PRODUCTS` | auto, host, own | who multiplies plain weights of 16 bits on a CPU |
 | `M3_PLUGIN_KERNELS` | auto, flashinfer, triton, native, torch, reference | force kernels |
 
 A plugin that no host loads (another environment, an allow-list without it) checks nothing, REQUIRED
@@ -40,6 +41,7 @@ KernelFamily = Literal["auto", "flashinfer", "triton", "native", "torch", "refer
 IndexKeys = Literal["auto", "int8", "planes"]
 CacheValues = Literal["auto", "nvfp4"]
 DenseLayers = Literal["auto", "host"]
+Products = Literal["auto", "host", "own"]
 
 _FLAGS = {"": False, "0": False, "false": False, "no": False, "1": True, "true": True, "yes": True}
 # What Kubernetes, and Docker before it, derive from the name of a Service and its ports. A Service
@@ -65,6 +67,7 @@ class Settings:
     index_keys: IndexKeys = "auto"
     cache_values: CacheValues = "auto"
     dense: DenseLayers = "auto"
+    products: Products = "auto"
     kernels: KernelFamily = "auto"
 
     @classmethod
@@ -124,6 +127,7 @@ class Settings:
                 CacheValues, _choice(given, "CACHE_VALUES", get_args(CacheValues), mistakes)
             ),
             dense=cast(DenseLayers, _choice(given, "DENSE", get_args(DenseLayers), mistakes)),
+            products=cast(Products, _choice(given, "PRODUCTS", get_args(Products), mistakes)),
             kernels=cast(KernelFamily, _choice(given, "KERNELS", get_args(KernelFamily), mistakes)),
         )
         return settings, tuple(mistakes)

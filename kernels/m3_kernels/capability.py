@@ -71,6 +71,8 @@ def implementation_for(op: str, *, backend: Backend, device_type: str) -> Implem
         the message holds the reason. A named implementation is never replaced by another.
     ValueError : no such backend.
     """
+    if device_type == "cpu" and backend in ("auto", "native") and native_build.refusal() is None:
+        return "native"  # without a look at the others: this runs for every layer and step
     families = kernel_families(device_type)
     if backend == "auto":
         for family in families:

@@ -128,13 +128,30 @@ def array(tensor: Tensor) -> Array:
 def matrix_arguments(
     matrix: StoredMatrix,
 ) -> tuple[tuple[Array | None, ...], tuple[int, int]]:
-    """A weight with groups as the kernels take it: its tensors, and its kind and columns per scale.
+    """A weight as the kernels take it: its tensors, and its kind and columns per scale.
 
-    The caller keeps the matrix alive.
+    A matrix without groups is one group. The caller keeps the matrix alive.
     """
     parts = (matrix.codes, matrix.scales, matrix.zeros, matrix.factors)
     arrays = tuple(None if part is None else array(part) for part in parts)
+    if matrix.codes.dim() == 2:
+        arrays = tuple(None if part is None else _one_of(part) for part in arrays)
     return arrays, (KINDS.index(matrix.kind), matrix.group)
+
+
+def _one_of(part: Array) -> Array:
+    """An array of at most three dimensions with one of size 1 in front."""
+    size, stride = part.size, part.stride
+    return Array(
+        part.data, part.dtype, (1, size[0], size[1], size[2]), (0, stride[0], stride[1], stride[2])
+    )
+
+
+def host_numbers(*values: int) -> tuple[Array, ctypes.Array[ctypes.c_int32]]:
+    """A few int32 numbers as a kernel takes a tensor; the caller keeps the second result alive."""
+    memory = (ctypes.c_int32 * len(values))(*values)
+    address = ctypes.addressof(memory)
+    return Array(address, DTYPE_CODES[torch.int32], (len(values),), (1,)), memory
 
 
 def call(function: str, *arguments: Array | int | float | None) -> None:
@@ -174,6 +191,18 @@ def call(function: str, *arguments: Array | int | float | None) -> None:
     if status == SLOT_OUTSIDE_POOL:
         raise IndexError(f"{op}: slot_mapping must name slots of the pool; got {bad.value}")
     raise RuntimeError(f"{op}: unknown status {status}")
+
+
+def vector_family() -> str:
+    """The processor's vectors that the kernels were compiled for, in words.
+
+    Raises
+    ------
+    NativeUnavailableError : they cannot run here
+    """
+    function = library().m3_vector_family
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 @cache

@@ -36,6 +36,23 @@ constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int64_t kCacheLine = 64 / sizeof(float);
 
+// What the compiler was told of the machine, for a person to read.
+inline const char* vector_family() {
+#if defined(__AVX512F__)
+  return "AVX-512, 16 lanes";
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+  return "AVX2 with FMA and F16C, 8 lanes";
+#elif defined(__AVX2__)
+  return "AVX2, 8 lanes";
+#elif defined(__ARM_NEON)
+  return "NEON, 8 lanes in two vectors";
+#elif defined(__SSE2__)
+  return "SSE2, 8 lanes in two vectors";
+#else
+  return "no vectors that were tried, 8 lanes";
+#endif
+}
+
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));

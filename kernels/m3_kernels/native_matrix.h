@@ -22,14 +22,20 @@ namespace m3 {
 constexpr int64_t kUnit = 16;
 constexpr int kUnitVectors = kUnit / kLanes;
 
-// Weight rows of one work item.
-constexpr int64_t kTileRows = 16;
-// Columns decoded at once for many rows: with kTileRows rows, 16 KiB of floats.
+// Weight rows of one work item at most: the sums and x of kManyRows rows stay in the second cache.
+constexpr int64_t kTileRows = 64;
+// Weight rows of one work item of few rows of x, which has no sums to keep.
+constexpr int64_t kFewTileRows = 16;
+// Weight rows and columns decoded at once for many rows of x: 16 KiB of floats.
+constexpr int64_t kStrip = 16;
 constexpr int64_t kChunk = 256;
 // Rows of x whose sums are kept while the weights are walked once.
 constexpr int64_t kManyRows = 96;
 // Up to so many rows of x the weights are decoded in registers and never stored.
 constexpr int64_t kFewRows = 4;
+
+// Weight rows of one work item for so many rows of x.
+inline int64_t tile_rows(int64_t rows) { return rows <= kFewRows ? kFewTileRows : kTileRows; }
 
 enum Kind : int64_t {
   kPlain = 0,
@@ -38,7 +44,12 @@ enum Kind : int64_t {
   kMxfp4 = 3,
   kNvfp4 = 4,
   kInt4 = 5,
+  // plain numbers of two bytes, as their dtype says
+  kPlainBfloat16 = 6,
+  kPlainFloat16 = 7,
 };
+
+constexpr bool is_plain(int64_t kind) { return kind == kPlain || kind > kInt4; }
 
 struct Matrix {
   const Array& codes;
@@ -48,7 +59,7 @@ struct Matrix {
   int64_t kind;
   int64_t group;
 
-  bool four_bits() const { return kind >= kMxfp4; }
+  bool four_bits() const { return kind == kMxfp4 || kind == kNvfp4 || kind == kInt4; }
   int64_t groups() const { return codes.size[0]; }
   int64_t rows() const { return codes.size[1]; }
   int64_t columns() const { return codes.size[2] * (four_bits() ? 2 : 1); }
@@ -83,14 +94,14 @@ inline float power_of_two(uint8_t stored) {
   return bits<float>(stored == 0 ? 1u << 22 : static_cast<uint32_t>(stored) << 23);
 }
 
-// One row of a matrix of that kind. `kPlain` differs by dtype, which costs a branch per unit.
+// One row of a matrix of that kind.
 template <int64_t kind>
 struct WeightRow {
   const uint8_t* codes;
   const char* scales;
   const uint8_t* zeros;
   float factor;
-  int64_t dtype;  // of plain codes, else of scales
+  int64_t dtype;  // of scales
 
   WeightRow() = default;
   WeightRow(const Matrix& m, int64_t group, int64_t row) {
@@ -101,7 +112,7 @@ struct WeightRow {
                 ? nullptr
                 : reinterpret_cast<const uint8_t*>(element(*m.zeros, at * m.zeros->size[2]));
     factor = m.factors == nullptr ? 1.0f : load<float>(element(*m.factors, at));
-    dtype = kind == kPlain ? m.codes.dtype : m.scales->dtype;
+    dtype = is_plain(kind) ? m.codes.dtype : m.scales->dtype;
   }
 
   // What the numbers of `decode` are to be multiplied by. It holds the power of two by which those
@@ -125,11 +136,33 @@ struct WeightRow {
     return 0;
   }
 
+  static constexpr int64_t bytes(int64_t columns) {
+    if constexpr (kind == kPlain) return 4 * columns;
+    if constexpr (is_plain(kind)) return 2 * columns;
+    return kind >= kMxfp4 ? columns / 2 : columns;
+  }
+
+  // The row that many bytes behind this one is read next: hardware foresees no further than a page,
+  // and starts anew with each row.
+  void prefetch(int64_t column, int64_t ahead) const {
+    const int64_t at = bytes(column);
+    if (at % 64 == 0) __builtin_prefetch(codes + at + ahead, 0, 2);
+  }
+
   void decode(int64_t column, float scale, int zero, Floats (&to)[kUnitVectors]) const {
-    if constexpr (kind == kPlain) {
+    if constexpr (is_plain(kind)) {
+      constexpr int64_t own = kind == kPlain           ? kFloat32
+                              : kind == kPlainBfloat16 ? kBfloat16
+                                                       : kFloat16;
+      const char* from = reinterpret_cast<const char*>(codes) + column * (own == kFloat32 ? 4 : 2);
       for (int v = 0; v < kUnitVectors; ++v) {
-        const int64_t at = (column + v * kLanes) * element_size(dtype);
-        to[v] = load_as_float(reinterpret_cast<const char*>(codes) + at, dtype);
+#if defined(__FMA__) && defined(__F16C__)
+        if constexpr (own == kFloat16) {
+          to[v] = widen_halves(from + v * kLanes * 2);
+          continue;
+        }
+#endif
+        to[v] = load_as_float(from + v * kLanes * (own == kFloat32 ? 4 : 2), own);
       }
     } else if constexpr (kind == kMxfp8 || kind == kFp8) {
       decode_e4m3_unit(codes + column, scale, to);
@@ -140,6 +173,14 @@ struct WeightRow {
 
  private:
 #if defined(__FMA__) && defined(__F16C__)
+  static Floats widen_halves(const char* from) {
+#if defined(__AVX512F__)
+    return bits<Floats>(_mm512_cvtph_ps(load<__m256i>(from)));
+#else
+    return bits<Floats>(_mm256_cvtph_ps(load<__m128i>(from)));
+#endif
+  }
+
   // A byte moved below the sign bit of an fp16 is the number divided by 256.
   static void decode_e4m3_unit(const uint8_t* from, float scale, Floats (&to)[kUnitVectors]) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -209,6 +250,7 @@ template <int64_t kind, int Rows, int Weights>
 inline void dot_in_registers(const WeightRow<kind>* weights, const float* const* x,
                              int64_t columns, int64_t group, float* sums) {
   Floats sum[Rows][Weights] = {};
+  const int64_t ahead = Weights * WeightRow<kind>::bytes(columns);
   for (int64_t begin = 0, g = 0; begin < columns; begin += group, ++g) {
     const int64_t end = std::min(columns, begin + group);
     float scale[Weights];
@@ -222,6 +264,7 @@ inline void dot_in_registers(const WeightRow<kind>* weights, const float* const*
 #pragma GCC unroll 4
       for (int n = 0; n < Weights; ++n) {
         Floats w[kUnitVectors];
+        weights[n].prefetch(column, ahead);
         weights[n].decode(column, scale[n], zero[n], w);
 #pragma GCC unroll 4
         for (int m = 0; m < Rows; ++m) {
@@ -238,6 +281,14 @@ inline void dot_in_registers(const WeightRow<kind>* weights, const float* const*
   }
 }
 
+// GCC would read x again for each weight: more loads than the processor has time for.
+inline Floats in_register(Floats value) {
+#if defined(__AVX2__)
+  __asm__("" : "+v"(value));
+#endif
+  return value;
+}
+
 // sum[m][n] += over the decoded columns of a chunk.
 template <int Rows, int Weights>
 inline void dot_decoded(const float* const* x, const float* decoded, int64_t width, Floats* sums) {
@@ -250,10 +301,10 @@ inline void dot_decoded(const float* const* x, const float* decoded, int64_t wid
   for (int64_t column = 0; column < width; column += kLanes) {
     Floats a[Rows];
 #pragma GCC unroll 6
-    for (int m = 0; m < Rows; ++m) a[m] = load<Floats>(x[m] + column);
+    for (int m = 0; m < Rows; ++m) a[m] = in_register(load<Floats>(x[m] + column));
 #pragma GCC unroll 4
     for (int n = 0; n < Weights; ++n) {
-      const Floats w = load<Floats>(decoded + n * kChunk + column);
+      const Floats w = in_register(load<Floats>(decoded + n * kChunk + column));
 #pragma GCC unroll 6
       for (int m = 0; m < Rows; ++m) sum[m][n] = multiply_add(a[m], w, sum[m][n]);
     }
@@ -265,17 +316,38 @@ inline void dot_decoded(const float* const* x, const float* decoded, int64_t wid
   }
 }
 
+// `reduce_sum` of kLanes vectors.
+inline Floats reduce_sums(const Floats* vectors) {
+  Words turned[kLanes];
+  for (int i = 0; i < kLanes; ++i) turned[i] = bits<Words>(vectors[i]);
+  transpose(turned);
+  Floats x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = bits<Floats>(turned[i]);
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+  return x[0];
+}
+
 // What one thread needs for `multiply_tile`.
 class TileWorkspace {
  public:
-  TileWorkspace()
-      : scratch_(1, kTileRows * kChunk + kManyRows * kTileRows * (kLanes + 1)) {}
-  float* decoded() { return scratch_.part(0); }
-  Floats* sums() { return reinterpret_cast<Floats*>(decoded() + kTileRows * kChunk); }
-  // [kManyRows][kTileRows]
-  float* results() { return decoded() + kTileRows * kChunk + kManyRows * kTileRows * kLanes; }
+  // rows: of x at once, at most
+  explicit TileWorkspace(int64_t rows)
+      : kept_(std::min(rows, kManyRows) * kTileRows),
+        scratch_(1, kept_ + (rows <= kFewRows ? 0 : kept_ * kLanes + (kStrip + kManyRows) * kChunk)) {}
+  // [rows][kTileRows]
+  float* results() { return scratch_.part(0); }
+  Floats* sums() { return reinterpret_cast<Floats*>(results() + kept_); }
+  // [kStrip][kChunk]
+  float* decoded() { return results() + kept_ * (kLanes + 1); }
+  // [kManyRows][kChunk]: of x, side by side whatever its stride is
+  float* input() { return decoded() + kStrip * kChunk; }
 
  private:
+  int64_t kept_;
   Scratch scratch_;
 };
 
@@ -284,7 +356,7 @@ template <int64_t kind>
 void multiply_tile_of(const Matrix& matrix, int64_t group, const int64_t* weight_rows,
                       int64_t count, const float* const* x, int64_t rows, TileWorkspace& w) {
   const int64_t columns = matrix.columns();
-  const int64_t per_scale = kind == kPlain ? columns : matrix.group;
+  const int64_t per_scale = is_plain(kind) ? columns : matrix.group;
   std::array<WeightRow<kind>, kTileRows> weights;
   for (int64_t n = 0; n < count; ++n) {
     weights[n] = WeightRow<kind>(matrix, group, weight_rows[n]);
@@ -312,51 +384,71 @@ void multiply_tile_of(const Matrix& matrix, int64_t group, const int64_t* weight
   constexpr int kRowsAtOnce = kLanes == 16 ? 6 : 3;
   Floats* sums = w.sums();
   float* decoded = w.decoded();
+  float* input = w.input();
   std::fill(sums, sums + rows * kTileRows, Floats{});
-  const int64_t padded = round_up(count, 4);
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t width = std::min(kChunk, columns - begin);
-    for (int64_t n = 0; n < padded; ++n) {
-      float* to = decoded + n * kChunk;
-      if (n >= count) {
-        std::fill(to, to + width, 0.0f);
-        continue;
+    for (int64_t m = 0; m < rows; ++m) {
+      std::memcpy(input + m * kChunk, x[m] + begin, width * sizeof(float));
+    }
+    for (int64_t strip = 0; strip < count; strip += kStrip) {
+      const int64_t here = std::min(kStrip, count - strip), padded = round_up(here, 4);
+      for (int64_t n = 0; n < padded; ++n) {
+        float* to = decoded + n * kChunk;
+        if (n >= here) {
+          std::fill(to, to + width, 0.0f);
+          continue;
+        }
+        const WeightRow<kind>& weight = weights[strip + n];
+        for (int64_t column = begin; column < begin + width;) {
+          const int64_t g = column / per_scale;
+          const int64_t end = std::min(begin + width, (g + 1) * per_scale);
+          const float scale = weight.scale(g);
+          const int zero = weight.zero(g);
+          for (; column < end; column += kUnit) {
+            Floats unit[kUnitVectors];
+            weight.decode(column, scale, zero, unit);
+            for (int v = 0; v < kUnitVectors; ++v) store(to + column - begin + v * kLanes, unit[v]);
+          }
+        }
       }
-      for (int64_t column = begin; column < begin + width;) {
-        const int64_t g = column / per_scale;
-        const int64_t end = std::min(begin + width, (g + 1) * per_scale);
-        const float scale = weights[n].scale(g);
-        const int zero = weights[n].zero(g);
-        for (; column < end; column += kUnit) {
-          Floats unit[kUnitVectors];
-          weights[n].decode(column, scale, zero, unit);
-          for (int v = 0; v < kUnitVectors; ++v) store(to + column - begin + v * kLanes, unit[v]);
+      const float* part[kRowsAtOnce];
+      int64_t m = 0;
+      for (; m + kRowsAtOnce <= rows; m += kRowsAtOnce) {
+        for (int i = 0; i < kRowsAtOnce; ++i) part[i] = input + (m + i) * kChunk;
+        Floats* sum = sums + m * kTileRows + strip;
+        for (int64_t n = 0; n < padded; n += 4) {
+          dot_decoded<kRowsAtOnce, 4>(part, decoded + n * kChunk, width, sum + n);
+        }
+      }
+      for (; m < rows; ++m) {
+        part[0] = input + m * kChunk;
+        Floats* sum = sums + m * kTileRows + strip;
+        for (int64_t n = 0; n < padded; n += 4) {
+          dot_decoded<1, 4>(part, decoded + n * kChunk, width, sum + n);
         }
       }
     }
-    const float* part[kRowsAtOnce];
-    int64_t m = 0;
-    for (; m + kRowsAtOnce <= rows; m += kRowsAtOnce) {
-      for (int i = 0; i < kRowsAtOnce; ++i) part[i] = x[m + i] + begin;
-      for (int64_t n = 0; n < padded; n += 4) {
-        dot_decoded<kRowsAtOnce, 4>(part, decoded + n * kChunk, width, sums + m * kTileRows + n);
-      }
-    }
-    for (; m < rows; ++m) {
-      part[0] = x[m] + begin;
-      for (int64_t n = 0; n < padded; n += 4) {
-        dot_decoded<1, 4>(part, decoded + n * kChunk, width, sums + m * kTileRows + n);
-      }
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < count; n += kLanes) {
+      store(results + m * kTileRows + n, reduce_sums(sums + m * kTileRows + n));
     }
   }
-  for (int64_t i = 0; i < rows * kTileRows; ++i) results[i] = reduce_sum(sums[i]);
 }
 
 inline void multiply_tile(const Matrix& matrix, int64_t group, const int64_t* weight_rows,
                           int64_t count, const float* const* x, int64_t rows, TileWorkspace& w) {
   switch (matrix.kind) {
     case kPlain:
-      return multiply_tile_of<kPlain>(matrix, group, weight_rows, count, x, rows, w);
+      switch (matrix.codes.dtype) {
+        case kBfloat16:
+          return multiply_tile_of<kPlainBfloat16>(matrix, group, weight_rows, count, x, rows, w);
+        case kFloat16:
+          return multiply_tile_of<kPlainFloat16>(matrix, group, weight_rows, count, x, rows, w);
+        default:
+          return multiply_tile_of<kPlain>(matrix, group, weight_rows, count, x, rows, w);
+      }
     case kMxfp8:
       return multiply_tile_of<kMxfp8>(matrix, group, weight_rows, count, x, rows, w);
     case kFp8:

@@ -14,6 +14,16 @@ from m3_plugin.diagnosis.findings import Report
 MODULE = "m3_plugin.diagnosis.device"
 SECTION = "device"
 
+# What processors have beside the vectors of our C++ kernels, by torch's names.
+_NOT_USED = {
+    "avx512_vnni": "VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512_bf16": "bf16 products",
+    "amx_tile": "AMX",
+    "bf16": "bf16 products",
+    "sve": "SVE",
+}
+
 
 def facts(device_type: str | None = None) -> dict[str, Any]:
     """What torch, Triton and the kernels say about this machine. Initialises CUDA if there is any.
@@ -94,12 +104,35 @@ def _kernels(device_type: str, *, is_there: bool) -> dict[str, Any]:
             device_type, cache_dtype=torch.bfloat16, settings=Settings.from_environment()
         )
         found["dense"] = dense.describe("the host's own kernels")
+        found |= _products()
     if not is_there:
         return found
     try:
         found["self_test"] = self_test(device_type)
     except Exception as error:
         found["self_test_error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _products() -> dict[str, Any]:
+    """Who multiplies with bf16 weights on this CPU, at what cost; vectors of the C++ kernels."""
+    import torch
+
+    from m3_kernels import native_build
+    from m3_plugin.model.products import choose_products
+    from m3_plugin.settings import Settings
+
+    choice = choose_products("cpu", torch.bfloat16, settings=Settings.from_environment())
+    found: dict[str, Any] = {
+        "products": f"{choice.describe()}; {choice.cost}",
+        "products_are_slow": choice.slow,
+    }
+    if native_build.refusal() is None:
+        # torch before 2.10 does not tell
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        beyond = [words for name, words in _NOT_USED.items() if has.get(name)]
+        unused = f"; the processor also has {', '.join(beyond)}, not used" if beyond else ""
+        found["vectors"] = f"{native_build.vector_family()}{unused}"
     return found
 
 
@@ -210,6 +243,21 @@ def _examine_kernels(report: Report, found: Mapping[str, Any]) -> None:
     report.add("kernels", "choice", found["kernels"])
     if "dense" in found:
         report.add("kernels", "dense layers", found["dense"])
+    if "vectors" in found:
+        report.add("kernels", "vectors", found["vectors"])
+    if "products" in found:
+        slow = found["products_are_slow"]
+        report.add(
+            "kernels",
+            "products of bf16 weights",
+            found["products"],
+            id="kernels.products",
+            status="warning" if slow else "ok",
+            advice="let our product have them: unset M3_PLUGIN_PRODUCTS, see that the C++ kernels "
+            "can run, or serve with --dtype float32 where memory suffices"
+            if slow
+            else "",
+        )
     if "self_test_error" in found:
         report.add(
             "kernels",

@@ -1,6 +1,7 @@
 """transformers' processors of MiniMax-M3 as hosts use them, with MiniMax-M3.1's rule for sizes.
 
-Videos are cut into patches a few frames at a time (`video_pieces`).
+Videos are cut into patches a few frames at a time (`video_pieces`), and pixels stay in 8 bits where
+the model normalises them (`byte_pixels`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.minimax_m3_vl.image_processing_minimax_m3_vl import (
-    MiniMaxM3VLImageProcessor,
-)
 
-from m3_plugin.host.video_pieces import VideosInPieces, in_pieces
+from m3_plugin.host.byte_pixels import BytePictures
+from m3_plugin.host.video_pieces import VideosInPieces
+from m3_plugin.model.pixels import PixelScale
 from m3_plugin.model.resizing import SideCaps, by_pillow
 
 # Settings of a checkpoint's processors that its rule leaves as they are.
@@ -34,21 +34,27 @@ _KEPT = (
 
 
 @lru_cache(maxsize=4)
-def with_rule(processor: Any, rule: SideCaps | None) -> Any:
+def as_served(processor: Any, *, rule: SideCaps | None, scale: PixelScale | None) -> Any:
     """A checkpoint's processor as hosts use it; the same object again for the same one.
 
     Parameters
     ----------
     processor : transformers' `MiniMaxM3VLProcessor`; it stays as it is
     rule : of `m3_plugin.model.resizing.resize_rule`; None for M3's, which is transformers'
+    scale : what the served model normalises bytes with; None if it expects them normalised
     """
-    ruled = copy.copy(processor)
+    served = copy.copy(processor)
+    pictures: Any
+    videos: Any
     if rule is None:
-        ruled.video_processor = in_pieces(processor.video_processor)
-        return ruled
-    ruled.image_processor = CappedImages(caps=rule, **_kept(processor.image_processor))
-    ruled.video_processor = CappedVideos(caps=rule, **_kept(processor.video_processor))
-    return ruled
+        pictures = BytePictures.from_dict(processor.image_processor.to_dict())
+        videos = VideosInPieces.from_dict(processor.video_processor.to_dict())
+    else:
+        pictures = CappedImages(caps=rule, **_kept(processor.image_processor))
+        videos = CappedVideos(caps=rule, **_kept(processor.video_processor))
+    pictures.scale = videos.scale = scale
+    served.image_processor, served.video_processor = pictures, videos
+    return served
 
 
 def _kept(processor: Any) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def resized_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.permute(0, 3, 1, 2).reshape(shape).to(frames.device, frames.dtype)
 
 
-class CappedImages(MiniMaxM3VLImageProcessor):
+class CappedImages(BytePictures):
     """Sizes pictures by `caps` and leaves the rest to transformers."""
 
     def __init__(self, *, caps: SideCaps, **kwargs: Any) -> None:

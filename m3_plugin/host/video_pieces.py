@@ -16,11 +16,13 @@ from transformers.models.minimax_m3_vl.video_processing_minimax_m3_vl import (
     MiniMaxM3VLVideoProcessor,
 )
 
+from m3_plugin.host.byte_pixels import BytePixels
+
 # Pixels of a piece, at least one pair of frames: some 400 MB while it is cut.
 _PIXELS_AT_ONCE = 16_000_000
 
 
-class VideosInPieces(MiniMaxM3VLVideoProcessor):
+class VideosInPieces(BytePixels, MiniMaxM3VLVideoProcessor):
     """Every video, its frames [n, 3, height, width], is cut in pieces along time."""
 
     def _preprocess(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -32,6 +34,14 @@ class VideosInPieces(MiniMaxM3VLVideoProcessor):
         **kwargs: Any,
     ) -> BatchFeature:
         """Patches [all videos' patches, values] and a grid (t, h, w) for each video."""
+        meeting = self._meeting(videos)
+        if meeting is not self:
+            return meeting._preprocess(
+                videos,
+                temporal_patch_size=temporal_patch_size,
+                return_tensors=return_tensors,
+                **kwargs,
+            )
         cut = partial(super()._preprocess, temporal_patch_size=temporal_patch_size, **kwargs)
         # a pair of frames says how many patches each pair has
         samples = [cut([video[:temporal_patch_size]]) for video in videos]
@@ -59,9 +69,3 @@ class VideosInPieces(MiniMaxM3VLVideoProcessor):
             },
             tensor_type=return_tensors,
         )
-
-
-def in_pieces(processor: MiniMaxM3VLVideoProcessor) -> VideosInPieces:
-    """A video processor of the same settings."""
-    made: Any = VideosInPieces.from_dict(processor.to_dict())
-    return made

@@ -30,6 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from m3_plugin.model.pixels import PixelScale
+from m3_plugin.model.products import linear
+
 __all__ = ["CHECKPOINT_PREFIXES", "M3Vision", "VisionConfig", "split_segments"]
 
 # Checkpoint prefix -> prefix in a model that holds `M3Vision` as `vision_tower`. What is not listed
@@ -150,11 +153,15 @@ class M3Vision(nn.Module):
 
     `max_patches` bounds the patches, hence the activations, of one pass through the layers. A
     segment is never cut for it, and a segment of a released-size video frame has 12 288 patches.
+    `scale` normalises pixels that come as bytes; without it they must come normalised.
     """
 
-    def __init__(self, config: VisionConfig, *, max_patches: int = 16384) -> None:
+    def __init__(
+        self, config: VisionConfig, *, max_patches: int = 16384, scale: PixelScale | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.scale = scale
         self.max_patches = max_patches
         self.spatial_merge_size = config.spatial_merge_size
         self.out_hidden_size = config.text_hidden_size
@@ -176,15 +183,26 @@ class M3Vision(nn.Module):
         ValueError : names the argument, the rule and the value.
         """
         _check_inputs(pixel_values, grids, config=self.config)
+        if self.scale is None and not pixel_values.is_floating_point():
+            raise ValueError(
+                "pixel_values must be normalised, for this checkpoint's preprocessor_config.json "
+                f"does not say how: got {pixel_values.dtype}"
+            )
+
+    def normalised(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Rows of `forward` in floats; bytes are normalised as the checkpoint says."""
+        if self.scale is None or pixel_values.dtype != torch.uint8:
+            return pixel_values
+        return self.scale.normalised(pixel_values)
 
     def forward(
         self, pixel_values: torch.Tensor, grid_thw: torch.Tensor | Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """Features of any number of images or videos, in order.
 
-        pixel_values: [patches, patch_dim], any float dtype; grid_thw: [items, 3], patches along
-        time, height and width, on the host if it is a tensor. Returns [patches / merge_length,
-        text_hidden_size] in the model's dtype.
+        pixel_values: [patches, patch_dim], normalised in any float dtype, or uint8 as decoded;
+        grid_thw: [items, 3], patches along time, height and width, on the host if it is a tensor.
+        Returns [patches / merge_length, text_hidden_size] in the model's dtype.
         """
         grids = grid_thw.tolist() if isinstance(grid_thw, torch.Tensor) else grid_thw
         self.check_inputs(pixel_values, grids)
@@ -193,7 +211,7 @@ class M3Vision(nn.Module):
         start = 0
         for chunk in _chunks(segments, max_patches=self.max_patches):
             end = start + sum(t * h * w for t, h, w in chunk)
-            hidden = self.vision_model(pixel_values[start:end], chunk)
+            hidden = self.vision_model(self.normalised(pixel_values[start:end]), chunk)
             hidden = self.multi_modal_projector(hidden)
             merged = hidden.view(-1, self.config.text_hidden_size * self.config.merge_length)
             features.append(self.patch_merge_mlp(merged))
@@ -232,6 +250,13 @@ class _VisionModel(nn.Module):
         return self.encoder(hidden, cos, sin, runs)
 
 
+class _Linear(nn.Linear):
+    """torch's, whose product is ours on CPUs where torch's library has none of 16 bits."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 class _Embeddings(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -247,7 +272,7 @@ class _Embeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # The kernel covers a whole row, so the convolution is a product with its flat weight.
         weight = self.patch_embedding.weight.flatten(1)
-        return F.linear(pixel_values.to(weight.dtype), weight)
+        return linear(pixel_values.to(weight.dtype), weight)
 
 
 class _Encoder(nn.Module):
@@ -284,10 +309,10 @@ class _Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = _Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = _Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = _Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = _Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, runs: Sequence[_Run]
@@ -312,8 +337,8 @@ class _Attention(nn.Module):
 class _FeedForward(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = _Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = _Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(hidden)))
@@ -322,8 +347,8 @@ class _FeedForward(nn.Module):
 class _MLP(nn.Module):
     def __init__(self, in_size: int, hidden_size: int, out_size: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_size, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, out_size)
+        self.linear_1 = _Linear(in_size, hidden_size)
+        self.linear_2 = _Linear(hidden_size, out_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.linear_2(F.gelu(self.linear_1(hidden)))

@@ -4,8 +4,10 @@
 
 asks a running server of either host for a stream of text and for its health all the while, first
 alone and then beside a video of 600 frames and four pictures of 12 megapixels. It prints the
-largest gaps in seconds as JSON, one line per load and repeat. The goal is below one second; other
-load on the machine counts too. The server must admit 60,000 tokens and four pictures.
+largest gaps in seconds as JSON, one line per load and repeat. The goal is below one second. Beside
+both stands the largest gap of a process that asks nobody: no server can do better there and then.
+The server must admit four pictures; it may refuse the video's 123,745 tokens, for that is known
+after the work that this measures.
 """
 
 from __future__ import annotations
@@ -49,21 +51,45 @@ def chat(model: str, parts: list[Part], **options: Any) -> dict[str, Any]:
 
 
 def streamed(client: httpx.Client, model: str) -> Iterator[str]:
-    """Events of one answer after another."""
-    body = chat(model, [text("Count.")], max_tokens=512, ignore_eos=True, stream=True)
+    """Events of one answer after another, one for each token, said or special."""
+    body = chat(
+        model,
+        [text("Count.")],
+        max_tokens=512,
+        ignore_eos=True,
+        skip_special_tokens=False,
+        temperature=0,
+        stream=True,
+    )
     while True:
         with client.stream("POST", "/v1/chat/completions", json=body) as reply:
             reply.raise_for_status()
             yield from reply.iter_lines()
 
 
-def healths(client: httpx.Client, model: str) -> Iterator[int]:
+def answers(client: httpx.Client, path: str) -> Iterator[int]:
     while True:
-        yield client.get("/health").raise_for_status().status_code
+        yield client.get(path).raise_for_status().status_code
         time.sleep(_POLL)
 
 
-WATCHED = {"stream": streamed, "health": healths}
+def healths(client: httpx.Client, model: str) -> Iterator[int]:
+    """SGLang's takes a second by itself: it waits for a token of the scheduler."""
+    return answers(client, "/health")
+
+
+def lists(client: httpx.Client, model: str) -> Iterator[int]:
+    """What the HTTP process answers alone."""
+    return answers(client, "/v1/models")
+
+
+def pauses(client: httpx.Client, model: str) -> Iterator[None]:
+    while True:
+        yield
+        time.sleep(_POLL)
+
+
+WATCHED = {"stream": streamed, "health": healths, "models": lists, "machine": pauses}
 
 
 def watch(name: str, url: str, model: str, events: Connection) -> None:

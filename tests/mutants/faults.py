@@ -908,4 +908,25 @@ FAULTS = (
         "[self.token_lora_indices < -1] = 0",
         ("tests/integrations/vllm/test_cpu_repairs.py",),
     ),
+    Fault(
+        "pixels: a call's own settings are not met",
+        "m3_plugin/host/byte_pixels.py",
+        "images.dtype == torch.uint8 and wanted == self.scale",
+        "images.dtype == torch.uint8",
+        ("tests/plugin/host/test_byte_pixels.py",),
+    ),
+    Fault(
+        "pixels: floats beside bytes are cut as bytes",
+        "m3_plugin/host/byte_pixels.py",
+        "all(item.dtype == torch.uint8 for item in media)",
+        "any(item.dtype == torch.uint8 for item in media)",
+        ("tests/plugin/host/test_byte_pixels.py",),
+    ),
+    Fault(
+        "SGLang: bytes beside floats are taken for normalised",
+        "integrations/sglang/m3_sglang/models/minimax_m3.py",
+        "len({patches.dtype for patches in pixels}) > 1",
+        "len({patches.dtype for patches in pixels}) > 2",
+        ("tests/integrations/sglang/test_vision_ranks.py",),
+    ),
 )

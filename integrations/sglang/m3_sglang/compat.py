@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from packaging.version import Version
@@ -13,8 +15,11 @@ from packaging.version import Version
 from m3_plugin.host.presence import TestedWindow
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_config
+from m3_plugin.model.pixels import PixelScale
+from m3_plugin.model.resizing import FILE
 from m3_plugin.model.taking import why_not_taken
 from m3_plugin.settings import Settings
+from m3_plugin.untrusted import read_json
 
 _ORIGINAL_HEADS = {
     "num_attention_heads": "original_num_attention_heads",
@@ -326,6 +331,34 @@ def shares_out_pictures() -> bool:
 
     server_args: Any = get_server_args()
     return bool(getattr(resolved(server_args), "mm_enable_dp_encoder", False))
+
+
+def preprocessor_file(server_args: Any) -> Any:
+    """What the served checkpoint's preprocessor_config.json says; {} if it has none.
+
+    Raises
+    ------
+    ValueError : the file cannot be read.
+    """
+    from transformers.utils.hub import cached_file
+
+    file = cached_file(
+        server_args.model_path,
+        FILE,
+        revision=server_args.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return {} if file is None else read_json(Path(file))
+
+
+def pixel_scale() -> PixelScale | None:
+    """What the served checkpoint's pixels are normalised with, as every process reads it."""
+    from sglang.srt.runtime_context import get_server_args
+
+    # a fault of the file ends the server when its processor is made, unless it serves text alone
+    with suppress(ValueError, OSError):
+        return PixelScale.read(preprocessor_file(get_server_args()) or None)
+    return None
 
 
 def partition_shared_by(ranks: int) -> dict[str, Any]:

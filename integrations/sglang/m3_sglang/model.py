@@ -36,6 +36,7 @@ from m3_sglang.compat import (
 )
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.ours import FUSED_LAYERS
+from m3_sglang.own_products import use_own_products
 from m3_sglang.rope import make_rope
 from m3_sglang.speculation import prepare_speculation
 from m3_sglang.sums import RankSums
@@ -274,6 +275,7 @@ class M3CausalLM(nn.Module):
         routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
         self.expert_proof = None if routed is None else ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+        use_own_products(self.model)
         if is_root:
             self.take_adapters(self, prefix="")
         # last: it looks at all others once they are loaded

@@ -22,6 +22,7 @@ from m3_plugin.checkpoint.loading import interleave_gate_up, separate_gate_up
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import ExpertProbe, KnownExperts
 from m3_sglang.compat import expert_offset, is_capturing, second_stream
+from m3_sglang.own_products import use_own_experts
 from m3_sglang.quantization import Mxfp8ExpertsMethod
 from m3_sglang.router import M3Router
 from m3_sglang.stored_weights import StoredExpertsMethod
@@ -119,8 +120,10 @@ class M3MoE(nn.Module):
         )
         # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
         # say nothing when told that they are not: the rows are interleaved after loading.
-        ours = isinstance(self.experts.quant_method, (Mxfp8ExpertsMethod, StoredExpertsMethod)) or (
-            getattr(self.experts, "scheme", None) is not None
+        ours = (
+            use_own_experts(self.experts)
+            or isinstance(self.experts.quant_method, (Mxfp8ExpertsMethod, StoredExpertsMethod))
+            or getattr(self.experts, "scheme", None) is not None
         )
         self.interleave = device_type == "cpu" and not ours
         self.is_interleaved = False

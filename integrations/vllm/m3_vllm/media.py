@@ -34,7 +34,7 @@ from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3
 from transformers.models.minimax_m3_vl.video_processing_minimax_m3_vl import (
     MiniMaxM3VLVideoProcessor,
 )
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -61,7 +61,7 @@ from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from m3_plugin.host.metrics import count_refused_request
-from m3_plugin.host.side_caps import with_rule
+from m3_plugin.host.side_caps import as_served
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
@@ -87,6 +87,7 @@ from m3_plugin.model.media import (
     upright_rgb,
     with_stamp,
 )
+from m3_plugin.model.pixels import PixelScale
 from m3_plugin.model.resizing import FILE, SideCaps, by_pillow, require_no_area, resize_rule
 from m3_plugin.model.vision import M3Vision
 from m3_plugin.model.vision_shares import VisionRanks, shared_features
@@ -117,6 +118,12 @@ _FRAME_AREA = {
     "factor": MiniMaxM3VLVideoProcessor.patch_size * MiniMaxM3VLVideoProcessor.merge_size,
     "least": MiniMaxM3VLVideoProcessor.min_pixels,
     "most": MiniMaxM3VLVideoProcessor.max_pixels,
+}
+# Of a modality: pixels in floats, pixels in bytes, and grids. vLLM joins items of several requests,
+# which must not make floats of bytes: items whose fields differ stay apart.
+_FIELDS = {
+    "image": ("pixel_values", "pixel_bytes", "image_grid_thw"),
+    "video": ("pixel_values_videos", "pixel_bytes_videos", "video_grid_thw"),
 }
 _PLACEHOLDERS = {
     "image": MiniMaxM3VLProcessor.IMAGE_TOKEN,
@@ -225,7 +232,7 @@ class M3ProcessingInfo(BaseProcessingInfo):
                 f"its preprocessor_config.json ({error}): copy it from the original repository, "
                 "or serve text alone with --language-model-only"
             ) from error
-        return with_rule(processor, self.rule)
+        return as_served(processor, rule=self.rule, scale=pixel_scale(self.ctx.model_config))
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return dict.fromkeys(_PLACEHOLDERS)
@@ -338,7 +345,7 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         hf_inputs = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
         videos = hf_inputs.hf_data.get("videos")
         if isinstance(videos, Sequence) and videos:
-            hf_inputs.hf_data["videos"] = [frames for frames, _ in videos]
+            hf_inputs.hf_data["videos"] = [_channels_first(frames) for frames, _ in videos]
             hf_inputs.hf_data["video_metadata"] = [
                 {"total_num_frames": len(frames), **_times(metadata)} for frames, metadata in videos
             ]
@@ -349,12 +356,15 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
     ) -> BatchFeature:
         self._require_bounds(hf_kwargs)
         videos = hf_data.get("videos")
-        if not isinstance(videos, Sequence):
-            return super()._call_hf_processor(hf_data, hf_kwargs)
-        hf_kwargs = self._with_video_defaults(hf_kwargs)
+        if isinstance(videos, Sequence):
+            hf_kwargs = self._with_video_defaults(hf_kwargs)
         outputs = super()._call_hf_processor(hf_data, hf_kwargs)
-        pairs = [self.info.video_geometry().pairs(len(frames)) for frames in videos]
-        outputs["video_grid_thw"] = join_segments(outputs["video_grid_thw"], pairs)
+        if isinstance(videos, Sequence):
+            pairs = [self.info.video_geometry().pairs(len(frames)) for frames in videos]
+            outputs["video_grid_thw"] = join_segments(outputs["video_grid_thw"], pairs)
+        for pixels, as_bytes, _ in _FIELDS.values():
+            if pixels in outputs and outputs[pixels].dtype == torch.uint8:
+                outputs[as_bytes] = outputs.pop(pixels)
         return outputs
 
     def _require_bounds(self, hf_kwargs: Mapping[str, object]) -> None:
@@ -381,13 +391,11 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = {}
-        for modality, pixels, grid in (
-            ("image", "pixel_values", "image_grid_thw"),
-            ("video", "pixel_values_videos", "video_grid_thw"),
-        ):
+        for modality, (pixels, as_bytes, grid) in _FIELDS.items():
             grid_thw = hf_inputs.get(grid)
             patches = torch.empty(0, dtype=torch.long) if grid_thw is None else grid_thw.prod(-1)
-            fields[pixels] = MultiModalFieldConfig.flat_from_sizes(modality, patches)
+            for name in (pixels, as_bytes):
+                fields[name] = MultiModalFieldConfig.flat_from_sizes(modality, patches)
             fields[grid] = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
         return fields
 
@@ -468,6 +476,15 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         if videos:
             mm_prompt_updates = {**mm_prompt_updates, "video": videos}
         return super()._apply_prompt_updates(prompt + list(token_ids[done:]), mm_prompt_updates)
+
+
+def _channels_first(frames: Any) -> Any:
+    """Decoded frames [n, height, width, 3] as transformers wants them, without its copy."""
+    decoded = isinstance(frames, np.ndarray) and frames.ndim == 4 and frames.dtype == np.uint8
+    # what has few rows or columns may be meant either way, as transformers decides
+    if not decoded or frames.shape[-1] != 3 or frames.shape[1] in (1, 3):
+        return frames
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 def _times(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -561,12 +578,12 @@ class M3VideoLoader(VideoBackend):
         size = fitted_size(height, width, **_FRAME_AREA)
         require_video_pixels(len(indices), *size)
         shrink = len(indices) * height * width > _MAX_HELD_PIXELS
-        frames = []
-        for index in indices:
+        frames = np.empty((len(indices), *(size if shrink else (height, width)), 3), dtype=np.uint8)
+        for place, index in enumerate(indices):
             (frame,) = animation.get_frames_at([index])
-            frames.append(_resized(frame, size) if shrink else frame)
+            frames[place] = _resized(frame, size) if shrink else frame
         source = VideoSourceMetadata(total, rate, total / rate)
-        return np.stack(frames), cls.create_hf_metadata(source, indices, "pillow")
+        return frames, cls.create_hf_metadata(source, indices, "pillow")
 
     @classmethod
     def compute_frames_index_to_sample(
@@ -601,7 +618,7 @@ class M3VideoLoader(VideoBackend):
         size = cls._frame_size(height, width)
         require_video_pixels(len(frame_idx), *size)
         shrink = len(frame_idx) * height * width > _MAX_HELD_PIXELS
-        frames: list[np.ndarray] = []
+        frames = np.empty((0, *size, 3), dtype=np.uint8)
         valid: list[int] = []
         wanted = iter(frame_idx)
         target = next(wanted, None)
@@ -614,14 +631,16 @@ class M3VideoLoader(VideoBackend):
                 usable = decoded and frame.size > 0
                 if usable:
                     frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-                    frames.append(cls._resized(frame, size) if shrink else frame)
+                    frame = cls._resized(frame, size) if shrink else frame
+                    if not valid:
+                        # a frame may be turned against what the header says
+                        frames = np.empty((len(frame_idx), *frame.shape), dtype=np.uint8)
+                    frames[len(valid)] = frame
                     valid.append(index)
                 while (usable or not frame_recovery) and target is not None and target <= index:
                     target = next(wanted, None)
             index += 1
-        if not frames:
-            return np.empty((0, *size, 3), dtype=np.uint8), []
-        return np.stack(frames), valid
+        return frames[: len(valid)], valid
 
     @classmethod
     def _frame_size(cls, height: int, width: int) -> tuple[int, int]:
@@ -645,6 +664,15 @@ def _resized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         pixels, list(size), interpolation=functional.InterpolationMode.BICUBIC, antialias=True
     )
     return resized.permute(1, 2, 0).contiguous().numpy()
+
+
+def pixel_scale(model_config: ModelConfig) -> PixelScale | None:
+    """What a checkpoint's pixels are normalised with, as front end and engine read it."""
+    # a fault of the file ends what first wants a processor, and no server of text
+    with contextlib.suppress(ValueError):
+        model = model_config.model
+        return PixelScale.read(get_hf_file_to_dict(FILE, model, revision=model_config.revision))
+    return None
 
 
 def vision_ranks(vllm_config: VllmConfig) -> VisionRanks | None:
@@ -679,10 +707,9 @@ class M3MultiModalMixin(SupportsMultiModal):
         embeddings: list[torch.Tensor] = []
         # The order of the keywords is that of the modalities in the prompt.
         for name in kwargs:
-            if name == "pixel_values":
-                embeddings += self._embed(kwargs[name], kwargs["image_grid_thw"])
-            elif name == "pixel_values_videos":
-                embeddings += self._embed(kwargs[name], kwargs["video_grid_thw"])
+            for pixels, as_bytes, grid in _FIELDS.values():
+                if name in (pixels, as_bytes):
+                    embeddings += self._embed(kwargs[name], kwargs[grid])
         return tuple(embeddings)
 
     def _embed(self, pixel_values: object, grid_thw: object) -> tuple[torch.Tensor, ...]:

@@ -74,10 +74,12 @@ from m3_vllm.media import (
     M3MultiModalMixin,
     M3MultiModalProcessor,
     M3ProcessingInfo,
+    pixel_scale,
     vision_ranks,
 )
 from m3_vllm.moe import M3MLP, ClampProbe, M3MoE
 from m3_vllm.norms import HiddenNorm, add_and_norm, norm_and_rotate
+from m3_vllm.own_products import use_own_products
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import prepare_speculation, require_aux_layers
 from m3_vllm.updates import ServedWeights
@@ -606,6 +608,7 @@ class M3ForCausalLM(nn.Module, SupportsPP, SupportsEagle3, SupportsLoRA):
         moe_layers = [module for module in self.model.modules() if isinstance(module, M3MoE)]
         if moe_layers:
             self.clamp_probe = ClampProbe(moe_layers[0], vllm_config=vllm_config)
+        use_own_products(self)
         # last: it looks at all others once they are loaded
         self.served: ServedWeights | None = None
         if is_root:
@@ -697,7 +700,9 @@ class M3ForConditionalGeneration(
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         with self._mark_tower_model(vllm_config, {"image", "video"}):
-            self.vision_tower = M3Vision(VisionConfig.from_hf(self.config))
+            self.vision_tower = M3Vision(
+                VisionConfig.from_hf(self.config), scale=pixel_scale(vllm_config.model_config)
+            )
         self.vision_ranks = vision_ranks(vllm_config)
         with self._mark_language_model(vllm_config):
             self.language_model = M3ForCausalLM(

@@ -30,6 +30,7 @@ from m3_plugin.model.mtp import mtp_config, mtp_input
 from m3_plugin.model.rope import RowAngles
 from m3_vllm.model import M3DecoderLayer, M3ForCausalLM, read_plan, require_planned
 from m3_vllm.norms import HiddenNorm
+from m3_vllm.own_products import use_own_products
 from m3_vllm.session import worker_session
 from m3_vllm.speculation import count_draft_modules
 from m3_vllm.updates import ServedWeights
@@ -141,6 +142,7 @@ class M3MTP(nn.Module):
             prefix=maybe_prefix(prefix, "model"),
             plan=read_plan(vllm_config, draft, self.m3_config, draft=True),
         )
+        use_own_products(self)
         # the target's, which vLLM sets after loading
         self.lm_head: nn.Module
         self.logits_processor = LogitsProcessor(self.m3_config.vocab_size)

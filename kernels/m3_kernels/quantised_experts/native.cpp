@@ -58,30 +58,37 @@ class Experts {
 
   void run() {
     const int64_t inner = w2_.columns(), hidden = w2_.rows(), experts = w13_.groups();
-    constexpr int64_t kPairs = kTileRows / 2;
     struct Item {
-      int64_t expert, first;
+      int64_t expert, first, count;
     };
     std::vector<Item> items;
+    int64_t most = 0;
     for (int64_t e = 0; e < experts; ++e) {
-      if (starts_[e + 1] == starts_[e]) continue;
-      for (int64_t first = 0; first < inner; first += kPairs) items.push_back({e, first});
+      const int64_t tokens = starts_[e + 1] - starts_[e];
+      if (tokens == 0) continue;
+      most = std::max(most, tokens);
+      const int64_t pairs = tile_rows(tokens) / 2;
+      for (int64_t first = 0; first < inner; first += pairs) {
+        items.push_back({e, first, std::min(pairs, inner - first)});
+      }
     }
     const int64_t num_items = static_cast<int64_t>(items.size());
-    const int64_t num_tiles = ceil_div(hidden, kTileRows);
+    const int64_t step = tile_rows(most), num_tiles = ceil_div(hidden, step);
     std::vector<std::unique_ptr<TileWorkspace>> workspaces;
-    for (int64_t t = 0; t < threads_; ++t) workspaces.push_back(std::make_unique<TileWorkspace>());
+    for (int64_t t = 0; t < threads_; ++t) {
+      workspaces.push_back(std::make_unique<TileWorkspace>(most));
+    }
     std::atomic<int64_t> next_item{0}, next_tile{0};
 #pragma omp parallel num_threads(static_cast<int>(threads_))
     {
       TileWorkspace& w = *workspaces[omp_get_thread_num()];
       for (int64_t i; (i = next_item.fetch_add(1)) < num_items;) {
-        activate(w, items[i].expert, items[i].first, std::min(kPairs, inner - items[i].first));
+        activate(w, items[i].expert, items[i].first, items[i].count);
       }
 #pragma omp barrier
       for (int64_t i; (i = next_tile.fetch_add(1)) < num_tiles;) {
-        const int64_t first = i * kTileRows;
-        add_up(w, first, std::min(kTileRows, hidden - first));
+        const int64_t first = i * step;
+        add_up(w, first, std::min(step, hidden - first));
       }
     }
   }

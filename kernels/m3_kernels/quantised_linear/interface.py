@@ -46,6 +46,8 @@ def quantised_linear(
     ValueError : a shape, device, layout or group start is not in the contract
     NotImplementedError : nothing can run on this device; the reason is in the message
     """
-    call = QuantisedLinear(x, weight, group_starts, x.new_zeros(x.shape[0], weight.rows))
+    # with groups there may be rows of none
+    made = x.new_empty if group_starts is None else x.new_zeros
+    call = QuantisedLinear(x, weight, group_starts, made(x.shape[0], weight.rows))
     QUANTISED_LINEAR.run(call, backend=backend)
     return call.out

@@ -1,4 +1,4 @@
-// quantised_linear: a work item is a tile of weight rows of one group, for all rows of x.
+// quantised_linear: a work item is a tile of weight rows of one group and a tile of its rows of x.
 #include "native_matrix.h"
 
 namespace m3 {
@@ -12,34 +12,37 @@ void run(const Array& x, const Matrix& matrix, const Array& starts, const Array&
   const int64_t threads = team.size(used * rows * matrix.columns());
   const FloatRows input(x, threads);
   struct Item {
-    int64_t group, first;
+    int64_t group, row, rows, first;
   };
   std::vector<Item> items;
+  int64_t most = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    if (start(g + 1) <= start(g)) continue;
-    for (int64_t first = 0; first < rows; first += kTileRows) items.push_back({g, first});
+    const int64_t last = start(g + 1);
+    const int64_t step = tile_rows(last - start(g));
+    for (int64_t t = start(g); t < last; t += kManyRows) {
+      const int64_t here = std::min(kManyRows, last - t);
+      most = std::max(most, here);
+      for (int64_t first = 0; first < rows; first += step) items.push_back({g, t, here, first});
+    }
   }
   const int64_t num_items = static_cast<int64_t>(items.size());
   std::vector<std::unique_ptr<TileWorkspace>> workspaces;
-  for (int64_t t = 0; t < threads; ++t) workspaces.push_back(std::make_unique<TileWorkspace>());
+  for (int64_t t = 0; t < threads; ++t) workspaces.push_back(std::make_unique<TileWorkspace>(most));
   std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
     TileWorkspace& w = *workspaces[omp_get_thread_num()];
     for (int64_t i; (i = next.fetch_add(1)) < num_items;) {
       const Item& item = items[i];
-      const int64_t count = std::min(kTileRows, rows - item.first);
+      const int64_t step = tile_rows(start(item.group + 1) - start(item.group));
+      const int64_t count = std::min(step, rows - item.first);
       int64_t weight_rows[kTileRows];
       for (int64_t n = 0; n < count; ++n) weight_rows[n] = item.first + n;
-      const int64_t last = start(item.group + 1);
-      for (int64_t t = start(item.group); t < last; t += kManyRows) {
-        const int64_t tile = std::min(kManyRows, last - t);
-        multiply_tile(matrix, item.group, weight_rows, count, input.rows() + t, tile, w);
-        for (int64_t m = 0; m < tile; ++m) {
-          const int64_t at = (t + m) * out.stride[0] + item.first;
-          char* to = const_cast<char*>(element(out, at));
-          store_floats(to, out.dtype, w.results() + m * kTileRows, count);
-        }
+      multiply_tile(matrix, item.group, weight_rows, count, input.rows() + item.row, item.rows, w);
+      for (int64_t m = 0; m < item.rows; ++m) {
+        const int64_t at = (item.row + m) * out.stride[0] + item.first;
+        char* to = const_cast<char*>(element(out, at));
+        store_floats(to, out.dtype, w.results() + m * kTileRows, count);
       }
     }
   }
@@ -62,3 +65,5 @@ extern "C" int64_t m3_quantised_linear(const m3::Array* x, const m3::Array* code
     return m3::kOutOfMemory;
   }
 }
+
+extern "C" const char* m3_vector_family() { return m3::vector_family(); }

@@ -17,6 +17,7 @@ from PIL import Image
 
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
 from tests.integrations import media_files, media_memory, mixed_media
+from tests.integrations.pixels import normalised
 from tests.integrations.sglang.media_processor import build, prepare
 
 IMAGE, VIDEO = "]<]image[>[", "]<]video[>["
@@ -333,7 +334,7 @@ def test_media_in_every_order_are_laid_out_by_transformers(
         ("video", "pixel_values_videos", processor.ids.video),
     ):
         items = [item for item in output.mm_items if item.modality.name.lower() == kind]
-        assert torch.equal(torch.cat([item.feature for item in items]), right[name])
+        assert torch.equal(normalised(torch.cat([item.feature for item in items])), right[name])
         places = [offset for item in items for offset in item.offsets]
         # in the order in which they are sent, each at its own place
         assert places == sorted(places)
@@ -415,10 +416,15 @@ def test_absurd_areas_of_a_server_are_refused(
 
 
 @pytest.mark.extended
-def test_large_frames_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
+# Of more frames decord decodes some ahead of who reads them, as many as it has time for.
+@pytest.mark.parametrize(("frames", "most"), media_memory.CASES[:1])
+def test_large_frames_of_a_small_file_fill_no_memory(
+    tmp_path: Path, frames: int, most: int
+) -> None:
     folder = write_random_checkpoint(tmp_path / "m3", preset="engine")
     grown = media_memory.grown_by(
-        media_memory.file_of_large_frames(tmp_path),
+        media_memory.file_of_large_frames(tmp_path, frames),
+        frames=frames,
         prepare=f"""
 from tests.integrations.sglang.media_processor import build, prepare
 processor = build(Path({str(folder)!r}))
@@ -428,4 +434,4 @@ def patches(data):
 """,
         load="patches",
     )
-    assert grown < media_memory.LIMIT
+    assert grown < most, grown

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3_plugin.model.pixels import PixelScale
 from m3_plugin.model.vision_shares import VisionRanks
+from tests.integrations.pixels import normalised
 from tests.plugin.model.test_vision_shares import pixels, tower
 
 
@@ -57,6 +59,7 @@ def test_features_are_made_by_all_ranks() -> None:
         SimpleNamespace(feature=pixels([grid]), image_grid_thw=torch.tensor([grid]))
         for grid in grids.tolist()
     ]
+    as_bytes = torch.randint(0, 256, items[0].feature.shape, dtype=torch.uint8)
     calls: list[int] = []
 
     def gather(features: Tensor) -> Tensor:
@@ -67,5 +70,12 @@ def test_features_are_made_by_all_ranks() -> None:
         alone = model.get_image_feature(items)
         model.vision_ranks = VisionRanks(rank=0, size=1, gather=gather)
         shared = model.get_image_feature(items)
+        # bytes beside floats are not taken for normalised ones
+        model.vision_ranks, model.vision_tower.scale = None, PixelScale.read({})
+        items[0].feature = as_bytes
+        mixed = model.get_image_feature(items)
+        items[0].feature = normalised(as_bytes)
+        expected = model.get_image_feature(items)
+    assert torch.equal(mixed, expected)
     assert calls == [6 + 8]
     torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)

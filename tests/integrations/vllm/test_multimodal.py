@@ -17,6 +17,7 @@ from PIL import Image
 
 from m3_plugin.testing.hub_layout import byte_level_tokenizer
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
+from tests.integrations.pixels import normalised
 
 pytestmark = pytest.mark.vllm
 
@@ -121,14 +122,21 @@ def _assert_equal(
     expected = reference(text=[text], return_tensors="pt", **inputs, **kwargs)
 
     assert result["prompt_token_ids"] == expected["input_ids"][0].tolist()
-    for modality, pixels, grid, token in (
-        ("image", "pixel_values", "image_grid_thw", reference.image_token_id),
-        ("video", "pixel_values_videos", "video_grid_thw", reference.video_token_id),
+    for modality, pixels, as_bytes, grid, token in (
+        ("image", "pixel_values", "pixel_bytes", "image_grid_thw", reference.image_token_id),
+        (
+            "video",
+            "pixel_values_videos",
+            "pixel_bytes_videos",
+            "video_grid_thw",
+            reference.video_token_id,
+        ),
     ):
         if modality not in data:
             continue
         items = [item.get_data() for item in result["mm_kwargs"][modality]]
-        assert torch.equal(torch.cat([item[pixels] for item in items]), expected[pixels])
+        sent = normalised(torch.cat([item[as_bytes] for item in items]))
+        assert torch.equal(sent, expected[pixels])
         # transformers reports a video as one grid (5.19) or as its attention segments (5.23).
         grids = [item[grid].tolist() for item in items]
         assert _segments(grids) == _segments(expected[grid].tolist())
@@ -166,7 +174,7 @@ def test_transparent_images_lie_on_white(processor, reference) -> None:
     flat = Image.alpha_composite(flat, image).convert("RGB")
     result = _process(processor, IMAGE, {"image": image})
     expected = reference(text=[IMAGE], images=[flat], return_tensors="pt")
-    pixels = result["mm_kwargs"]["image"][0]["pixel_values"].data
+    pixels = normalised(result["mm_kwargs"]["image"][0]["pixel_bytes"].data)
     # One of 255 levels is 0.015 after normalisation; the two compositions round differently.
     torch.testing.assert_close(pixels, expected["pixel_values"], rtol=0, atol=0.04)
 
@@ -315,7 +323,35 @@ def test_frames_of_any_size_are_resized(
     data = result["mm_kwargs"]["video"][0].get_data()
     assert data["video_grid_thw"].tolist() == grid
     expected = reference(text=[VIDEO], videos=[video], return_tensors="pt", **resize)
-    assert torch.equal(data["pixel_values_videos"], expected["pixel_values_videos"])
+    assert torch.equal(normalised(data["pixel_bytes_videos"]), expected["pixel_values_videos"])
+
+
+def test_bytes_and_floats_of_several_requests_stay_apart(processor, reference) -> None:
+    """vLLM joins what the engine encodes at once; joined, bytes would be taken for normalised."""
+    from vllm.multimodal.utils import group_and_batch_mm_kwargs
+
+    first, second = _image(56, 84, seed=1), _image(84, 56, seed=2)
+    plain = [_process(processor, IMAGE, {"image": image}) for image in (first, second)]
+    asked = _process(processor, IMAGE, {"image": first}, images_kwargs={"image_mean": [0.0] * 3})
+    floats = np.asarray(second).transpose(2, 0, 1).astype(np.float32)
+    given_floats = _process(processor, IMAGE, {"image": floats})
+    items = [("image", result["mm_kwargs"]["image"][0]) for result in (*plain, asked, given_floats)]
+    batches: list[Any] = list(group_and_batch_mm_kwargs(items))
+    assert [(number, set(batch)) for _, number, batch in batches] == [
+        (2, {"pixel_bytes", "image_grid_thw"}),
+        (2, {"pixel_values", "image_grid_thw"}),
+    ]
+    expected = [
+        reference(text=[IMAGE], images=[image], return_tensors="pt", **options)["pixel_values"]
+        for image, options in (
+            (first, {}),
+            (second, {}),
+            (first, {"images_kwargs": {"image_mean": [0.0] * 3}}),
+            (floats, {}),
+        )
+    ]
+    assert torch.equal(normalised(batches[0][2]["pixel_bytes"]), torch.cat(expected[:2]))
+    assert torch.equal(batches[1][2]["pixel_values"], torch.cat(expected[2:]))
 
 
 def test_resizing_can_be_refused(processor, reference) -> None:
@@ -455,6 +491,7 @@ def test_a_video_file_reaches_the_prompt(
 
 
 def test_embeddings_come_per_item_in_the_order_of_the_keywords() -> None:
+    from m3_plugin.model.pixels import PixelScale
     from m3_plugin.model.vision import M3Vision, VisionConfig
     from m3_vllm.media import M3MultiModalMixin
 
@@ -469,19 +506,23 @@ def test_embeddings_come_per_item_in_the_order_of_the_keywords() -> None:
                     num_heads=1,
                     text_hidden_size=24,
                     projector_hidden_size=16,
-                )
+                ),
+                scale=PixelScale.read({}),
             )
 
     images, videos = torch.tensor([[1, 4, 6], [1, 2, 2]]), torch.tensor([[5, 4, 4]])
-    image_pixels, video_pixels = torch.randn(28, 1176), torch.randn(80, 1176)
+    image_pixels = torch.randint(0, 256, (28, 1176), dtype=torch.uint8)
+    video_pixels = torch.randn(80, 1176)
     # vLLM's interface is a protocol with parts that no model has to implement.
     model = cast(Any, Model)().requires_grad_(False)
     embeddings = model.embed_multimodal(
         pixel_values_videos=video_pixels,
         video_grid_thw=videos,
         image_grid_thw=images,
-        pixel_values=image_pixels,
+        pixel_bytes=image_pixels,
     )
     assert [tuple(x.shape) for x in embeddings] == [(20, 24), (6, 24), (1, 24)]
     torch.testing.assert_close(embeddings[0], model.vision_tower(video_pixels, videos))
+    expected = model.vision_tower(normalised(image_pixels), images)
+    torch.testing.assert_close(torch.cat(embeddings[1:]), expected)
     assert model.embed_multimodal() == ()

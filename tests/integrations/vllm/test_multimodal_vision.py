@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def _vision_tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def _build(checkpoint: Path, config: VisionConfig, **options: int) -> M3Vision:
+def _build(checkpoint: Path, config: VisionConfig, **options: Any) -> M3Vision:
     holder = nn.Module()
     holder.vision_tower = M3Vision(config, **options)
     holder.load_state_dict(dict(_vision_tensors(checkpoint)), strict=True)

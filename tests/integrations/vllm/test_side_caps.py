@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from m3_plugin.testing.random_checkpoint import M31_PRESETS, write_random_checkpoint
+from tests.integrations.pixels import normalised
 from tests.integrations.side_caps import ATOL, SIZES, noise, patches
 
 pytestmark = pytest.mark.vllm
@@ -61,7 +62,7 @@ def test_images(processor: Any, size: tuple[int, int], grid: tuple[int, int]) ->
     assert tuple(item["image_grid_thw"].data.tolist()) == whole
     assert len(result["prompt_token_ids"]) == grid[0] * grid[1] // 4 + 2
     torch.testing.assert_close(
-        item["pixel_values"].data, torch.from_numpy(expected), atol=ATOL, rtol=0
+        normalised(item["pixel_bytes"].data), torch.from_numpy(expected), atol=ATOL, rtol=0
     )
 
 
@@ -73,7 +74,7 @@ def test_videos(processor: Any, frames: int, height: int, width: int) -> None:
     expected, grid = patches(list(video))
     assert tuple(item["video_grid_thw"].data.tolist()) == grid
     torch.testing.assert_close(
-        item["pixel_values_videos"].data, torch.from_numpy(expected), atol=ATOL, rtol=0
+        normalised(item["pixel_bytes_videos"].data), torch.from_numpy(expected), atol=ATOL, rtol=0
     )
 
 
@@ -116,7 +117,7 @@ def test_frames_shrunk_while_they_are_decoded_are_the_same(
     result = process(processor, VIDEO, {"video": [frames]})
     expected, _ = patches([frame, frame])
     torch.testing.assert_close(
-        result["mm_kwargs"]["video"][0]["pixel_values_videos"].data,
+        normalised(result["mm_kwargs"]["video"][0]["pixel_bytes_videos"].data),
         torch.from_numpy(expected),
         atol=ATOL,
         rtol=0,

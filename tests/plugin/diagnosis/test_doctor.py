@@ -22,6 +22,7 @@ from m3_plugin.diagnosis.child import ChildFailed, ask
 from m3_plugin.diagnosis.findings import clean
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts, examine_settings
 from m3_plugin.diagnosis.model import examine_model
+from m3_plugin.model import products
 from tests.plugin.broken_ops import Run, break_op
 from tests.plugin.cli.schemas import checked
 
@@ -138,6 +139,21 @@ def test_broken_triton_and_an_absent_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     # nothing was run on a device that is not there
     assert "self-test" not in [f.name for f in report.findings]
     assert not report.ok
+
+
+@pytest.mark.parametrize(("variable", "status"), [("auto", "ok"), ("host", "warning")])
+def test_products_of_16_bits_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, variable: str, status: str
+) -> None:
+    """As on a processor for which torch's library has none."""
+    monkeypatch.setattr(products, "library_multiplies", lambda dtype: False)
+    monkeypatch.setenv("M3_PLUGIN_PRODUCTS", variable)
+    found = device.facts("cpu")
+    monkeypatch.setattr(device, "ask", lambda *arguments, **options: (found, ""))
+    device.examine(report := Report(), "cpu")
+    products_found = finding(report, "products of bf16 weights", status=status)
+    assert ("float32" in products_found.advice) == (status == "warning")
+    assert "lanes" in finding(report, "vectors", status="ok").value
 
 
 def test_a_host_that_is_asked_for_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

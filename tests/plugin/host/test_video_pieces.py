@@ -11,7 +11,12 @@ from transformers.models.minimax_m3_vl.video_processing_minimax_m3_vl import (
 )
 
 from m3_plugin.host import video_pieces
-from m3_plugin.host.video_pieces import VideosInPieces, in_pieces
+from m3_plugin.host.video_pieces import VideosInPieces
+
+
+def pieces(processor: MiniMaxM3VLVideoProcessor) -> Any:
+    """A video processor of the same settings, as hosts use it."""
+    return VideosInPieces.from_dict(processor.to_dict())
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -28,7 +33,7 @@ def test_patches_and_grids_are_transformers(
     videos = [noise(n, 3, 60 + 28 * i, 90) for i, n in enumerate(lengths)]
     whole = MiniMaxM3VLVideoProcessor(max_pixels=4000)
     given: dict[str, Any] = {"videos": videos, "do_resize": True, "return_tensors": "pt"}
-    ours, theirs = in_pieces(whole)(**given), whole(**given)
+    ours, theirs = pieces(whole)(**given), whole(**given)
     assert ours["video_grid_thw"].tolist() == theirs["video_grid_thw"].tolist()
     assert torch.equal(ours["pixel_values_videos"], theirs["pixel_values_videos"])
 

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from m3_plugin.model.vision import M3Vision, VisionConfig
 from m3_plugin.model.vision_shares import VisionRanks, shared_features
-from m3_sglang.compat import shares_out_pictures, tensor_parallel_rank, tensor_parallel_size
+from m3_sglang.compat import (
+    pixel_scale,
+    shares_out_pictures,
+    tensor_parallel_rank,
+    tensor_parallel_size,
+)
 from m3_sglang.model import M3CausalLM
 from m3_sglang.updates import ServedWeights
 
@@ -54,7 +59,7 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         self.config = config
         self.quant_config = quant_config
         dot = f"{prefix}." if prefix else ""
-        self.vision_tower = M3Vision(VisionConfig.from_hf(config))
+        self.vision_tower = M3Vision(VisionConfig.from_hf(config), scale=pixel_scale())
         self.vision_ranks = vision_ranks()
         self.language_model = M3CausalLM(
             config, quant_config, f"{dot}language_model", is_root=False
@@ -90,6 +95,9 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         """[tokens, hidden] of all items in order."""
         weight = next(self.vision_tower.parameters())
         pixels = [torch.as_tensor(item.feature).to(weight.device) for item in items]
+        if len({patches.dtype for patches in pixels}) > 1:
+            # together they would become numbers of one kind
+            pixels = [self.vision_tower.normalised(patches) for patches in pixels]
         grids = [row for item in items for row in getattr(item, grid).tolist()]
         if self.vision_ranks is None:
             return self.vision_tower(torch.cat(pixels), grids)

@@ -22,6 +22,7 @@ from m3_plugin.model.rope import RowAngles
 from m3_sglang.compat import read_draft_config, tensor_parallel_size
 from m3_sglang.model import M3CausalLM, M3DecoderLayer, read_plan, require_our_backend
 from m3_sglang.moe import activations_as_is
+from m3_sglang.own_products import use_own_products
 from m3_sglang.sums import RankSums
 from m3_sglang.updates import ServedWeights
 from m3_sglang.weights import mtp_weight_loader
@@ -137,6 +138,7 @@ class MiniMaxM3MTP(nn.Module):
             prefix=f"{dot}language_model.lm_head",
         )
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
+        use_own_products(self.model)
         self.served = ServedWeights(self, text=self.weight_loader, is_draft=True)
 
     def set_embed_and_head(self, embed: Tensor, head: Tensor) -> None:

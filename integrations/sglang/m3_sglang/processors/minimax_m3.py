@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,10 +38,9 @@ from sglang.srt.multimodal.processors.base_processor import (
 from sglang.srt.utils import common, load_image
 from torch import Tensor
 from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3VLProcessor
-from transformers.utils.hub import cached_file
 
 from m3_plugin.host.metrics import count_refused_request
-from m3_plugin.host.side_caps import resized_frames, with_rule
+from m3_plugin.host.side_caps import as_served, resized_frames
 from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
     MAX_FRAMES,
@@ -67,9 +65,9 @@ from m3_plugin.model.media import (
     upright_rgb,
     with_stamp,
 )
-from m3_plugin.model.resizing import FILE, SideCaps, require_no_area, resize_rule
-from m3_plugin.untrusted import read_json
-from m3_sglang.compat import read_config
+from m3_plugin.model.pixels import PixelScale
+from m3_plugin.model.resizing import SideCaps, require_no_area, resize_rule
+from m3_sglang.compat import preprocessor_file, read_config
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
 
 # Requests whose media are prepared at the same time.
@@ -97,7 +95,9 @@ class M3Processor(BaseMultimodalProcessor):
         )
         processor.tokenizer = getattr(_processor, "tokenizer", processor.tokenizer)
         self.rule = published_rule(hf_config, server_args)
-        processor = with_rule(processor, self.rule)
+        # a file that is none has ended this by now
+        scale = PixelScale.read(preprocessor_file(server_args) or None)
+        processor = as_served(processor, rule=self.rule, scale=scale)
         super().__init__(hf_config, server_args, processor, *args, **kwargs)
         for wishes in (self.image_config, self.video_config):
             require_areas(wishes)
@@ -346,14 +346,7 @@ def published_rule(hf_config: Any, server_args: Any) -> SideCaps | None:
     ------
     ValueError : it names a rule that is not its model's.
     """
-    file = cached_file(
-        server_args.model_path,
-        FILE,
-        revision=server_args.revision,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    said = {} if file is None else read_json(Path(file))
-    return resize_rule(said, read_config(hf_config))
+    return resize_rule(preprocessor_file(server_args), read_config(hf_config))
 
 
 def plausible(data: Any) -> Any:
@@ -553,16 +546,20 @@ def video_frames(
     require_frame_pixels(height, width)
     require_video_pixels(len(indices), *size(height, width))
     at_once = max(_PIXELS_AT_ONCE // (height * width), 1)
-    parts = []
+    frames = None
     for first in range(0, len(indices), at_once):
         # not as a tensor, for which SGLang pins memory even where there is no accelerator
         part = torch.as_tensor(decoder.get_frames_at(indices[first : first + at_once]))
         part = part.permute(0, 3, 1, 2)
         # what is decoded may be turned against what the header says
-        parts.append(by(part, size(*part.shape[-2:])))
-    if len({part.shape[1:] for part in parts}) != 1:
-        raise ValueError("the frames of a video must be of one size")
-    return torch.cat(parts), {"total_num_frames": total, "fps": rate, "frames_indices": indices}
+        part = by(part, size(*part.shape[-2:]))
+        if frames is None:
+            frames = part.new_empty(len(indices), *part.shape[1:])
+        if part.shape[1:] != frames.shape[1:]:
+            raise ValueError("the frames of a video must be of one size")
+        frames[first : first + at_once] = part
+    assert frames is not None
+    return frames, {"total_num_frames": total, "fps": rate, "frames_indices": indices}
 
 
 def as_frames(video: Any) -> Tensor | None:
