@@ -60,8 +60,8 @@ RELEASES = [
                 reason=f"no .venv/triton-{release}: run make test",
             ),
         )
-        # of torch 2.11, of 2.13 (GPU builds of vLLM 0.31 and 0.32), of 2.14 (vLLM 0.33 and SGLang)
-        for release in ("3.6", "3.7", "3.8")
+        # of torch 2.11, and of 2.14 (GPU builds of vLLM 0.33 and SGLang)
+        for release in ("3.6", "3.8")
     ),
 ]
 
