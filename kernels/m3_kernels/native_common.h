@@ -23,29 +23,41 @@
 
 namespace m3 {
 
+// Also set by a test, to run what has 16 lanes where vectors are shorter.
+#if defined(__AVX512F__) && !defined(M3_SIXTEEN_LANES)
+#define M3_SIXTEEN_LANES
+#endif
+
 // Lanes of the machine's own vectors: compilers turn choices and shuffles of wider ones into scalar
 // code and keep no sums in registers. The sums of kRowTile x kPanelVectors fill the register file.
-#if defined(__AVX512F__)
+#if defined(M3_SIXTEEN_LANES)
 constexpr int64_t kLanes = 16;
 constexpr int kRowTile = 8;
+constexpr int kPanelVectors = 2;
+#elif defined(__aarch64__)
+constexpr int64_t kLanes = 4;
+constexpr int kRowTile = 5;
+constexpr int kPanelVectors = 4;
 #else
 constexpr int64_t kLanes = 8;
 constexpr int kRowTile = 6;
-#endif
 constexpr int kPanelVectors = 2;
+#endif
 constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int64_t kCacheLine = 64 / sizeof(float);
 
 // What the compiler was told of the machine, for a person to read.
 inline const char* vector_family() {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return "AVX-512 with VNNI, 16 lanes";
+#elif defined(__AVX512F__)
   return "AVX-512, 16 lanes";
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
   return "AVX2 with FMA and F16C, 8 lanes";
 #elif defined(__AVX2__)
   return "AVX2, 8 lanes";
-#elif defined(__ARM_NEON)
-  return "NEON, 8 lanes in two vectors";
+#elif defined(__aarch64__)
+  return "NEON, 4 lanes";
 #elif defined(__SSE2__)
   return "SSE2, 8 lanes in two vectors";
 #else
@@ -176,7 +188,7 @@ inline Floats splat(float value) { return value - Floats{}; }
 
 // Turns rows into columns: 4x4 elements within each 128-bit part of a vector, then the parts.
 // Shuffles that stay within parts, or move whole ones, are the cheap ones everywhere.
-#if defined(__AVX512F__)
+#if defined(M3_SIXTEEN_LANES)
 inline void transpose(Words (&x)[kLanes]) {
   Words y[kLanes];
   for (int i = 0; i < 16; i += 2) {
@@ -207,6 +219,20 @@ inline void transpose(Words (&x)[kLanes]) {
       x[8 * half + 4 + c] =
           M3_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     }
+  }
+}
+#elif defined(__aarch64__)
+inline void transpose(Words (&x)[kLanes]) {
+  Words y[kLanes];
+  for (int i = 0; i < 4; i += 2) {
+    const Words a = x[i], b = x[i + 1];
+    y[i] = M3_SHUFFLE(a, b, 0, 4, 1, 5);
+    y[i + 1] = M3_SHUFFLE(a, b, 2, 6, 3, 7);
+  }
+  for (int half = 0; half < 2; ++half) {
+    const Words a = y[half], b = y[half + 2];
+    x[2 * half] = M3_SHUFFLE(a, b, 0, 1, 4, 5);
+    x[2 * half + 1] = M3_SHUFFLE(a, b, 2, 3, 6, 7);
   }
 }
 #else

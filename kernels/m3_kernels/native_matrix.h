@@ -14,6 +14,8 @@
 
 #if defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace m3 {
@@ -71,6 +73,9 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return bits<Floats>(_mm512_fmadd_ps(bits<__m512>(a), bits<__m512>(b), bits<__m512>(c)));
 #elif defined(__FMA__) && defined(__F16C__)
   return bits<Floats>(_mm256_fmadd_ps(bits<__m256>(a), bits<__m256>(b), bits<__m256>(c)));
+#elif defined(__aarch64__)
+  return bits<Floats>(
+      vfmaq_f32(bits<float32x4_t>(c), bits<float32x4_t>(a), bits<float32x4_t>(b)));
 #else
   for (int i = 0; i < kLanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
   return c;
@@ -156,7 +161,7 @@ struct WeightRow {
                                                        : kFloat16;
       const char* from = reinterpret_cast<const char*>(codes) + column * (own == kFloat32 ? 4 : 2);
       for (int v = 0; v < kUnitVectors; ++v) {
-#if defined(__FMA__) && defined(__F16C__)
+#if (defined(__FMA__) && defined(__F16C__)) || defined(__aarch64__)
         if constexpr (own == kFloat16) {
           to[v] = widen_halves(from + v * kLanes * 2);
           continue;
@@ -217,6 +222,40 @@ struct WeightRow {
     to[1] = bits<Floats>(_mm256_cvtepi32_ps(high)) * scale;
 #endif
   }
+#elif defined(__aarch64__)
+  static Floats widen_halves(const char* from) {
+    return bits<Floats>(vcvt_f32_f16(load<float16x4_t>(from)));
+  }
+
+  // A byte moved below the sign bit of an fp16 is the number divided by 256.
+  static void decode_e4m3_unit(const uint8_t* from, float scale, Floats (&to)[kUnitVectors]) {
+    const uint8x16_t bytes = vld1q_u8(from);
+    const uint8x8_t parts[2] = {vget_low_u8(bytes), vget_high_u8(bytes)};
+    for (int half = 0; half < 2; ++half) {
+      const int16x8_t high = vreinterpretq_s16_u16(vshll_n_u8(parts[half], 8));
+      const int16x8_t moved = vandq_s16(vshrq_n_s16(high, 1), vdupq_n_s16(int16_t(0xbfff)));
+      const float16x8_t halves = vreinterpretq_f16_s16(moved);
+      to[2 * half] = bits<Floats>(vcvt_f32_f16(vget_low_f16(halves))) * scale;
+      to[2 * half + 1] = bits<Floats>(vcvt_f32_f16(vget_high_f16(halves))) * scale;
+    }
+  }
+
+  static void decode_nibble_unit(const uint8_t* from, float scale, int zero,
+                                 Floats (&to)[kUnitVectors]) {
+    static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    const uint8x8_t packed = vld1_u8(from);
+    const uint8x8_t even = vand_u8(packed, vdup_n_u8(15)), odd = vshr_n_u8(packed, 4);
+    const uint8x16_t codes = vcombine_u8(vzip1_u8(even, odd), vzip2_u8(even, odd));
+    const int8x16_t values = kind == kInt4
+                                 ? vsubq_s8(vreinterpretq_s8_u8(codes), vdupq_n_s8(int8_t(zero)))
+                                 : vqtbl1q_s8(vld1q_s8(kTwice), codes);
+    const int8x8_t parts[2] = {vget_low_s8(values), vget_high_s8(values)};
+    for (int half = 0; half < 2; ++half) {
+      const int16x8_t wide = vmovl_s8(parts[half]);
+      to[2 * half] = bits<Floats>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)))) * scale;
+      to[2 * half + 1] = bits<Floats>(vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))) * scale;
+    }
+  }
 #else
   static void decode_e4m3_unit(const uint8_t* from, float scale, Floats (&to)[kUnitVectors]) {
     for (int v = 0; v < kUnitVectors; ++v) {
@@ -268,7 +307,7 @@ inline void dot_in_registers(const WeightRow<kind>* weights, const float* const*
         weights[n].decode(column, scale[n], zero[n], w);
 #pragma GCC unroll 4
         for (int m = 0; m < Rows; ++m) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int v = 0; v < kUnitVectors; ++v) {
             sum[m][n] = multiply_add(load<Floats>(x[m] + column + v * kLanes), w[v], sum[m][n]);
           }
@@ -366,12 +405,12 @@ void multiply_tile_of(const Matrix& matrix, int64_t group, const int64_t* weight
     const auto few = [&](auto rows_at_once, auto weights_at_once) {
       constexpr int kRows = decltype(rows_at_once)::value;
       constexpr int kWeights = decltype(weights_at_once)::value;
-      int64_t n = 0;
-      for (; n + kWeights <= count; n += kWeights) {
+      for (int64_t n = 0; n < count; n += kWeights) {
+        if (n + kWeights > count) {
+          // the last weight once more: its results are nobody's
+          for (int64_t i = count; i < n + kWeights; ++i) weights[i] = weights[count - 1];
+        }
         dot_in_registers<kind, kRows, kWeights>(&weights[n], x, columns, per_scale, results + n);
-      }
-      for (; n < count; ++n) {
-        dot_in_registers<kind, kRows, 1>(&weights[n], x, columns, per_scale, results + n);
       }
     };
     using std::integral_constant;
@@ -381,7 +420,8 @@ void multiply_tile_of(const Matrix& matrix, int64_t group, const int64_t* weight
     if (rows == 4) few(integral_constant<int, 4>{}, integral_constant<int, 2>{});
     return;
   }
-  constexpr int kRowsAtOnce = kLanes == 16 ? 6 : 3;
+  // as many sums as registers hold
+  constexpr int kRowsAtOnce = kLanes == 8 ? 3 : 6;
   Floats* sums = w.sums();
   float* decoded = w.decoded();
   float* input = w.input();

@@ -130,9 +130,11 @@ def _products() -> dict[str, Any]:
     if native_build.refusal() is None:
         # torch before 2.10 does not tell
         has = getattr(torch.cpu, "get_capabilities", dict)()
+        family = native_build.vector_family()
         beyond = [words for name, words in _NOT_USED.items() if has.get(name)]
-        unused = f"; the processor also has {', '.join(beyond)}, not used" if beyond else ""
-        found["vectors"] = f"{native_build.vector_family()}{unused}"
+        unused = [words for words in dict.fromkeys(beyond) if words not in family]
+        more = f"; the processor also has {', '.join(unused)}, not used" if unused else ""
+        found["vectors"] = f"{family}{more}"
     return found
 
 

@@ -160,6 +160,7 @@ class FaultCases:
         say of it; "" where nobody is left to say it
     plugins : (group of entry points, module of the tests that registers hooks of `Spoilers`)
     crowded : options of a server whose cache holds one request of 8192 tokens, and takes many
+    crowds : variables of the same server
     """
 
     # a start takes a minute, on a busy machine ten
@@ -169,6 +170,7 @@ class FaultCases:
     worker: ClassVar[str]
     plugins: ClassVar[tuple[str, str]]
     crowded: ClassVar[tuple[str, ...]]
+    crowds: ClassVar[Mapping[str, str]] = {}
 
     def command(
         self, model: Path, port: int, *, ranks: int = 1, options: Sequence[str] = ()
@@ -240,7 +242,10 @@ class FaultCases:
         """Preemption, a clock that jumps, no descriptors, then SIGTERM: all with one start."""
         clock = JumpingClock(tmp_path / "clock")
         with self.started(
-            constructed_checkpoint, tmp_path, environment=clock.environment, options=self.crowded
+            constructed_checkpoint,
+            tmp_path,
+            environment={**clock.environment, **self.crowds},
+            options=self.crowded,
         ) as server:
             assert answers_right(server, 810)
             require_right_while_preempted(server, monkeypatch)

@@ -68,19 +68,39 @@ def test_keys_in_two_planes(case: Case, backend: Backend) -> None:
     assert selection_faults(expected, expected, plain) == []
 
 
-@pytest.mark.parametrize("backend", EVERY_BACKEND)
-def test_the_scale_of_a_key_decides(backend: Backend) -> None:
-    inputs = build(dataclasses.replace(one_head([5, 1, 9, 2, 0]).case, index_dtype=torch.int8))
+def scaled_head(keys: list[tuple[int, float]]) -> Inputs:
+    """As `one_head`, with int8 keys of one code and its scale each."""
+    inputs = build(dataclasses.replace(one_head([0.0] * len(keys)).case, index_dtype=torch.int8))
     assert inputs.index_k_scales is not None
     inputs.index_q.zero_()
     inputs.index_q[..., 0] = 1
-    for block, (code, scale) in enumerate([(9, 1.0), (2, 64.0), (127, 0.0), (-9, 8.0), (1, 1.0)]):
+    for block, (code, scale) in enumerate(keys):
         page = int(inputs.page_table[0, block])
         inputs.index_k_pages[page] = 0
         inputs.index_k_pages[page, 0, 0] = code
         inputs.index_k_scales[page, 0] = scale
+    return inputs
+
+
+SCALED = [
     # scores 9, 128, 0, -72, 1 and the local block
-    assert select(inputs, backend)[0, 0].tolist() == [0, 1, 4]
+    pytest.param(
+        [(9, 1.0), (2, 64.0), (127, 0.0), (-9, 8.0), (1, 1.0)], [0, 1, 4], id="the-scale-decides"
+    ),
+    # scores -1, -0.0, 0.0, -0.0: a sum never is -0.0, but what it is scaled to
+    pytest.param(
+        [(-1, 1.0), (-9, 0.0), (9, 0.0), (-9, 0.0), (0, 1.0)], [1, 2, 4], id="zeros-are-equal"
+    ),
+    pytest.param([(9, 0.0), (-9, 0.0), (9, 0.0), (0, 1.0)], [0, 1, 3], id="zeros-again"),
+]
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize(("keys", "expected"), SCALED)
+def test_ranking_of_scaled_keys(
+    keys: list[tuple[int, float]], expected: list[int], backend: Backend
+) -> None:
+    assert select(scaled_head(keys), backend)[0, 0].tolist() == expected
 
 
 def one_head(

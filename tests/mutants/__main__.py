@@ -2,6 +2,7 @@
 
     python -m tests.mutants                # all of them; exit code 1 if one lives
     python -m tests.mutants --only index   # those whose name holds "index"
+    python -m tests.mutants --skip 40      # all but the first 40: goes on where a run was ended
     python -m tests.mutants --list
 
 A mutant that lives is a fault of the tests. One whose text is no longer found is out of date, which
@@ -108,10 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a mutant lives or is out of date."""
     parser = argparse.ArgumentParser(description="Faults that tests must notice, one by one.")
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name holds it")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N")
     parser.add_argument("--list", action="store_true", help="name them and put none in")
     parser.add_argument("--jobs", type=int, default=2, help="copies of the tree at work at once")
     options = parser.parse_args(arguments)
-    chosen = [fault for fault in FAULTS if options.only in fault.name]
+    chosen = [fault for fault in FAULTS if options.only in fault.name][options.skip :]
     if options.list:
         sys.stdout.write("".join(f"{fault.name}: {fault.file}\n" for fault in chosen))
         return 0

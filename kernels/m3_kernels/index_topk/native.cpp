@@ -504,7 +504,6 @@ class PlanesTopk : public TiledStep {
       memory.whole[lane] = !look && crowded[lane].load(std::memory_order_relaxed);
       any_bounds = any_bounds || !memory.whole[lane];
     }
-    float* const scale = memory.scale.data();
     for (int64_t block = item.first_block; block < item.last_block; ++block) {
       const int64_t page = page_of(tile, block);
       if (page < 0) return;

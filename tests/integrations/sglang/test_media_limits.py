@@ -399,7 +399,7 @@ def test_pictures_of_the_same_patches_in_another_shape_are_two(processor: Any) -
 
 
 def test_a_checkpoint_without_processor_files_is_refused_at_the_start(tmp_path: Path) -> None:
-    """By SGLang, before it asks us; `--language-model-only` serves its text."""
+    """By SGLang, before it asks us; it has no option that serves the text of M3 alone."""
     folder = write_random_checkpoint(tmp_path / "m3", preset="small")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(OSError, match=r"a file named preprocessor_config\.json"):

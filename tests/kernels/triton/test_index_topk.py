@@ -21,7 +21,7 @@ from m3_kernels.testing.cases import Case, Inputs, all_cases, build
 from m3_kernels.testing.compare import selection_faults
 from m3_kernels.work_plan import WorkPlan, make_work_plan
 from tests.kernels.test_addressing import FAR_PAGE, far_pool
-from tests.kernels.test_index_topk import RANKINGS, one_head
+from tests.kernels.test_index_topk import RANKINGS, SCALED, one_head, scaled_head
 
 few = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -104,6 +104,12 @@ def test_is_reached_through_the_op() -> None:
 @pytest.mark.parametrize(("scores", "rules", "expected"), RANKINGS)
 def test_ranking(scores: list[float], rules: dict[str, int], expected: list[int]) -> None:
     assert run(one_head(scores, **rules))[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(("keys", "expected"), SCALED)
+def test_ranking_of_scaled_keys(keys: list[tuple[int, float]], expected: list[int]) -> None:
+    inputs = scaled_head(keys)
+    assert run(inputs, index_k_scales=inputs.index_k_scales)[0, 0].tolist() == expected
 
 
 def coarse(case: Case) -> Inputs:
