@@ -43,8 +43,9 @@ UV_BESIDE   = @test "$(INSTALLER)" = pip || command -v uv > /dev/null \
   || $(@D)/bin/python $(PIP) install uv || true
 
 # What the kernels are compiled for beside the environment's own Triton: the releases that torch 2.11
-# and 2.14 (GPU builds of vLLM 0.33 and SGLang) ask for.
+# and 2.14 (GPU builds of vLLM 0.33 and SGLang) ask for. 3.7, of torch 2.13, is not on record.
 TRITON_3.6 := 3.6.0
+TRITON_3.7 := 3.7.1
 TRITON_3.8 := 3.8.0
 TRITONS    := 3.6 3.8
 TRITONS_READY := $(TRITONS:%=.venv/triton-%/.ready)

@@ -16,6 +16,7 @@ from torch import Tensor
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_pages import PLANES_DTYPE
 from m3_kernels.index_topk import index_topk
+from m3_kernels.index_topk.workspace import CHOICE_BLOCKS
 from m3_kernels.norm_rope_store import HeadNorms
 from m3_kernels.paged import MSACaches
 from m3_kernels.testing.cases import Case, Inputs, PageLayout, build, whole_storage
@@ -147,8 +148,9 @@ def self_test(
             requests = ((budget + 2 * msa.block_size - 2, rows), (msa.block_size, rows - 1))
             steps[f"verify {rows} rows"] = requests
     steps["prefill"] = ((budget + msa.block_size - 5, DECODE_ROWS + 4), (0, DECODE_ROWS + 1))
-    # Kernels for short and for long contexts, and every layout, without every pair of them.
-    bounds = dict.fromkeys([(pages[0], None), (pages[-1], max_seq_len)])
+    # Kernels for short, middle and long contexts, and every layout, without every pair of them.
+    middle = None if max_seq_len is None else min(max_seq_len, CHOICE_BLOCKS[-1] * msa.block_size)
+    bounds = dict.fromkeys([(pages[0], None), (pages[-1], middle), (pages[-1], max_seq_len)])
     runs = [
         (replace(geometry, name=f"{name} on {layout} pages", requests=step, pages=layout), bound)
         for name, step in steps.items()

@@ -11,6 +11,7 @@ import logging
 import torch
 from torch import Tensor
 
+from m3_kernels.index_topk.workspace import CHOICE_BLOCKS
 from m3_kernels.norm_rope_store import HeadNorms
 from m3_kernels.paged import MSACaches
 from m3_plugin.attention.batch import MSABatch
@@ -18,9 +19,6 @@ from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-
-# Kernels differ for contexts of at most so many blocks (`index_topk_select`).
-FEW_BLOCKS = 256
 
 
 def warm_up(session: MSASession, caches: MSACaches) -> int:
@@ -45,10 +43,10 @@ def warm_up(session: MSASession, caches: MSACaches) -> int:
         return 0
     session.warmed.add(kind)
     capacity, steps = workspace.capacity, 0
-    few = min(capacity.max_seq_len, FEW_BLOCKS * workspace.page_size)
+    shorter = {min(capacity.max_seq_len, blocks * workspace.page_size) for blocks in CHOICE_BLOCKS}
     with torch.inference_mode():
         for rows in range(1, min(capacity.decode_rows + 1, capacity.max_rows) + 1):
-            for max_seq_len in {few, capacity.max_seq_len}:
+            for max_seq_len in shorter | {capacity.max_seq_len}:
                 if max_seq_len >= rows:
                     _run(session, workspace, caches, rows=rows, max_seq_len=max_seq_len)
                     steps += 1

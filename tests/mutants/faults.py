@@ -193,15 +193,22 @@ FAULTS = (
     Fault(
         "index triton: negative scores rank upside down",
         f"{KERNELS}/index_topk/triton_select.py",
-        "ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
-        "ordered = tl.where(bits < 0, bits, bits)",
+        "scored = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
+        "scored = tl.where(bits < 0, bits, bits)",
         INDEX_TRITON,
     ),
     Fault(
         "index triton: the higher id wins a tie",
         f"{KERNELS}/index_topk/triton_select.py",
-        "(block ^ ID_MASK).to(tl.int64)",
-        "block.to(tl.int64)",
+        "tl.min(tl.where(key == top, block, NO_BLOCK), axis=0)",
+        "tl.max(tl.where(key == top, block, -1), axis=0)",
+        INDEX_TRITON,
+    ),
+    Fault(
+        "index triton: local blocks beyond the room are in no order",
+        f"{KERNELS}/index_topk/triton_select.py",
+        "tl.where(crowded, tl.where(init_alone, TAKEN, scored), LOCAL_KEY)",
+        "LOCAL_KEY",
         INDEX_TRITON,
     ),
     Fault(
@@ -541,8 +548,8 @@ FAULTS = (
     Fault(
         "warm-up: long contexts are left to the first user",
         "m3_plugin/attention/warm_up.py",
-        "for max_seq_len in {few, capacity.max_seq_len}:",
-        "for max_seq_len in {few}:",
+        "for max_seq_len in shorter | {capacity.max_seq_len}:",
+        "for max_seq_len in shorter:",
         WORKSPACE,
         "serving_compiles_nothing",
     ),
@@ -559,6 +566,14 @@ FAULTS = (
         "        rank = patches.index(min(patches))\n",
         "        rank = 0\n",
         ("tests/plugin/model/test_vision_shares.py",),
+    ),
+    Fault(
+        "warm-up: contexts of middle length are left to the first user",
+        f"{KERNELS}/index_topk/workspace.py",
+        "CHOICE_BLOCKS = (256, 1024)",
+        "CHOICE_BLOCKS = (256,)",
+        WORKSPACE,
+        "serving_compiles_nothing",
     ),
     Fault(
         "mxfp8 triton: a program of its own takes the first segment",
@@ -587,8 +602,8 @@ FAULTS = (
     Fault(
         "tuning: every context is looked up anew",
         f"{KERNELS}/index_topk/triton.py",
-        "max_blocks=power_of_two(plan.max_blocks)),",
-        "max_blocks=plan.max_blocks),",
+        "blocks = power_of_two(plan.max_blocks)",
+        "blocks = plan.max_blocks",
         ("tests/kernels/triton/test_host_time.py",),
     ),
     Fault(

@@ -152,10 +152,14 @@ def launches(
         "PAGE_SIZE": page_size,
         "TOPK": call.topk,
         "TOPK_PAD": power_of_two(call.topk),
-        # one look-up for a range of contexts: what rows ask for are powers of two
-        **kernel_config("index_topk_select", arch=arch, max_blocks=power_of_two(plan.max_blocks)),
         **dependent_launch(call.device, arch),
     }
+    # one look-up for a range of contexts: what rows ask for are powers of two
+    blocks = power_of_two(plan.max_blocks)
+    of_few, of_many = (
+        choice | kernel_config("index_topk_select", arch=arch, max_blocks=blocks, kind=kind)
+        for kind in ("decode", "prefill")
+    )
     shape = {
         "dot": str(dot).removeprefix("torch."),
         "keys": str(pages.dtype).removeprefix("torch."),
@@ -178,7 +182,7 @@ def launches(
             "num_stages": config["num_stages"],
         },
     )
-    yield Launch(index_select_kernel, (rows * heads,), {**choice, "first_row": 0, "SLOTS": slots})
+    yield Launch(index_select_kernel, (rows * heads,), {**of_few, "first_row": 0, "SLOTS": slots})
     if plan.max_query_len <= plan.decode_rows:
         return
 
@@ -202,7 +206,7 @@ def launches(
         span = {"first_row": first_row, "end_row": end_row}
         yield Launch(index_prefill_scores_kernel, (tiles, shares), given | span)
         chosen = ((end_row - first_row) * heads,)
-        yield Launch(index_select_kernel, chosen, {**choice, "first_row": first_row, "SLOTS": 0})
+        yield Launch(index_select_kernel, chosen, {**of_many, "first_row": first_row, "SLOTS": 0})
 
 
 def _rows_of_a_pass(call: IndexTopk, plan: WorkPlan, workspace: Tensor, slots: int) -> int:

@@ -105,7 +105,6 @@ def block_maxima(
             places = keys.scales + page.to(tl.int64) * keys.scale_stride + slot
             scales = tl.load(places, mask=in_page, other=0.0).to(tl.float32)
             dots *= tl.expand_dims(scales, 1 - KEY_AXIS)
-        dots = tl.where(dots == dots, dots, float("-inf"))
         if MASKED:
             position = tl.expand_dims(block * PAGE_SIZE + slot, 1 - KEY_AXIS)
             visible = position <= tl.expand_dims(positions, KEY_AXIS)
@@ -113,6 +112,7 @@ def block_maxima(
             dots = tl.where(visible, dots, float("-inf"))
         elif PAGE_SIZE % KEYS != 0:
             dots = tl.where(tl.expand_dims(in_page, 1 - KEY_AXIS), dots, float("-inf"))
+        # both pass NaN over if there is a number, and there is one in `best`
         best = tl.maximum(best, tl.max(dots, axis=KEY_AXIS))
     return best
 

@@ -7,23 +7,48 @@ import triton.language as tl
 
 from m3_kernels.triton_shared import await_previous_launch
 
-# A block's rank as one number: tier, then score, then lower id. All ranks of a row differ.
+# What ranks blocks: a key of 32 bits by tier and score, then the lower id. The two largest keys are
+# the tiers above all scores; the smallest is below that of -inf.
+INIT_KEY = tl.constexpr(2**31 - 1)
+LOCAL_KEY = tl.constexpr(2**31 - 2)
+TAKEN = tl.constexpr(-(2**31))
+NO_BLOCK = tl.constexpr(2**31 - 1)
+# Key and id as one number, all of which differ within a row.
 ID_BITS = tl.constexpr(29)
 ID_MASK = tl.constexpr(2**29 - 1)
-TIER_SHIFT = tl.constexpr(61)
-TAKEN = tl.constexpr(-(2**62))
 KEPT = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
-def rank_of_blocks(score, block, own, num_local_blocks, num_init_blocks):
-    """Positive int64, larger for what is chosen earlier; 0.0 and -0.0 rank alike."""
+def keys_of_blocks(score, block, own, num_local_blocks, num_init_blocks, TOPK: tl.constexpr):
+    """int32, larger for what is chosen earlier; 0.0 and -0.0 are alike.
+
+    Forced blocks need no order among themselves if there is room for all. If there is not, scores
+    decide within the tier that fills the room, and lower tiers are out.
+    """
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     # As integers the bits of negative floats fall when the floats rise.
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 2147483648
-    local = tl.where(block > own - num_local_blocks, 1, 0)
-    tier = tl.where(block < num_init_blocks, 2, local).to(tl.int64)
-    return (tier << TIER_SHIFT) | (ordered << ID_BITS) | (block ^ ID_MASK).to(tl.int64)
+    scored = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    crowded = num_init_blocks + num_local_blocks > TOPK
+    init_alone = crowded & (num_init_blocks >= TOPK)
+    local = tl.where(crowded, tl.where(init_alone, TAKEN, scored), LOCAL_KEY)
+    key = tl.where(crowded, TAKEN, scored)
+    key = tl.where(block > own - num_local_blocks, local, key)
+    init = tl.where(init_alone, scored, INIT_KEY)
+    return tl.where(block < num_init_blocks, init, key)
+
+
+@triton.jit
+def rank_of(key, block):
+    """Key and lower id as one positive int64."""
+    return ((key.to(tl.int64) + 2147483648) << ID_BITS) | (block ^ ID_MASK).to(tl.int64)
+
+
+@triton.jit
+def best_of(key, block):
+    """The largest key, and the lowest id among its blocks: two reductions of 32 bits."""
+    top = tl.max(key, axis=0)
+    return top, tl.min(tl.where(key == top, block, NO_BLOCK), axis=0)
 
 
 @triton.jit(do_not_specialize=["first_row", "num_reqs", "score_stride"])
@@ -54,8 +79,9 @@ def index_select_kernel(
     SLOTS > 0: the rows of decode kind, whose scores are [R, SLOTS, HEADS, score_stride], and
     padding. SLOTS = 0: those of prefill kind, with scores [rows, HEADS, score_stride].
 
-    Blocks are looked at BLOCKS at a time; what ranks above the lowest of the best so far takes its
-    place. A rank is unique, so the result depends on no order.
+    Blocks are looked at BLOCKS at a time, the newest first, which are chosen most often; what ranks
+    above the lowest of the best so far takes its place. A rank is unique, so the result depends on
+    no order.
     """
     await_previous_launch(PDL)
     program = tl.program_id(0)
@@ -82,19 +108,19 @@ def index_select_kernel(
     best = tl.where(lane < TOPK, -1 - lane.to(tl.int64), KEPT)
     # Rows that see no more than TOPK blocks need no scores.
     scored = tl.where(own < TOPK, 0, own + 1)
-    for start in tl.range(0, scored, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
+    for chunk in tl.range(0, tl.cdiv(scored, BLOCKS)):
+        block = (tl.cdiv(scored, BLOCKS) - 1 - chunk) * BLOCKS + tl.arange(0, BLOCKS)
         score = tl.load(
             scores + line * score_stride + block, mask=block < scored, other=float("-inf")
         )
-        rank = rank_of_blocks(score, block, own, num_local_blocks, num_init_blocks)
-        rank = tl.where(block < scored, rank, TAKEN)
-        top = tl.max(rank, axis=0)
+        key = keys_of_blocks(score, block, own, num_local_blocks, num_init_blocks, TOPK)
+        key = tl.where(block < scored, key, TAKEN)
+        top, first = best_of(key, block)
         low = tl.min(best, axis=0)
-        while top > low:
-            best = tl.where(best == low, top, best)
-            rank = tl.where(rank == top, TAKEN, rank)
-            top = tl.max(rank, axis=0)
+        while (top > TAKEN) & (rank_of(top, first) > low):
+            best = tl.where(best == low, rank_of(top, first), best)
+            key = tl.where(block == first, TAKEN, key)
+            top, first = best_of(key, block)
             low = tl.min(best, axis=0)
 
     chosen = ((best & ID_MASK) ^ ID_MASK).to(tl.int32)

@@ -13,6 +13,9 @@ from m3_kernels.work_plan import DECODE_ROWS
 PREFILL_SCORE_BYTES = 256 * 2**20
 MIN_PASS_ROWS = 128
 
+# Kernels of the choice differ for contexts of at most so many blocks (tuning, `index_topk_select`).
+CHOICE_BLOCKS = (256, 1024)
+
 
 def decode_slots(max_query_len: int, *, decode_rows: int = DECODE_ROWS) -> int:
     """Rows of scores kept for each request of decode kind: a power of two, at most 8."""

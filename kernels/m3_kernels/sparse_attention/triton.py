@@ -84,6 +84,7 @@ def with_memory(call: SparseAttention, *, arch: int) -> SparseAttention:
         dtype=call.q.dtype,
         kv_dtype=call.kv.k_pages.dtype,
         device=call.device,
+        arch=arch,
     )
     return replace(call, workspace=workspace)
 
@@ -177,6 +178,8 @@ def launches(
             "HEADS_PAD": power_of_two(q_heads),
             "ROWS": tiles.rows,
             "ROW_GROUPS": tiles.row_groups,
+            "LINES": tiles.lines,
+            "KEY_AXIS": tiles.key_axis,
             "DECODE_ROWS": plan.decode_rows,
             "SEGMENT_BLOCKS": tiles.segment_blocks,
             "UNION": power_of_two(tiles.rows * tiles.segment_blocks),

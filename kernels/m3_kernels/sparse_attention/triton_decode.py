@@ -38,18 +38,31 @@ from m3_kernels.sparse_attention.triton_walk import (
 )
 from m3_kernels.triton_shared import await_previous_launch
 
+# Parts that are loaded at once when they are folded; more would take more registers than a thread
+# has.
+PARTS = tl.constexpr(8)
+
 
 @triton.jit
-def put_partial(partial, unit, segment, stored, sums, SEGMENTS: tl.constexpr):
-    """Leave a segment's sums in the workspace; `stored` [N] says for which columns."""
-    HEAD_PAD: tl.constexpr = sums.acc.shape[0]
-    N: tl.constexpr = sums.acc.shape[1]
+def put_partial(
+    partial,
+    unit,
+    segment,
+    stored,
+    sums,
+    N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    KEY_AXIS: tl.constexpr,
+):
+    """Leave a segment's sums in the workspace; `stored` says for which of the first N lines."""
+    HEAD_PAD: tl.constexpr = sums.acc.shape[KEY_AXIS]
     start = partial + (unit.to(tl.int64) * SEGMENTS + segment) * (N * (HEAD_PAD + 2))
-    column = tl.arange(0, N)
+    line = tl.arange(0, sums.peak.shape[0])
     dim = tl.arange(0, HEAD_PAD)
-    tl.store(start + column[None, :] * HEAD_PAD + dim[:, None], sums.acc, mask=stored[None, :])
-    tl.store(start + N * HEAD_PAD + column, sums.peak, mask=stored)
-    tl.store(start + N * (HEAD_PAD + 1) + column, sums.total, mask=stored)
+    place = tl.expand_dims(line, KEY_AXIS) * HEAD_PAD + tl.expand_dims(dim, 1 - KEY_AXIS)
+    tl.store(start + place, sums.acc, mask=tl.expand_dims(stored, KEY_AXIS))
+    tl.store(start + N * HEAD_PAD + line, sums.peak, mask=stored)
+    tl.store(start + N * (HEAD_PAD + 1) + line, sums.total, mask=stored)
 
 
 @triton.jit
@@ -143,6 +156,8 @@ def sparse_attention_decode_kernel(
     GROUP_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_GROUPS: tl.constexpr,
+    LINES: tl.constexpr,
+    KEY_AXIS: tl.constexpr,
     DECODE_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
@@ -163,7 +178,8 @@ def sparse_attention_decode_kernel(
 
     `k_tiles` and `v_tiles` are descriptors of the pools with tiles [1, 1, KEYS, HEAD_DIM], read
     where USE_DESCRIPTORS is set. `partial` fp32 holds, for each (request, KV head, segment),
-    N accumulators of HEAD_PAD, N peaks and N totals; `arrivals` int32 one zero for each
+    N accumulators of HEAD_PAD, N peaks and N totals, of the lines that can
+    exist; `arrivals` int32 one zero for each
     (request, KV head).
     """
     await_previous_launch(PDL)
@@ -221,25 +237,26 @@ def sparse_attention_decode_kernel(
     ids = tl.where(rank_in_row(ids) // SEGMENT_BLOCKS == segment, ids, ABSENT)
     union = union_of_rows(ids, page_table + request.to(tl.int64) * table_stride, UNION)
 
-    # Columns of the tile: (row, head of the group).
-    column = tl.arange(0, N)
-    column_row = column // GROUP_PAD
-    column_head = column % GROUP_PAD
-    column_exists = (column_row < rows_left) & (column_head < GROUP)
-    columns = Lines(column_row, positions_start + column_row)
-    head = kv_head * GROUP + column_head
+    # Lines of the tile: (row, head of the group), and such as fill it up.
+    line = tl.arange(0, LINES)
+    line_row = line // GROUP_PAD
+    line_head = line % GROUP_PAD
+    line_exists = (line_row < tl.minimum(rows_left, ROWS)) & (line_head < GROUP)
+    lines = Lines(line_row, positions_start + line_row)
+    head = kv_head * GROUP + line_head
     query = load_queries(
         q,
-        first_row + column_row,
+        first_row + line_row,
         head,
-        column_exists,
+        line_exists,
         q_stride_row,
         q_stride_head,
         HEAD_DIM,
         HEAD_PAD,
         DOT_DTYPE,
     )
-    query = tl.trans(query)
+    if KEY_AXIS == 0:
+        query = tl.trans(query)
     scale_log2 = scale * LOG2_E * factor_of_head(k_scale, kv_head, k_scale_stride, HAS_K_SCALE)
     k = pages_of(k_pages, k_tiles, kv_head, k_stride_page, k_stride_head, k_stride_slot)
     v = pages_of(v_pages, v_tiles, kv_head, v_stride_page, v_stride_head, v_stride_slot)
@@ -257,10 +274,10 @@ def sparse_attention_decode_kernel(
         v,
         union,
         whole,
-        columns,
+        lines,
         scale_log2,
-        no_keys(0, N, HEAD_PAD),
-        0,
+        no_keys(KEY_AXIS, LINES, HEAD_PAD),
+        KEY_AXIS,
         KEYS,
         PAGE_SIZE,
         HEAD_DIM,
@@ -277,19 +294,21 @@ def sparse_attention_decode_kernel(
         end,
         everyone,
         newest,
-        columns,
+        lines,
         scale_log2,
         sums,
-        0,
+        KEY_AXIS,
         KEYS,
         PAGE_SIZE,
         HEAD_DIM,
         TAIL_STAGES,
     )
     if segments <= 1:
-        put_result(outputs, first_row + column_row, head, column_exists, sums, 0, HAS_LSE, HEAD_DIM)
+        put_result(
+            outputs, first_row + line_row, head, line_exists, sums, KEY_AXIS, HAS_LSE, HEAD_DIM
+        )
     else:
-        put_partial(partial, unit, segment, column_exists, sums, SEGMENTS)
+        put_partial(partial, unit, segment, line_exists, sums, N, SEGMENTS, KEY_AXIS)
     if ROWS > 1:
         alone = tl.where(is_broken(sums, CHECK_AT_ONCE), 0, ROWS)
         while alone < ROWS:
@@ -302,22 +321,29 @@ def sparse_attention_decode_kernel(
                 end,
                 everyone * 0 + (1 << alone),
                 positions_start + alone,
-                columns,
+                lines,
                 scale_log2,
-                no_keys(0, N, HEAD_PAD),
-                0,
+                no_keys(KEY_AXIS, LINES, HEAD_PAD),
+                KEY_AXIS,
                 KEYS,
                 PAGE_SIZE,
                 HEAD_DIM,
                 1,
             )
-            stored = column_exists & (column_row == alone)
+            stored = line_exists & (line_row == alone)
             if segments <= 1:
                 put_result(
-                    outputs, first_row + column_row, head, stored, own_sums, 0, HAS_LSE, HEAD_DIM
+                    outputs,
+                    first_row + line_row,
+                    head,
+                    stored,
+                    own_sums,
+                    KEY_AXIS,
+                    HAS_LSE,
+                    HEAD_DIM,
                 )
             else:
-                put_partial(partial, unit, segment, stored, own_sums, SEGMENTS)
+                put_partial(partial, unit, segment, stored, own_sums, N, SEGMENTS, KEY_AXIS)
             alone += 1
     if segments <= 1:
         return
@@ -331,11 +357,15 @@ def sparse_attention_decode_kernel(
     lane = tl.arange(0, GROUP_PAD)
     unit_start = partial + unit.to(tl.int64) * (SEGMENTS * N * (HEAD_PAD + 2))
     for own_row in tl.range(0, tl.minimum(rows_left, ROWS)):
+        own_columns = own_row * GROUP_PAD + lane
         row_sums = no_keys(1, GROUP_PAD, HEAD_PAD)
-        for part in tl.range(0, segments):
-            start = unit_start + part * (N * (HEAD_PAD + 2))
-            own_columns = own_row * GROUP_PAD + lane
-            row_sums = fold(row_sums, load_partial(start, own_columns, lane < GROUP, N, HEAD_PAD))
+        for first_part in tl.range(0, segments, PARTS):
+            # unrolled, so that no load waits for a fold; folding a part that is absent is exact
+            for further in tl.static_range(0, min(PARTS, SEGMENTS)):
+                part = first_part + further
+                start = unit_start + part * (N * (HEAD_PAD + 2))
+                there = lane < tl.where(part < segments, GROUP, 0)
+                row_sums = fold(row_sums, load_partial(start, own_columns, there, N, HEAD_PAD))
         put_result(
             outputs,
             first_row + own_row + lane * 0,

@@ -26,6 +26,8 @@ class DecodeTiles:
     rows : query rows of a program
     row_groups : programs that share the rows of a request
     group_pad : query heads of a KV head, padded
+    lines : pairs of row and query head in a program's products, with those that fill them up
+    key_axis : of the logits, along which keys lie: 0 where lines are few, else 1
     head_pad : head dimension, padded
     keys : keys of one step of online softmax
     segment_blocks : chosen blocks of a row in one partial softmax
@@ -35,6 +37,8 @@ class DecodeTiles:
     rows: int
     row_groups: int
     group_pad: int
+    lines: int
+    key_axis: int
     head_pad: int
     keys: int
     segment_blocks: int
@@ -42,7 +46,7 @@ class DecodeTiles:
 
     @property
     def columns(self) -> int:
-        """Pairs of row and query head in a program's tile."""
+        """Pairs of row and query head that a program can have."""
         return self.rows * self.group_pad
 
     @property
@@ -83,10 +87,13 @@ def decode_tiles(
     )
     rows = min(power_of_two(query_len), config["MAX_ROWS"])
     segment_blocks = min(config["SEGMENT_BLOCKS"], topk)
+    group_pad = max(power_of_two(group), MIN_TILE)
     return DecodeTiles(
         rows=rows,
         row_groups=-(-query_len // rows),
-        group_pad=max(power_of_two(group), MIN_TILE),
+        group_pad=group_pad,
+        lines=max(rows * group_pad, config["MIN_LINES"]),
+        key_axis=1 if config["MIN_LINES"] else 0,
         head_pad=max(power_of_two(head_dim), MIN_TILE),
         keys=keys_per_step(page_size, config["MAX_KEYS"]),
         segment_blocks=segment_blocks,

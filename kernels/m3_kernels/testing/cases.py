@@ -395,6 +395,7 @@ def corner_cases() -> tuple[Case, ...]:
         Case("init-and-local", ((0, 200),), num_init_blocks=2, num_local_blocks=2, topk=5),
         Case("forced-exceed-topk", ((0, 200),), num_init_blocks=3, num_local_blocks=4, topk=5),
         Case("init-exceeds-topk", ((0, 200),), num_init_blocks=7, topk=4),
+        Case("init-fills-topk", ((0, 200),), num_init_blocks=4, num_local_blocks=0, topk=4),
         Case("local-exceeds-topk", ((0, 200),), num_local_blocks=9, topk=4),
         Case("no-local", ((0, 150),), num_local_blocks=0),
         Case("odd-sizes", ((0, 50), (77, 9)), head_dim=40, index_dim=24, page_size=12),

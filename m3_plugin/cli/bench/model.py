@@ -30,6 +30,8 @@ INDEX_BYTES = {"bf16": 256, "int8": 130, "e4m3": 128}
 # Blocks that 8 neighbouring rows of a prompt choose together, where published overlaps of
 # neighbours hold (docs/gpu-kernels.md).
 SHARED_UNION = 20
+# Lines of a product in decode and verification on sm_90, those that fill it up included.
+LEAST_LINES = 64
 # Keys and values of a verified request against those of one row, by the same overlaps.
 VERIFY_UNION = 1.3
 
@@ -197,12 +199,13 @@ def _decode(w: Workload, index: str, g: Geometry, chip: Chip) -> list[Part]:
     union = VERIFY_UNION if w.pattern == "shared" else min(w.rows, max(1, w.blocks / g.topk))
     rows = 1 if w.rows == 1 else min(4, w.rows)
     groups = -(-w.rows // rows)
-    group = g.num_q_heads // g.num_kv_heads
+    lines = max(LEAST_LINES, g.num_q_heads // g.num_kv_heads * rows)
     attention = Work(
         programs=w.batch * groups * g.num_kv_heads * segments,
         turns=math.ceil(2 * min(union, rows)) * (PAGE_SIZE // 64),
-        operations=4 * 64 * g.head_dim * group * rows,
-        fold_turns=segments * rows if segments > 1 else 0,
+        operations=4 * 64 * g.head_dim * lines,
+        # all parts of a row in one turn
+        fold_turns=rows if segments > 1 else 0,
         bytes_moved=int(_chosen_bytes(w, g) * union),
     )
     return [
@@ -253,10 +256,11 @@ def _choice(w: Workload, g: Geometry, phase: str) -> tuple[str, Work]:
     """
     from m3_kernels.testing.time_model import Work
 
-    few = w.blocks <= 256
-    chunks = -(-w.blocks // (256 if few else 1024))
+    kinds = {256: 256, 1024: 1024, 8192: 8192} if phase == "decode" else {256: 256, 8192: 512}
+    kind, chunk_blocks = next((k, c) for k, c in kinds.items() if w.blocks <= k or k == 8192)
+    chunks = -(-w.blocks // chunk_blocks)
     rounds = sum(g.topk / (chunk + 1) for chunk in range(chunks)) if w.blocks > g.topk else 0
-    name = f"{phase} choice up to {256 if few else 8192} blocks"
+    name = f"{phase} choice up to {kind} blocks"
     programs = w.batch * w.rows * g.num_kv_heads
     return name, Work(programs, turns=rounds, bytes_moved=programs * w.blocks * 8)
 

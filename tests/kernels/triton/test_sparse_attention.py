@@ -175,16 +175,22 @@ def test_the_real_geometry() -> None:
 
 @pytest.mark.usefixtures("products_in_order")
 @pytest.mark.parametrize("rows", [2, 5, 8])
-def test_verification_equals_decoding_bit_by_bit(rows: int) -> None:
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [(80, torch.float32), (90, torch.float16)], ids=["keys-first", "lines-first"]
+)
+def test_verification_equals_decoding_bit_by_bit(rows: int, arch: int, dtype: torch.dtype) -> None:
     # From the last rows of one block into the next; some blocks are shared by rows, others not.
-    inputs = build(Case("verify", ((109, rows), (30, 1)), num_kv_heads=1, num_q_heads=4, topk=5))
+    case = Case("verify", ((109, rows), (30, 1)), num_kv_heads=1, num_q_heads=4, topk=5)
+    inputs = build(dataclasses.replace(case, dtype=dtype))
     ids = chosen(inputs)
     ids[0, 1, :3] = torch.tensor([4, 2, -1])
-    together = attend(inputs, ids)
+    together = attend(inputs, ids, arch=arch)
     assert_exact(inputs, ids, together)
     for row in range(rows):
         one, ids_of_one = rows_of(inputs, ids, [(0, row, row + 1)])
-        assert_same_bits(attend(one, ids_of_one), tuple(r[row : row + 1] for r in together))
+        assert_same_bits(
+            attend(one, ids_of_one, arch=arch), tuple(r[row : row + 1] for r in together)
+        )
 
 
 def test_chunks_and_company_of_a_prefill_do_not_matter() -> None:
@@ -387,7 +393,9 @@ def test_what_decides_bits_does_not_depend_on_the_step(
         )
         for query_len in QUERY_LENS
     ]
-    assert len({(t.keys, t.segment_blocks, t.head_pad) for t in tiles}) == 1
+    assert len({(t.keys, t.segment_blocks, t.head_pad, t.key_axis) for t in tiles}) == 1
+    # sums over keys along the second axis are in the order of the tile's layout
+    assert len({t.lines for t in tiles if t.key_axis == 1}) <= 1
     for query_len, tile in zip(QUERY_LENS, tiles, strict=True):
         assert tile.rows * tile.row_groups >= min(query_len, 8)
 

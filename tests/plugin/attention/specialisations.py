@@ -51,11 +51,11 @@ class Step:
     padding: int = 0
 
 
-# Rows are those of a request that decodes, and those it drafts, and prompts; lengths lie on both
-# sides of what one kernel of the choice takes; tables are as wide as vLLM's, or as one prompt.
+# Rows are those of a request that decodes, and those it drafts, and prompts; lengths are those
+# of each kernel of the choice; tables are as wide as vLLM's, or as one prompt.
 def serving(decode_rows: int) -> Iterator[Step]:
     for width in (1, 7, 8192):
-        for length in (100, 1_000_000):
+        for length in (100, 100_000, 1_000_000):
             for rows in range(1, decode_rows + 1):
                 yield Step([rows] * 3, length, width)
                 yield Step([rows], length, width)

@@ -21,18 +21,22 @@ REQUESTS = 7
 # Of sm_90, with the release of Triton that needs most.
 HOT_LOOPS = {
     "decode q_len 1 bf16 KV bf16": LoopBudget(
-        430, 1900, barriers=13, shuffles=42, programs_per_sm=2
+        520, 1250, barriers=5, shuffles=10, programs_per_sm=2
     ),
-    "decode q_len 2 bf16 KV bf16": LoopBudget(610, 2250, barriers=17, shuffles=86, duplicates=2),
-    "decode q_len 4 bf16 KV bf16": LoopBudget(960, 3100, barriers=29, shuffles=169, duplicates=2),
+    "decode q_len 2 bf16 KV bf16": LoopBudget(
+        540, 1400, barriers=5, shuffles=20, programs_per_sm=2
+    ),
+    "decode q_len 4 bf16 KV bf16": LoopBudget(
+        540, 1600, barriers=5, shuffles=20, programs_per_sm=2
+    ),
     "prefill bf16 KV bf16": LoopBudget(490, 1400, barriers=7, shuffles=14),
     "decode q_len 1 bf16 KV fp8e4nv": LoopBudget(
-        780, 3100, conversions=128, barriers=13, shuffles=42, programs_per_sm=2
+        700, 2350, conversions=64, barriers=5, shuffles=10, programs_per_sm=2
     ),
     "decode q_len 4 bf16 KV fp8e4nv": LoopBudget(
-        830, 3150, conversions=96, barriers=19, shuffles=86, duplicates=2
+        720, 2600, conversions=64, barriers=5, shuffles=20, programs_per_sm=2
     ),
-    "prefill bf16 KV fp8e4nv": LoopBudget(610, 2400, conversions=64, barriers=9, shuffles=14),
+    "prefill bf16 KV fp8e4nv": LoopBudget(600, 2100, conversions=32, barriers=9, shuffles=14),
 }
 
 
