@@ -160,6 +160,23 @@ def test_a_wrong_selection_is_named(
         run(session, batch(), caches)
 
 
+def test_a_gap_is_named_where_fewer_blocks_are_wanted(session: _Session, caches: MSACaches) -> None:
+    """Two of three places, of which the empty one must be the last."""
+    step = MSABatch(
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+        seq_lens=torch.tensor([200], dtype=torch.int32),
+        page_table=torch.tensor([[3, 4]], dtype=torch.int32),
+        slot_mapping=torch.tensor([4 * PAGE + 199 - PAGE]),
+        max_query_len=1,
+        max_seq_len=200,
+        requests=("short",),
+    )
+    run(session, step, caches)
+    session.ids = _spoiled(0, 0, -1, 1)  # type: ignore[assignment]
+    with pytest.raises(StepCheckError, match=r"'short'.*group 1 at position 199 chose"):
+        run(session, step, caches)
+
+
 def test_results_that_are_not_finite_are_traced(session: _Session, caches: MSACaches) -> None:
     q = torch.randn(6, HEADS, DIM)
     q[2, 0, 0] = torch.nan

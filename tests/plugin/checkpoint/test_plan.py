@@ -178,6 +178,17 @@ def test_a_missing_shard(checkpoint: Callable[..., Path], damaged: Callable[...,
         plan(folder)
 
 
+def test_a_file_with_more_behind_its_tensors(
+    checkpoint: Callable[..., Path], damaged: Callable[..., Path]
+) -> None:
+    """As of a download that was taken up at the wrong place."""
+    folder = damaged(checkpoint("mxfp8"))
+    with (folder / "model-00003-of-00003.safetensors").open("ab") as stream:
+        stream.write(b"\0")
+    with pytest.raises(ValueError, match=r"model-00003.*bytes where its header promises"):
+        plan(folder)
+
+
 def test_a_file_cut_short(checkpoint: Callable[..., Path], damaged: Callable[..., Path]) -> None:
     folder = damaged(checkpoint("mxfp8"))
     file = folder / "model-00003-of-00003.safetensors"
