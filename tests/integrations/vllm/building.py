@@ -33,7 +33,10 @@ SERVERS = (
     ("B200", 4, 2, ""),
 )
 # What layers take from vLLM's extensions while they are built.
-OPERATIONS = ("silu_and_mul_with_clamp", "rotary_embedding", "vocab_parallel_embedding")
+OPERATIONS = (
+    *("silu_and_mul", "silu_and_mul_with_clamp"),
+    *("rotary_embedding", "vocab_parallel_embedding"),
+)
 AUX_LAYERS = (2, 30, 57)
 # of a rank, for its cache
 CACHE_BYTES = 400 * 2**30
@@ -180,9 +183,13 @@ def server(folder: str, tensor: int, stages: int, typed: str) -> dict[str, Any]:
 def prepare() -> Any:
     """Make this process one in which models are built as on GPUs; returns the platform."""
     declare_missing_ops()
-    # Triton's configurations of another model's kernels, which cannot be listed without Triton
-    scans = "vllm.model_executor.layers.mamba.ops.ssd_combined"
-    sys.modules[scans] = Anything(scans)
+    # Triton's configurations of another model's kernels, which cannot be listed without Triton;
+    # passes of torch.compile, which look for operations of the extensions
+    for name in (
+        "vllm.model_executor.layers.mamba.ops.ssd_combined",
+        "vllm.compilation.passes.pass_manager",
+    ):
+        sys.modules[name] = Anything(name)
     gpu = become_a_gpu()
     base = "vllm.distributed.device_communicators.base_device_communicator"
     gpu.get_device_communicator_cls = classmethod(lambda cls: f"{base}.DeviceCommunicatorBase")
@@ -197,6 +204,8 @@ def prepare() -> Any:
 
 
 def main(folder: str) -> None:
+    from tests.integrations.vllm.drafting import drafts
+
     gpu = prepare()
     found: dict[str, Any] = {}
     for chip, tensor, stages, typed in SERVERS:
@@ -211,7 +220,8 @@ def main(folder: str) -> None:
                 "error": f"{type(error).__name__}: {error}",
                 "trace": traceback.format_exc()[-3000:],
             }
-    json.dump(found, sys.stdout)
+    gpu.chip = CHIPS["H100"]
+    json.dump({"servers": found, "drafts": drafts(folder, gpu)}, sys.stdout)
 
 
 if __name__ == "__main__":

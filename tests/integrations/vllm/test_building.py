@@ -14,13 +14,14 @@ import pytest
 
 from m3_plugin.model.released import released_config
 from tests.integrations.vllm.building import AUX_LAYERS, CACHE_BYTES, SERVERS
+from tests.integrations.vllm.drafting import METHODS, STEPS
 
 GIB = 2**30
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Server -> what its stages are and what they would cache."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Report of `building.py`."""
     folder = tmp_path_factory.mktemp("released")
     (folder / "config.json").write_text(json.dumps(released_config()))
     done = subprocess.run(
@@ -30,7 +31,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    servers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(built: dict[str, Any]) -> dict[str, Any]:
+    """Server -> what its stages are and what they would cache."""
+    servers: dict[str, Any] = built["servers"]
     assert len(servers) == len(SERVERS)
     assert {name: each["error"] for name, each in servers.items() if "error" in each} == {}
     return servers
@@ -95,3 +102,49 @@ def test_streams_of_an_eagle3_head_cross_stages(found: dict[str, Any]) -> None:
 def test_scratch_of_every_rank(found: dict[str, Any]) -> None:
     for name, server in found.items():
         assert all(stage["workspace"] < GIB for stage in server["stages"]), name
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def drafts(request: pytest.FixtureRequest, built: dict[str, Any]) -> dict[int, Any]:
+    """Drafted tokens -> the draft worker of one method (`drafting.py`)."""
+    return {steps: built["drafts"][f"{request.param} {steps}"] for steps in STEPS}
+
+
+def test_draft_workers(drafts: dict[int, Any]) -> None:
+    """On GPUs runner V2 drafts: its own workers, with our module or the head that was named."""
+    kinds = {(each["worker"], each["draft"]) for each in drafts.values()}
+    assert kinds in (
+        {("MTPSpeculator", "M3MTP")},
+        {("EagleSpeculator", "Eagle3LlamaForCausalLM")},
+    )
+    for steps, each in drafts.items():
+        assert each["runner_v2"]
+        assert each["steps"] == steps
+        assert each["decode_rows"] == steps + 1
+        assert each["scratch_shared"]
+
+
+def test_what_drafts_share_with_the_target(drafts: dict[int, Any]) -> None:
+    """One page table; the module draws on the target's embedding, head and pictures as well."""
+    for each in drafts.values():
+        ours = each["draft"] == "M3MTP"
+        assert each["cache_groups"] == 1
+        assert each["embedding_shared"]
+        # a head's own is known when its weights are read, and there are none
+        assert each["head_shared"]
+        assert each["pictures"] is ours
+        modules = 7
+        assert len(each["layers"]) == (2 * modules if ours else 1)
+        assert each["backends"] == (["M3_MSA", "M3_MSA_INDEX"] if ours else ["FLASH_ATTN"])
+
+
+def test_drafts_are_captured(drafts: dict[int, Any]) -> None:
+    """Whole graphs of verified chains and of single drafts, whose metadata is updated in them."""
+    for steps, each in drafts.items():
+        chains, single = each["first_pass"]["FULL"], each["drafts"]["FULL"]
+        assert chains
+        assert all(tokens == requests * (steps + 1) for tokens, requests in chains)
+        assert single
+        assert all(tokens == requests for tokens, requests in single)
+        # vLLM 0.31 has no such update; one draft has nothing to update
+        assert each["in_place"] in (None, steps > 1)
