@@ -99,7 +99,7 @@ class ExpertProbe:
         """
         for rows in self.rows:
             if known is None:
-                norms = [self._norm(size, rows=rows) for size in PROBE_MAGNITUDES]
+                norms = self._norms_until_settled(rows)
                 require_clamped(norms, config=self.config, host=self.host, remedy=self.remedy)
             else:
                 self._require_value(known, rows=rows, layout=layout)
@@ -121,6 +121,18 @@ class ExpertProbe:
                 f"(relative error {error:.3g} on {rows} rows{where}, at most {tolerance} is "
                 f"rounding); choose another one with {self.remedy}"
             )
+
+    def _norms_until_settled(self, rows: int) -> list[float]:
+        """Norms of the largest magnitudes, as many as it takes to see that they settle, or all.
+
+        A clamped kernel has settled at the largest: many rows of few magnitudes are asked.
+        """
+        norms: list[float] = []
+        for magnitude in reversed(PROBE_MAGNITUDES):
+            norms.insert(0, self._norm(magnitude, rows=rows))
+            if sum(map(math.isfinite, norms)) > 1 and not grows_unclamped(norms):
+                break
+        return norms
 
     def _norm(self, magnitude: float, *, rows: int) -> float:
         token = probe_token(self.config, magnitude=magnitude)

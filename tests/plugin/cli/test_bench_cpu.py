@@ -102,3 +102,10 @@ def test_timing_is_a_median_and_quartiles() -> None:
     assert timing.quartiles == (2, 5)
     assert timing.minimum == 1
     assert Timing((2.0,)).quartiles == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["cpu-attention", "cpu-attention-avx2"])
+def test_published_results_are_what_the_command_writes(name: str) -> None:
+    file = Path(__file__).parents[3] / "docs" / "results" / f"{name}.json"
+    found = checked("bench-cpu", file.read_text())
+    assert found["machine"]["commit"]

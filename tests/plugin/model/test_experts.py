@@ -180,3 +180,22 @@ def test_inputs_do_not_depend_on_the_default_dtype(config: M3Config, known: Know
         torch.set_default_dtype(before)
     assert tokens.dtype == torch.float32
     assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize(("clamps", "asked"), [(True, 2), (False, len(PROBE_MAGNITUDES))])
+def test_a_kernel_that_settles_is_asked_twice(config: M3Config, clamps: bool, asked: int) -> None:
+    """Each answer of many rows takes seconds on a CPU, and a start waits for it."""
+    given: list[float] = []
+
+    def answer(tokens: Tensor) -> Tensor:
+        given.append(float(tokens.norm()))
+        return tokens.sign() if clamps else tokens * tokens.abs()
+
+    found = dataclasses.replace(probe(config, answer), rows=(64,))
+    if clamps:
+        found.prove(None)
+    else:
+        with pytest.raises(ValueError, match="swiglu_limit"):
+            found.prove(None)
+    assert len(given) == asked
+    assert given == sorted(given, reverse=True)
