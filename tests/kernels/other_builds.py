@@ -179,7 +179,8 @@ def _write_changes(address: int, before: bytes, after: bytes) -> None:
         return
     old, new = (numpy.frombuffer(memory, numpy.uint8) for memory in (before, after))
     changed = numpy.flatnonzero(old != new)
-    there = numpy.frombuffer((ctypes.c_uint8 * len(before)).from_address(address), numpy.uint8)
+    memory: Any = (ctypes.c_uint8 * len(before)).from_address(address)
+    there = numpy.frombuffer(memory, numpy.uint8)
     there[changed] = new[changed]
 
 

@@ -6,6 +6,8 @@ experts have a kernel of their own there, which keeps pace with fp32, and stay o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
@@ -69,7 +71,8 @@ def use_own_products(model: nn.Module) -> None:
         weight = module.get_parameter("weight")
         choice = choose_products(device_type(), weight.dtype, settings=settings)
         if choice.own and takes(weight):
-            module.quant_method = OwnProduct() if linear else OwnHeadProduct()
+            own: Any = OwnProduct() if linear else OwnHeadProduct()
+            module.quant_method = own
             count += 1
             reasons.add(choice.describe())
     if count:
