@@ -1,13 +1,15 @@
 """How long other requests wait while a server prepares a long video or large pictures.
 
-    python -m tests.integrations.media_gaps http://127.0.0.1:8000 --model m3
+    python -m tests.integrations.media_gaps --framework vllm
+    python -m tests.integrations.media_gaps --url http://127.0.0.1:8000 --model m3
 
-asks a running server of either host for a stream of text and for its health all the while, first
-alone and then beside a video of 600 frames and four pictures of 12 megapixels. It prints the
-largest gaps in seconds as JSON, one line per load and repeat. The goal is below one second. Beside
-both stands the largest gap of a process that asks nobody: no server can do better there and then.
-The server must admit four pictures; it may refuse the video's 123,745 tokens, for that is known
-after the work that this measures.
+asks a server of either host, its own or a running one, for a stream of text and for its health all
+the while, first alone and then beside a video of 600 frames and four pictures of 12 megapixels. It
+prints the largest gaps in seconds as JSON, one line per load and repeat, after one with the load of
+the machine at the start. The goal is below one second. Beside both stands the largest gap of a
+process that asks nobody: no server can do better there and then. A running server must admit four
+pictures; it may refuse the video's 123,745 tokens, as the own one does, for that is known after the
+work that this measures.
 """
 
 from __future__ import annotations
@@ -16,15 +18,23 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
+from random import randrange
 from typing import Any
 
 import httpx
 from PIL import Image
 
+from m3_plugin.cli.hosts import HOSTS, MODEL_NAME, host_to_start
+from m3_plugin.host.serving import ServerProcess, free_port
+from m3_plugin.testing.constructed import ConstructedCheckpoint
 from tests.integrations import media_files
 from tests.integrations.media_cases import Part, picture, text, video
 
@@ -36,13 +46,14 @@ _WARM_UP_S = 5
 
 
 def loads() -> dict[str, list[Part]]:
-    """What is prepared meanwhile, by name; every frame of the video is looked at."""
-    frame = media_files.jpeg((9, 99, 200), size=(640, 480))
-    photo = media_files.encoded(Image.effect_noise((4000, 3000), 50).convert("RGB"), "JPEG")
+    """What is prepared meanwhile, by name, in no cache; every frame of the video is looked at."""
+    frame = media_files.jpeg((9, 99, randrange(256)), size=(640, 480))
+    noise = (Image.effect_noise((4000, 3000), 50).convert("RGB") for _ in range(4))
+    photos = [media_files.encoded(image, "JPEG") for image in noise]
     return {
         "nothing": [],
         "a video of 600 frames": [video(media_files.mp4([frame] * 600, size=(640, 480)))],
-        "four pictures of 12 megapixels": [picture(photo)] * 4,
+        "four pictures of 12 megapixels": [picture(photo) for photo in photos],
     }
 
 
@@ -136,19 +147,57 @@ def measure(url: str, model: str, parts: list[Part]) -> dict[str, Any]:
     return found if reply.is_success else found | {"error": reply.text[:300]}
 
 
+@contextmanager
+def own_server(framework: str, *, log: Path | None) -> Iterator[str]:
+    """Address of a server of the constructed checkpoint that admits four pictures."""
+    pictures = {
+        "vllm": ("--limit-mm-per-prompt", '{"image": 4, "video": 1}'),
+        "sglang": ("--limit-mm-data-per-request", '{"image": 4, "video": 1}'),
+    }
+    host = host_to_start(framework)
+    with tempfile.TemporaryDirectory(prefix="m3-plugin-gaps-") as folder:
+        scratch = Path(folder)
+        checkpoint = ConstructedCheckpoint().write(scratch / "checkpoint")
+        port = free_port()
+        with ServerProcess(
+            host.command(checkpoint, port, (*host.options, *pictures[framework])),
+            port=port,
+            log=log or scratch / "server.log",
+            environment=host.environment(scratch),
+        ) as server:
+            server.wait_until_ready()
+            yield server.url
+
+
+def print_line(found: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("url", help="of a running server")
-    parser.add_argument("--model", default="m3", help="its served model name")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--url", help="of a running server")
+    asked.add_argument("--framework", choices=sorted(HOSTS), help="starts a server of its own")
+    parser.add_argument("--model", help="served model name of a running server", default="m3")
+    parser.add_argument("--log", type=Path, help="of an own server")
     parser.add_argument("--repeats", type=int, default=3, help="of each load")
     given = parser.parse_args()
-    for name, parts in loads().items():
-        for _ in range(given.repeats):
-            measured = {"beside": name, **measure(given.url, given.model, parts)}
-            sys.stdout.write(json.dumps(measured) + "\n")
-            sys.stdout.flush()
+    print_line({"load of the machine": os.getloadavg()[0], "processors": os.cpu_count()})
+    if given.url:
+        print_gaps(given.url, given.model, repeats=given.repeats)
+    else:
+        with own_server(given.framework, log=given.log) as url:
+            print_gaps(url, MODEL_NAME, repeats=given.repeats)
+
+
+def print_gaps(url: str, model: str, *, repeats: int) -> None:
+    """One line for each load and repeat."""
+    for _ in range(repeats):
+        for name, parts in loads().items():
+            print_line({"beside": name, **measure(url, model, parts)})
 
 
 if __name__ == "__main__":

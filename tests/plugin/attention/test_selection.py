@@ -17,6 +17,7 @@ from m3_plugin.attention.recorder import FILE_PATTERN, SelectionRecorder
 from m3_plugin.cli import app
 from m3_plugin.cli.blocks_summary import NoRecords, Spread, summarise
 from m3_plugin.model.config import MSAConfig
+from tests.console import in_one_line
 from tests.plugin.attention.released import released_session
 from tests.plugin.cli.schemas import checked
 
@@ -277,7 +278,7 @@ def test_files_that_are_no_recording_are_named(tmp_path: Path, text: str) -> Non
     (tmp_path / "selection-1.jsonl").write_text(text)
     result = CliRunner().invoke(app, ["blocks", str(tmp_path)])
     assert result.exit_code == 3
-    said = " ".join(result.output.split())
+    said = in_one_line(result.output)
     assert "selection-1.jsonl does not begin with a recording's header" in said
 
 

@@ -31,6 +31,7 @@ from m3_plugin.cli.bench.serve import (
 )
 from m3_plugin.cli.hosts import HOSTS
 from m3_plugin.cli.outputs import envelope
+from tests.console import in_one_line
 from tests.plugin.cli.schemas import checked
 from tests.processes import is_alive, wait_until
 
@@ -254,7 +255,7 @@ def test_what_is_known_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_mistakes_are_named(options: tuple[str, ...], message: str) -> None:
     done = CliRunner().invoke(app, ["bench", "serve", *options])
     assert done.exit_code == 2
-    assert message in " ".join(done.output.replace("│", " ").split())
+    assert message in in_one_line(done.output)
 
 
 def test_the_client_is_given_the_key_by_its_environment(

@@ -14,6 +14,7 @@ from m3_plugin import __version__
 from m3_plugin.cli import app
 from m3_plugin.cli.hosts import HOSTS, installed_host
 from m3_plugin.model.released import misnamed_model
+from tests.console import in_one_line
 
 runner = CliRunner()
 
@@ -33,11 +34,6 @@ def test_help_of_every_command(command: str) -> None:
     result = runner.invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
-
-
-def said(output: str) -> str:
-    """Words of an error, out of the frame that is drawn around them."""
-    return " ".join(output.replace("│", " ").split())
 
 
 WRITING = {
@@ -68,7 +64,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(
         result = runner.invoke(app, [*command.split(), option, str(target)])
         assert result.exit_code == 2
         assert option in result.output
-        assert reason in said(result.output)
+        assert reason in in_one_line(result.output)
 
 
 def test_a_picture_without_matplotlib_is_refused_before_the_work(
@@ -77,7 +73,7 @@ def test_a_picture_without_matplotlib_is_refused_before_the_work(
     monkeypatch.setattr("m3_plugin.cli.options.find_spec", lambda name: None)
     result = runner.invoke(app, ["bench", "cpu", "--plot", "picture.png"])
     assert result.exit_code == 3
-    assert "pip install matplotlib" in said(result.output)
+    assert "pip install matplotlib" in in_one_line(result.output)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +113,7 @@ def test_other_names_are_left_alone(command: str) -> None:
 def test_unknown_host_is_named_with_the_known_ones(option: str) -> None:
     result = runner.invoke(app, ["demo", option, "tgi"])
     assert result.exit_code == 2
-    assert "'tgi' is not one of 'vllm', 'sglang'" in said(result.output)
+    assert "'tgi' is not one of 'vllm', 'sglang'" in in_one_line(result.output)
 
 
 def test_a_host_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +169,8 @@ def test_no_server_is_started_where_a_variable_keeps_the_plugin_out(
     monkeypatch.setenv(variable, value)
     result = runner.invoke(app, STARTING[command])
     assert result.exit_code == 3, result.output
-    assert wrong in said(result.output)
-    assert advice in said(result.output)
+    assert wrong in in_one_line(result.output)
+    assert advice in in_one_line(result.output)
 
 
 @pytest.mark.parametrize(
@@ -194,5 +190,5 @@ def test_a_library_of_the_hosts_that_is_missing_is_named(
     )
     result = runner.invoke(app, command.split())
     assert result.exit_code == 3
-    assert f"pip install {missing}" in said(result.output)
+    assert f"pip install {missing}" in in_one_line(result.output)
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from m3_plugin.cli import app
 from m3_plugin.cli.demo import Answer, _log_of, _report
 from m3_plugin.cli.hosts import HOSTS
+from tests.console import in_one_line
 
 ANSWER = Answer(
     label="short [chain]",
@@ -45,4 +46,4 @@ def test_each_server_has_its_own_log() -> None:
 def test_a_log_without_a_folder_is_refused_at_once(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["demo", "--log", str(tmp_path / "absent" / "server.log")])
     assert done.exit_code == 2
-    assert "there is no folder" in " ".join(done.output.replace("\u2502", " ").split())
+    assert "there is no folder" in in_one_line(done.output)

@@ -19,6 +19,7 @@ from m3_plugin.cli.help import NOTES
 from m3_plugin.cli.hosts import HOSTS
 from m3_plugin.soak.driver import Outcome
 from m3_plugin.soak.record import Counters, Minute, Run
+from tests.console import in_one_line
 
 Setup = Callable[[pytest.MonkeyPatch, Path], None]
 
@@ -193,7 +194,7 @@ def test_each_kind_has_its_code(
     setup(monkeypatch, tmp_path)
     result = CliRunner().invoke(app, line.split())
     assert result.exit_code == status, result.output
-    assert said in " ".join(result.output.replace("│", " ").split())
+    assert said in in_one_line(result.output)
 
 
 def test_every_kind_that_help_names_is_tested() -> None:

@@ -17,6 +17,7 @@ from m3_plugin.cli import app
 from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, TextHaystack
 from m3_plugin.cli.evaluate.needle import Cell, Grid, Result, _plot, shares
 from m3_plugin.testing.prompts import needle_prompt
+from tests.console import in_one_line
 from tests.plugin.cli.schemas import checked
 
 runner = CliRunner()
@@ -124,7 +125,7 @@ def test_mistakes_are_named(
 ) -> None:
     done = runner.invoke(app, ["eval", "needle", "--output", str(tmp_path / "n.json"), *options])
     assert done.exit_code == status
-    assert message in " ".join(done.output.replace("│", " ").split())
+    assert message in in_one_line(done.output)
 
 
 def test_a_wrong_answer_fails_the_command(tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_a_server_with_a_key(guarded: str, monkeypatch: pytest.MonkeyPatch) -> N
     ask = ["eval", "needle", "--url", guarded, "--contexts", "900", "--depths", "50", "--json"]
     refused = runner.invoke(app, ask)
     assert refused.exit_code == 3
-    assert "give its key with --api-key or OPENAI_API_KEY" in " ".join(refused.stderr.split())
+    assert "give its key with --api-key or OPENAI_API_KEY" in in_one_line(refused.stderr)
     by_option = runner.invoke(app, [*ask, "--api-key", "secret"])
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     by_variable = runner.invoke(app, ask)

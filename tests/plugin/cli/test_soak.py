@@ -15,6 +15,7 @@ from m3_plugin.cli import app
 from m3_plugin.cli.soak import counters
 from m3_plugin.soak.mixture import Mixture
 from m3_plugin.soak.needles import ConstructedNeedles
+from tests.console import in_one_line
 from tests.plugin.cli.schemas import checked
 from tests.plugin.soak.server import METRICS, Behaviour, Handler, serving
 
@@ -98,7 +99,7 @@ def test_a_good_server(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, done).exit_code == 0
     other = CliRunner().invoke(app, [*done, "--max-slope", "2"])
     assert other.exit_code == 2
-    assert "max_slope 1.0, this run has 2.0" in " ".join(other.output.split())
+    assert "max_slope 1.0, this run has 2.0" in in_one_line(other.output)
 
 
 def test_minutes_between_quiet_moments() -> None:
@@ -150,7 +151,7 @@ def test_pages_that_are_never_given_back(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_prompts_longer_than_the_server_takes() -> None:
     result = soak("--longest", "8000", behaviour=Knows())
     assert result.exit_code == 3
-    assert "takes 8192 tokens; give a --longest of at most 7168" in " ".join(result.output.split())
+    assert "takes 8192 tokens; give a --longest of at most 7168" in in_one_line(result.output)
 
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
     for option in ("--output", "--replay"):
         result = soak(option, str(other), behaviour=Knows())
         assert result.exit_code == 2, result.output
-        assert "holds no results of this command" in " ".join(result.output.split())
+        assert "holds no results of this command" in in_one_line(result.output)
 
 
 def test_counters_of_both_hosts() -> None:

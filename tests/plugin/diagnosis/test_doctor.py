@@ -23,6 +23,7 @@ from m3_plugin.diagnosis.findings import clean
 from m3_plugin.diagnosis.hosts import HOSTS, examine_hosts, examine_settings
 from m3_plugin.diagnosis.model import examine_model
 from m3_plugin.model import products
+from tests.console import in_one_line
 from tests.plugin.broken_ops import Run, break_op
 from tests.plugin.cli.schemas import checked
 
@@ -122,7 +123,7 @@ def test_commands_that_start_a_server_need_a_host(
         check=False,
     )
     assert done.returncode == 3, done.stderr
-    said = " ".join(done.stderr.split())
+    said = in_one_line(done.stderr)
     assert "is not installed beside m3-plugin: pip install 'm3-plugin[" in said
     assert list(tmp_path.iterdir()) == []
 

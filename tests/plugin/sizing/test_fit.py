@@ -24,6 +24,7 @@ from m3_plugin.sizing.cache_bytes import cache_bytes_per_token
 from m3_plugin.sizing.fit import Weights, fit, text_weights, vision_weights, weight_bytes
 from m3_plugin.testing.quantised import RECIPES, QuantName, quantization_config
 from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
+from tests.console import in_one_line
 from tests.plugin.cli.schemas import checked
 from tests.plugin.model.test_config import HUB
 
@@ -149,7 +150,7 @@ def test_no_command_promises_a_cache_that_is_not_stored() -> None:
     assert cpu["commands"] == {}
     result = invoke(*options)
     assert result.exit_code == 0
-    assert "index keys in bf16 or int8" in " ".join(result.output.split())
+    assert "index keys in bf16 or int8" in in_one_line(result.output)
     assert "vllm serve" not in result.output
 
 
@@ -203,7 +204,7 @@ def test_what_does_not_fit_says_how_much_is_missing() -> None:
     )
     assert long.exit_code == 1
     found = as_json("--model", "MiniMaxAI/MiniMax-M3-MXFP8", "--gpu", "H100")
-    assert f"--max-model-len to {found['fit']['longest_context']}" in long.output.replace("\n", " ")
+    assert f"--max-model-len to {found['fit']['longest_context']}" in in_one_line(long.output)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_what_does_not_fit_says_how_much_is_missing() -> None:
 def test_mistakes_are_named(options: tuple[str, ...], message: str) -> None:
     result = invoke(*options)
     assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
+    assert message in in_one_line(result.output)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_mistakes_are_named(options: tuple[str, ...], message: str) -> None:
 def test_a_model_that_is_not_here(model: str, message: str) -> None:
     result = invoke("--model", model, "--gpu", "H200")
     assert result.exit_code == 3
-    assert message in " ".join(result.output.split())
+    assert message in in_one_line(result.output)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, text: str | None, message:
         (tmp_path / "config.json").write_text(text)
     result = invoke("--model", str(tmp_path), "--gpu", "H200")
     assert result.exit_code == 3
-    assert message in " ".join(result.output.split())
+    assert message in in_one_line(result.output)
 
 
 def test_a_card_of_any_size(tmp_path: Path) -> None:
