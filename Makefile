@@ -21,6 +21,10 @@
 PYTHON ?= python3
 HOST   ?= vllm
 
+# Each start of a host imports thousands of files. uv compiles none of them and pip all; the first
+# start does it here, for what is imported, whatever the shell says of interpreters elsewhere.
+unexport PYTHONDONTWRITEBYTECODE
+
 # vLLM and SGLang pin different libraries: one environment each.
 VLLM          ?= 0.32
 VLLM_MATRIX   ?= 0.31 0.32
@@ -42,12 +46,12 @@ INSTALL    := constraints/installer.py
 UV_BESIDE   = @test "$(INSTALLER)" = pip || command -v uv > /dev/null \
   || $(@D)/bin/python $(PIP) install uv || true
 
-# What the kernels are compiled for beside the environment's own Triton: the releases that torch 2.11
-# and 2.14 (GPU builds of vLLM 0.33 and SGLang) ask for. 3.7, of torch 2.13, is not on record.
+# What the kernels are compiled for beside the environment's own Triton: the releases that torch 2.11,
+# torch 2.12 and 2.13 (GPU builds of vLLM 0.31 and 0.32) and 2.14 (vLLM 0.33 and SGLang) ask for.
 TRITON_3.6 := 3.6.0
 TRITON_3.7 := 3.7.1
 TRITON_3.8 := 3.8.0
-TRITONS    := 3.6 3.8
+TRITONS    := 3.6 3.7 3.8
 TRITONS_READY := $(TRITONS:%=.venv/triton-%/.ready)
 
 # Its command line alone is read, to see that the recipe in docs/evaluation.md is understood.

@@ -56,8 +56,6 @@ def uv_command(uv: str, arguments: Sequence[str], said: Mapping[str, str]) -> li
     """uv's command for the arguments of pip's."""
     return [
         *(uv, "pip", "install", "--quiet", "--python", sys.executable),
-        # as pip: where interpreters may write no bytecode, each start would read all sources
-        "--compile-bytecode",
         # as pip, the best of all indexes, and not what the first of them happens to have
         "--index-strategy=unsafe-best-match",
         *uv_options(said),

@@ -42,6 +42,8 @@ def test_one_program_is_a_path() -> None:
     assert time == pytest.approx(0.7 + (FIRST + 300 + 4 * 700) / CHIP.clock)
     folded = microseconds(CHIP, KERNEL, Work(programs=1, turns=4, fold_turns=8))
     assert folded - time == pytest.approx(8 * 400 / CHIP.clock)
+    waiting = microseconds(CHIP, KERNEL, Work(programs=1, turns=4, awaited=3))
+    assert waiting - time == pytest.approx(3 * 900 / CHIP.clock)
 
 
 def test_waves() -> None:

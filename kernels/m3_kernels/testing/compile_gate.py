@@ -9,12 +9,14 @@ contain. Spilled registers are a fault everywhere.
     python -P -m m3_kernels.testing.compile_gate --markdown  # what docs/kernels-compiled*.md hold
 
 Most of a compile is spent behind Triton's front end. `--known FILE` names an earlier `--json`: a
-kernel whose fingerprint stands there is judged by the figures beside it, any other is compiled.
+kernel whose fingerprint stands there is judged by the figures beside it, any other is compiled. The
+front end takes most of the rest, so where no source has changed fingerprints are taken from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import importlib
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -159,10 +161,8 @@ def fingerprint(variant: Variant, arch: int) -> str:
     ------
     RuntimeError, TypeError : as `compile_variant`
     """
-    import triton
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas_version
     from triton.compiler import make_backend
 
     source, given = _source(variant, arch)
@@ -179,14 +179,52 @@ def fingerprint(variant: Variant, arch: int) -> str:
         backend.get_module_map(),
         context,
     )
+    decisive = (module.str_nodebug(), *_behind_the_front_end(given, arch))
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()
+
+
+def sources(variant: Variant, arch: int) -> str:
+    """Hash of what `fingerprint` is made from, so equal hashes mean equal fingerprints.
+
+    That is every module of the kernels, without comments and lines, and the launch as Triton's
+    front end is given it. Far more launches differ in this than in code.
+    """
+    source, given = _source(variant, arch)
     decisive = (
-        module.str_nodebug(),
+        _modules(),
+        source.fn.__module__ + source.fn.__qualname__,
+        sorted(source.signature.items()),
+        sorted((at, str(value)) for at, value in source.constants.items()),
+        sorted((at, str(value)) for at, value in source.attrs.items()),
+        *_behind_the_front_end(given, arch),
+    )
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()
+
+
+def _behind_the_front_end(given: Mapping[str, Any], arch: int) -> tuple[Any, ...]:
+    """What decides the machine code that is made of Triton's IR."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    return (
         sorted(given.items()),
         arch,
         triton.__version__,
         get_ptxas_version(arch),
     )
-    return hashlib.sha256(repr(decisive).encode()).hexdigest()
+
+
+@cache
+def _modules() -> str:
+    """Hash of all modules that kernels may be written in."""
+    root = Path(__file__).parents[1]
+    return syntax(path for path in sorted(root.rglob("*.py")) if "testing" not in path.parts)
+
+
+def syntax(files: Iterable[Path]) -> str:
+    """Hash of what Python files say, without comments and lines."""
+    trees = [ast.dump(ast.parse(path.read_bytes())) for path in files]
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 
 
 def compile_variant(variant: Variant, arch: int) -> Compiled:
@@ -354,11 +392,12 @@ def _found(pattern: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Judged:
-    """A variant on a chip, its fingerprint, and the figures of its machine code."""
+    """A variant on a chip, its hashes, and the figures of its machine code."""
 
     op: str
     arch: int
     variant: Variant
+    sources: str
     fingerprint: str
     compiled: Compiled
     was_known: bool
@@ -369,29 +408,47 @@ class Judged:
             "op": self.op,
             "variant": self.variant.name,
             "arch": self.arch,
+            "sources": self.sources,
             "fingerprint": self.fingerprint,
             **dataclasses.asdict(self.compiled),
         }
 
 
-def read_known(path: Path) -> dict[str, Compiled]:
-    """Figures by fingerprint, from what `--json` printed; none from an empty file."""
+@dataclass(frozen=True)
+class Known:
+    """What an earlier run found.
+
+    Attributes
+    ----------
+    fingerprints : by the hash of the sources
+    figures : by fingerprint
+    """
+
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, Compiled] = field(default_factory=dict)
+
+    def fingerprint(self, variant: Variant, arch: int) -> str:
+        """That of these sources if it is known, else of what the front end makes of them now."""
+        return self.fingerprints.get(sources(variant, arch)) or fingerprint(variant, arch)
+
+
+def read_known(path: Path) -> Known:
+    """What `--json` printed; nothing from an empty file."""
     names = [field.name for field in dataclasses.fields(Compiled)]
-    known = {}
+    fingerprints, known = {}, {}
     text = path.read_text(encoding="utf-8")
     for kernel in json.loads(text)["kernels"] if text else ():
+        fingerprints[kernel["sources"]] = kernel["fingerprint"]
         figures = {name: kernel[name] for name in names}
         figures["dependency"] = tuple(figures["dependency"])
         timeline = dict(figures["timeline"])
         timeline["loops"] = tuple(sass.Loop(**loop) for loop in timeline["loops"])
         figures["timeline"] = sass.Timeline(**timeline)
         known[kernel["fingerprint"]] = Compiled(**figures)
-    return known
+    return Known(fingerprints, known)
 
 
-def judge_chip(
-    arch: int, ops: Sequence[str], known: Mapping[str, Compiled], *, apart: bool
-) -> list[Judged]:
+def judge_chip(arch: int, ops: Sequence[str], known: Known, *, apart: bool) -> list[Judged]:
     """Figures of all variants: those of equal machine code where they are known, else compiled now.
 
     Parameters
@@ -403,22 +460,22 @@ def judge_chip(
     ------
     RuntimeError : the process of its own failed
     """
-    found = [(op, v, fingerprint(v, arch)) for op in ops for v in op_variants(op, arch)]
-    made = dict(known)
+    found = [(op, v, known.fingerprint(v, arch)) for op in ops for v in op_variants(op, arch)]
+    made = dict(known.figures)
     for op in ops if apart else ():
-        if any(key not in known for other, _, key in found if other == op):
+        if any(key not in made for other, _, key in found if other == op):
             made |= _compiled_apart(arch, op)
     return [
         Judged(
-            *(op, arch, variant, key),
+            *(op, arch, variant, sources(variant, arch), key),
             made[key] if key in made else compile_variant(variant, arch),
-            was_known=key in known,
+            was_known=key in known.figures,
         )
         for op, variant, key in found
     ]
 
 
-def _compiled_apart(arch: int, op: str) -> dict[str, Compiled]:
+def _compiled_apart(arch: int, op: str) -> Mapping[str, Compiled]:
     """Figures of an op's kernels by fingerprint; whoever asked judges them."""
     with tempfile.NamedTemporaryFile("w+", suffix=".json") as file:
         command = (sys.executable, "-P", "-W", "ignore", "-m", "m3_kernels.testing.compile_gate")
@@ -430,7 +487,7 @@ def _compiled_apart(arch: int, op: str) -> dict[str, Compiled]:
         )
         if done.returncode not in (0, 1):
             raise RuntimeError(f"sm_{arch} {op} was not compiled: {done.stderr[-2000:]}")
-        return read_known(Path(file.name))
+        return read_known(Path(file.name)).figures
 
 
 def _markdown(results: Sequence[Judged]) -> str:
@@ -511,7 +568,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import triton
 
-    known = read_known(options.known) if options.known else {}
+    known = read_known(options.known) if options.known else Known()
     ops = options.only or OPS
     archs = options.arch or ARCHS
     apart = len(archs) > 1

@@ -69,6 +69,7 @@ class Work:
     turns : of the hot loop, in each of them
     operations : of the products of a turn, each counted once
     fold_turns : turns of the last loop without products, in the program that ends last: a merge
+    awaited : times that a program waits for memory and nothing else runs, after its first
     bytes_moved : of device memory
     l2_bytes : between caches and multiprocessors, where that is more
     """
@@ -77,6 +78,7 @@ class Work:
     turns: float = 0
     operations: int = 0
     fold_turns: int = 0
+    awaited: int = 0
     bytes_moved: int = 0
     l2_bytes: int = 0
 
@@ -87,7 +89,7 @@ def microseconds(chip: Chip, compiled: Compiled, work: Work) -> float:
     resident = min(at_once, math.ceil(work.programs / chip.multiprocessors))
     waves = work.programs / (chip.multiprocessors * at_once)
     timeline = compiled.timeline
-    path = timeline.before + timeline.after + FIRST_BYTES
+    path = timeline.before + timeline.after + (1 + work.awaited) * FIRST_BYTES
     if timeline.hot >= 0:
         path += work.turns * turn(chip, compiled, work.operations, resident)
     path *= max(1, math.ceil(waves) if waves < 4 else waves)

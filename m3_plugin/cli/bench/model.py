@@ -32,6 +32,8 @@ INDEX_BYTES = {"bf16": 256, "int8": 130, "e4m3": 128}
 SHARED_UNION = 20
 # Lines of a product in decode and verification on sm_90, those that fill it up included.
 LEAST_LINES = 64
+# Blocks of a million tokens, the published limit: a server chooses kernels by what it could hold.
+MAX_BLOCKS = 8192
 # Keys and values of a verified request against those of one row, by the same overlaps.
 VERIFY_UNION = 1.3
 
@@ -113,16 +115,12 @@ def figures_of(
     OSError : the record cannot be read
     RuntimeError : Triton runs in interpreter mode in this process
     """
-    from m3_kernels.testing.compile_gate import (
-        compile_variant,
-        fingerprint,
-        op_variants,
-        read_known,
-    )
+    from m3_kernels.testing.compile_gate import Known, compile_variant, op_variants, read_known
 
-    known = read_known(record) if record else {}
+    known = read_known(record) if record else Known()
     return {
-        (op, variant.name): known.get(fingerprint(variant, arch)) or compile_variant(variant, arch)
+        (op, variant.name): known.figures.get(known.fingerprint(variant, arch))
+        or compile_variant(variant, arch)
         for op in OPS
         for variant in op_variants(op, arch)
         if (op, variant.name) in wanted
@@ -193,7 +191,7 @@ def _decode(w: Workload, index: str, g: Geometry, chip: Chip) -> list[Part]:
         operations=2 * PAGE_SIZE * g.index_dim * lines,
         bytes_moved=w.batch * w.context * INDEX_BYTES[index],
     )
-    name, choice = _choice(w, g, "decode")
+    name, choice = _choice(w, g, "decode", chip.arch)
     # programs of a request and KV head take two blocks of each row; two keys' worth of tiles each
     segments = -(-min(g.topk, w.blocks) // 2)
     union = VERIFY_UNION if w.pattern == "shared" else min(w.rows, max(1, w.blocks / g.topk))
@@ -231,7 +229,7 @@ def _prefill(w: Workload, index: str, g: Geometry, chip: Chip) -> list[Part]:
         bytes_moved=w.batch * w.context * key_bytes,
         l2_bytes=int(tiles * visible * PAGE_SIZE * key_bytes),
     )
-    name, choice = _choice(w, g, "prefill")
+    name, choice = _choice(w, g, "prefill", chip.arch)
     independent = w.blocks * (1 - (1 - min(1, g.topk / w.blocks)) ** 8)
     union = min(w.blocks, SHARED_UNION if w.pattern == "shared" else independent)
     group = g.num_q_heads // g.num_kv_heads
@@ -249,20 +247,23 @@ def _prefill(w: Workload, index: str, g: Geometry, chip: Chip) -> list[Part]:
     ]
 
 
-def _choice(w: Workload, g: Geometry, phase: str) -> tuple[str, Work]:
+def _choice(w: Workload, g: Geometry, phase: str, arch: int) -> tuple[str, Work]:
     """The variant and work of the choice: rounds until the best are found, chunk by chunk.
 
-    In the first chunk every round finds one of the best; in chunk n, in random order, one of n.
+    In the first chunk every round finds one of the best; in chunk n, in random order, one of n. The
+    kernel is that of a server whose longest context is the model's, whatever this context is. In
+    decode nothing hides that a chunk is waited for; in prefill other programs do.
     """
     from m3_kernels.testing.time_model import Work
+    from m3_kernels.tuning import kernel_config
 
-    kinds = {256: 256, 1024: 1024, 8192: 8192} if phase == "decode" else {256: 256, 8192: 512}
-    kind, chunk_blocks = next((k, c) for k, c in kinds.items() if w.blocks <= k or k == 8192)
-    chunks = -(-w.blocks // chunk_blocks)
+    config = kernel_config("index_topk_select", arch=arch, max_blocks=MAX_BLOCKS, kind=phase)
+    chunks = -(-w.blocks // config["BLOCKS"])
     rounds = sum(g.topk / (chunk + 1) for chunk in range(chunks)) if w.blocks > g.topk else 0
-    name = f"{phase} choice up to {kind} blocks"
+    name = f"{phase} choice up to {MAX_BLOCKS} blocks"
     programs = w.batch * w.rows * g.num_kv_heads
-    return name, Work(programs, turns=rounds, bytes_moved=programs * w.blocks * 8)
+    awaited = chunks - 1 if phase == "decode" else 0
+    return name, Work(programs, rounds, awaited=awaited, bytes_moved=programs * w.blocks * 8)
 
 
 def _chosen_bytes(w: Workload, g: Geometry) -> int:
@@ -274,9 +275,9 @@ def print_model(rows: Sequence[Modelled], chip: Chip, error: float, console: Con
     """The table, and what it is."""
     names = ("store", "scores", "choice", "attention")
     table = table_of(
-        f"one sparse layer on {chip.name}, bf16: a model, not a measurement",
-        left=("workload", "index keys"),
-        right=(*names, "total us", "floor us", "of floor"),
+        f"microseconds of a sparse layer on {chip.name}, bf16: a model, not a measurement",
+        left=("workload", "keys"),
+        right=(*names, "total", "floor", "of floor"),
     )
     for row in rows:
         workload = Workload(row.phase, row.batch, row.context, row.rows, row.pattern)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -136,10 +137,10 @@ def headline(machine: dict[str, Any]) -> str:
 
 
 def table_of(title: str, *, left: Sequence[str], right: Sequence[str]) -> Table:
-    """A table with names on the left and numbers on the right, none of them broken up."""
-    table = Table(title=title)
+    """A table with names on the left and numbers on the right; where it is narrow, names wrap."""
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in left:
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading, overflow="fold", min_width=4)
     for heading in right:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

@@ -27,6 +27,7 @@ from m3_kernels.testing.compile_gate import (
     dependency,
     faults,
     op_variants,
+    syntax,
 )
 
 # Releases beside the environment's own; `make test` puts them there.
@@ -60,8 +61,8 @@ RELEASES = [
                 reason=f"no .venv/triton-{release}: run make test",
             ),
         )
-        # of torch 2.11, and of 2.14 (GPU builds of vLLM 0.33 and SGLang)
-        for release in ("3.6", "3.8")
+        # of torch 2.11, 2.12 and 2.13 (GPU builds of vLLM 0.31 and 0.32), 2.14 (vLLM 0.33, SGLang)
+        for release in ("3.6", "3.7", "3.8")
     ),
 ]
 
@@ -114,9 +115,9 @@ def test_an_edited_kernel_is_compiled(tmp_path: Path) -> None:
     known = json.loads(figures("").read_text())
     plan = next(k for k in known["kernels"] if k["op"] == "work_plan" and k["arch"] == 90)
     edited = tmp_path / "figures.json"
-    edited.write_text(
-        figures("").read_text().replace(plan["fingerprint"], "of the kernel before the edit")
-    )
+    before = "of the kernel before the edit"
+    record = figures("").read_text()
+    edited.write_text(record.replace(plan["fingerprint"], before).replace(plan["sources"], before))
     done = gate("--json", "--arch", "90", "--only", "work_plan", "--known", str(edited))
     report = json.loads(done.stdout)
     assert report["compiled"] == 1
@@ -128,31 +129,47 @@ def test_fingerprints_follow_what_decides_the_code() -> None:
     program = """
 import dataclasses
 import torch
-from m3_kernels.testing.compile_gate import fingerprint
+from m3_kernels.testing.compile_gate import fingerprint, sources
 from m3_kernels.testing.production.work_plan import variants
 base, = variants(90)
+def hashed(variant, arch):
+    return fingerprint(variant, arch), sources(variant, arch)
 def change(**arguments):
-    arguments = {**base.launch.arguments, **arguments}
+    arguments = dict(base.launch.arguments, **arguments)
     launch = dataclasses.replace(base.launch, arguments=arguments)
-    return fingerprint(dataclasses.replace(base, launch=launch), 90)
+    return hashed(dataclasses.replace(base, launch=launch), 90)
 numbers = torch.zeros(9, dtype=torch.int32)
 same = [
-    fingerprint(base, 90),
-    fingerprint(dataclasses.replace(base, name="other"), 90),
+    hashed(base, 90),
+    hashed(dataclasses.replace(base, name="other"), 90),
     change(num_rows=1), change(num_rows=16), change(num_rows=17),
     change(seq_lens=numbers),
 ]
 others = [
-    fingerprint(base, 80),
+    hashed(base, 80),
     change(num_warps=8),
     change(seq_lens=numbers[1:]),
     change(cum_blocks=numbers.long()),
     change(PAGE_SIZE=64),
 ]
-assert len({*same}) == 1 and len({*same, *others}) == 6, (same, others)
+for kind in range(2):
+    all_same = {pair[kind] for pair in same}
+    assert len(all_same) == 1 and len(all_same | {pair[kind] for pair in others}) == 6, (same, others)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
+
+
+def test_comments_and_lines_are_no_sources(tmp_path: Path) -> None:
+    """The hash of the modules is of what they say."""
+    told = ("x = 1\n", "# why\n\nx = 1\n", "x = 2\n")
+    assert len({syntax([_written(tmp_path, text)]) for text in told}) == 2
+
+
+def _written(folder: Path, text: str) -> Path:
+    path = folder / "kernel.py"
+    path.write_text(text)
+    return path
 
 
 def variant(**changes: object) -> Variant:

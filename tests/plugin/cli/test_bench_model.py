@@ -17,6 +17,7 @@ from m3_kernels.testing.time_model import CHIPS
 from m3_plugin.cli import app
 from m3_plugin.cli.bench import model
 from m3_plugin.cli.bench.kernels import ModelChip
+from m3_plugin.cli.bench.report import short
 from m3_plugin.cli.bench.roofline import Geometry, Workload
 from tests.plugin.cli.schemas import checked
 
@@ -25,7 +26,7 @@ RECORD = Path(__file__).parents[3] / "docs" / "results" / "kernels-compiled.json
 
 def on_record(wanted: set[tuple[str, str]], arch: int, record: Path | None) -> Any:
     """What `figures_of` finds, without asking Triton whether the kernels are still these."""
-    known = read_known(RECORD)
+    known = read_known(RECORD).figures
     return {
         (kernel["op"], kernel["variant"]): known[kernel["fingerprint"]]
         for kernel in json.loads(RECORD.read_text())["kernels"]
@@ -57,6 +58,17 @@ def test_default_workloads() -> None:
         assert slow["total_us"] == pytest.approx(sum(slow["parts"].values()))
         assert fast["floor_us"] <= slow["floor_us"] < slow["total_us"]
         assert fast["total_us"] <= slow["total_us"]
+
+
+def test_a_narrow_terminal_breaks_names_and_no_number() -> None:
+    shown = (
+        CliRunner()
+        .invoke(app, ["bench", "kernels", "--model", "H200"], env={"COLUMNS": "80"})
+        .output
+    )
+    assert "…" not in shown
+    for row in rows("H200"):
+        assert f" {short(row['total_us'])} " in shown
 
 
 def test_one_request_of_a_million_tokens_is_read_once() -> None:

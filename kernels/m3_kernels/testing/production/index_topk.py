@@ -51,7 +51,9 @@ HOT_LOOPS = {
     "decode choice up to 1024 blocks": LoopBudget(
         100, 680, barriers=6, shuffles=16, programs_per_sm=6
     ),
-    "decode choice up to 8192 blocks": LoopBudget(110, 620, barriers=6, shuffles=16),
+    "decode choice up to 8192 blocks": LoopBudget(
+        100, 700, barriers=6, shuffles=18, programs_per_sm=3
+    ),
     "prefill choice up to 256 blocks": LoopBudget(180, 750, shuffles=20, programs_per_sm=32),
     "prefill choice up to 8192 blocks": LoopBudget(250, 850, shuffles=20, programs_per_sm=32),
 }
