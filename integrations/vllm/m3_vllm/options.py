@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from m3_plugin.model.config import M3Config
 
@@ -41,13 +40,6 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "--enable-eplb",
         "experts of this model are not moved between ranks, so redundant ones would take memory "
         "and no load; leave it out",
-    ),
-    (
-        # vLLM 0.32 ends in cpu_fused_moe.cpp: expert ids of other ranks index this rank's weights
-        lambda c: c.parallel_config.enable_expert_parallel and current_platform.is_cpu(),
-        "--enable-expert-parallel on a CPU",
-        "vLLM's kernel for experts reads past the weights of its rank there; leave it out, "
-        "--tensor-parallel-size cuts every expert instead",
     ),
     (
         lambda c: c.lora_config is not None and c.speculative_config is not None,

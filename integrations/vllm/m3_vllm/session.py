@@ -36,6 +36,8 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
     require_served(vllm_config, config)
     if device_type() == "cpu":
         cpu_repairs.take_draws_back()
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            cpu_repairs.gather_rows_of_ranks()
     if (engine := engine_of_first_worker()) is not None:
         end_with_starter(engine)
     keep_attention_out_of_piecewise_graphs(vllm_config)

@@ -24,9 +24,12 @@ PAGE = 128
 pytestmark = pytest.mark.skipif(not (NIXL / ".ready").exists(), reason="no .venv/nixl")
 
 
-def start(checkpoint: Path, role: str, **variables: str) -> EngineProcess:
+def start(
+    checkpoint: Path, role: str, *, options: dict[str, Any] | None = None, **variables: str
+) -> EngineProcess:
     return EngineProcess(
         checkpoint,
+        **(options or {}),
         # chunks on both sides
         max_num_batched_tokens=1024,
         worker_extension_cls="tests.integrations.vllm.transferring_worker.TransferringWorker",
