@@ -42,6 +42,16 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "and no load; leave it out",
     ),
     (
+        lambda c: (
+            c.parallel_config.enable_expert_parallel
+            and c.parallel_config.enable_ep_weight_filter
+            and c.parallel_config.expert_placement_strategy != "linear"
+        ),
+        "--enable-ep-weight-filter with --expert-placement-strategy",
+        "vLLM places experts of one group linearly all the same, and its filter would leave others "
+        "in the files than it needs; leave one of them out",
+    ),
+    (
         lambda c: c.lora_config is not None and c.speculative_config is not None,
         "--enable-lora with --speculative-config",
         "drafts would be those of the model without its adapter, which nobody has tried; leave one "

@@ -77,6 +77,8 @@ def rank(
 
 def on_meta() -> None:
     """Sessions of the Triton kernels without a chip to try them on."""
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+
     from m3_plugin.attention import assembly
     from m3_vllm import session
 
@@ -88,6 +90,14 @@ def on_meta() -> None:
         try_kernels=lambda *a, **kw: None,
     ).start()
     mock.patch.object(session, "device_type", return_value="meta").start()
+    # which experts a rank holds is read while the model is built
+    made = ExpertMapManager.__init__
+
+    def made_of_numbers(self: Any, *arguments: Any, **options: Any) -> None:
+        with torch.device("cpu"):
+            made(self, *arguments, **options)
+
+    mock.patch.object(ExpertMapManager, "__init__", made_of_numbers).start()
 
 
 def with_operations(made: Callable[[str], Any] = lambda name: lambda *arguments: None) -> None:

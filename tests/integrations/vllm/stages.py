@@ -24,7 +24,6 @@ LOADS = (
     (4, 2, "", ((0, 0), (1, 3))),
     (4, 1, "--enable-expert-parallel", ((0, 1),)),
     (4, 1, FILTERED, ((0, 0), (0, 3))),
-    (4, 1, f"{FILTERED} --expert-placement-strategy round_robin", ((0, 1),)),
 )
 # of the first and of the second stage
 DROPPED = (
@@ -53,6 +52,17 @@ def read_by_host(vllm_config: Any, files: Mapping[str, Tensor]) -> dict[str, Ten
     loader._init_ep_weight_filter(vllm_config.model_config)
     skipped = loader.local_expert_ids
     return {name: t for name, t in files.items() if not should_skip_weight(name, skipped)}
+
+
+def placed_otherwise(files: Mapping[str, Tensor], *, experts: int) -> dict[str, Tensor]:
+    """What a filter would read that thinks of experts dealt out one by one."""
+    from vllm.model_executor.model_loader.ep_weight_filter import (
+        compute_local_expert_ids,
+        should_skip_weight,
+    )
+
+    dealt = compute_local_expert_ids(experts, 4, 1, placement="round_robin")
+    return {name: t for name, t in files.items() if not should_skip_weight(name, dealt)}
 
 
 def load(model: Any, given: Mapping[str, Tensor]) -> set[str]:
@@ -89,6 +99,9 @@ def report(vllm_config: Any) -> dict[str, Any]:
             refused(model, {n: t for n, t in given.items() if n != name}) for name in DROPPED
         ],
         "left_over": refused(model, {**given, UNKNOWN: given[DROPPED[0]]}),
+        "placed_otherwise": refused(
+            model, placed_otherwise(files, experts=experts.global_num_experts)
+        ),
     }
 
 

@@ -176,3 +176,5 @@ def test_experts_of_other_ranks_may_stay_in_the_files(loads: dict[str, Any]) -> 
         assert here == (32 if "expert" in name else 128), name
         left = each["tensors"] - each["read"]
         assert left == ((128 - 32) * layers * matrices if "filter" in name else 0), name
+        # a filter that leaves an expert of this rank there is noticed
+        assert ".experts." in each["placed_otherwise"], name

@@ -234,6 +234,18 @@ def test_what_vllm_sets_itself_for_a_decoding_engine_is_no_wish() -> None:
     require_served(config, RELEASED)
 
 
+def test_a_filter_of_weights_must_know_where_experts_are() -> None:
+    config = VllmConfig()
+    parallel = config.parallel_config
+    parallel.enable_expert_parallel = parallel.enable_ep_weight_filter = True
+    require_served(config, RELEASED)
+    parallel.expert_placement_strategy = "round_robin"
+    with pytest.raises(ValueError, match="places experts of one group linearly all the same"):
+        require_served(config, RELEASED)
+    parallel.enable_ep_weight_filter = False
+    require_served(config, RELEASED)
+
+
 def test_adapters_and_drafts_are_not_served_together() -> None:
     config = VllmConfig()
     object.__setattr__(config, "lora_config", LoRAConfig())
