@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import math
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from m3_kernels.testing.specialisations import recorded
 from m3_plugin.attention.backends import KernelChoice
+from m3_plugin.checkpoint.names import mtp_modules, tensor_shape
+from m3_plugin.model.config import M3Config
+from m3_plugin.model.experts import ExpertProbe
 from tests.integrations.counted import shortened
 from tests.integrations.drafts import LARGE_HEAD
 from tests.integrations.sglang.building import FREE, buffers_of, ranks
@@ -29,6 +37,7 @@ RANKS = 8
 LAYERS = 8
 TRITON = KernelChoice(family="triton", reason="rehearsed", refused=())
 META = "meta"
+ITEM = torch.Tensor.item
 
 
 class RecordedGraphs:
@@ -50,15 +59,38 @@ class RecordedGraphs:
 
 
 def write_checkpoints(folder: Path, released: dict[str, Any]) -> None:
-    """Configs of a short target and of a head for it."""
-    for name, config in (("short", shortened(released, LAYERS)), ("head", LARGE_HEAD)):
+    """Configs of a short target, of a head for it, and of MTP modules with a file of holes."""
+    short = shortened(released, LAYERS)
+    modules = {**short["text_config"], "architectures": ["MiniMaxM3MTP"]}
+    modules["model_type"] = "minimax_m3_mtp"
+    for name, config in (("short", short), ("head", LARGE_HEAD), ("mtp", modules)):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
+    config = M3Config.from_hf(short)
+    names = mtp_modules(config, num_modules=1)
+    write_holes(
+        folder / "mtp" / "model.safetensors",
+        {
+            name if name.endswith("_bias") else f"{name}.weight": tensor_shape(config, name)
+            for name in sorted(names)
+        },
+    )
+
+
+def write_holes(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file of bf16 tensors whose header alone takes space on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    written = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(written)) + written)
+    os.truncate(file, 8 + len(written) + end)
 
 
 def command(folder: Path, method: str, steps: int) -> list[str]:
     """What is typed for a server that drafts so many tokens."""
-    draft = folder / ("short" if method == "NEXTN" else "head")
+    draft = folder / ("mtp" if method == "NEXTN" else "head")
     return [
         *("--model-path", str(folder / "short"), "--tp", str(RANKS), "--skip-tokenizer-init"),
         *("--load-format", "dummy", "--speculative-algorithm", method),
@@ -68,26 +100,50 @@ def command(folder: Path, method: str, steps: int) -> list[str]:
     ]
 
 
+class Kernels(ModuleType):
+    """SGLang's extension, of which every name is there and nothing runs."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *arguments, **options: None
+
+
+def everywhere(owner: Any, name: str, value: Any) -> None:
+    """Replace a function of SGLang's in all modules that have imported it."""
+    there = getattr(owner, name)
+    for module in [m for n, m in sys.modules.items() if n.startswith("sglang.")]:
+        if module.__dict__.get(name) is there:
+            mock.patch.object(module, name, value).start()
+
+
 def on_meta() -> None:
-    """What of SGLang asks a device for memory, streams or numbers; for this process."""
-    from sglang.srt.distributed import bootstrap
-    from sglang.srt.mem_cache import kv_cache_configurator, memory_pool
+    """What of SGLang asks a device for memory, streams, kernels or numbers; for this process."""
+    for name in ("sgl_kernel", "sgl_kernel.flash_attn"):
+        sys.modules[name] = Kernels(name)
+    from sglang.srt import platforms
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers import dual_gemm
+    from sglang.srt.mem_cache import memory_pool
     from sglang.srt.model_executor import model_runner
-    from sglang.srt.model_executor.runner import decode_cuda_graph_runner
+    from sglang.srt.model_executor.model_runner_components import load_model_utils
+    from sglang.srt.model_executor.runner_backend import utils as graphs
     from sglang.srt.model_loader import loader
-    from sglang.srt.speculative import (
-        eagle_draft_cuda_graph_runner,
-        eagle_draft_extend_cuda_graph_runner,
-        eagle_worker_v2,
-    )
+    from sglang.srt.platforms.cuda import CudaSRTPlatform
+    from sglang.srt.speculative import eagle_worker_v2
+    from sglang.srt.utils import common
 
     from m3_plugin.attention import assembly
     from m3_sglang import session
 
-    free = (bootstrap, kv_cache_configurator, model_runner, decode_cuda_graph_runner)
-    replaced: list[tuple[Any, str, Any]] = [
-        *((module, "get_available_gpu_memory", lambda *a, **kw: float(FREE)) for module in free),
-        (eagle_worker_v2, "get_available_gpu_memory", lambda *a, **kw: float(FREE)),
+    assert eagle_worker_v2
+    for owner, name, value in (
+        (common, "get_available_gpu_memory", lambda *a, **kw: float(FREE)),
+        (graphs, "resolve_decode_backend", RecordedGraphs),
+        (parallel_state, "graph_capture", graph_capture),
+    ):
+        everywhere(owner, name, value)
+    replaced: tuple[tuple[Any, str, Any], ...] = (
         (session, "choose_kernels", lambda *a, **kw: TRITON),
         (assembly, "choose_kernels", lambda *a, **kw: TRITON),
         (assembly, "require_served", lambda *a, **kw: None),
@@ -95,13 +151,20 @@ def on_meta() -> None:
         (memory_pool, "_is_cuda", True),
         (torch, "get_device_module", lambda *a, **kw: torch.cpu),
         (loader, "initialize_dummy_weights", lambda *a, **kw: None),
-    ]
-    for module in (
-        decode_cuda_graph_runner,
-        eagle_draft_cuda_graph_runner,
-        eagle_draft_extend_cuda_graph_runner,
-    ):
-        replaced.append((module, "resolve_decode_backend", RecordedGraphs))
+        # lengths of a capture are summed up for backends that plan by them
+        (torch.Tensor, "item", lambda tensor: 0 if tensor.is_meta else ITEM(tensor)),
+        (model_runner, "dist_barrier_after_load", lambda *a, **kw: None),
+        # a library for two products in one, which is not installed here
+        (dual_gemm, "is_cuda", lambda: False),
+        (type(platforms.current_platform), "capabilities", CudaSRTPlatform.capabilities),
+        # no numbers to prove experts with, and of a device its name alone
+        (ExpertProbe, "prove", lambda *a, **kw: None),
+        (
+            load_model_utils,
+            "DeviceConfig",
+            lambda device, gpu_id: SimpleNamespace(device=device, gpu_id=gpu_id),
+        ),
+    )
     for owner, name, value in replaced:
         mock.patch.object(owner, name, value).start()
 
@@ -142,3 +205,43 @@ def resolved_name(record: Any) -> str:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     return resolving_view(record).speculative_algorithm
+
+
+def graphs_of(runner: Any) -> dict[str, Any] | None:
+    """Which batch sizes a runner of SGLang's captures, and rows of each of their requests."""
+    if runner is None:
+        return None
+    return {"sizes": runner.backend.sizes, "rows": runner.captured_req_width}
+
+
+def report(record: Any) -> dict[str, Any]:
+    """What became of one server's drafts."""
+    target, draft = workers(record)
+    text = target.model_runner.model.language_model
+    runner, model = draft.draft_runner, draft.draft_runner.model
+    return {
+        "worker": type(draft).__name__,
+        "draft": type(model).__name__,
+        "backends": [type(each).__name__ for each in backends_of(draft)],
+        "decode_graph": graphs_of(target.model_runner.decode_cuda_graph_runner),
+        "draft_graph": graphs_of(draft.cuda_graph_runner),
+        "extend_graph": graphs_of(draft.cuda_graph_runner_for_draft_extend),
+    }
+
+
+def backends_of(draft: Any) -> list[Any]:
+    steps = getattr(draft.draft_attn_backend, "attn_backends", [])
+    return [draft.draft_extend_attn_backend, *steps]
+
+
+def drafts(folder: Path, method: str, steps: int) -> dict[str, Any]:
+    """One server's report; in a process of its own, which `rehearsal.chip` made one of a chip."""
+    from sglang.srt.runtime_context import SpawnRanks, get_context, publish
+
+    record = resolved(command(folder, method, steps))
+    publish(record, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+    get_context().override("rehearsal", device=META)
+    capability = torch.cuda.get_device_capability()
+    on_meta()
+    with ranks(RANKS), recorded(10 * capability[0] + capability[1]):
+        return report(record)
