@@ -8,12 +8,14 @@ the order of its scheduler. A recorder stands for CUDA graphs: nothing is captur
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,22 +24,33 @@ from unittest import mock
 import torch
 
 from m3_kernels.testing.specialisations import recorded
-from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.checkpoint.names import mtp_modules, tensor_shape
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import ExpertProbe
+from m3_sglang.backend import M3AttentionBackend
 from tests.integrations.counted import shortened
 from tests.integrations.drafts import LARGE_HEAD
-from tests.integrations.sglang.building import FREE, buffers_of, ranks
-from tests.integrations.sglang.rehearsal import resolved
+from tests.integrations.sglang.building import FREE, TRITON, in_a_child, ranks
+from tests.integrations.sglang.rehearsal import chip, resolved
 
 METHODS = ("NEXTN", "EAGLE3")
 STEPS = (1, 2, 3, 4, 5)
 RANKS = 8
 LAYERS = 8
-TRITON = KernelChoice(family="triton", reason="rehearsed", refused=())
-META = "meta"
-ITEM = torch.Tensor.item
+CHIP, META = "H100", "meta"
+EXTENSIONS = (
+    *("sgl_kernel", "sgl_kernel.flash_attn"),
+    *("flash_mla", "flash_mla.flash_mla_interface"),
+)
+ITEM, CPU = torch.Tensor.item, torch.Tensor.cpu
+# that SGLang asks a draft's backend about, imported once for all servers
+BACKENDS = (
+    "sglang.srt.speculative.eagle_worker_v2",
+    "sglang.srt.layers.attention.dsa_backend",
+    "sglang.srt.layers.attention.deepseek_v4_backend",
+    "sglang.srt.layers.attention.flashattention_backend",
+    "sglang.srt.layers.attention.flashmla_backend",
+)
 
 
 class RecordedGraphs:
@@ -94,6 +107,8 @@ def command(folder: Path, method: str, steps: int) -> list[str]:
     return [
         *("--model-path", str(folder / "short"), "--tp", str(RANKS), "--skip-tokenizer-init"),
         *("--load-format", "dummy", "--speculative-algorithm", method),
+        # a plan for each size that is captured
+        *("--cuda-graph-max-bs-decode", "8"),
         *("--speculative-draft-model-path", str(draft), "--speculative-eagle-topk", "1"),
         *("--speculative-num-steps", str(steps)),
         *("--speculative-num-draft-tokens", str(steps + 1)),
@@ -109,6 +124,11 @@ class Kernels(ModuleType):
         return lambda *arguments, **options: None
 
 
+def read(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers in place of those that a tensor would have."""
+    return torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
 def everywhere(owner: Any, name: str, value: Any) -> None:
     """Replace a function of SGLang's in all modules that have imported it."""
     there = getattr(owner, name)
@@ -119,8 +139,6 @@ def everywhere(owner: Any, name: str, value: Any) -> None:
 
 def on_meta() -> None:
     """What of SGLang asks a device for memory, streams, kernels or numbers; for this process."""
-    for name in ("sgl_kernel", "sgl_kernel.flash_attn"):
-        sys.modules[name] = Kernels(name)
     from sglang.srt import platforms
     from sglang.srt.distributed import parallel_state
     from sglang.srt.layers import dual_gemm
@@ -136,7 +154,6 @@ def on_meta() -> None:
     from m3_plugin.attention import assembly
     from m3_sglang import session
 
-    assert eagle_worker_v2
     for owner, name, value in (
         (common, "get_available_gpu_memory", lambda *a, **kw: float(FREE)),
         (graphs, "resolve_decode_backend", RecordedGraphs),
@@ -149,10 +166,13 @@ def on_meta() -> None:
         (assembly, "require_served", lambda *a, **kw: None),
         (assembly, "try_kernels", lambda *a, **kw: None),
         (memory_pool, "_is_cuda", True),
+        (eagle_worker_v2, "_is_cuda", True),
+        (eagle_worker_v2, "_is_cpu", False),
         (torch, "get_device_module", lambda *a, **kw: torch.cpu),
         (loader, "initialize_dummy_weights", lambda *a, **kw: None),
-        # lengths of a capture are summed up for backends that plan by them
+        # lengths of a capture are read and summed up for backends that plan by them
         (torch.Tensor, "item", lambda tensor: 0 if tensor.is_meta else ITEM(tensor)),
+        (torch.Tensor, "cpu", lambda tensor: read(tensor) if tensor.is_meta else CPU(tensor)),
         (model_runner, "dist_barrier_after_load", lambda *a, **kw: None),
         # a library for two products in one, which is not installed here
         (dual_gemm, "is_cuda", lambda: False),
@@ -217,31 +237,72 @@ def graphs_of(runner: Any) -> dict[str, Any] | None:
 def report(record: Any) -> dict[str, Any]:
     """What became of one server's drafts."""
     target, draft = workers(record)
-    text = target.model_runner.model.language_model
-    runner, model = draft.draft_runner, draft.draft_runner.model
+    wide, runner = target.model_runner, draft.draft_runner
+    text, model = wide.model.language_model, runner.model
+    backends = backends_of(draft)
+    session = wide.attn_backend.session
+    sessions = [each.session for each in backends if isinstance(each, M3AttentionBackend)]
+    pool = runner.token_to_kv_pool
     return {
         "worker": type(draft).__name__,
         "draft": type(model).__name__,
-        "backends": [type(each).__name__ for each in backends_of(draft)],
-        "decode_graph": graphs_of(target.model_runner.decode_cuda_graph_runner),
-        "draft_graph": graphs_of(draft.cuda_graph_runner),
-        "extend_graph": graphs_of(draft.cuda_graph_runner_for_draft_extend),
+        "backends": [type(each).__name__ for each in backends],
+        "graphs": {
+            "verify": graphs_of(wide.decode_cuda_graph_runner),
+            "draft": graphs_of(draft.cuda_graph_runner),
+            "extend": graphs_of(draft.cuda_graph_runner_for_draft_extend),
+        },
+        "decode_rows": session.workspace.capacity.decode_rows,
+        "scratch_shared": all(
+            each.workspace.scratch is session.workspace.scratch for each in sessions
+        ),
+        "plans_shared": len({id(each.workspace.plan_buffers) for each in (session, *sessions)})
+        <= len(sessions),
+        "requests_shared": runner.req_to_token_pool is wide.req_to_token_pool,
+        "pool": type(pool).__name__,
+        "keys": list(pool.get_key_buffer(0).shape),
+        "slots": wide.token_to_kv_pool.get_key_buffer(0).shape[0],
+        "embedding_shared": same_memory(
+            model.model.embed_tokens.weight, text.model.embed_tokens.weight
+        ),
+        "head_shared": same_memory(model.lm_head.weight, text.lm_head.weight),
     }
 
 
 def backends_of(draft: Any) -> list[Any]:
+    """Of the extend step, then of each further one."""
     steps = getattr(draft.draft_attn_backend, "attn_backends", [])
     return [draft.draft_extend_attn_backend, *steps]
 
 
-def drafts(folder: Path, method: str, steps: int) -> dict[str, Any]:
-    """One server's report; in a process of its own, which `rehearsal.chip` made one of a chip."""
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def draft(folder: Path, method: str, steps: int) -> dict[str, Any]:
+    """One server's report, in a process of its own."""
     from sglang.srt.runtime_context import SpawnRanks, get_context, publish
 
     record = resolved(command(folder, method, steps))
     publish(record, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     get_context().override("rehearsal", device=META)
-    capability = torch.cuda.get_device_capability()
     on_meta()
-    with ranks(RANKS), recorded(10 * capability[0] + capability[1]):
+    major, minor = torch.cuda.get_device_capability()
+    with ranks(RANKS), recorded(10 * major + minor):
         return report(record)
+
+
+def drafts(folder: Path, released: dict[str, Any]) -> dict[str, Any]:
+    """Method and steps -> report, in a process whose modules are of a chip; see `BACKENDS`."""
+    write_checkpoints(folder, released)
+    found = {}
+    with chip(CHIP):
+        for name in EXTENSIONS:
+            sys.modules[name] = Kernels(name)
+        for name in BACKENDS:
+            importlib.import_module(name)
+        for method in METHODS:
+            for steps in STEPS:
+                work = partial(draft, folder, method, steps)
+                found[f"{method} {steps}"] = in_a_child(work)
+    return found
