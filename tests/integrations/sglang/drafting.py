@@ -43,9 +43,9 @@ EXTENSIONS = (
     *("flash_mla", "flash_mla.flash_mla_interface"),
 )
 ITEM, CPU = torch.Tensor.item, torch.Tensor.cpu
+WORKER = "sglang.srt.speculative.eagle_worker_v2"
 # that SGLang asks a draft's backend about, imported once for all servers
 BACKENDS = (
-    "sglang.srt.speculative.eagle_worker_v2",
     "sglang.srt.layers.attention.dsa_backend",
     "sglang.srt.layers.attention.deepseek_v4_backend",
     "sglang.srt.layers.attention.flashattention_backend",
@@ -108,7 +108,7 @@ def command(folder: Path, method: str, steps: int) -> list[str]:
         *("--model-path", str(folder / "short"), "--tp", str(RANKS), "--skip-tokenizer-init"),
         *("--load-format", "dummy", "--speculative-algorithm", method),
         # a plan for each size that is captured
-        *("--cuda-graph-max-bs-decode", "8"),
+        *("--cuda-graph-max-bs-decode", "2"),
         *("--speculative-draft-model-path", str(draft), "--speculative-eagle-topk", "1"),
         *("--speculative-num-steps", str(steps)),
         *("--speculative-num-draft-tokens", str(steps + 1)),
@@ -256,8 +256,8 @@ def report(record: Any) -> dict[str, Any]:
         "scratch_shared": all(
             each.workspace.scratch is session.workspace.scratch for each in sessions
         ),
-        "plans_shared": len({id(each.workspace.plan_buffers) for each in (session, *sessions)})
-        <= len(sessions),
+        "plans_apart": len({id(each.workspace.plan_buffers) for each in (session, *sessions)})
+        == 1 + len(sessions),
         "requests_shared": runner.req_to_token_pool is wide.req_to_token_pool,
         "pool": type(pool).__name__,
         "keys": list(pool.get_key_buffer(0).shape),
@@ -296,6 +296,8 @@ def drafts(folder: Path, released: dict[str, Any]) -> dict[str, Any]:
     """Method and steps -> report, in a process whose modules are of a chip; see `BACKENDS`."""
     write_checkpoints(folder, released)
     found = {}
+    # before there are extensions, as `building.BEFORE`
+    importlib.import_module(WORKER)
     with chip(CHIP):
         for name in EXTENSIONS:
             sys.modules[name] = Kernels(name)
