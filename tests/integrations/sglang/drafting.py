@@ -8,6 +8,7 @@ the order of its scheduler. A recorder stands for CUDA graphs: nothing is captur
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import math
@@ -170,6 +171,8 @@ def on_meta() -> None:
         (eagle_worker_v2, "_is_cpu", False),
         (torch, "get_device_module", lambda *a, **kw: torch.cpu),
         (loader, "initialize_dummy_weights", lambda *a, **kw: None),
+        # before and after each capture, for nothing
+        (gc, "collect", lambda *a: 0),
         # lengths of a capture are read and summed up for backends that plan by them
         (torch.Tensor, "item", lambda tensor: 0 if tensor.is_meta else ITEM(tensor)),
         (torch.Tensor, "cpu", lambda tensor: read(tensor) if tensor.is_meta else CPU(tensor)),
