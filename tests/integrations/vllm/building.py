@@ -44,9 +44,7 @@ CACHE_BYTES = 400 * 2**30
 
 
 @contextmanager
-def rank(
-    config: Any, *, place: int, tensor: int, stages: int, beside: int = 0
-) -> Iterator[None]:
+def rank(config: Any, *, place: int, tensor: int, stages: int, beside: int = 0) -> Iterator[None]:
     """vLLM's groups as on a rank, the first one or another, of that stage of a server."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.config import set_current_vllm_config

@@ -1,4 +1,4 @@
-"""A worker that dies while it stores: vLLM imports this before it loads weights, and mixes it in."""
+"""A worker that dies while it stores: vLLM imports this first, and mixes it into its worker."""
 
 from __future__ import annotations
 

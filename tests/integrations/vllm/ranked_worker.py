@@ -26,7 +26,7 @@ weight_utils.should_skip_weight = _noting
 
 class RankedWorker(M3WorkerExtension):
     def experts_here(self) -> list[tuple[str, int, int]]:
-        """Of each layer with experts: who multiplies them, how many are here, how many there are."""
+        """Of each layer with experts: who multiplies them, how many are here, and in all."""
         layers: list[Any] = [
             layer
             for layer in self.model_runner.get_model().modules()

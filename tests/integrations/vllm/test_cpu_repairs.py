@@ -264,7 +264,10 @@ def exchange(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     communicator = CpuCommunicator(
-        dist.group.WORLD, device=torch.device("cpu"), device_group=dist.group.WORLD, unique_name="dp"
+        dist.group.WORLD,
+        device=torch.device("cpu"),
+        device_group=dist.group.WORLD,
+        unique_name="dp",
     )
     sizes = [1, 4]
     refused = []

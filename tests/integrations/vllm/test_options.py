@@ -43,7 +43,8 @@ SERVED = {
         allowed_local_media_path allowed_media_domains optimization_level""",
     "test_vision_ranks.py": "mm_encoder_tp_mode",
     "test_ranks.py": """
-        data_parallel_size data_parallel_size_local enable_expert_parallel enable_ep_weight_filter""",
+        data_parallel_size data_parallel_size_local enable_expert_parallel
+        enable_ep_weight_filter""",
     "test_gpu_servers.py, test_norms.py, test_rehearsal.py, test_building.py": """
         pipeline_parallel_size
         cudagraph_capture_sizes max_cudagraph_capture_size enable_sleep_mode

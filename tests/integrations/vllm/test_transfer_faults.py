@@ -89,9 +89,11 @@ def test_an_engine_that_is_killed_while_it_stores(
     ):
         ask(engine)
     assert len(list((tmp_path / "pages").rglob("*.safetensors"))) == 2
-    with on_storage(constructed_checkpoint, tmp_path / "pages") as engine:
-        with pytest.raises(EngineError, match="SafetensorError"):
-            ask(engine)
+    with (
+        on_storage(constructed_checkpoint, tmp_path / "pages") as engine,
+        pytest.raises(EngineError, match=r"No such file or directory: .*index_cache"),
+    ):
+        ask(engine)
 
 
 def test_ranks_that_store_under_one_name_are_noticed(
@@ -131,9 +133,7 @@ def test_one_of_two_ranks_of_a_peer_is_killed(
     ):
         first = needle_prompt(81, num_tokens=2700)
         before = test_transfer.fetched(decode)
-        whole = test_transfer.answer_here(
-            decode, first, test_transfer.read_there(prefill, first)
-        )
+        whole = test_transfer.answer_here(decode, first, test_transfer.read_there(prefill, first))
         assert tuple(whole.token_ids) == first.expected_ids
         assert test_transfer.fetched(decode) > before
         second = needle_prompt(82, num_tokens=3300)
