@@ -21,7 +21,8 @@ def _noting(name: str, local: set[int] | None) -> bool:
     return skipped
 
 
-weight_utils.should_skip_weight = _noting
+host: Any = weight_utils
+host.should_skip_weight = _noting
 
 
 class RankedWorker(M3WorkerExtension):

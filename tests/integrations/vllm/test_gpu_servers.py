@@ -215,7 +215,8 @@ def test_a_worker_that_slept_has_its_scales(monkeypatch: pytest.MonkeyPatch, lev
     layer = sparse_layer(cache_dtype="fp8")
     scales = CacheScales(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.5]))
     layer.set_scales(scales)
-    model = torch.nn.ModuleDict({"attn": layer, "norm": torch.nn.LayerNorm(4)})
+    norm = torch.nn.LayerNorm(4)
+    model = torch.nn.ModuleDict({"attn": layer, "norm": norm})
     worker: Any = object.__new__(Worker)
     worker.model_runner = SimpleNamespace(model=model)
     worker.model_config = SimpleNamespace(
@@ -236,7 +237,7 @@ def test_a_worker_that_slept_has_its_scales(monkeypatch: pytest.MonkeyPatch, lev
     assert layer.scales.v is not None
     assert layer.scales.k.tolist() == [1.0, 2.0, 3.0, 4.0]
     assert layer.scales.v.tolist() == [0.5] * len(layer.scales.v)
-    assert (model["norm"].weight.tolist() == [99.0] * 4) is (level == 2)
+    assert (norm.weight.tolist() == [99.0] * 4) is (level == 2)
 
 
 def test_vllm_refuses_to_sleep_on_a_cpu(random_checkpoint: Any) -> None:

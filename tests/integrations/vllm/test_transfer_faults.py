@@ -121,15 +121,13 @@ def test_one_of_two_ranks_of_a_peer_is_killed(
 ) -> None:
     """Half of the heads of a prompt cannot be fetched any more: the prompt is read here."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(test_transfer.NIXL)])
-    options = {"tensor_parallel_size": 2}
-    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    options: dict[str, Any] = {
+        "tensor_parallel_size": 2,
+        "variables": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    }
     with (
-        test_transfer.start(
-            constructed_checkpoint, "kv_producer", options=options, **cores
-        ) as prefill,
-        test_transfer.start(
-            constructed_checkpoint, "kv_consumer", options=options, **cores
-        ) as decode,
+        test_transfer.start(constructed_checkpoint, "kv_producer", **options) as prefill,
+        test_transfer.start(constructed_checkpoint, "kv_consumer", **options) as decode,
     ):
         first = needle_prompt(81, num_tokens=2700)
         before = test_transfer.fetched(decode)
