@@ -37,6 +37,7 @@ def make_session(
     index_dtype: torch.dtype,
     tensor_parallel_size: int,
     capacity: StepCapacity,
+    tensor_parallel_rank: int = 0,
     pages: tuple[PageLayout, ...] = ("planes",),
     beside: MSASession | None = None,
 ) -> MSASession | None:
@@ -52,6 +53,7 @@ def make_session(
     dtype : of activations
     cache_dtype, index_dtype : of the pages of K and V, and of index keys
     capacity : the largest step of the host
+    tensor_parallel_rank : whose heads' rows `M3_PLUGIN_VERIFY_TRANSFER` looks up
     pages : how the host lays out K and V, one way or another (`m3_kernels.testing.cases.Case`)
     beside : the session of a target whose draft this one is for; they share their scratch
 
@@ -146,7 +148,10 @@ def make_session(
                 f"M3_PLUGIN_INDEX_KEYS={settings.index_keys} have scales elsewhere in their page; "
                 "unset one of them"
             )
-        session.transfers = TransferVerifier(settings.verify_transfer)
+        session.transfers = TransferVerifier(
+            settings.verify_transfer,
+            first_head=tensor_parallel_rank * config.num_key_value_heads // tensor_parallel_size,
+        )
         logger.warning(
             "m3-plugin: rows of MSA's caches are compared with those in %s; every step reads its "
             "whole context",

@@ -4,7 +4,8 @@ Connectors, offloaders and disaggregated servers move pages of K, V and index ke
 the index keys, or puts them beside other keys, leaves answers that only look worse. Under
 `M3_PLUGIN_VERIFY_TRANSFER`, which names a folder that all servers share, each of them writes down
 what it stores, and looks up what it is about to read: a row of K and V at a position must be one
-that was stored, with the index key that was stored beside it.
+that was stored, with the index key that was stored beside it. Ranks that hold different heads write
+down different rows: what one of them stored is no other's.
 
 Every step reads the whole context of its requests, so a server is much slower; steps that a CUDA
 graph replays are not seen: serve eagerly. Rows stored before the first server with this variable
@@ -36,6 +37,7 @@ FILE_PATTERN = "stored-*.rows"
 # Numbers of one row in a file: of its K and V, and of these with its index key.
 _PER_ROW = 2
 _MIX = 0x2545F4914F6CDD1D
+_HEAD = 0x5DEECE66D
 
 
 class TransferError(RuntimeError):
@@ -48,11 +50,13 @@ class TransferVerifier:
     Parameters
     ----------
     folder : created, for this user alone, if it is not there; workers share it
+    first_head : of the KV heads that this worker holds
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, first_head: int = 0) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
+        self.first_head = first_head
         self._own: IO[bytes] | None = None
         # bytes read so far of each worker's file
         self._read: dict[Path, int] = {}
@@ -73,19 +77,23 @@ class TransferVerifier:
         rows = Rows.of(batch)
         slots = batch.slot_mapping.cpu().long()[: len(rows.position)]
         stored = slots >= 0
-        self._note(_marks(caches, slots[stored], rows.position[stored]))
+        self._note(self._marks(caches, slots[stored], rows.position[stored]))
         for request, position, slots in _before(plan, rows, page_size=page_size):
-            self._require_known(_marks(caches, slots, position), request, position)
+            self._require_known(self._marks(caches, slots, position), request, position)
 
-    def _require_known(self, marks: Tensor, request: int, position: Tensor) -> None:
-        unknown = ~torch.isin(marks[:, 1], self._known[:, 1])
+    def _marks(self, caches: MSACaches, slots: Tensor, position: Tensor) -> Tensor:
+        """`marks` of this worker's heads."""
+        return marks(caches, slots, position) ^ self.first_head * _HEAD
+
+    def _require_known(self, seen: Tensor, request: int, position: Tensor) -> None:
+        unknown = ~torch.isin(seen[:, 1], self._known[:, 1])
         if bool(unknown.any()):
             self._read_others()
-            unknown = ~torch.isin(marks[:, 1], self._known[:, 1])
+            unknown = ~torch.isin(seen[:, 1], self._known[:, 1])
         if not bool(unknown.any()):
             return
         first = int(torch.nonzero(unknown)[0])
-        if bool(torch.isin(marks[first, 0], self._known[:, 0])):
+        if bool(torch.isin(seen[first, 0], self._known[:, 0])):
             what = "the index key is not the one that was stored beside this K and V"
         else:
             what = "no server that writes into this folder stored such K and V there"
@@ -97,7 +105,7 @@ class TransferVerifier:
         logger.error("m3-plugin: %s", message)
         raise TransferError(message)
 
-    def _note(self, marks: Tensor) -> None:
+    def _note(self, stored: Tensor) -> None:
         """Before any other server can read what was stored."""
         if self._own is None:
             # opened by the process that runs the layers, not by the one that built the session
@@ -105,9 +113,9 @@ class TransferVerifier:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._own = os.fdopen(os.open(self.folder / name, flags, 0o600), "wb")
             self._read[self.folder / name] = -1
-        self._own.write(marks.contiguous().numpy().tobytes())
+        self._own.write(stored.contiguous().numpy().tobytes())
         self._own.flush()
-        self._known = torch.cat((self._known, marks)).unique(dim=0)
+        self._known = torch.cat((self._known, stored)).unique(dim=0)
 
     def _read_others(self) -> None:
         new = [self._known]
@@ -141,7 +149,7 @@ def _before(plan: MSAPlan, rows: Rows, *, page_size: int) -> Iterator[tuple[int,
             )
 
 
-def _marks(caches: MSACaches, slots: Tensor, position: Tensor) -> Tensor:
+def marks(caches: MSACaches, slots: Tensor, position: Tensor) -> Tensor:
     """int64 [rows, 2]: numbers of each row's K and V, and of these with its index key."""
     page_size = caches.k_pages.shape[2]
     page, offset = (slots // page_size), (slots % page_size)

@@ -172,7 +172,12 @@ class WeightLoader:
         self.global_scales.see(name, tensor)
         if self.witness is not None:
             self.witness.see(name, tensor)
-        return [(name, tensor)] if self.rewriter is None else self.rewriter.rewrite(name, tensor)
+        if self.rewriter is None:
+            return [(name, tensor)]
+        # a host that leaves experts of other ranks in the files brings their scales all the same
+        if self.ledger.module_of(name) in self.ledger.optional:
+            return []
+        return self.rewriter.rewrite(name, tensor)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Hand a tensor of those that `take` returned to the loader of the host's parameter."""

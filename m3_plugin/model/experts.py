@@ -76,6 +76,7 @@ class ExpertProbe:
         the first `num_experts_per_token` experts; by growth any experts
     dtype : of activations
     rows : numbers of rows to ask
+    in_step : whether ranks answer together, so that each must ask as often as all others
     """
 
     config: M3Config
@@ -84,6 +85,7 @@ class ExpertProbe:
     answer: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     rows: tuple[int, ...] = PROBE_ROWS
+    in_step: bool = False
 
     def prove(self, known: KnownExperts | None, *, layout: str = "") -> None:
         """Ask the kernel, with each number of rows.
@@ -130,7 +132,8 @@ class ExpertProbe:
         norms: list[float] = []
         for magnitude in reversed(PROBE_MAGNITUDES):
             norms.insert(0, self._norm(magnitude, rows=rows))
-            if sum(map(math.isfinite, norms)) > 1 and not grows_unclamped(norms):
+            settled = sum(map(math.isfinite, norms)) > 1 and not grows_unclamped(norms)
+            if settled and not self.in_step:
                 break
         return norms
 

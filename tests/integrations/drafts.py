@@ -17,6 +17,26 @@ from tests.integrations.speculation import image, image_text
 # prompt; a prompt of text has `image` in it
 Ask = Callable[[list[int] | str, int], tuple[list[int], list[list[int]]]]
 
+# An EAGLE3 head for the released model: one Llama layer, as many KV heads as query heads, a
+# vocabulary of its own.
+LARGE_HEAD = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "hidden_size": 6144,
+    "intermediate_size": 8192,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "head_dim": 128,
+    "num_hidden_layers": 1,
+    "vocab_size": 200064,
+    "draft_vocab_size": 32000,
+    "max_position_embeddings": 1048576,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "eagle_aux_hidden_state_layer_ids": [2, 4, 6],
+}
+
 
 def separate_mtp(target: Path, folder: Path) -> Path:
     """The target's MTP modules as a checkpoint of their own, with a flat config."""

@@ -1,4 +1,4 @@
-"""What of vLLM is wrong on a CPU and concerns M3's answers is put right: three things.
+"""What of vLLM is wrong on a CPU and concerns M3's answers is put right: four things.
 
 Before it verifies drafts, vLLM spreads each request's temperature, top-k and top-p over the rows of
 its drafts, with a Triton kernel. On a CPU a function of `vllm.utils.cpu_triton_utils` takes that
@@ -20,6 +20,10 @@ Rows of requests without a LoRA adapter have the adapter's number -1. vLLM's tor
 the last adapter's weights for them, so that the model's own answers change as soon as an adapter is
 loaded. What such a row is multiplied with is zero in servers of M3 with `--enable-lora`
 (`leave_out_rows_without_adapter`).
+
+Experts of data parallel ranks work on the rows of all of them. vLLM asks its communicator for
+`all_gatherv` and `reduce_scatterv`, which the one for CPUs lacks: the first step ends in a
+`NotImplementedError`, for every model with experts (`gather_rows_of_ranks`).
 
 Each to be deleted when every release of the tested window has it right.
 """
@@ -193,3 +197,84 @@ def leaves_out_rows_without_adapter() -> bool:
     bgmv_shrink(torch.ones(1, 4), torch.ones(1, 1, 2, 4), between, adapter, 1.0)
     bgmv_expand(between, torch.ones(1, 1, 3, 2), output, adapter, add_inputs=True)
     return not output.any()
+
+
+def gather_rows_of_ranks() -> None:
+    """Give data parallel ranks the two collectives of their experts; once, in a worker on a CPU."""
+    if gathers_rows_of_ranks():
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    theirs: Any = CpuCommunicator
+    theirs.all_gatherv = all_gather_rows
+    theirs.reduce_scatterv = reduce_scatter_rows
+    logger.info(
+        "m3-plugin: vLLM on a CPU has no collectives for rows of unequal ranks, which experts of "
+        "data parallel ranks need; they are added"
+    )
+
+
+def gathers_rows_of_ranks() -> bool:
+    """Whether vLLM's communicator for CPUs has both collectives."""
+    from vllm.distributed.device_communicators.base_device_communicator import (
+        DeviceCommunicatorBase,
+    )
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    names = ("all_gatherv", "reduce_scatterv")
+    return all(
+        getattr(CpuCommunicator, name) is not getattr(DeviceCommunicatorBase, name)
+        for name in names
+    )
+
+
+def all_gather_rows(
+    communicator: Any, rows: Any, dim: int = 0, sizes: list[int] | None = None
+) -> Any:
+    """The rows of all ranks behind each other, in the order of ranks.
+
+    Parameters
+    ----------
+    communicator : vLLM's, of the ranks
+    rows : [rows, ...] of this rank, or a list of such tensors
+    dim : 0
+    sizes : rows of each rank; None if all have as many as this one
+    """
+    if isinstance(rows, list):
+        return [all_gather_rows(communicator, one, dim, sizes) for one in rows]
+    _require_rows(dim)
+    parts = []
+    for place, size in enumerate(sizes or [len(rows)] * communicator.world_size):
+        own = place == communicator.rank_in_group
+        part = rows.contiguous() if own else rows.new_empty(size, *rows.shape[1:])
+        # gloo gathers equal shares only
+        torch.distributed.broadcast(
+            part, communicator.ranks[place], group=communicator.device_group
+        )
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def reduce_scatter_rows(
+    communicator: Any, rows: Tensor, dim: int = 0, sizes: list[int] | None = None
+) -> Tensor:
+    """This rank's rows of the sum over ranks, in an order that is the same on all of them.
+
+    Parameters
+    ----------
+    communicator : vLLM's, of the ranks
+    rows : [rows of all ranks, ...], left as it is
+    dim : 0
+    sizes : rows of each rank; None if all have as many
+    """
+    _require_rows(dim)
+    summed = rows.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(summed, group=communicator.device_group)
+    count = communicator.world_size
+    shares = summed.split(sizes or [len(rows) // count] * count)
+    return shares[communicator.rank_in_group].clone()
+
+
+def _require_rows(dim: int) -> None:
+    if dim != 0:
+        raise ValueError(f"dim must be 0, along which ranks have their rows; got {dim}")

@@ -26,6 +26,7 @@ from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import PROBE_ROWS, ExpertProbe
 from m3_vllm.adapters import without_adapters
 from m3_vllm.compat import device_type
+from m3_vllm.local_experts import serve_local_experts
 
 logger = init_logger("vllm.m3_plugin.moe")
 
@@ -146,13 +147,26 @@ class M3MoE(nn.Module):
                 prefix=f"{prefix}.experts",
                 **routing,
             )
-        if self.on_cpu:
+        if self.on_cpu and self.experts.moe_config.moe_parallel_config.use_ep:
+            serve_local_experts(self.experts)
+        elif self.on_cpu:
             pack_interleaved(self.experts)
 
     @property
     def partial(self) -> bool:
         """Whether the output is this rank's part; vLLM sums it all the same where it has to."""
         return self.experts.moe_config.skip_final_all_reduce
+
+    @property
+    def gathers_rows(self) -> bool:
+        """Whether data parallel ranks hand all rows of a step to each other, however many.
+
+        Other ways of vLLM's (DeepEP and the like) have limits of their own.
+        """
+        parallel = self.experts.moe_config.moe_parallel_config
+        # on a CPU vLLM falls back to it
+        gathering = self.on_cpu or parallel.use_ag_rs_all2all_kernels
+        return gathering or not parallel.use_all2all_kernels
 
     def _require_cpu_swiglu(self) -> None:
         wanted = (self.config.swiglu_alpha, self.config.swiglu_limit, self.config.swiglu_beta)
@@ -217,16 +231,21 @@ class ClampProbe(nn.Module):
         # in a tuple so that the experts are not registered, and loaded, twice
         self._moe = (moe,)
         self.vllm_config = vllm_config
+        self.proved = False
         self.quant_method = _RunClampProbe()
 
     def run(self) -> None:
         """Probe the first MoE layer; all layers share one backend.
 
+        Data parallel ranks compute experts together, so all of them must be here: they are when a
+        server starts, and are not when weights change while it serves.
+
         Raises
         ------
         ValueError : the experts' output keeps growing with their input.
         """
-        if self.vllm_config.parallel_config.data_parallel_size > 1:
+        together = self.vllm_config.parallel_config.data_parallel_size > 1
+        if together and (self.proved or not self._moe[0].gathers_rows):
             logger.info("clamp probe skipped: it would need every data parallel rank at once")
             return
         # vLLM runs no step of more rows
@@ -238,7 +257,9 @@ class ClampProbe(nn.Module):
             answer=self._answer,
             dtype=self.vllm_config.model_config.dtype,
             rows=tuple(dict.fromkeys(min(rows, largest) for rows in PROBE_ROWS)),
+            in_step=together,
         ).prove(None)
+        self.proved = True
 
     def _answer(self, rows: Tensor) -> Tensor:
         moe = self._moe[0]

@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from m3_plugin.model.config import M3Config
 
@@ -43,11 +42,14 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "and no load; leave it out",
     ),
     (
-        # vLLM 0.32 ends in cpu_fused_moe.cpp: expert ids of other ranks index this rank's weights
-        lambda c: c.parallel_config.enable_expert_parallel and current_platform.is_cpu(),
-        "--enable-expert-parallel on a CPU",
-        "vLLM's kernel for experts reads past the weights of its rank there; leave it out, "
-        "--tensor-parallel-size cuts every expert instead",
+        lambda c: (
+            c.parallel_config.enable_expert_parallel
+            and c.parallel_config.enable_ep_weight_filter
+            and c.parallel_config.expert_placement_strategy != "linear"
+        ),
+        "--enable-ep-weight-filter with --expert-placement-strategy",
+        "vLLM places experts of one group linearly all the same, and its filter would leave others "
+        "in the files than it needs; leave one of them out",
     ),
     (
         lambda c: c.lora_config is not None and c.speculative_config is not None,

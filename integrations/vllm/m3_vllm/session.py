@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 
 from m3_kernels.work_plan import DECODE_ROWS
 from m3_plugin.attention.assembly import make_session
@@ -36,6 +39,8 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
     require_served(vllm_config, config)
     if device_type() == "cpu":
         cpu_repairs.take_draws_back()
+        if vllm_config.parallel_config.data_parallel_size > 1:
+            cpu_repairs.gather_rows_of_ranks()
     if (engine := engine_of_first_worker()) is not None:
         end_with_starter(engine)
     keep_attention_out_of_piecewise_graphs(vllm_config)
@@ -46,6 +51,7 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
         cache_dtype=cache_dtype(vllm_config),
         index_dtype=index_dtype(vllm_config),
         tensor_parallel_size=get_tensor_model_parallel_world_size(),
+        tensor_parallel_rank=get_tensor_model_parallel_rank(),
         capacity=step_capacity(vllm_config),
         # K beside V; the layout decides whether heads or slots lie side by side
         pages=("packed-slots", "packed-heads"),

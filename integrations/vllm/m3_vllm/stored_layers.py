@@ -21,6 +21,7 @@ from m3_kernels.stored_matrix import Kind, StoredMatrix
 from m3_plugin.checkpoint.stored_layers import StoredExperts, StoredLinear, stored_layout
 from m3_plugin.quantization.dialects import Quantization
 from m3_plugin.quantization.packing import Layout
+from m3_vllm.local_experts import local_ids
 from m3_vllm.weights import FUSED_EITHER_WAY
 
 
@@ -95,13 +96,10 @@ class StoredExpertsMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
-        if layer.expert_map is not None:
-            # experts of other ranks become -1
-            topk_ids = layer.expert_map[topk_ids.long()]
         return self.experts.apply(
             layer,
             x,
-            expert_ids=topk_ids,
+            expert_ids=local_ids(layer, topk_ids),
             expert_weights=topk_weights,
             alpha=layer.swiglu_alpha,
             limit=layer.swiglu_limit,

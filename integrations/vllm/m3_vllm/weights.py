@@ -137,7 +137,11 @@ def mtp_weight_loader(
 
 
 def unread_experts(config: M3Config, parallel: ParallelConfig) -> frozenset[int]:
-    """Experts of other ranks, which `--enable-ep-weight-filter` leaves in the files."""
+    """Experts of other ranks, which `--enable-ep-weight-filter` leaves in the files.
+
+    Those that vLLM's layers place elsewhere: of one group of experts they are never placed round
+    robin, whatever its filter was told.
+    """
     if not (parallel.enable_expert_parallel and parallel.enable_ep_weight_filter):
         return frozenset()
     group = get_ep_group()
@@ -145,7 +149,7 @@ def unread_experts(config: M3Config, parallel: ParallelConfig) -> frozenset[int]
         config.num_experts,
         group.world_size,
         group.rank_in_group,
-        placement=parallel.expert_placement_strategy,
+        placement="linear",
     )
     return frozenset() if own is None else frozenset(range(config.num_experts)) - own
 

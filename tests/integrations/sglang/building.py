@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -220,6 +221,9 @@ def main(folder: str) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+
+    from tests.integrations.sglang.drafting import drafts
+
     # before the platform is a chip's: they decide on import which extensions to load
     for name in BEFORE:
         importlib.import_module(name)
@@ -228,7 +232,9 @@ def main(folder: str) -> None:
         with chip(name):
             made = in_a_child(lambda tensor=tensor, typed=typed: server(folder, tensor, typed))
         found[f"{name}: tp {tensor} {typed}".strip()] = made
-    json.dump(found, sys.stdout)
+    released = json.loads(Path(folder, "config.json").read_text())
+    made = in_a_child(lambda: drafts(Path(folder), released))
+    json.dump({"servers": found, "drafts": made}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The released model as a rank of a GPU server builds it, and its share of the caches.
 
-`building.py` does it on the meta device, with SGLang's own loader, groups, configurator and pools.
+`building.py` does it on the meta device, with SGLang's own loader, groups, configurator and pools;
+`drafting.py` its draft workers.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import pytest
 
 from m3_plugin.model.released import released_config
 from tests.integrations.sglang.building import SERVERS
+from tests.integrations.sglang.drafting import METHODS, STEPS
 
 GIB = 2**30
 PAGE = 128
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Server -> what its first rank is and caches."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Report of `building.py`."""
     folder = tmp_path_factory.mktemp("released")
     (folder / "config.json").write_text(json.dumps(released_config()))
     done = subprocess.run(
@@ -31,7 +33,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    servers: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(built: dict[str, Any]) -> dict[str, Any]:
+    """Server -> what its first rank is and caches."""
+    servers: dict[str, Any] = built["servers"]
     assert len(servers) == len(SERVERS)
     assert {name: each for name, each in servers.items() if "error" in each} == {}
     return servers
@@ -83,3 +91,50 @@ def test_weights_are_shared_out(found: dict[str, Any]) -> None:
         part = found[f"H100: tp {ranks}"]["weights"]
         assert whole / ranks < part < whole / ranks + 3 * GIB
     assert {rank["layers"] for rank in found.values()} == {60}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def drafts(request: pytest.FixtureRequest, built: dict[str, Any]) -> dict[int, Any]:
+    """Drafted tokens -> target and draft worker of one method (`drafting.py`)."""
+    made = {steps: built["drafts"][f"{request.param} {steps}"] for steps in STEPS}
+    assert {steps: each for steps, each in made.items() if "error" in each} == {}
+    return made
+
+
+def test_draft_workers(drafts: dict[int, Any]) -> None:
+    """Our module with our backends, or the head that was named with SGLang's own."""
+    for steps, each in drafts.items():
+        ours = each["draft"] == "MiniMaxM3MTP"
+        assert ours or each["draft"] == "LlamaForCausalLMEagle3"
+        backend = "M3AttentionBackend" if ours else "FlashAttentionBackend"
+        # the extend step's, which drafts the first token, and one for each further token
+        assert set(each["backends"]) == {backend}
+        assert len(each["backends"]) == steps
+        assert each["decode_rows"] == steps + 1
+
+
+def test_what_drafts_share_with_the_target(drafts: dict[int, Any]) -> None:
+    """Requests, slots, scratch and embedding; the module its head too. Plans are apart."""
+    for each in drafts.values():
+        ours = each["draft"] == "MiniMaxM3MTP"
+        assert each["requests_shared"]
+        assert each["scratch_shared"]
+        assert each["plans_apart"]
+        assert each["embedding_shared"]
+        # a head has a vocabulary of its own
+        assert each["head_shared"] is ours
+        assert each["pool"] == ("MiniMaxSparseKVPool" if ours else "MHATokenToKVPool")
+        # of 8 ranks: one of 4 KV heads of M3, 8 of the head's 64
+        assert each["keys"] == [each["slots"], 1 if ours else 8, 128]
+
+
+def test_drafts_are_captured(drafts: dict[int, Any]) -> None:
+    """Verified chains, the extend step, and all further tokens of a draft in one graph."""
+    for steps, each in drafts.items():
+        sizes = [2, 1]
+        chain = {"sizes": sizes, "rows": steps + 1}
+        assert each["graphs"] == {
+            "verify": chain,
+            "extend": chain,
+            "draft": {"sizes": sizes, "rows": 1} if steps > 1 else None,
+        }

@@ -29,6 +29,7 @@ SERVERS = (
     ("H100", 4, 1, ""),
     ("H100", 8, 1, ""),
     ("H100", 8, 1, "--kv-cache-dtype fp8"),
+    ("H100", 8, 1, "--enable-expert-parallel"),
     ("H100", 4, 2, ""),
     ("B200", 4, 2, ""),
 )
@@ -43,14 +44,14 @@ CACHE_BYTES = 400 * 2**30
 
 
 @contextmanager
-def rank(config: Any, *, place: int, tensor: int, stages: int) -> Iterator[None]:
-    """vLLM's groups as on the first rank of that stage of a server."""
+def rank(config: Any, *, place: int, tensor: int, stages: int, beside: int = 0) -> Iterator[None]:
+    """vLLM's groups as on a rank, the first one or another, of that stage of a server."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state as host
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    of, size = place * tensor, tensor * stages
+    of, size = place * tensor + beside, tensor * stages
     make_group = torch.distributed.new_group
 
     def without_moving(*args: Any, backend: Any = None, **kwargs: Any) -> Any:
@@ -74,6 +75,8 @@ def rank(config: Any, *, place: int, tensor: int, stages: int) -> Iterator[None]
 
 def on_meta() -> None:
     """Sessions of the Triton kernels without a chip to try them on."""
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+
     from m3_plugin.attention import assembly
     from m3_vllm import session
 
@@ -85,6 +88,14 @@ def on_meta() -> None:
         try_kernels=lambda *a, **kw: None,
     ).start()
     mock.patch.object(session, "device_type", return_value="meta").start()
+    # which experts a rank holds is read while the model is built
+    made = ExpertMapManager.__init__
+
+    def made_of_numbers(self: Any, *arguments: Any, **options: Any) -> None:
+        with torch.device("cpu"):
+            made(self, *arguments, **options)
+
+    mock.patch.object(ExpertMapManager, "__init__", made_of_numbers).start()
 
 
 def with_operations(made: Callable[[str], Any] = lambda name: lambda *arguments: None) -> None:
@@ -205,6 +216,7 @@ def prepare() -> Any:
 
 def main(folder: str) -> None:
     from tests.integrations.vllm.drafting import drafts
+    from tests.integrations.vllm.stages import loads
 
     gpu = prepare()
     found: dict[str, Any] = {}
@@ -221,7 +233,8 @@ def main(folder: str) -> None:
                 "trace": traceback.format_exc()[-3000:],
             }
     gpu.chip = CHIPS["H100"]
-    json.dump({"servers": found, "drafts": drafts(folder, gpu)}, sys.stdout)
+    report = {"servers": found, "drafts": drafts(folder, gpu), "loads": loads(folder)}
+    json.dump(report, sys.stdout)
 
 
 if __name__ == "__main__":

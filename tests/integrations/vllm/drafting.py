@@ -16,30 +16,13 @@ from unittest import mock
 
 import torch
 
+from tests.integrations.drafts import LARGE_HEAD
 from tests.integrations.vllm.building import build, layouts_of, rank, resolved, specs_of
 
 METHODS = ("mtp", "eagle3")
 STEPS = (1, 2, 3, 4, 5)
 LAYERS = 8
 RANKS = 8
-# An EAGLE3 head: one Llama layer, as many KV heads as query heads, a vocabulary of its own.
-HEAD = {
-    "architectures": ["LlamaForCausalLMEagle3"],
-    "model_type": "llama",
-    "hidden_size": 6144,
-    "intermediate_size": 8192,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "head_dim": 128,
-    "num_hidden_layers": 1,
-    "vocab_size": 200064,
-    "draft_vocab_size": 32000,
-    "max_position_embeddings": 1048576,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-    "eagle_aux_hidden_state_layer_ids": [2, 4, 6],
-}
 
 
 def shortened(config: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +137,7 @@ def drafts(folder: str, gpu: Any) -> dict[str, Any]:
 
     short = Path(folder) / "short"
     head = Path(folder) / "head"
-    for place, config in ((short, shortened(_read(folder))), (head, HEAD)):
+    for place, config in ((short, shortened(_read(folder))), (head, LARGE_HEAD)):
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config))
     found: dict[str, Any] = {}

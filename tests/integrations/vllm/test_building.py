@@ -15,6 +15,7 @@ import pytest
 from m3_plugin.model.released import released_config
 from tests.integrations.vllm.building import AUX_LAYERS, CACHE_BYTES, SERVERS
 from tests.integrations.vllm.drafting import METHODS, STEPS
+from tests.integrations.vllm.stages import DROPPED, LOADS, UNKNOWN
 
 GIB = 2**30
 
@@ -148,3 +149,32 @@ def test_drafts_are_captured(drafts: dict[int, Any]) -> None:
         assert all(tokens == requests for tokens, requests in single)
         # vLLM 0.31 has no such update; one draft has nothing to update
         assert each["in_place"] in (None, steps > 1)
+
+
+@pytest.fixture(scope="module")
+def loads(built: dict[str, Any]) -> dict[str, Any]:
+    """Server, stage and rank -> what became of its weights (`stages.py`)."""
+    found: dict[str, Any] = built["loads"]
+    assert len(found) == sum(len(places) for *_, places in LOADS)
+    return found
+
+
+def test_stages_and_expert_ranks_load_all_of_their_weights(loads: dict[str, Any]) -> None:
+    """Every rank accounts for every tensor of the checkpoint, its own and those of other stages."""
+    for name, each in loads.items():
+        assert each["empty"] == [], name
+        for dropped, said in zip(DROPPED, each["missing"], strict=True):
+            assert f"missing 1 tensor(s): {dropped.removesuffix('.weight')}" in said, name
+        assert f"left over 1 tensor(s): {UNKNOWN}" in each["left_over"], name
+
+
+def test_experts_of_other_ranks_may_stay_in_the_files(loads: dict[str, Any]) -> None:
+    layers, matrices = 5, 3
+    for name, each in loads.items():
+        here, all_of_them = each["experts"]
+        assert all_of_them == 128
+        assert here == (32 if "expert" in name else 128), name
+        left = each["tensors"] - each["read"]
+        assert left == ((128 - 32) * layers * matrices if "filter" in name else 0), name
+        # a filter that leaves an expert of this rank there is noticed
+        assert ".experts." in each["placed_otherwise"], name

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from vllm.config.lora import LoRAConfig
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
@@ -249,3 +253,62 @@ def test_rows_without_an_adapter_are_left_out() -> None:
     ours = PunicaWrapperCPU._apply_shrink
     cpu_repairs.leave_out_rows_without_adapter()
     assert PunicaWrapperCPU._apply_shrink is ours
+
+
+def rows_of(rank: int, size: int) -> torch.Tensor:
+    return torch.arange(size * 3.0).view(size, 3) + 100 * (rank + 1)
+
+
+def exchange(rank: int, folder: str) -> None:
+    """What experts of data parallel ranks ask vLLM's communicator for; results to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    group: Any = dist.group.WORLD
+    communicator = CpuCommunicator(group, torch.device("cpu"), group, unique_name="dp")
+    sizes = [1, 4]
+    refused = []
+    for name in ("all_gatherv", "reduce_scatterv"):
+        with pytest.raises(NotImplementedError):
+            getattr(communicator, name)(rows_of(rank, sizes[rank]), 0, sizes)
+        refused.append(name)
+    cpu_repairs.gather_rows_of_ranks()
+    own = rows_of(rank, sizes[rank])
+    ids = torch.full((sizes[rank], 2), rank, dtype=torch.int32)
+    gathered = communicator.all_gatherv([own, ids], 0, sizes)
+    # what a rank's experts make of all rows
+    parts = (gathered[0] * (rank + 1)).bfloat16()
+    kept = parts.clone()
+    output = torch.empty(sizes[rank], 3).bfloat16()
+    communicator.reduce_scatterv_into_output(parts, output, 0, sizes)
+    assert torch.equal(parts, kept)
+    torch.save((gathered, output), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_vllm_cannot_gather_unequal_shares_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first line fails, `gather_rows_of_ranks` can go."""
+    assert not cpu_repairs.gathers_rows_of_ranks()
+    for name in ("all_gatherv", "reduce_scatterv"):
+        # put back afterwards
+        monkeypatch.setattr(CpuCommunicator, name, getattr(CpuCommunicator, name))
+    cpu_repairs.gather_rows_of_ranks()
+    assert cpu_repairs.gathers_rows_of_ranks()
+
+
+@pytest.mark.extended
+def test_two_ranks_gather_unequal_shares(tmp_path: Path) -> None:
+    spawn(exchange, (str(tmp_path),), nprocs=2)
+    everything = torch.cat([rows_of(0, 1), rows_of(1, 4)])
+    outputs = []
+    for rank in (0, 1):
+        (rows, ids), output = torch.load(tmp_path / f"rank{rank}.pt")
+        assert torch.equal(rows, everything)
+        assert ids.tolist() == [[0, 0]] + 4 * [[1, 1]]
+        outputs.append(output)
+    summed = everything.bfloat16() + (2 * everything).bfloat16()
+    assert torch.equal(torch.cat(outputs), summed)
+
+
+def test_only_rows_are_gathered() -> None:
+    with pytest.raises(ValueError, match="dim must be 0, along which ranks have their rows; got 1"):
+        cpu_repairs.all_gather_rows(None, torch.zeros(2, 2), 1)

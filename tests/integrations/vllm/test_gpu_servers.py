@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.utils import (
     resolve_kv_cache_layout,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.utils import clear_layer_kv_caches
 
 from m3_kernels.work_plan import DECODE_ROWS
@@ -189,3 +190,56 @@ def test_scratch_is_made_for_the_rows_a_request_decodes(drafted: int | None, row
         model_config=SimpleNamespace(max_model_len=1048576),
     )
     assert step_capacity(config).decode_rows == rows
+
+
+class Discarding:
+    """In the place of vLLM's allocator: level 1 brings back what there was, level 2 anything."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def suspend(self, level: int) -> None:
+        if level == 2:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                tensor.data.fill_(99.0)
+
+    def resume(self, tags: list[str] | None) -> None:
+        """Memory is there again."""
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_worker_that_slept_has_its_scales(monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    """By vLLM's own `sleep` and `wake_up`; weights of level 2 come with the next update."""
+    for name, answer in (("synchronize", None), ("get_memory_info", (1, 2))):
+        monkeypatch.setattr(torch.accelerator, name, lambda *a, answer=answer: answer)
+    layer = sparse_layer(cache_dtype="fp8")
+    scales = CacheScales(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.5]))
+    layer.set_scales(scales)
+    norm = torch.nn.LayerNorm(4)
+    model = torch.nn.ModuleDict({"attn": layer, "norm": norm})
+    worker: Any = object.__new__(Worker)
+    worker.model_runner = SimpleNamespace(model=model)
+    worker.model_config = SimpleNamespace(
+        sleep_preserve_parameter_names=[], enable_nccl_comm_suspend=False
+    )
+    worker.vllm_config = SimpleNamespace(model_config=worker.model_config)
+    worker._sleep_mode_backend = Discarding(model)
+    worker._sleep_saved_buffers = worker._sleep_saved_draft_buffers = {}
+    worker._sleep_saved_parameters = {}
+    worker.get_draft_model = lambda: None
+    worker.synchronize_device = lambda: None
+    worker.sleep(level)
+    if level == 2:
+        assert layer.scales.k is not None
+        assert layer.scales.k.tolist() == [99.0] * 4
+    worker.wake_up()
+    assert layer.scales.k is not None
+    assert layer.scales.v is not None
+    assert layer.scales.k.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert layer.scales.v.tolist() == [0.5] * len(layer.scales.v)
+    assert (norm.weight.tolist() == [99.0] * 4) is (level == 2)
+
+
+def test_vllm_refuses_to_sleep_on_a_cpu(random_checkpoint: Any) -> None:
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        ModelConfig(model=str(random_checkpoint("engine")), enable_sleep_mode=True)

@@ -42,8 +42,11 @@ SERVED = {
         language_model_only seed structured_outputs_config async_scheduling revision
         allowed_local_media_path allowed_media_domains optimization_level""",
     "test_vision_ranks.py": "mm_encoder_tp_mode",
-    "test_gpu_servers.py, test_norms.py, test_rehearsal.py": """
-        pipeline_parallel_size data_parallel_size data_parallel_size_local enable_expert_parallel
+    "test_ranks.py": """
+        data_parallel_size data_parallel_size_local enable_expert_parallel
+        enable_ep_weight_filter""",
+    "test_gpu_servers.py, test_norms.py, test_rehearsal.py, test_building.py": """
+        pipeline_parallel_size
         cudagraph_capture_sizes max_cudagraph_capture_size enable_sleep_mode
         sleep_preserve_parameter_names enable_cumem_allocator sleep_mode_offload_cudagraph""",
     "the expert kernel that vLLM picks is probed in every server": "moe_backend linear_backend",
@@ -56,7 +59,7 @@ HOST = """
     node_rank distributed_timeout_seconds cpu_distributed_timeout_seconds numa_bind numa_bind_nodes
     numa_bind_cpus device_ids data_parallel_rank data_parallel_start_rank data_parallel_address
     data_parallel_rpc_port data_parallel_hybrid_lb data_parallel_external_lb
-    data_parallel_multi_port_external_lb data_parallel_backend enable_ep_weight_filter
+    data_parallel_multi_port_external_lb data_parallel_backend
     all2all_backend dp_sync_interval disable_nccl_for_dp_synchronization eplb_config
     expert_placement_strategy _api_process_count _api_process_rank max_parallel_loading_workers
     prefix_caching_hash_algo prefix_cache_retention_interval disable_cascade_attn offload_backend
@@ -191,7 +194,6 @@ TOWER_LORA = LoRAConfig(enable_tower_connector_lora=True)
         ("parallel_config", "decode_context_parallel_size", 2, "--decode-context-parallel-size"),
         ("parallel_config", "prefill_context_parallel_size", 2, "--prefill-context-parallel-size"),
         ("parallel_config", "enable_eplb", True, "--enable-eplb cannot"),
-        ("parallel_config", "enable_expert_parallel", True, "on a CPU .* reads past the weights"),
         ("attention_config", "hisparse_config", object(), "hisparse_config in"),
         ("", "lora_config", TOWER_LORA, "enable_tower_connector_lora cannot"),
         ("cache_config", "kv_cache_dtype_skip_layers", ["0", "5"], "one dtype; got 5,"),
@@ -230,6 +232,18 @@ def test_what_vllm_sets_itself_for_a_decoding_engine_is_no_wish() -> None:
     media = MultiModalConfig(enable_mm_embeds=True)
     media.allow_missing_mm_embeddings = True
     object.__setattr__(config, "model_config", SimpleNamespace(multimodal_config=media))
+    require_served(config, RELEASED)
+
+
+def test_a_filter_of_weights_must_know_where_experts_are() -> None:
+    config = VllmConfig()
+    parallel = config.parallel_config
+    parallel.enable_expert_parallel = parallel.enable_ep_weight_filter = True
+    require_served(config, RELEASED)
+    parallel.expert_placement_strategy = "round_robin"
+    with pytest.raises(ValueError, match="places experts of one group linearly all the same"):
+        require_served(config, RELEASED)
+    parallel.enable_ep_weight_filter = False
     require_served(config, RELEASED)
 
 

@@ -39,14 +39,16 @@ def test_every_metric_exists() -> None:
 
 
 def test_refusals_of_vllm_are_in_its_sources() -> None:
-    worker = Path(vllm.__file__).parent / "v1" / "worker"
-    text = " ".join(path.read_text() for path in worker.rglob("*.py"))
+    root = Path(vllm.__file__).parent
+    folders = (root / "v1" / "worker", root / "config")
+    text = " ".join(path.read_text() for folder in folders for path in folder.rglob("*.py"))
     said = [
         quoted
         for _, cell, _ in support_rows()
         if "vLLM says" in cell
         for quoted in re.findall(r'"([^"]+)"', cell)
     ]
+    assert said
     assert [quoted for quoted in said if quoted not in text] == []
 
 

@@ -7,8 +7,9 @@ are longer than the sparse layers read, among decoys.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -24,9 +25,16 @@ PAGE = 128
 pytestmark = pytest.mark.skipif(not (NIXL / ".ready").exists(), reason="no .venv/nixl")
 
 
-def start(checkpoint: Path, role: str, **variables: str) -> EngineProcess:
+def start(
+    checkpoint: Path,
+    role: str,
+    *,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
+) -> EngineProcess:
     return EngineProcess(
         checkpoint,
+        **options,
         # chunks on both sides
         max_num_batched_tokens=1024,
         worker_extension_cls="tests.integrations.vllm.transferring_worker.TransferringWorker",
@@ -139,8 +147,8 @@ def test_rows_that_arrive_are_looked_up(
     monkeypatch.setattr(sys, "path", [*sys.path, str(NIXL)])
     rows = {"M3_PLUGIN_VERIFY_TRANSFER": str(tmp_path / "rows")}
     with (
-        start(constructed_checkpoint, "kv_producer", **rows) as prefill,
-        start(constructed_checkpoint, "kv_consumer", **rows) as decode,
+        start(constructed_checkpoint, "kv_producer", variables=rows) as prefill,
+        start(constructed_checkpoint, "kv_consumer", variables=rows) as decode,
     ):
         prompt = needle_prompt(65, num_tokens=2700)
         answer = answer_here(decode, prompt, read_there(prefill, prompt))

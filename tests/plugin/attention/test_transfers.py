@@ -63,6 +63,14 @@ def decode(caches: MSACaches, folder: Path, pages: list[int] = RECEIVED) -> None
     TransferVerifier(folder).look(step(pages, rows=1, length=LENGTH + 1), caches=caches)
 
 
+def test_rows_of_other_heads_are_not_taken_for_ones_own(moved: tuple[MSACaches, Path]) -> None:
+    """A store that keeps one file for all ranks gives a rank the rows of another."""
+    caches, folder = moved
+    verifier = TransferVerifier(folder, first_head=2)
+    with pytest.raises(TransferError, match="no server that writes into this folder stored such"):
+        verifier.look(step(RECEIVED, rows=1, length=LENGTH + 1), caches=caches)
+
+
 def test_what_arrives_whole_is_read(moved: tuple[MSACaches, Path]) -> None:
     decode(*moved)
     # the last page is not full

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.checkpoint.loading import WeightLoader, interleave_gate_up
-from m3_plugin.checkpoint.names import text_modules
+from m3_plugin.checkpoint.names import linear_shape, text_modules
+from m3_plugin.checkpoint.stream import Packer
 from m3_plugin.model.config import M3Config
+from m3_plugin.quantization.dialects import read_quantization
 from tests.plugin.model.test_config import hub
 
 CONFIG = M3Config.from_hf(
@@ -230,3 +234,24 @@ def test_an_update_of_a_loaded_model_brings_some_tensors(caplog: pytest.LogCaptu
     whole.load("model.norm.weight", torch.ones(1))
     with pytest.raises(ValueError, match="missing"):
         whole.finish()
+
+
+@pytest.mark.parametrize("unread", [True, False])
+def test_scales_of_an_expert_that_stays_in_the_files_wait_for_nothing(unread: bool) -> None:
+    """vLLM's filter leaves weights of other ranks' experts there, and never their scales."""
+    quantization = read_quantization({"quant_method": "mxfp8", "ignored_layers": []})
+    config = dataclasses.replace(CONFIG, quantization=quantization)
+    name = "model.layers.0.block_sparse_moe.experts.1.w1"
+    rows, columns = linear_shape(config, name)
+    target = loader(
+        Recorder(),
+        rewriter=Packer(config),
+        optional=frozenset({name} if unread else ()),
+    )
+    scale = torch.zeros(rows, columns // 32, dtype=torch.uint8)
+    assert target.take(f"{name}.weight_scale_inv", scale) == []
+    if unread:
+        target._require_whole_weights()
+    else:
+        with pytest.raises(ValueError, match=r"experts\.1\.w1"):
+            target._require_whole_weights()

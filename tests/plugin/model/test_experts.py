@@ -182,16 +182,28 @@ def test_inputs_do_not_depend_on_the_default_dtype(config: M3Config, known: Know
     assert torch.equal(tokens, expected)
 
 
-@pytest.mark.parametrize(("clamps", "asked"), [(True, 2), (False, len(PROBE_MAGNITUDES))])
-def test_a_kernel_that_settles_is_asked_twice(config: M3Config, clamps: bool, asked: int) -> None:
-    """Each answer of many rows takes seconds on a CPU, and a start waits for it."""
+@pytest.mark.parametrize(
+    ("clamps", "in_step", "asked"),
+    [
+        (True, False, 2),
+        (True, True, len(PROBE_MAGNITUDES)),
+        (False, False, len(PROBE_MAGNITUDES)),
+    ],
+)
+def test_a_kernel_that_settles_is_asked_twice(
+    config: M3Config, clamps: bool, in_step: bool, asked: int
+) -> None:
+    """Each answer of many rows takes seconds on a CPU, and a start waits for it.
+
+    Ranks that answer together must not stop apart.
+    """
     given: list[float] = []
 
     def answer(tokens: Tensor) -> Tensor:
         given.append(float(tokens.norm()))
         return tokens.sign() if clamps else tokens * tokens.abs()
 
-    found = dataclasses.replace(probe(config, answer), rows=(64,))
+    found = dataclasses.replace(probe(config, answer), rows=(64,), in_step=in_step)
     if clamps:
         found.prove(None)
     else:
