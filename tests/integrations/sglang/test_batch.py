@@ -275,10 +275,10 @@ def test_defaults_leave_a_chosen_dense_backend_alone() -> None:
         {"speculative_algorithm": "NGRAM"},
         {"speculative_eagle_topk": 4},
         {"enable_multi_layer_eagle": True},
-        {"pp_size": 2},
+        {"attn_cp_size": 2},
         {"kv_cache_dtype": "fp8_e4m3"},
         {"cuda_graph_backend_prefill": "breakable"},
-        {"enable_dp_attention": True},
+        {"enable_dp_lm_head": True},
     ],
 )
 def test_what_is_not_served_is_refused_with_argument_and_value(given: dict[str, Any]) -> None:
