@@ -21,7 +21,7 @@ _KEPT_AS = torch.bfloat16
 
 
 class ExpertWitness:
-    """Keeps the first experts that a rank holds of one layer, at most as many as a token is given to.
+    """Keeps the first experts of one layer that a rank holds, at most as many as a token has.
 
     Parameters
     ----------

@@ -153,7 +153,7 @@ def copy_layer_by_layer(server_args: Any) -> None:
 def keep_no_retracted_requests(server_args: Any) -> None:
     """Declare that a decode server answers 503 to a request it must retract.
 
-    SGLang would copy the request's caches; its pool for M3 has no such copy, and the scheduler ends.
+    SGLang would copy its caches; the pool for M3 has no such copy, and the scheduler ends.
     """
     from sglang.srt.arg_groups.overrides import declare_resolution
 
@@ -378,7 +378,7 @@ class SharedRows(NamedTuple):
 
 
 def shared_rows() -> SharedRows | None:
-    """SGLang's exchange between groups of ranks that attend apart; None where there is one group."""
+    """SGLang's exchange between groups of ranks that attend apart; None for a single group."""
     if not attends_apart():
         return None
     from sglang.srt.layers import dp_attention as host

@@ -168,7 +168,7 @@ class M3MoE(nn.Module):
         return self.ask(hidden_states, self.topk(hidden_states, router_logits))
 
     def ask(self, hidden_states: Tensor, chosen: Any) -> Tensor:
-        """What this rank's experts make of tokens; `chosen` has the checkpoint's numbers of them."""
+        """What this rank's experts make of tokens; `chosen` has the checkpoint's numbers."""
         if not self.asks_own_rows:
             return self.experts(hidden_states, chosen)
         rows = own_rows(chosen, self.cut.own(self.config.num_experts))

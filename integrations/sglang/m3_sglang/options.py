@@ -164,7 +164,7 @@ _SERVED_ON_CPU: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "enable_memory_saver": (
         _OFF,
-        "memory is given back by a library for GPUs; /release_memory_occupation answers without it, "
+        "memory is given back by a library for GPUs; /release_memory_occupation answers without, "
         "and keeps what is there",
     ),
 }
@@ -330,7 +330,7 @@ def require_transfers(found: Any) -> None:
             "disaggregation_decode_retraction_backup",
             getattr(found, "disaggregation_decode_retraction_backup", None),
             (None, "none"),
-            "SGLang's cache pool for MiniMax-M3 copies no request; one that is retracted is answered "
+            "SGLang's cache pool for MiniMax-M3 copies no request; a retracted one is answered "
             "503, to be asked again",
         )
     if found.device == "cpu":

@@ -44,7 +44,9 @@ def register() -> None:
 
 def send(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND hook: pages of a chunk, and with the last of them the index keys of all."""
-    _forget(scheduler.token_to_kv_pool_allocator.get_kvcache().index_k_pool.k_buffer)
+    if kwargs.get("last_chunk"):
+        # earlier ones are still to be read here
+        _forget(scheduler.token_to_kv_pool_allocator.get_kvcache().index_k_pool.k_buffer)
     return original(scheduler, *args, **kwargs)
 
 

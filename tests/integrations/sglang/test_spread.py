@@ -54,7 +54,7 @@ def require_equal_logprobs(engine: EngineProcess, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("partition", ["1,2", "2,1"])
 def test_stages_answer(constructed_checkpoint: Path, tmp_path: Path, partition: str) -> None:
-    """Of three layers the first is dense: one stage without MSA layers, then one with both kinds."""
+    """Of three layers the first is dense: one stage without MSA layers, then one with both."""
     variables = {"SGLANG_PP_LAYER_PARTITION": partition}
     with start(constructed_checkpoint, tmp_path, pp_size=2, environment=variables) as engine:
         require_right_answers(engine)
