@@ -40,6 +40,7 @@ from m3_sglang.compat import (
     read_config,
     takes_adapters,
 )
+from m3_sglang.cpu_repairs import exchange_rows
 from m3_sglang.disaggregation import prepare_transfers
 from m3_sglang.host_cache import prepare_host_cache
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
@@ -306,6 +307,8 @@ class M3CausalLM(nn.Module):
             prepare_transfers(device_type=torch.get_default_device().type)
         if has_host_cache():
             prepare_host_cache(device_type=torch.get_default_device().type)
+        if attends_apart() and torch.get_default_device().type == "cpu":
+            exchange_rows()
         dot = f"{prefix}." if prefix else ""
         self.model = M3Model(
             self.m3_config,

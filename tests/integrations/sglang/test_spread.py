@@ -33,15 +33,21 @@ def start(checkpoint: Path, folder: Path, **options: Any) -> EngineProcess:
     )
 
 
-def require_right_answers(engine: EngineProcess) -> None:
-    """Facts among decoys beyond what MSA layers read, in a batch, then with a cached prefix."""
+def require_right_answers(engine: EngineProcess, *, cached: int | None = 2048) -> None:
+    """Facts among decoys beyond what MSA layers read, in a batch, then with a cached prefix.
+
+    Parameters
+    ----------
+    cached : tokens that the second time must find; None where it may go to another cache
+    """
     prompts = [needle_prompt(seed, num_tokens=2500 + 300 * seed) for seed in (1, 2, 3)]
     ids = [list(prompt.token_ids) for prompt in prompts]
     wanted = [prompt.expected_ids for prompt in prompts]
-    for cached in (0, 2048):
+    for least in (0, cached):
         answers = engine.generate(ids, max_tokens=[prompt.max_tokens for prompt in prompts])
         assert [tuple(answer.token_ids) for answer in answers] == wanted
-        assert min(answer.num_cached_tokens for answer in answers) >= cached
+        if least is not None:
+            assert min(answer.num_cached_tokens for answer in answers) >= least
 
 
 def require_equal_logprobs(engine: EngineProcess, checkpoint: Path) -> None:
@@ -97,3 +103,21 @@ def test_replicas_answer(constructed_checkpoint: Path, tmp_path: Path) -> None:
             (answer,) = engine.generate([list(prompt.token_ids)], max_tokens=prompt.max_tokens)
             assert tuple(answer.token_ids) == prompt.expected_ids
         assert engine.log_text().count("serving MiniMax-M3 with 2 MSA") == 2
+
+
+def test_groups_that_attend_apart_answer(constructed_checkpoint: Path, tmp_path: Path) -> None:
+    """Both ranks busy with requests of their own, then one of them idle."""
+    with start(constructed_checkpoint, tmp_path, tp_size=2, attn_dp_size=2) as engine:
+        require_right_answers(engine, cached=None)
+        for seed in (5, 6):
+            prompt = needle_prompt(seed, num_tokens=2700)
+            (answer,) = engine.generate([list(prompt.token_ids)], max_tokens=prompt.max_tokens)
+            assert tuple(answer.token_ids) == prompt.expected_ids
+
+
+def test_groups_that_attend_apart_compute_what_one_process_does(
+    random_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = random_checkpoint("kernel")
+    with start(checkpoint, tmp_path, tp_size=2, enable_dp_attention=True, dp_size=2) as engine:
+        require_equal_logprobs(engine, checkpoint)
