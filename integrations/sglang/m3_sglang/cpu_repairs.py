@@ -340,7 +340,7 @@ def copy_rows(original: Any, *args: Any) -> None:
 
     memcpy_cpu(*args)
 
+
 def gather_rows(original: Any, group: Any, output: Tensor, own: Tensor) -> None:
     """AROUND hook on what gathers equal parts: torch's own, which its op for GPUs stands before."""
     torch.distributed.all_gather_into_tensor(output, own, group=group.device_group)
-

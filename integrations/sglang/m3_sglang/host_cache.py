@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from m3_plugin.host.presence import PluginRefusal
@@ -35,8 +36,15 @@ def copy_rows(
         target[dst_indices.long()] = source[src_indices.long()]
 
 
-def allocate(dims: Any, dtype: Any, device: Any, pin_memory: bool, allocator: Any, **_: Any) -> Any:
-    """Memory of the second pool, which no driver has to know."""
+def allocate(
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    pin_memory: bool,
+    allocator: Any,
+    registration_granularity_bytes: int | None = None,
+) -> Tensor:
+    """Memory of the second pool, which no driver has to know; arguments are SGLang's."""
     return allocator.allocate(dims, dtype=dtype, device=device)
 
 

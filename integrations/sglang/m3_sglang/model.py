@@ -232,9 +232,10 @@ class M3Model(nn.Module):
         """
         if self.is_sparse:
             require_our_backend()
-        residual = None
+        hidden_states: Tensor
+        residual: Tensor | None = None
         if pp_proxy_tensors is not None:
-            hidden_states, residual = (pp_proxy_tensors[name] for name in _HANDED_ON)
+            hidden_states, residual = (pp_proxy_tensors.tensors[name] for name in _HANDED_ON)
         elif input_embeds is None:
             hidden_states = self.embed_tokens(input_ids)
         else:
@@ -255,10 +256,12 @@ class M3Model(nn.Module):
                     hidden_states = self.sums.add_up(hidden_states)
                     summed = True
                 if is_captured:
+                    assert residual is not None
                     captured.append(hidden_states + residual)
         assert residual is not None
         if not self.stage.is_last_rank:
             return PPProxyTensors(dict(zip(_HANDED_ON, (hidden_states, residual), strict=True)))
+        assert isinstance(self.norm, GemmaRMSNorm)
         if summed:
             hidden_states, _ = self.norm(hidden_states, residual)
         else:

@@ -131,7 +131,8 @@ class M3MoE(nn.Module):
         # SGLang numbers the experts of other ranks -1, which its kernels of a CPU do not skip
         self.asks_own_rows = device_type == "cpu" and self.cut.groups > 1
         if self.asks_own_rows:
-            self.experts.dispatcher.skip_local_expert_mapping = True
+            dispatcher: Any = self.experts.dispatcher
+            dispatcher.skip_local_expert_mapping = True
         self.topk = TopK(
             top_k=config.num_experts_per_token,
             renormalize=True,
