@@ -217,6 +217,10 @@ def require_served(server_args: Any) -> None:
     if wants_adapters(found):
         require_adapters(found)
     require_known_company(found)
+    groups = getattr(found, "attn_dp_size", None) or 1
+    if groups > 1:
+        ranks = getattr(found, "tp_size", groups)
+        _require("attn_dp_size", groups, (1, ranks), "groups of several ranks were never run")
     if getattr(found, "disaggregation_mode", None) in _ROLES_OF_SERVERS:
         require_transfers(found)
     if server_args.device == "cpu" and needs_triton_on_cpu():

@@ -211,6 +211,7 @@ def test_a_layer_turns_by_the_angles_beside_its_index_queries() -> None:
         layer_id=3, tp_q_head_num=4, tp_k_head_num=2, tp_v_head_num=2, head_dim=128, v_head_dim=128
     )
     backend.layers = {3: SimpleNamespace(head_norms=lambda: norms)}
+    backend.pool = SimpleNamespace(get_key_buffer=lambda layer: None)
     backend.caches = {3: empty()}
     q, k, v = normal(rows, 8 * 128).split([512, 256, 256], dim=1)
     index_q, index_k = normal(rows, 2, 128), normal(rows, 128)
