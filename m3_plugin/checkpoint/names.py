@@ -206,6 +206,22 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def is_of_stage(name: str, *, layers: range, embedding: bool, last: bool) -> bool:
+    """Whether a tensor belongs to a pipeline stage.
+
+    Parameters
+    ----------
+    name : relative to the text model
+    layers : decoder layers of the stage
+    embedding : whether it holds the embedding
+    last : whether it holds the final norm and the head
+    """
+    layer = layer_of(name)
+    if layer is not None:
+        return layer in layers
+    return embedding if name.startswith(EMBEDDING) else last
+
+
 def expert_of(module: str) -> int | None:
     """Routed expert a module belongs to, None outside the routed experts."""
     match = _EXPERT.search(module)

@@ -21,17 +21,28 @@ _KEPT_AS = torch.bfloat16
 
 
 class ExpertWitness:
-    """Keeps the first experts of one layer, as many as a token is given to.
+    """Keeps the first experts of one layer that a rank holds, at most as many as a token has.
 
     Parameters
     ----------
     config : the model
     experts : the layer's name in the checkpoint, "model.layers.3.block_sparse_moe.experts"
     rank, size : of the ranks that share each expert; the part of this one is kept
+    own : experts of which the rank has a part; all by default
     """
 
-    def __init__(self, config: M3Config, *, experts: str, rank: int, size: int) -> None:
+    def __init__(
+        self,
+        config: M3Config,
+        *,
+        experts: str,
+        rank: int,
+        size: int,
+        own: range | None = None,
+    ) -> None:
         self.config = config
+        own = range(config.num_experts) if own is None else own
+        self.watched = own[: config.num_experts_per_token]
         self.experts = experts
         self.rank, self.size = rank, size
         self.dequantiser = Dequantiser(config)
@@ -41,7 +52,7 @@ class ExpertWitness:
     def see(self, name: str, tensor: Tensor) -> None:
         """Look at a tensor on its way; `name` is relative to the text model."""
         match = self.name.match(name)
-        if match is None or int(match[1]) >= self.config.num_experts_per_token:
+        if match is None or int(match[1]) not in self.watched:
             return
         plain = self.dequantiser.take(name, tensor.detach().cpu())
         if plain is not None and plain[0].endswith(".weight"):
@@ -49,14 +60,13 @@ class ExpertWitness:
 
     def testimony(self) -> KnownExperts | None:
         """The experts, None if not all of their tensors came by."""
-        count = self.config.num_experts_per_token
-        names = [(expert, matrix) for expert in range(count) for matrix in ("w1", "w2", "w3")]
+        names = [(expert, matrix) for expert in self.watched for matrix in ("w1", "w2", "w3")]
         if not all(name in self.kept for name in names):
             return None
-        gate_up = [torch.cat((self.kept[e, "w1"], self.kept[e, "w3"])) for e in range(count)]
+        gate_up = [torch.cat((self.kept[e, "w1"], self.kept[e, "w3"])) for e in self.watched]
         return KnownExperts(
             w13=torch.stack(gate_up),
-            w2=torch.stack([self.kept[e, "w2"] for e in range(count)]),
+            w2=torch.stack([self.kept[e, "w2"] for e in self.watched]),
             bits=self._bits(),
         )
 

@@ -32,7 +32,9 @@ _TOKENS = 4
 
 @dataclass(frozen=True)
 class KnownExperts:
-    """Weights of the experts 0 to `num_experts_per_token` - 1 of one layer, this rank's part.
+    """Weights of the first experts that a rank holds of one layer, this rank's part.
+
+    As many as a token is given to, or all of them where a rank holds fewer.
 
     Attributes
     ----------
@@ -73,7 +75,7 @@ class ExpertProbe:
     host : whose kernels they are
     remedy : the option that chooses others
     answer : the kernel: fp32 [rows, hidden] -> [rows, hidden]. By value it must give the mean of
-        the first `num_experts_per_token` experts; by growth any experts
+        the `KnownExperts`; by growth any experts
     dtype : of activations
     rows : numbers of rows to ask
     in_step : whether ranks answer together, so that each must ask as often as all others
@@ -167,15 +169,17 @@ def expert_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> T
 
 
 def routed_output(token: Tensor, w13: Tensor, w2: Tensor, config: M3Config) -> Tensor:
-    """The mean of the first `num_experts_per_token` experts, fp32 [tokens, hidden_size].
+    """The mean of experts, fp32 [tokens, hidden_size].
 
     Parameters
     ----------
     token : [tokens, hidden_size], any float dtype
-    w13, w2 : stacked weights [num_experts, ...] as in `expert_output`, any float dtype
+    w13, w2 : stacked weights [experts, ...] as in `expert_output`, any float dtype
     """
-    ids = range(config.num_experts_per_token)
-    outputs = [expert_output(token.float(), w13[i].float(), w2[i].float(), config) for i in ids]
+    outputs = [
+        expert_output(token.float(), gate_up.float(), down.float(), config)
+        for gate_up, down in zip(w13, w2, strict=True)
+    ]
     return torch.stack(outputs).mean(0)
 
 

@@ -17,10 +17,11 @@ from m3_kernels.norm_rope_store import HeadNorms
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.model.config import M3Config, local_heads
 from m3_sglang.compat import (
+    attention_parallel_rank,
+    attention_parallel_size,
+    attention_partition,
     partition_shared_by,
     takes_adapters,
-    tensor_parallel_rank,
-    tensor_parallel_size,
 )
 from m3_sglang.norms import norm_and_rotate
 
@@ -65,7 +66,7 @@ class _M3AttentionBase(nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        tp_size = tensor_parallel_size()
+        tp_size = attention_parallel_size()
         self.head_dim = config.head_dim
         self.num_heads = local_heads(config.num_attention_heads, tp_size)
         self.num_kv_heads = local_heads(config.num_key_value_heads, tp_size)
@@ -82,6 +83,7 @@ class _M3AttentionBase(nn.Module):
             bias=False,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
+            **attention_partition(),
         )
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
@@ -91,6 +93,7 @@ class _M3AttentionBase(nn.Module):
             # the sum over ranks goes with the norm behind it (`RankSums`)
             reduce_results=False,
             prefix=f"{prefix}.o_proj",
+            **attention_partition(),
         )
         self.eps = config.rms_norm_eps
         self.q_norm = GemmaRMSNorm(self.head_dim, eps=self.eps)
@@ -186,7 +189,7 @@ class M3SparseAttention(_M3AttentionBase):
                 "config key 'sparse_attention_config.sparse_index_dim' must equal "
                 f"head_dim={config.head_dim} (RoPE is shared); got {msa.index_dim}"
             )
-        tp_size = tensor_parallel_size()
+        tp_size = attention_parallel_size()
         # Index query heads follow the KV heads, also when ranks exceed them and share a head;
         # the single index key is on every rank.
         self.index_qkv_proj = QKVParallelLinear(
@@ -222,8 +225,8 @@ class M3SparseAttention(_M3AttentionBase):
         """
         own = scales.of_rank(
             num_kv_heads=self.total_kv_heads,
-            rank=tensor_parallel_rank(),
-            size=tensor_parallel_size(),
+            rank=attention_parallel_rank(),
+            size=attention_parallel_size(),
             device=self.q_norm.get_parameter("weight").device,
         )
         if not self.scales_are_read:

@@ -21,14 +21,14 @@ from m3_plugin.attention.session import MSAPlan
 from m3_plugin.host.presence import PluginRefusal, attestation
 from m3_plugin.model.config import PAGED_BLOCK_SIZE
 from m3_plugin.settings import Settings
-from m3_sglang.attention import M3SparseAttention
+from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.batch import UniformStep, captured_step, msa_batch, paged
 from m3_sglang.compat import (
+    attention_parallel_size,
     read_config,
     read_draft_config,
     resolved,
     sglang_version,
-    tensor_parallel_size,
 )
 from m3_sglang.cpu_dense import cpu_dense_backend
 from m3_sglang.graphs import GraphBuffers
@@ -60,15 +60,29 @@ def create_backend(runner: Any) -> AttentionBackend:
 
 
 def around(dense: AttentionBackend, runner: Any) -> AttentionBackend:
-    """Our backend around a dense one; for a model whose layers are all dense, that one alone."""
-    if not runner.is_draft_worker and read_config(runner.model_config.hf_config).msa is None:
+    """Our backend around a dense one; where no layer of this process is sparse, that one alone."""
+    if not runner.is_draft_worker and not has_sparse_layers(runner):
         return dense
     return attested(M3AttentionBackend(runner, dense=dense), runner)
 
 
+def has_sparse_layers(runner: Any) -> bool:
+    """Whether MSA layers are in this process; a pipeline stage may have dense ones alone."""
+    if read_config(runner.model_config.hf_config).msa is None:
+        return False
+    # another class than ours is refused where our backend meets it
+    if not type(runner.model).__module__.startswith(f"{MODEL_PACKAGE}."):
+        return True
+    return any(isinstance(module, M3SparseAttention) for module in runner.model.modules())
+
+
 def attested(backend: M3AttentionBackend, runner: Any) -> M3AttentionBackend:
     """Log that this runner's model is ours, and what runs its layers."""
-    sparse = backend.config.num_sparse_layers
+    modules = list(runner.model.modules())
+    sparse, dense = (
+        sum(isinstance(module, kind) for module in modules)
+        for kind in (M3SparseAttention, M3DenseAttention)
+    )
     logger.info(
         "%s",
         attestation(
@@ -76,7 +90,7 @@ def attested(backend: M3AttentionBackend, runner: Any) -> M3AttentionBackend:
             host_version=sglang_version(),
             kernels=backend.session.kernels.describe(),
             detail=f"{'drafting for' if runner.is_draft_worker else 'serving'} MiniMax-M3 with "
-            f"{sparse} MSA and {backend.config.num_hidden_layers - sparse} dense attention layers "
+            f"{sparse} MSA and {dense} dense attention layers "
             f"in this process, dense ones on {type(backend.dense).__name__}",
         ),
     )
@@ -127,7 +141,7 @@ def _speculating_name() -> str | None:
 
 def has_grouped_heads(model_config: Any) -> bool:
     """Whether several query heads share a KV head on each rank, which trtllm_mha needs here."""
-    size = tensor_parallel_size()
+    size = attention_parallel_size()
     return model_config.num_attention_heads // size > model_config.get_num_kv_heads(size)
 
 
@@ -252,6 +266,9 @@ class M3AttentionBackend(AttentionBackend):
         # a padded request sees one key, as in SGLang's own backends
         return 1
 
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        return 1
+
     def on_after_cuda_graph_warmup(self) -> None:
         self.dense.on_after_cuda_graph_warmup()
 
@@ -336,8 +353,10 @@ class M3AttentionBackend(AttentionBackend):
 
         [slots, heads, dim] -> [pages, heads, 128, dim]; the index pool has a single head.
         """
+        # asked for in every step: with HiCache it waits until the layer's pages are back
+        keys = self.pool.get_key_buffer(layer_id)
         if layer_id not in self.caches:
-            k_pages = paged(self.pool.get_key_buffer(layer_id))
+            k_pages = paged(keys)
             scales = self.layers[layer_id].scales_for(k_pages.dtype)
             index = views_of(paged(self.pool.get_index_k_buffer(layer_id)).squeeze(1))
             self.caches[layer_id] = MSACaches(

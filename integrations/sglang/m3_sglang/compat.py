@@ -115,6 +115,108 @@ def takes_adapters() -> bool:
     return bool(get_lora().enable_lora)
 
 
+def fleets_are_tested() -> bool:
+    """Whether stages, experts by rank and disaggregation of this SGLang are those that were run."""
+    return not _is_older_than("0.5.23")
+
+
+def is_disaggregated() -> bool:
+    """Whether this process belongs to a server of prompts or of decoding alone."""
+    if not fleets_are_tested():
+        return False
+    from sglang.srt.runtime_context import get_disagg
+
+    return get_disagg().disaggregation_mode in ("prefill", "decode")
+
+
+def has_host_cache() -> bool:
+    """Whether evicted pages go to a second pool (`--enable-hierarchical-cache`)."""
+    if not fleets_are_tested():
+        return False
+    from sglang.srt.runtime_context import get_memory
+
+    return bool(get_memory().enable_hierarchical_cache)
+
+
+def copy_layer_by_layer(server_args: Any) -> None:
+    """Declare how HiCache copies on a CPU: by rows of layers, and not by kernels."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    declare_resolution(
+        server_args,
+        "m3-plugin",
+        hicache_io_backend="direct",
+        hicache_mem_layout="layer_first",
+    )
+
+
+def keep_no_retracted_requests(server_args: Any) -> None:
+    """Declare that a decode server answers 503 to a request it must retract.
+
+    SGLang would copy its caches; the pool for M3 has no such copy, and the scheduler ends.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    declare_resolution(server_args, "m3-plugin", disaggregation_decode_retraction_backup="none")
+
+
+class PipelineStage(NamedTuple):
+    """What this process holds of a model.
+
+    Attributes
+    ----------
+    layers : its decoder layers
+    is_first_rank : whether it holds the embedding
+    is_last_rank : whether it holds the final norm and the head
+    """
+
+    layers: range
+    is_first_rank: bool
+    is_last_rank: bool
+
+
+def pipeline_stage(num_layers: int) -> PipelineStage:
+    """The stage of this process in a model of that many decoder layers."""
+    if not fleets_are_tested():
+        return PipelineStage(range(num_layers), is_first_rank=True, is_last_rank=True)
+    from sglang.srt.distributed import get_pp_indices
+    from sglang.srt.runtime_context import get_parallel
+
+    rank, size = get_parallel().pp_rank, get_parallel().pp_size
+    start, end = get_pp_indices(num_layers, rank, size)
+    return PipelineStage(range(start, end), is_first_rank=rank == 0, is_last_rank=rank == size - 1)
+
+
+class ExpertCut(NamedTuple):
+    """This rank's part of a layer's routed experts.
+
+    Attributes
+    ----------
+    group, groups : which of so many groups of ranks; each has experts of its own, in order
+    rank, ranks : its place among the ranks of the group, which share the channels of each expert
+    """
+
+    group: int
+    groups: int
+    rank: int
+    ranks: int
+
+    def own(self, num_experts: int) -> range:
+        """Which of a layer's experts this rank has a part of."""
+        count = num_experts // self.groups
+        return range(self.group * count, (self.group + 1) * count)
+
+
+def expert_cut() -> ExpertCut:
+    """How this process's ranks share routed experts."""
+    if not fleets_are_tested():
+        return ExpertCut(0, 1, tensor_parallel_rank(), tensor_parallel_size())
+    from sglang.srt.runtime_context import get_parallel
+
+    found = get_parallel()
+    return ExpertCut(found.moe_ep_rank, found.moe_ep_size, found.moe_tp_rank, found.moe_tp_size)
+
+
 def has_cache_budget() -> bool:
     """Whether this SGLang sizes its cache pools in `KVCacheConfigurator`; older ones in the runner.
 
@@ -230,6 +332,69 @@ def tensor_parallel_rank() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return get_parallel().tp_rank
+
+
+def attention_parallel_size() -> int:
+    """Ranks that share the heads of each attention layer; fewer than all with `--attn-dp-size`."""
+    if not fleets_are_tested():
+        return tensor_parallel_size()
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().attn_tp_size
+
+
+def attention_parallel_rank() -> int:
+    """This process's place among the ranks that share the heads of each attention layer."""
+    if not fleets_are_tested():
+        return tensor_parallel_rank()
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().attn_tp_rank
+
+
+def attends_apart() -> bool:
+    """Whether groups of ranks attend for requests of their own (`--attn-dp-size`)."""
+    return attention_parallel_size() < tensor_parallel_size()
+
+
+def attention_partition() -> dict[str, Any]:
+    """Arguments that cut a parallel linear among the ranks that share attention."""
+    return {"parallel_group": "attn_tp"} if attends_apart() else {}
+
+
+class SharedRows(NamedTuple):
+    """Rows of all groups of ranks that attend apart, for layers that all of them share.
+
+    Attributes
+    ----------
+    gather : this group's rows, whole on each of its ranks, and the step, to the rows of all
+    scatter : the rows of all, summed over ranks, and the step, to this group's
+    add_up : a part of this group's rows to the sum of its ranks
+    """
+
+    gather: Callable[[Any, Any], Any]
+    scatter: Callable[[Any, Any], Any]
+    add_up: Callable[[Any], Any]
+
+
+def shared_rows() -> SharedRows | None:
+    """SGLang's exchange between groups of ranks that attend apart; None for a single group."""
+    if not attends_apart():
+        return None
+    from sglang.srt.layers import dp_attention as host
+    from sglang.srt.runtime_context import get_parallel
+
+    def gather(own: Any, step: Any) -> Any:
+        rows = host.get_global_dp_buffer(get_parallel().tp_group)
+        host.dp_gather_replicate(rows, own, step)
+        return rows
+
+    def scatter(rows: Any, step: Any) -> Any:
+        own = host.get_local_dp_buffer(get_parallel().tp_group)
+        host.dp_scatter(own, rows.contiguous(), step)
+        return own
+
+    return SharedRows(gather, scatter, host.attn_tp_all_reduce)
 
 
 def second_stream(device_type: str) -> Any:
@@ -362,7 +527,7 @@ def pixel_scale() -> PixelScale | None:
 
 
 def partition_shared_by(ranks: int) -> dict[str, Any]:
-    """Arguments that let a parallel linear share each shard between that many consecutive ranks.
+    """Arguments that let a linear of attention share each shard between consecutive ranks.
 
     Up to 0.5.21 SGLang's linears take rank and number of ranks, from 0.5.22 a group.
     """
@@ -373,7 +538,8 @@ def partition_shared_by(ranks: int) -> dict[str, Any]:
         }
     from sglang.srt.layers.linear import ReplicatedParallelGroup
 
-    return {"parallel_group": ReplicatedParallelGroup(group="tp", replica_size=ranks)}
+    group = "attn_tp" if attends_apart() else "tp"
+    return {"parallel_group": ReplicatedParallelGroup(group=group, replica_size=ranks)}
 
 
 def read_config(hf_config: Any) -> M3Config:

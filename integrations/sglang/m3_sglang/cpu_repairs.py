@@ -306,3 +306,41 @@ def put_in_place() -> None:
     eagle_utils.tree_speculative_sampling_target_only = verify_chain_by_sampling
     eagle_utils.top_k_renorm_prob = keep_top_k
     eagle_utils.top_p_renorm_prob = keep_top_p
+
+
+def exchange_rows() -> None:
+    """Let ranks that attend apart (`--attn-dp-size`) exchange rows; once per process.
+
+    SGLang has all of it in torch as well, and takes that where its own variable for CPU kernels is
+    set (`SGLANG_USE_CPU_ENGINE`), which needs a package that is not published.
+
+    Raises
+    ------
+    PluginRefusal : SGLang has the choice elsewhere by now.
+    """
+    from sglang.srt.model_executor import forward_batch_info
+
+    if not hasattr(forward_batch_info, "_is_cpu"):
+        raise PluginRefusal("this SGLang chooses pinned memory for --attn-dp-size elsewhere")
+    # two lines of its own read it: memory for copies, and the length of a padded request
+    forward_batch_info._is_cpu = True
+    apply_around(
+        {_COPY_ROWS: copy_rows, _GATHER_ROWS: gather_rows},
+        needed_for="attention apart (--attn-dp-size)",
+    )
+
+
+_COPY_ROWS = "sglang.srt.layers.dp_attention.memcpy_func"
+_GATHER_ROWS = "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather_into_tensor"
+
+
+def copy_rows(original: Any, *args: Any) -> None:
+    """AROUND hook on what copies rows between buffers: SGLang's own copy of it in torch."""
+    from sglang.srt.layers.dp_attention import memcpy_cpu
+
+    memcpy_cpu(*args)
+
+
+def gather_rows(original: Any, group: Any, output: Tensor, own: Tensor) -> None:
+    """AROUND hook on what gathers equal parts: torch's own, which its op for GPUs stands before."""
+    torch.distributed.all_gather_into_tensor(output, own, group=group.device_group)

@@ -10,7 +10,9 @@ import torch
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_spec
 from torch import Tensor, nn
@@ -29,11 +31,18 @@ from m3_plugin.model.rope import RowAngles
 from m3_sglang.attention import M3DenseAttention, M3SparseAttention
 from m3_sglang.backend import M3AttentionBackend
 from m3_sglang.compat import (
+    PipelineStage,
+    attends_apart,
+    expert_cut,
+    has_host_cache,
+    is_disaggregated,
+    pipeline_stage,
     read_config,
     takes_adapters,
-    tensor_parallel_rank,
-    tensor_parallel_size,
 )
+from m3_sglang.cpu_repairs import exchange_rows
+from m3_sglang.disaggregation import prepare_transfers
+from m3_sglang.host_cache import prepare_host_cache
 from m3_sglang.moe import M3MLP, ExpertProof, M3MoE, activations_as_is
 from m3_sglang.ours import FUSED_LAYERS
 from m3_sglang.own_products import use_own_products
@@ -47,6 +56,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 logger = logging.getLogger(__name__)
+
+# What a pipeline stage gives the next: the names are SGLang's, whose graphs have buffers for them.
+_HANDED_ON = ("hidden_states", "residual")
 
 
 class M3DecoderLayer(nn.Module):
@@ -133,16 +145,18 @@ class M3DecoderLayer(nn.Module):
             hidden_states, stream = self.sums.normalise(
                 self.input_layernorm, hidden_states, residual, forward_batch
             )
-        hidden_states = self.self_attn(positions, cos_sin, hidden_states, forward_batch)
+        # an idle rank, whose experts may still be asked, has no rows
+        if len(hidden_states):
+            hidden_states = self.self_attn(positions, cos_sin, hidden_states, forward_batch)
         hidden_states, stream = self.sums.normalise(
             self.post_attention_layernorm, hidden_states, stream, forward_batch
         )
         feed_forward = getattr(self, self.feed_forward_name)
-        return feed_forward(hidden_states), stream
+        return self.sums.feed(feed_forward, hidden_states, forward_batch), stream
 
 
 class M3Model(nn.Module):
-    """Embedding, decoder layers, final norm."""
+    """Embedding, decoder layers of this pipeline stage, final norm."""
 
     def __init__(
         self,
@@ -153,17 +167,27 @@ class M3Model(nn.Module):
         plan: WeightPlan | None = None,
     ) -> None:
         super().__init__()
-        self.is_sparse = config.msa is not None
-        # SGLang builds models under the device they will live on
+        stage = pipeline_stage(config.num_hidden_layers)
+        # by this name SGLang asks whether pictures are embedded here
+        self.pp_group = stage
+        self.is_sparse = any(config.sparse_layers[layer] for layer in stage.layers)
+        # SGLang builds models under the device they will live on, and their dtype
         self.device_type = torch.get_default_device().type
-        self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
-        )
+        self.dtype = torch.get_default_dtype()
+        self.embed_tokens: nn.Module = PPMissingLayer()
+        if stage.is_first_rank:
+            self.embed_tokens = VocabParallelEmbedding(
+                config.vocab_size,
+                config.hidden_size,
+                prefix=f"{prefix}.embed_tokens",
+                use_attn_tp_group=attends_apart(),
+            )
         self.angles = RowAngles.of(config)
         self.sums = RankSums(hidden_size=config.hidden_size, device_type=self.device_type)
         rope = make_rope(config, device_type=self.device_type)
-        self.layers = nn.ModuleList()
-        for index in range(config.num_hidden_layers):
+        # numbered as in the checkpoint, those of other stages too
+        self.layers = nn.ModuleList(PPMissingLayer() for _ in range(config.num_hidden_layers))
+        for index in stage.layers:
             layer = M3DecoderLayer(
                 config,
                 layer=index,
@@ -175,13 +199,20 @@ class M3Model(nn.Module):
             )
             if config.moe_layers[index]:
                 # before the next layer takes as much memory again
-                share = expert_share(config.intermediate_size, ranks=tensor_parallel_size())
                 experts = layer.block_sparse_moe.experts
+                share = rank_share(config.intermediate_size)
                 require_expert_bytes(plan, experts, layer=f"model.layers.{index}", share=share)
-            self.layers.append(layer)
-        self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.layers[index] = layer
+        self.norm: nn.Module = PPMissingLayer()
+        if stage.is_last_rank:
+            self.norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # layers behind which an EAGLE3 head reads the stream
         self.captured_layers: tuple[int, ...] = ()
+
+    @property
+    def stage(self) -> PipelineStage:
+        """What of the model is in this process."""
+        return self.pp_group
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -192,29 +223,45 @@ class M3Model(nn.Module):
         positions: Tensor,
         forward_batch: ForwardBatch,
         input_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """Hidden states after the final norm, and the streams an EAGLE3 head has asked for."""
+        pp_proxy_tensors: PPProxyTensors | None = None,
+    ) -> PPProxyTensors | tuple[Tensor, list[Tensor] | None]:
+        """Hidden states after the final norm, and the streams an EAGLE3 head has asked for.
+
+        An earlier stage gives what the next one begins with, as `pp_proxy_tensors`: the stream, and
+        what its last layer adds to it, summed over ranks.
+        """
         if self.is_sparse:
             require_our_backend()
-        if input_embeds is None:
+        hidden_states: Tensor
+        residual: Tensor | None = None
+        if pp_proxy_tensors is not None:
+            hidden_states, residual = (pp_proxy_tensors.tensors[name] for name in _HANDED_ON)
+        elif input_embeds is None:
             hidden_states = self.embed_tokens(input_ids)
         else:
             # a request's own come in bf16, whatever the model's dtype
-            hidden_states = input_embeds.to(self.norm.weight.dtype)
+            hidden_states = input_embeds.to(self.dtype)
         cos_sin = self.angles(positions)
-        residual = None
         captured = []
-        summed = False
+        summed = residual is not None
+        handed_on = None if self.stage.is_last_rank else self.stage.layers[-1]
         with activations_as_is(self.device_type):
-            for layer, module in enumerate(self.layers):
-                hidden_states, residual = module(
+            for layer in self.stage.layers:
+                hidden_states, residual = self.layers[layer](
                     positions, cos_sin, hidden_states, residual, forward_batch, summed=summed
                 )
-                summed = layer in self.captured_layers
-                if summed:
+                is_captured = layer in self.captured_layers
+                summed = self.sums.are_whole
+                if not summed and (is_captured or layer == handed_on):
                     hidden_states = self.sums.add_up(hidden_states)
+                    summed = True
+                if is_captured:
+                    assert residual is not None
                     captured.append(hidden_states + residual)
         assert residual is not None
+        if not self.stage.is_last_rank:
+            return PPProxyTensors(dict(zip(_HANDED_ON, (hidden_states, residual), strict=True)))
+        assert isinstance(self.norm, GemmaRMSNorm)
         if summed:
             hidden_states, _ = self.norm(hidden_states, residual)
         else:
@@ -259,6 +306,12 @@ class M3CausalLM(nn.Module):
         # SGLang makes a draft model after this one
         if get_spec().speculative_algorithm is not None:
             prepare_speculation(device_type=torch.get_default_device().type)
+        if is_disaggregated():
+            prepare_transfers(device_type=torch.get_default_device().type)
+        if has_host_cache():
+            prepare_host_cache(device_type=torch.get_default_device().type)
+        if attends_apart() and torch.get_default_device().type == "cpu":
+            exchange_rows()
         dot = f"{prefix}." if prefix else ""
         self.model = M3Model(
             self.m3_config,
@@ -266,12 +319,14 @@ class M3CausalLM(nn.Module):
             prefix=f"{dot}model",
             plan=read_plan(config.name_or_path, self.m3_config),
         )
-        self.lm_head = ParallelLMHead(
-            self.m3_config.vocab_size,
-            self.m3_config.hidden_size,
-            quant_config=quant_config,
-            prefix=f"{dot}lm_head",
-        )
+        self.lm_head: nn.Module = PPMissingLayer()
+        if self.model.stage.is_last_rank:
+            self.lm_head = ParallelLMHead(
+                self.m3_config.vocab_size,
+                self.m3_config.hidden_size,
+                quant_config=quant_config,
+                prefix=f"{dot}lm_head",
+            )
         routed = next((m for m in self.model.modules() if isinstance(m, M3MoE)), None)
         self.expert_proof = None if routed is None else ExpertProof(routed)
         self.logits_processor = LogitsProcessor(getattr(config, "text_config", config))
@@ -308,11 +363,34 @@ class M3CausalLM(nn.Module):
         positions: Tensor,
         forward_batch: ForwardBatch,
         input_embeds: Tensor | None = None,
+        pp_proxy_tensors: PPProxyTensors | None = None,
     ) -> Any:
-        hidden_states, captured = self.model(input_ids, positions, forward_batch, input_embeds)
+        given = self.model(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+        return self.logits_of(given, input_ids, forward_batch)
+
+    def logits_of(
+        self,
+        given: PPProxyTensors | tuple[Tensor, list[Tensor] | None],
+        input_ids: Tensor,
+        forward_batch: ForwardBatch,
+    ) -> Any:
+        """What SGLang expects of a step, from what the decoder stack gave."""
+        if isinstance(given, PPProxyTensors):
+            return given
+        hidden_states, captured = given
         return self.logits_processor(
             input_ids, hidden_states, self.lm_head, forward_batch, captured
         )
+
+    @property
+    def start_layer(self) -> int:
+        """First decoder layer of this stage; SGLang makes its caches from it."""
+        return self.model.stage.layers.start
+
+    @property
+    def end_layer(self) -> int:
+        """One past the last."""
+        return self.model.stage.layers.stop
 
     def precompile_kernels_after_loading(self) -> None:
         """Called by SGLang before it records graphs."""
@@ -346,14 +424,18 @@ class M3CausalLM(nn.Module):
         """A loader for the text model's tensors."""
         witness = None
         if self.expert_proof is not None and not self.is_loaded:
-            first = self.m3_config.moe_layers.index(True)
+            stage, cut = self.model.stage, expert_cut()
+            first = next(layer for layer in stage.layers if self.m3_config.moe_layers[layer])
             witness = ExpertWitness(
                 self.m3_config,
                 experts=f"model.layers.{first}.block_sparse_moe.experts",
-                rank=tensor_parallel_rank(),
-                size=tensor_parallel_size(),
+                own=cut.own(self.m3_config.num_experts),
+                rank=cut.rank,
+                size=cut.ranks,
             )
-        return text_weight_loader(self, config=self.m3_config, witness=witness)
+        return text_weight_loader(
+            self, config=self.m3_config, stage=self.model.stage, witness=witness
+        )
 
     def end_first_load(self, loader: WeightLoader) -> None:
         """Give the proof of the experts what it compares the kernel with."""
@@ -382,6 +464,12 @@ def read_plan(name: str, config: M3Config, *, draft: bool = False) -> WeightPlan
     if plan is not None:
         logger.info("m3-plugin: %s", plan.describe())
     return plan
+
+
+def rank_share(intermediate_size: int) -> float:
+    """Part of a layer's routed experts that this rank holds, padding included."""
+    cut = expert_cut()
+    return expert_share(intermediate_size, ranks=cut.ranks) / cut.groups
 
 
 def check_result(hidden_states: Tensor) -> None:

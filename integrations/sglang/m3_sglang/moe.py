@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.linear import (
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from m3_plugin.checkpoint.loading import interleave_gate_up, separate_gate_up
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.experts import ExpertProbe, KnownExperts
-from m3_sglang.compat import expert_offset, is_capturing, second_stream
+from m3_sglang.compat import expert_cut, expert_offset, is_capturing, second_stream
 from m3_sglang.own_products import use_own_experts
 from m3_sglang.quantization import Mxfp8ExpertsMethod
 from m3_sglang.router import M3Router
@@ -127,6 +127,12 @@ class M3MoE(nn.Module):
         )
         self.interleave = device_type == "cpu" and not ours
         self.is_interleaved = False
+        self.cut = expert_cut()
+        # SGLang numbers the experts of other ranks -1, which its kernels of a CPU do not skip
+        self.asks_own_rows = device_type == "cpu" and self.cut.groups > 1
+        if self.asks_own_rows:
+            dispatcher: Any = self.experts.dispatcher
+            dispatcher.skip_local_expert_mapping = True
         self.topk = TopK(
             top_k=config.num_experts_per_token,
             renormalize=True,
@@ -160,7 +166,20 @@ class M3MoE(nn.Module):
 
     def _routed(self, hidden_states: Tensor) -> Tensor:
         router_logits, _ = self.gate(hidden_states)
-        return self.experts(hidden_states, self.topk(hidden_states, router_logits))
+        return self.ask(hidden_states, self.topk(hidden_states, router_logits))
+
+    def ask(self, hidden_states: Tensor, chosen: Any) -> Tensor:
+        """What this rank's experts make of tokens; `chosen` has the checkpoint's numbers."""
+        if not self.asks_own_rows:
+            return self.experts(hidden_states, chosen)
+        rows = own_rows(chosen, self.cut.own(self.config.num_experts))
+        total = torch.zeros_like(hidden_states, dtype=torch.float32)
+        if len(rows.token):
+            logits = chosen.router_logits[rows.token]
+            asked = StandardTopKOutput(rows.weight[:, None], rows.expert[:, None], logits)
+            answers = self.experts(hidden_states[rows.token], asked)
+            total.index_add_(0, rows.token, answers.float())
+        return total.to(hidden_states.dtype)
 
     def _side_by_side(
         self, hidden_states: Tensor, side_stream: torch.cuda.Stream
@@ -193,6 +212,33 @@ class M3MoE(nn.Module):
         weight = self.experts.get_parameter("w13_weight")
         weight.data = interleave_gate_up(weight.data)
         self.is_interleaved = True
+
+
+class OwnRows(NamedTuple):
+    """What a rank's experts are asked, one row for each of them that a token has chosen.
+
+    Attributes
+    ----------
+    token, expert : integer [rows], the rank's own number of an expert
+    weight : [rows]
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+
+
+def own_rows(chosen: Any, own: range) -> OwnRows:
+    """The choices of a step that fall on a rank's experts.
+
+    Parameters
+    ----------
+    chosen : SGLang's, `topk_weights` and `topk_ids` of [tokens, experts per token]
+    own : the rank's experts
+    """
+    ids = chosen.topk_ids - own.start
+    token, place = torch.nonzero((ids >= 0) & (ids < len(own)), as_tuple=True)
+    return OwnRows(token, ids[token, place], chosen.topk_weights[token, place])
 
 
 class ExpertProof(nn.Module):
@@ -238,16 +284,17 @@ class ExpertProof(nn.Module):
         self.known = None
 
     def _answer(self, tokens: Tensor) -> Tensor:
-        """The mean of the first experts as the kernel computes it, [rows, hidden]."""
+        """The mean of this rank's first experts as the kernel computes it, [rows, hidden]."""
         moe = self._moe[0]
-        rows, count = len(tokens), moe.config.num_experts_per_token
+        own = moe.cut.own(moe.config.num_experts)[: moe.config.num_experts_per_token]
+        rows, count = len(tokens), len(own)
         device = next(moe.gate.parameters()).device
         tokens = tokens.to(dtype=self.dtype, device=device).contiguous()
-        ids = torch.arange(count, dtype=torch.int32, device=device).repeat(rows, 1)
+        ids = torch.tensor(own, dtype=torch.int32, device=device).repeat(rows, 1)
         weights = torch.full_like(ids, 1 / count, dtype=torch.float32)
         logits = torch.zeros(rows, moe.config.num_experts, device=device)
         with activations_as_is(device.type):
-            return moe.experts(tokens, StandardTopKOutput(weights, ids, logits))
+            return moe.ask(tokens, StandardTopKOutput(weights, ids, logits))
 
 
 def expert_layouts(experts: nn.Module) -> list[tuple[str, AbstractContextManager[Any]]]:

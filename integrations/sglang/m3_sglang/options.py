@@ -15,6 +15,9 @@ from m3_plugin.model.taking import draft_refusal, is_dspark
 from m3_plugin.settings import Settings
 from m3_sglang.compat import (
     adapters_are_tested,
+    copy_layer_by_layer,
+    fleets_are_tested,
+    keep_no_retracted_requests,
     leave_prefill_graphs_out,
     needs_triton_on_cpu,
     resolved,
@@ -27,17 +30,23 @@ from m3_sglang.ours import FUSED_LAYERS
 BACKEND_NAME = "msa"
 
 _OFF = (False, None)
+# Ways to spread a model and its caches over ranks and servers, with the values that leave them out.
+_RUN_ALONE: dict[str, tuple[object, ...]] = {
+    "disaggregation_mode": ("null", None),
+    "pp_size": (1, None),
+    "ep_size": (1, None),
+    "attn_dp_size": (1, None),
+    "enable_hierarchical_cache": _OFF,
+}
+_ROLES_OF_SERVERS = ("prefill", "decode")
 _ONE = (1, None)
-_DATA_PARALLEL = "data parallel attention is not supported; several servers behind a router are"
+_REPLICAS = "experts are not replicated within a server; --dp-size replicates all of it"
 _CONTEXT_PARALLEL = "context parallelism is not supported with MSA layers"
-_EXPERTS = (
-    "expert parallelism is not supported yet; leave it out, --tp-size cuts every expert instead"
-)
+_EXPERTS = "experts stay on the ranks of --ep-size that they are loaded on; leave it out"
 _EXPERT_ADAPTERS = "adapters of routed experts are not taken; merge them into the weights"
 _POOL = "MSA layers need SGLang's cache pool for MiniMax-M3, one buffer per layer"
-_DISAGGREGATION = (
-    "disaggregation was never run with MSA layers; leave it out, or use vLLM's NixlConnector"
-)
+_ROLES = "a server keeps the role it was started with; start one server for each"
+_HOST_COPIES = "it copies caches by kernels for a GPU, and was never run with MSA layers"
 _OFFLOAD = "MSA layers were never run with it"
 _PREFILL_GRAPHS = "steps of prompts stay eager"
 _ELSEWHERE = "it is another model's"
@@ -66,23 +75,19 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "speculative_draft_sink_size": ((None,), "the draft attends as the target does"),
     "speculative_moe_a2a_backend": ((None, "none"), _EXPERTS),
     "decoupled_spec_role": ((None, "null"), "target and draft run in one worker"),
-    "pp_size": (
-        _ONE,
-        "pipeline parallelism is not supported yet; --tp-size cuts every layer instead",
+    "moe_a2a_backend": (
+        (None, "none"),
+        "ranks of --ep-size sum up what their experts answer; leave it out",
     ),
-    "ep_size": (_ONE, _EXPERTS),
-    "moe_a2a_backend": ((None, "none"), _EXPERTS),
     "enable_eplb": (_OFF, _EXPERTS),
     "ep_num_redundant_experts": ((0, None), _EXPERTS),
     "elastic_ep_backend": ((None, "none"), _EXPERTS),
     "enable_elastic_expert_backup": (_OFF, _EXPERTS),
     "enable_paged_experts": (_OFF, _EXPERTS),
     "kt_weight_path": ((None,), _EXPERTS),
-    "attn_dp_size": (_ONE, _DATA_PARALLEL),
-    "enable_dp_attention": (_OFF, _DATA_PARALLEL),
-    "enable_dp_lm_head": (_OFF, _DATA_PARALLEL),
-    "moe_dp_size": (_ONE, _DATA_PARALLEL),
-    "dwdp_size": (_ONE, _DATA_PARALLEL),
+    "enable_dp_lm_head": (_OFF, "the head is cut over all ranks"),
+    "moe_dp_size": (_ONE, _REPLICAS),
+    "dwdp_size": (_ONE, _REPLICAS),
     "attn_cp_size": (_ONE, _CONTEXT_PARALLEL),
     "dcp_size": (_ONE, _CONTEXT_PARALLEL),
     "enable_prefill_cp": (_OFF, _CONTEXT_PARALLEL),
@@ -99,20 +104,22 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_two_batch_overlap": (_OFF, "two-batch overlap is not supported"),
     "enable_single_batch_overlap": (_OFF, "single-batch overlap is not supported"),
     "enable_hisparse": (_OFF, "HiSparse is not supported"),
-    "enable_hierarchical_cache": (
-        _OFF,
-        "HiCache was never run with MSA layers, and SGLang copies with kernels for a GPU alone; "
-        "leave it out, or serve several replicas behind a router that knows prefixes",
-    ),
+    "hicache_storage_backend": ((None,), "a third tier was never run with MSA layers"),
     "enable_lmcache": (_OFF, _POOL),
     "enable_flexkv": (_OFF, _POOL),
     "enable_unified_memory": (_OFF, _POOL),
     "enable_unified_cache_external_linker": (_OFF, _POOL),
     "enable_page_major_kv_layout": (_OFF, _POOL),
     "prefill_only_disable_kv_cache": (_OFF, "MSA layers read keys from the cache alone"),
-    "disaggregation_mode": ((None, "null"), _DISAGGREGATION),
+    "disaggregation_mode": ((None, "null", "prefill", "decode"), "there is no other"),
+    "disaggregation_transfer_backend": (
+        ("mooncake", "mooncake_tcp", "nixl", "mori"),
+        "the others do not move index keys of MSA layers",
+    ),
+    "disaggregation_decode_allocation_policy": ((None, "early"), "the other was never run"),
+    "disaggregation_decode_host_receive_threshold": ((1, None), _HOST_COPIES),
     "disaggregation_decode_enable_offload_kvcache": (_OFF, _POOL),
-    "enable_pd_role_switch": (_OFF, _DISAGGREGATION),
+    "enable_pd_role_switch": (_OFF, _ROLES),
     "encoder_only": (_OFF, "the vision tower runs beside the text model"),
     "language_only": (_OFF, "the vision tower runs beside the text model"),
     "uno_lora_path": ((None,), "it drafts with an adapter of another model"),
@@ -155,6 +162,11 @@ _SERVED_ON_CPU: dict[str, tuple[tuple[object, ...], str]] = {
         ("auto", "bf16", "bfloat16"),
         "the kernels of a CPU read K and V in the model's dtype or bf16",
     ),
+    "enable_memory_saver": (
+        _OFF,
+        "memory is given back by a library for GPUs; /release_memory_occupation answers without, "
+        "and keeps what is there",
+    ),
 }
 
 
@@ -180,6 +192,10 @@ def m3_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
         overrides["attention_backend"] = BACKEND_NAME
     if server_args.device == "cpu" and wants_adapters(server_args):
         run_adapters_in_torch(server_args)
+    if server_args.device == "cpu" and getattr(server_args, "enable_hierarchical_cache", False):
+        copy_layer_by_layer(server_args)
+    if getattr(server_args, "disaggregation_mode", None) == "decode":
+        keep_no_retracted_requests(server_args)
     return overrides
 
 
@@ -200,6 +216,13 @@ def require_served(server_args: Any) -> None:
     _require_kept_weights(found)
     if wants_adapters(found):
         require_adapters(found)
+    require_known_company(found)
+    groups = getattr(found, "attn_dp_size", None) or 1
+    if groups > 1:
+        ranks = getattr(found, "tp_size", groups)
+        _require("attn_dp_size", groups, (1, ranks), "groups of several ranks were never run")
+    if getattr(found, "disaggregation_mode", None) in _ROLES_OF_SERVERS:
+        require_transfers(found)
     if server_args.device == "cpu" and needs_triton_on_cpu():
         require_interpreted_steps(server_args)
     if server_args.speculative_algorithm is not None:
@@ -264,6 +287,63 @@ def require_adapters(found: Any) -> None:
             "are for a GPU; leave it out"
         )
     wanted_projections(getattr(found, "lora_target_modules", None), fused=FUSED_LAYERS)
+
+
+def require_known_company(found: Any) -> None:
+    """Refuse what was run alone beside anything else of its kind, drafts or adapters.
+
+    Raises
+    ------
+    ValueError : an SGLang too old, or two options that nobody has run together.
+    """
+    given = {name: getattr(found, name, usual[0]) for name, usual in _RUN_ALONE.items()}
+    alone = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in given.items()
+        if value not in _RUN_ALONE[name]
+    ]
+    if not alone:
+        return
+    if not fleets_are_tested():
+        raise ValueError(f"m3-plugin: {alone[0]} needs SGLang 0.5.23; got {sglang_version()}")
+    others = []
+    if found.speculative_algorithm is not None:
+        others.append(f"--speculative-algorithm {found.speculative_algorithm}")
+    if wants_adapters(found):
+        others.append("--enable-lora")
+    if getattr(found, "mm_enable_dp_encoder", False):
+        others.append("--mm-enable-dp-encoder")
+    together = alone + others
+    if len(together) > 1:
+        raise ValueError(
+            f"m3-plugin: {together[0]} beside {together[1]}: they were never run together; leave "
+            "one of them out"
+        )
+
+
+def require_transfers(found: Any) -> None:
+    """Refuse a server of prompts or of decoding whose caches would not move, or not come back.
+
+    Raises
+    ------
+    ValueError : a transfer, a check or a backup of caches that needs a GPU on a CPU; a backup of
+        retracted requests that SGLang's pool cannot make.
+    """
+    if found.disaggregation_mode == "decode":
+        _require(
+            "disaggregation_decode_retraction_backup",
+            getattr(found, "disaggregation_decode_retraction_backup", None),
+            (None, "none"),
+            "SGLang's cache pool for MiniMax-M3 copies no request; a retracted one is answered "
+            "503, to be asked again",
+        )
+    if found.device == "cpu":
+        backend = found.disaggregation_transfer_backend
+        advice = "the others move memory of GPUs, or were never run"
+        _require("disaggregation_transfer_backend", backend, ("nixl",), advice)
+        checksum = getattr(found, "disaggregation_enable_kv_checksum", False)
+        advice = "SGLang computes it on a GPU; M3_PLUGIN_VERIFY_TRANSFER looks at every row"
+        _require("disaggregation_enable_kv_checksum", checksum, (False,), advice)
 
 
 def require_interpreted_steps(server_args: Any) -> None:

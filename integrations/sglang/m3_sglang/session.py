@@ -17,7 +17,7 @@ from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.workspace import LayerShape, workspace_bytes
 from m3_plugin.model.config import PAGED_BLOCK_SIZE, M3Config, local_heads
 from m3_plugin.settings import Settings
-from m3_sglang.compat import read_config, resolved, tensor_parallel_size
+from m3_sglang.compat import attention_parallel_size, read_config, resolved
 
 # SGLang's own limits of a worker: requests where none is asked for, and slots of a request's row
 # behind the context, for drafts and whole pages (`get_req_to_token_extra_context_len`).
@@ -37,7 +37,7 @@ def worker_session(config: M3Config, runner: Any) -> MSASession | None:
     """
     if config.msa is None:
         return None
-    size = tensor_parallel_size()
+    size = attention_parallel_size()
     geometry = (
         config.msa,
         local_heads(config.num_attention_heads, size),
@@ -123,7 +123,7 @@ def workspace_of_pool(sizing: Any) -> int:
     config = read_config(sizing.model_config.hf_config)
     if config.msa is None or kernels.family != "triton":
         return 0
-    size = tensor_parallel_size()
+    size = attention_parallel_size()
     asked = resolved(sizing.server_args).max_running_requests
     shape = LayerShape(
         num_q_heads=local_heads(config.num_attention_heads, size),

@@ -14,10 +14,11 @@ from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from torch import Tensor
 
-from m3_sglang.compat import FusedSum, fused_sum, tensor_parallel_size
+from m3_sglang.compat import FusedSum, fused_sum, shared_rows, tensor_parallel_size
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from torch import nn
 
 
 class RankSums:
@@ -32,7 +33,10 @@ class RankSums:
     def __init__(self, *, hidden_size: int, device_type: str) -> None:
         self.hidden_size = hidden_size
         self.size = tensor_parallel_size()
-        self.fused: FusedSum | None = fused_sum(device_type) if self.size > 1 else None
+        # groups of ranks that attend for requests of their own share all other layers
+        self.shared = shared_rows()
+        together = self.size > 1 and self.shared is None
+        self.fused: FusedSum | None = fused_sum(device_type) if together else None
 
     def prepare(self) -> None:
         """Make the buffer of fused sums, on all ranks at once and before any graph is recorded.
@@ -43,8 +47,29 @@ class RankSums:
             self.fused.register()
 
     def add_up(self, part: Tensor) -> Tensor:
-        """[tokens, hidden] of this rank -> the same of all."""
+        """[tokens, hidden] of this rank -> the same of all ranks that have these tokens."""
+        if self.shared is not None:
+            # an idle group has no tokens on any rank
+            return self.shared.add_up(part) if len(part) else part
         return tensor_model_parallel_all_reduce(part) if self.size > 1 else part
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether `feed` gives sums over all ranks, and no parts."""
+        return self.shared is not None
+
+    def feed(self, layer: nn.Module, rows: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        """What a layer that all ranks share makes of this rank's rows.
+
+        Parameters
+        ----------
+        layer : [tokens, hidden] to this rank's part of the same
+        rows : [tokens, hidden], the same on all ranks that have these tokens
+        """
+        if self.shared is None:
+            return layer(rows)
+        part = layer(self.shared.gather(rows, forward_batch))
+        return self.shared.scatter(tensor_model_parallel_all_reduce(part), forward_batch)
 
     def normalise(
         self, norm: GemmaRMSNorm, part: Tensor, stream: Tensor, forward_batch: ForwardBatch

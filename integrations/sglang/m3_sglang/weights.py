@@ -9,9 +9,16 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
 from m3_plugin.checkpoint.loading import Shard, WeightLoader, chosen_rewriter
-from m3_plugin.checkpoint.names import MTP_PREFIX, is_draft_tensor, mtp_modules, text_modules
+from m3_plugin.checkpoint.names import (
+    MTP_PREFIX,
+    is_draft_tensor,
+    is_of_stage,
+    mtp_modules,
+    text_modules,
+)
 from m3_plugin.checkpoint.witness import ExpertWitness
 from m3_plugin.model.config import M3Config
+from m3_sglang.compat import PipelineStage
 
 FUSED: dict[str, tuple[str, Shard]] = {
     "q_proj": ("qkv_proj", "q"),
@@ -25,7 +32,7 @@ FUSED: dict[str, tuple[str, Shard]] = {
 
 
 def text_weight_loader(
-    model: nn.Module, *, config: M3Config, witness: ExpertWitness | None
+    model: nn.Module, *, config: M3Config, stage: PipelineStage, witness: ExpertWitness | None
 ) -> WeightLoader:
     """A loader for our causal LM.
 
@@ -33,9 +40,22 @@ def text_weight_loader(
     ----------
     model : our causal LM
     config : what the checkpoint promises
+    stage : what of it is in this process
     witness : keeps what the proof of its experts needs
     """
-    return _weight_loader(model, config=config, expected=text_modules(config), witness=witness)
+
+    def is_elsewhere(name: str) -> bool:
+        return not is_of_stage(
+            name, layers=stage.layers, embedding=stage.is_first_rank, last=stage.is_last_rank
+        )
+
+    return _weight_loader(
+        model,
+        config=config,
+        expected=text_modules(config),
+        is_elsewhere=is_elsewhere,
+        witness=witness,
+    )
 
 
 def mtp_weight_loader(model: nn.Module, *, config: M3Config) -> WeightLoader:
@@ -59,6 +79,7 @@ def _weight_loader(
     *,
     config: M3Config,
     expected: frozenset[str],
+    is_elsewhere: Callable[[str], bool] = lambda name: False,
     is_foreign: Callable[[str], bool] = is_draft_tensor,
     witness: ExpertWitness | None = None,
 ) -> WeightLoader:
@@ -75,6 +96,7 @@ def _weight_loader(
         ),
         default_loader=default_weight_loader,
         rewriter=chosen_rewriter(model, config),
+        is_elsewhere=is_elsewhere,
         is_foreign=is_foreign,
         witness=witness,
     )

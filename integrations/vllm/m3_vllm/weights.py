@@ -17,7 +17,7 @@ from m3_plugin.checkpoint.names import (
     EMBEDDING,
     expert_of,
     is_mtp_tensor,
-    layer_of,
+    is_of_stage,
     mtp_modules,
     text_modules,
 )
@@ -86,12 +86,9 @@ def text_weight_loader(
     has_head = any(name.startswith("lm_head.") for name, _ in model.named_parameters())
 
     def is_elsewhere(name: str) -> bool:
-        layer = layer_of(name)
-        if layer is not None:
-            return layer not in layers
         if name.startswith("lm_head.") and not has_head:
             return True
-        return not (embedding if name.startswith(EMBEDDING) else last_stage)
+        return not is_of_stage(name, layers=layers, embedding=embedding, last=last_stage)
 
     return _weight_loader(
         model,

@@ -14,14 +14,19 @@ def _names(text: str) -> frozenset[str]:
 # Served, each with a test of ours.
 SERVED = _names(
     """
-    attention_backend chunked_prefill_size context_length cuda_graph_backend_decode
+    attention_backend attn_dp_size chunked_prefill_size context_length
+    cuda_graph_backend_decode
     cuda_graph_config decode_attention_backend device disable_cuda_graph
-    disable_prefill_cuda_graph disable_radix_cache dtype enable_lora enable_memory_saver
+    disable_prefill_cuda_graph disable_radix_cache disaggregation_bootstrap_port
+    disaggregation_decode_enable_radix_cache disaggregation_decode_retraction_backup
+    disaggregation_enable_kv_checksum dp_size dtype enable_dp_attention enable_lora
+    enable_hierarchical_cache enable_memory_saver ep_size
     enable_metrics lora_paths lora_target_modules max_lora_rank max_loras_per_batch
     enable_mixed_chunk enable_weights_cpu_backup json_model_override_args load_format
     max_prefill_tokens max_running_requests max_total_tokens mem_fraction_static
     mm_enable_dp_encoder mm_process_config model_path moe_runner_backend
-    prefill_attention_backend quantization random_seed reasoning_parser speculative_attention_mode
+    pp_size prefill_attention_backend quantization random_seed reasoning_parser
+    speculative_attention_mode
     speculative_draft_attention_backend
     speculative_draft_model_path speculative_num_draft_tokens speculative_num_steps
     tokenizer_worker_num tool_call_parser tp_size trust_remote_code
@@ -40,11 +45,8 @@ WITHOUT_EFFECT = _names(
     disable_aiter_allreduce_fusion_in_decode disable_aiter_allreduce_fusion_in_prefill
     disable_attn_tp_gather disable_chunked_prefix_cache
     disable_flashinfer_cutlass_moe_fp4_allgather disable_hybrid_swa_memory
-    disable_shared_experts_fusion disaggregation_bootstrap_port
-    disaggregation_decode_allocation_policy disaggregation_decode_enable_radix_cache
-    disaggregation_decode_extra_slots disaggregation_decode_host_receive_threshold
-    disaggregation_decode_polling_interval disaggregation_decode_retraction_backup
-    disaggregation_enable_kv_checksum disaggregation_ib_device disaggregation_transfer_backend
+    disable_shared_experts_fusion disaggregation_decode_extra_slots
+    disaggregation_decode_polling_interval disaggregation_ib_device
     dllm_algorithm_config dllm_fdfo dsa_decode_backend dsa_paged_mqa_logits_backend
     dsa_prefill_backend dsa_topk_backend dsa_triton_union dsv4_attn_backend dsv4_prefill_backend
     elastic_ep_initial_size elastic_ep_scale_timeout enable_adaptive_dispatch_to_encoder
@@ -64,7 +66,7 @@ WITHOUT_EFFECT = _names(
     expert_distribution_recorder_mode flashinfer_a2a_dispatch_type
     flashinfer_mla_disable_ragged flashinfer_mxfp4_moe_precision flexkv_config_file fuseep_mode
     gated_launch_port hicache_host_memory_fraction hicache_host_memory_mode hicache_io_backend
-    hicache_mem_layout hicache_ratio hicache_size hicache_storage_backend
+    hicache_mem_layout hicache_ratio hicache_size
     hicache_storage_backend_extra_config hicache_storage_prefetch_policy
     hicache_storage_prefetch_retry_max_attempts hicache_storage_prefetch_retry_poll_interval
     hicache_write_policy hisparse_config init_expert_location int8_mamba_ckpt_size kt_cpuinfer
@@ -114,7 +116,7 @@ HOSTS_OWN = _names(
     detokenizer_worker_num disable_cuda_graph_padding disable_custom_all_reduce
     disable_decode_cuda_graph disable_fast_image_processor disable_flashinfer_autotune
     disable_outlines_disk_cache disable_overlap_schedule disable_priority_preemption
-    disable_tokenizer_batch_decode dist_init_addr dist_timeout download_dir dp_size
+    disable_tokenizer_batch_decode dist_init_addr dist_timeout download_dir
     dynamic_batch_tokenizer_batch_size dynamic_batch_tokenizer_batch_timeout
     enable_broadcast_mm_inputs_process enable_cache_report enable_cudagraph_gc
     enable_custom_logit_processor enable_draft_weights_cpu_backup enable_dynamic_batch_tokenizer

@@ -128,7 +128,7 @@ def dense(record: Any, kind: str, cache: str) -> str:
         model_config=model,
         kv_cache_dtype=getattr(torch, cache),
     )
-    with mock.patch("m3_sglang.backend.tensor_parallel_size", return_value=8):
+    with mock.patch("m3_sglang.backend.attention_parallel_size", return_value=8):
         return dense_backend_name(runner)
 
 

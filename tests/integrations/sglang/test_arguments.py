@@ -79,10 +79,10 @@ def test_a_decision_of_sglang_counts_as_much_as_an_option() -> None:
     given = SimpleNamespace(
         device="cuda",
         speculative_algorithm=None,
-        attn_dp_size=1,
-        _resolved_overrides=[("handle_deprecated_dp_attention", {"attn_dp_size": 2})],
+        attn_cp_size=1,
+        _resolved_overrides=[("handle_context_parallelism", {"attn_cp_size": 2})],
     )
-    with pytest.raises(ValueError, match="--attn-dp-size must be 1"):
+    with pytest.raises(ValueError, match="--attn-cp-size must be 1"):
         require_served(given)
 
 
@@ -141,3 +141,59 @@ def test_adapters_need_the_release_that_they_were_run_on(monkeypatch: pytest.Mon
     monkeypatch.setattr(options, "adapters_are_tested", lambda: False)
     with pytest.raises(ValueError, match="--enable-lora needs SGLang"):
         options.require_served(SimpleNamespace(**ADAPTERS))
+
+
+ALONE: dict[str, Any] = {"device": "cuda", "speculative_algorithm": None}
+DECODE = {
+    "device": "cpu",
+    "speculative_algorithm": None,
+    "disaggregation_mode": "decode",
+    "disaggregation_transfer_backend": "nixl",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pp_size": 2, "ep_size": 2}, "--pp-size 2 beside --ep-size 2"),
+        ({"attn_dp_size": 2, "speculative_algorithm": "EAGLE3"}, "--attn-dp-size 2 beside --spec"),
+        ({"ep_size": 2, "enable_lora": True}, "--ep-size 2 beside --enable-lora"),
+        ({"attn_dp_size": 2, "mm_enable_dp_encoder": True}, "beside --mm-enable-dp-encoder"),
+        ({"disaggregation_mode": "prefill", "pp_size": 2}, "prefill beside --pp-size 2"),
+    ],
+)
+def test_what_was_run_alone_is_refused_in_company(given: dict[str, Any], message: str) -> None:
+    from m3_sglang.options import require_served
+
+    with pytest.raises(ValueError, match=message):
+        require_served(SimpleNamespace(**(ALONE | given)))
+
+
+def test_ways_to_spread_a_model_need_the_release_they_were_run_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from m3_sglang import options
+
+    for given in ({"pp_size": 2}, {"ep_size": 2}, {"attn_dp_size": 2}, DECODE):
+        options.require_served(SimpleNamespace(**(ALONE | given)))
+    monkeypatch.setattr(options, "fleets_are_tested", lambda: False)
+    options.require_served(SimpleNamespace(**ALONE, pp_size=1, disaggregation_mode="null"))
+    for given in ({"pp_size": 2}, {"ep_size": 2}, {"attn_dp_size": 2}, DECODE):
+        with pytest.raises(ValueError, match=r"needs SGLang 0\.5\.23"):
+            options.require_served(SimpleNamespace(**(ALONE | given)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"disaggregation_transfer_backend": "mooncake"}, "transfer-backend must be nixl"),
+        ({"disaggregation_enable_kv_checksum": True}, "kv-checksum must be False"),
+        ({"disaggregation_decode_retraction_backup": "cpu_tensor"}, "backup must be None or none"),
+        ({"disaggregation_decode_retraction_backup": "host_pool"}, "answered 503"),
+    ],
+)
+def test_transfers_that_a_cpu_cannot_make_are_refused(given: dict[str, Any], message: str) -> None:
+    from m3_sglang.options import require_served
+
+    with pytest.raises(ValueError, match=message):
+        require_served(SimpleNamespace(**(DECODE | given)))

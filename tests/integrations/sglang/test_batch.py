@@ -211,6 +211,7 @@ def test_a_layer_turns_by_the_angles_beside_its_index_queries() -> None:
         layer_id=3, tp_q_head_num=4, tp_k_head_num=2, tp_v_head_num=2, head_dim=128, v_head_dim=128
     )
     backend.layers = {3: SimpleNamespace(head_norms=lambda: norms)}
+    backend.pool = SimpleNamespace(get_key_buffer=lambda layer: None)
     backend.caches = {3: empty()}
     q, k, v = normal(rows, 8 * 128).split([512, 256, 256], dim=1)
     index_q, index_k = normal(rows, 2, 128), normal(rows, 128)
@@ -275,10 +276,10 @@ def test_defaults_leave_a_chosen_dense_backend_alone() -> None:
         {"speculative_algorithm": "NGRAM"},
         {"speculative_eagle_topk": 4},
         {"enable_multi_layer_eagle": True},
-        {"pp_size": 2},
+        {"attn_cp_size": 2},
         {"kv_cache_dtype": "fp8_e4m3"},
         {"cuda_graph_backend_prefill": "breakable"},
-        {"enable_dp_attention": True},
+        {"enable_dp_lm_head": True},
     ],
 )
 def test_what_is_not_served_is_refused_with_argument_and_value(given: dict[str, Any]) -> None:

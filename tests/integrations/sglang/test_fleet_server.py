@@ -147,6 +147,14 @@ def test_what_is_refused_leaves_the_old_weights(
     assert client.logprobs(PROMPT) == first
 
 
+def test_memory_is_asked_back_and_given_again(client: Client) -> None:
+    """Without `--enable-memory-saver`, which a CPU has not, nothing is given back or lost."""
+    first = client.logprobs(PROMPT)
+    assert client.post("release_memory_occupation").status_code == 200
+    assert client.post("resume_memory_occupation").status_code == 200
+    assert client.logprobs(PROMPT) == first
+
+
 def serialised(named: list[tuple[str, torch.Tensor]]) -> list[str]:
     """Tensors as SGLang's client sends them to a server of another parent."""
     from sglang.srt.utils import MultiprocessingSerializer

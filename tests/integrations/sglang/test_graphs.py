@@ -100,6 +100,7 @@ def backend(layer: Layer, *, max_bs: int, max_rows: int) -> Any:
     made.session = session()
     made.plan = made.graph_buffers = None
     made.layers = {3: layer}
+    made.pool = SimpleNamespace(get_key_buffer=lambda layer: None)
     made.caches = {3: layer.caches}
     made.init_cuda_graph_state(max_bs, max_rows)
     return made

@@ -35,7 +35,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     triton = KernelChoice(family="triton", reason="tested", refused=())
     monkeypatch.setattr(session, "choose_kernels", lambda *a, **kw: triton)
-    monkeypatch.setattr(session, "tensor_parallel_size", lambda: 8)
+    monkeypatch.setattr(session, "attention_parallel_size", lambda: 8)
     monkeypatch.setattr(session, "read_config", lambda config: M3Config.from_hf(hub()))
     monkeypatch.setattr(registration, "is_ours", lambda config: config.architectures != ["Other"])
     monkeypatch.setattr(host, "get_available_gpu_memory", lambda *a, **kw: 40.0)

@@ -54,7 +54,7 @@ def test_a_draft_and_all_its_steps_use_the_targets_scratch(
         return session()
 
     monkeypatch.setattr(sessions, "make_session", make_session)
-    monkeypatch.setattr(sessions, "tensor_parallel_size", lambda: 1)
+    monkeypatch.setattr(sessions, "attention_parallel_size", lambda: 1)
     config = M3Config.from_hf(hub())
     pool = Pool()
     target, *drafts = (sessions.worker_session(config, runner(pool)) for _ in range(1 + num_steps))
@@ -84,7 +84,7 @@ def test_a_workers_session_rounds_what_it_stores_if_asked(
     from m3_sglang import session as sessions
 
     monkeypatch.setenv("M3_PLUGIN_CACHE_VALUES", asked)
-    monkeypatch.setattr(sessions, "tensor_parallel_size", lambda: 1)
+    monkeypatch.setattr(sessions, "attention_parallel_size", lambda: 1)
     config, pool = M3Config.from_hf(hub()), Pool()
     for _ in range(2):
         made = sessions.worker_session(config, runner(pool))
@@ -165,8 +165,8 @@ def test_an_idle_rank_returns_zeros() -> None:
 def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     from m3_sglang import attention as module
 
-    monkeypatch.setattr(module, "tensor_parallel_size", lambda: 1)
-    monkeypatch.setattr(module, "tensor_parallel_rank", lambda: 0)
+    monkeypatch.setattr(module, "attention_parallel_size", lambda: 1)
+    monkeypatch.setattr(module, "attention_parallel_rank", lambda: 0)
     layer: Any = object.__new__(module.M3SparseAttention)
     nn.Module.__init__(layer)
     layer.q_norm = nn.LayerNorm(4)

@@ -40,6 +40,7 @@ def sums(asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> RankSu
         return normed.to(part.dtype), whole.to(part.dtype)
 
     monkeypatch.setattr("m3_sglang.sums.tensor_parallel_size", lambda: 2)
+    monkeypatch.setattr("m3_sglang.sums.shared_rows", lambda: None)
     monkeypatch.setattr("m3_sglang.sums.tensor_model_parallel_all_reduce", lambda part: 2 * part)
     monkeypatch.setattr(
         "m3_sglang.sums.fused_sum",

@@ -153,8 +153,8 @@ others = [
     change(PAGE_SIZE=64),
 ]
 for kind in range(2):
-    all_same = {pair[kind] for pair in same}
-    assert len(all_same) == 1 and len(all_same | {pair[kind] for pair in others}) == 6, (same, others)
+    one, all = {pair[kind] for pair in same}, {pair[kind] for pair in same + others}
+    assert len(one) == 1 and len(all) == 6, (same, others)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)

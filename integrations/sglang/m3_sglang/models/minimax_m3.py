@@ -28,7 +28,7 @@ from m3_sglang.model import M3CausalLM
 from m3_sglang.updates import ServedWeights
 
 if TYPE_CHECKING:
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
 
 def vision_ranks() -> VisionRanks | None:
@@ -111,19 +111,31 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
         forward_batch: ForwardBatch,
         get_embedding: bool = False,
         input_embeds: Tensor | None = None,
+        pp_proxy_tensors: PPProxyTensors | None = None,
     ) -> Any:
         if input_embeds is not None:
-            return self.language_model(input_ids, positions, forward_batch, input_embeds)
-        hidden_states, captured = general_mm_embed_routine(
+            return self.language_model(
+                input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors
+            )
+        given: Any = general_mm_embed_routine(
             input_ids=input_ids,
             forward_batch=forward_batch,
             language_model=self.language_model.model,
             multimodal_model=self,
             positions=positions,
+            pp_proxy_tensors=pp_proxy_tensors,
         )
-        return self.language_model.logits_processor(
-            input_ids, hidden_states, self.language_model.lm_head, forward_batch, captured
-        )
+        return self.language_model.logits_of(given, input_ids, forward_batch)
+
+    @property
+    def start_layer(self) -> int:
+        """First decoder layer of this pipeline stage."""
+        return self.language_model.start_layer
+
+    @property
+    def end_layer(self) -> int:
+        """One past the last."""
+        return self.language_model.end_layer
 
     def get_embed_and_head(self) -> tuple[Tensor, Tensor]:
         """What a draft model shares with its target."""

@@ -13,14 +13,20 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from m3_plugin.checkpoint.loading import WeightLoader, expert_share, require_expert_bytes
+from m3_plugin.checkpoint.loading import WeightLoader, require_expert_bytes
 from m3_plugin.checkpoint.names import TEXT_PREFIX, layer_prefixes, require_mtp_modules
 from m3_plugin.checkpoint.updates import noting_names
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.mtp import mtp_input
 from m3_plugin.model.rope import RowAngles
-from m3_sglang.compat import read_draft_config, tensor_parallel_size
-from m3_sglang.model import M3CausalLM, M3DecoderLayer, read_plan, require_our_backend
+from m3_sglang.compat import read_draft_config
+from m3_sglang.model import (
+    M3CausalLM,
+    M3DecoderLayer,
+    rank_share,
+    read_plan,
+    require_our_backend,
+)
 from m3_sglang.moe import activations_as_is
 from m3_sglang.own_products import use_own_products
 from m3_sglang.sums import RankSums
@@ -129,7 +135,7 @@ class MiniMaxM3MTP(nn.Module):
             plan,
             self.model.module.transformer_layer.block_sparse_moe.experts,
             layer=layer_prefixes(self.m3_config, draft=True)[0],
-            share=expert_share(self.m3_config.intermediate_size, ranks=tensor_parallel_size()),
+            share=rank_share(self.m3_config.intermediate_size),
         )
         self.lm_head = ParallelLMHead(
             self.m3_config.vocab_size,
