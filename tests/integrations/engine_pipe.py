@@ -83,12 +83,6 @@ class EnginePipe:
             self._process.kill()
         self._process.join()
 
-    @property
-    def pid(self) -> int:
-        """Of the engine's process."""
-        assert self._process.pid is not None
-        return self._process.pid
-
     def kill(self) -> None:
         """End the process at once, as a machine that fails does."""
         self._process.kill()

@@ -205,8 +205,8 @@ def workers(record: Any) -> tuple[Any, Any]:
 
     arguments = {"server_args": record, "gpu_id": 0, "nccl_port": 0}
     target = TpModelWorker(**arguments)
-    algorithm = SpeculativeAlgorithm.from_string(resolved_name(record))
-    made = algorithm.create_worker(record)(**arguments, target_worker=target)
+    algorithm: Any = SpeculativeAlgorithm.from_string(resolved_name(record))
+    made: Any = algorithm.create_worker(record)(**arguments, target_worker=target)
     target.alloc_memory_pool(draft_parallel_layout=made.draft_parallel_layout)
     pool, allocator = target.get_memory_pool()
     made.alloc_memory_pool(
@@ -243,8 +243,10 @@ def report(record: Any) -> dict[str, Any]:
     wide, runner = target.model_runner, draft.draft_runner
     text, model = wide.model.language_model, runner.model
     backends = backends_of(draft)
-    session = wide.attn_backend.session
-    sessions = [each.session for each in backends if isinstance(each, M3AttentionBackend)]
+    session: Any = wide.attn_backend.session
+    sessions: list[Any] = [
+        each.session for each in backends if isinstance(each, M3AttentionBackend)
+    ]
     pool = runner.token_to_kv_pool
     return {
         "worker": type(draft).__name__,

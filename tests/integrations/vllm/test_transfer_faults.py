@@ -1,4 +1,4 @@
-"""What is left of a store or of a peer that failed in the middle: an error, or the prompt again.
+"""What is left of a store that failed in the middle: an error.
 
 Never a word that is not the model's own. Prompts are longer than the sparse layers read, among
 decoys, so that index keys which are lost or another's lead to a wrong one.
@@ -7,17 +7,13 @@ decoys, so that index keys which are lost or another's lead to a wrong one.
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from m3_plugin.testing.prompts import NeedlePrompt, needle_prompt
-from tests.integrations.vllm import test_transfer
 from tests.integrations.vllm.engine import Completion, EngineDiedError, EngineError, EngineProcess
 from tests.integrations.vllm.killed_worker import FILES
 
@@ -119,35 +115,3 @@ def test_ranks_that_store_under_one_name_are_noticed(
             ask(engine)
     said = "".join(capfd.readouterr())
     assert "no server that writes into this folder stored such K and V there" in said
-
-
-@pytest.mark.skipif(not (test_transfer.NIXL / ".ready").exists(), reason="no .venv/nixl")
-def test_one_of_two_ranks_of_a_peer_is_killed(
-    constructed_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of the heads of a prompt cannot be fetched any more: the prompt is read here."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(test_transfer.NIXL)])
-    options: dict[str, Any] = {
-        "tensor_parallel_size": 2,
-        "variables": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-    }
-    with (
-        test_transfer.start(constructed_checkpoint, "kv_producer", **options) as prefill,
-        test_transfer.start(constructed_checkpoint, "kv_consumer", **options) as decode,
-    ):
-        first = needle_prompt(81, num_tokens=2700)
-        before = test_transfer.fetched(decode)
-        whole = test_transfer.answer_here(decode, first, test_transfer.read_there(prefill, first))
-        assert tuple(whole.token_ids) == first.expected_ids
-        assert test_transfer.fetched(decode) > before
-        second = needle_prompt(82, num_tokens=3300)
-        params = test_transfer.read_there(prefill, second)
-        ranks = [
-            child
-            for child in psutil.Process(prefill.pid).children(recursive=True)
-            if "Worker" in child.name() or "Worker" in " ".join(child.cmdline())
-        ]
-        assert len(ranks) == 2
-        os.kill(ranks[1].pid, signal.SIGKILL)
-        answer = test_transfer.answer_here(decode, second, params)
-        assert tuple(answer.token_ids) == second.expected_ids
