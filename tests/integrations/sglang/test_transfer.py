@@ -226,20 +226,3 @@ def test_ranks_send_to_ranks(constructed_checkpoint: Path, tmp_path: Path) -> No
         prompts = [needle_prompt(seed, num_tokens=2900) for seed in (70, 71)]
         _, answered = pair.answers(*prompts)
         assert tokens(answered) == [prompt.expected_ids for prompt in prompts]
-
-
-@pytest.mark.extended
-def test_a_request_that_must_be_retracted_is_answered_503(
-    constructed_checkpoint: Path, tmp_path: Path
-) -> None:
-    """The pool here holds two prompts and few of their answers; SGLang's backup would end it."""
-    with started(
-        constructed_checkpoint,
-        tmp_path,
-        decoding={"max_total_tokens": 6144, "num_reserved_decode_tokens": 1},
-    ) as pair:
-        prompts = [needle_prompt(seed, num_tokens=2900) for seed in (72, 73)]
-        with pytest.raises(EngineError, match="Retracted under decode memory pressure"):
-            pair.answers(*prompts, max_tokens=400, ignore_eos=True)
-        _, answered = pair.answers(prompts[0])
-        assert tokens(answered) == [prompts[0].expected_ids]
