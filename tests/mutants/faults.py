@@ -699,8 +699,8 @@ FAULTS = (
     Fault(
         "SGLang: attention is cut among ranks that see other requests",
         f"{SGLANG}/options.py",
-        '    "attn_dp_size": (_ONE, _DATA_PARALLEL),\n',
-        "",
+        '_require("attn_dp_size", groups, (1, ranks), ',
+        '_require("attn_dp_size", groups, (1, ranks, groups), ',
         ("tests/integrations/sglang/test_arguments.py",),
     ),
     Fault(

@@ -17,7 +17,12 @@ from m3_plugin.attention.session import MSASession
 from m3_plugin.attention.workspace import LayerShape, workspace_bytes
 from m3_plugin.model.config import PAGED_BLOCK_SIZE, M3Config, local_heads
 from m3_plugin.settings import Settings
-from m3_sglang.compat import attention_parallel_size, read_config, resolved
+from m3_sglang.compat import (
+    attention_parallel_rank,
+    attention_parallel_size,
+    read_config,
+    resolved,
+)
 
 # SGLang's own limits of a worker: requests where none is asked for, and slots of a request's row
 # behind the context, for drafts and whole pages (`get_req_to_token_extra_context_len`).
@@ -56,6 +61,7 @@ def worker_session(config: M3Config, runner: Any) -> MSASession | None:
         cache_dtype=runner.kv_cache_dtype,
         index_dtype=index_dtype(runner),
         tensor_parallel_size=size,
+        tensor_parallel_rank=attention_parallel_rank(),
         capacity=step_capacity(runner),
     )
     assert session is not None

@@ -169,6 +169,14 @@ def test_what_was_run_alone_is_refused_in_company(given: dict[str, Any], message
         require_served(SimpleNamespace(**(ALONE | given)))
 
 
+def test_attention_is_apart_in_groups_of_one_rank_alone() -> None:
+    from m3_sglang.options import require_served
+
+    require_served(SimpleNamespace(**ALONE, attn_dp_size=2, tp_size=2))
+    with pytest.raises(ValueError, match="groups of several ranks"):
+        require_served(SimpleNamespace(**ALONE, attn_dp_size=2, tp_size=4))
+
+
 def test_ways_to_spread_a_model_need_the_release_they_were_run_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
