@@ -94,6 +94,7 @@ def test_a_workers_session_rounds_what_it_stores_if_asked(
 
     monkeypatch.setenv("M3_PLUGIN_CACHE_VALUES", asked)
     monkeypatch.setattr(sessions, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(sessions, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(sessions, "engine_of_first_worker", lambda: None)
     config = VllmConfig()
     config.model_config = SimpleNamespace(  # type: ignore[assignment]
