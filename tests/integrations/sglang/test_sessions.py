@@ -55,6 +55,7 @@ def test_a_draft_and_all_its_steps_use_the_targets_scratch(
 
     monkeypatch.setattr(sessions, "make_session", make_session)
     monkeypatch.setattr(sessions, "attention_parallel_size", lambda: 1)
+    monkeypatch.setattr(sessions, "attention_parallel_rank", lambda: 0)
     config = M3Config.from_hf(hub())
     pool = Pool()
     target, *drafts = (sessions.worker_session(config, runner(pool)) for _ in range(1 + num_steps))
@@ -85,6 +86,7 @@ def test_a_workers_session_rounds_what_it_stores_if_asked(
 
     monkeypatch.setenv("M3_PLUGIN_CACHE_VALUES", asked)
     monkeypatch.setattr(sessions, "attention_parallel_size", lambda: 1)
+    monkeypatch.setattr(sessions, "attention_parallel_rank", lambda: 0)
     config, pool = M3Config.from_hf(hub()), Pool()
     for _ in range(2):
         made = sessions.worker_session(config, runner(pool))
@@ -166,6 +168,7 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Any:
     from m3_sglang import attention as module
 
     monkeypatch.setattr(module, "attention_parallel_size", lambda: 1)
+    monkeypatch.setattr(module, "attention_parallel_rank", lambda: 0)
     monkeypatch.setattr(module, "attention_parallel_rank", lambda: 0)
     layer: Any = object.__new__(module.M3SparseAttention)
     nn.Module.__init__(layer)
