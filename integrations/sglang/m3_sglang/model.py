@@ -303,14 +303,15 @@ class M3CausalLM(nn.Module):
         self.m3_config = read_config(config)
         if self.m3_config.msa is None:
             logger.warning("m3-plugin: no layer of this checkpoint is sparse; MSA is not used")
+        device_type = torch.get_default_device().type
         # SGLang makes a draft model after this one
         if get_spec().speculative_algorithm is not None:
-            prepare_speculation(device_type=torch.get_default_device().type)
+            prepare_speculation(device_type=device_type)
         if is_disaggregated():
-            prepare_transfers(device_type=torch.get_default_device().type)
+            prepare_transfers(device_type=device_type)
         if has_host_cache():
-            prepare_host_cache(device_type=torch.get_default_device().type)
-        if attends_apart() and torch.get_default_device().type == "cpu":
+            prepare_host_cache(device_type=device_type)
+        if attends_apart() and device_type == "cpu":
             exchange_rows()
         dot = f"{prefix}." if prefix else ""
         self.model = M3Model(

@@ -187,7 +187,8 @@ def sources(variant: Variant, arch: int) -> str:
     """Hash of what `fingerprint` is made from, so equal hashes mean equal fingerprints.
 
     That is every module of the kernels, without comments and lines, and the launch as Triton's
-    front end is given it. Far more launches differ in this than in code.
+    front end is given it. Far more launches differ in this than in code, and so do those hashed by
+    another release of Python.
     """
     source, given = _source(variant, arch)
     decisive = (

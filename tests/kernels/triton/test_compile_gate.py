@@ -93,12 +93,18 @@ def judged(release: str, *arguments: str) -> dict[str, Any]:
     return report
 
 
+def without_sources(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Python's syntax trees, and so that hash, are not the same in each of its releases."""
+    return [{name: value for name, value in k.items() if name != "sources"} for k in kernels]
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_kernel(release: str) -> None:
     """Those whose machine code is not on record are compiled, and then the record is old."""
     report = judged(release, "--known", str(figures(release)))
     record = json.loads(figures(release).read_text())
-    assert report["kernels"] == record["kernels"], "figures of older kernels: make kernels-table"
+    found, known = (without_sources(kernels["kernels"]) for kernels in (report, record))
+    assert found == known, "figures of older kernels: make kernels-table"
     assert report["compiled"] == 0
 
 
@@ -107,7 +113,7 @@ def test_every_kernel(release: str) -> None:
 @pytest.mark.parametrize("release", RELEASES)
 def test_the_record_is_what_the_compiler_says(release: str) -> None:
     record = json.loads(figures(release).read_text())
-    assert judged(release)["kernels"] == record["kernels"]
+    assert without_sources(judged(release)["kernels"]) == without_sources(record["kernels"])
 
 
 def test_an_edited_kernel_is_compiled(tmp_path: Path) -> None:
