@@ -7,14 +7,13 @@ says which sentence it expects where.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from m3_plugin.testing.dspark import add_dspark
 from m3_plugin.testing.random_checkpoint import M31_PRESETS, write_random_checkpoint
+from tests.integrations.forked import Interpreter
 
 Asked = TypeVar("Asked")
 # of a draft that is named by a folder or a model
@@ -24,26 +23,18 @@ REFUSED = "is not served with MiniMax-M3: DSpark and DFlash drafts, M3.1's in ds
 NO_MTP = "holds no MTP weights (model.mtp.layers.*)"
 
 
-def every_way(host: str, folder: Path) -> dict[str, str]:
+def every_way(interpreter: Interpreter, asked: str, folder: Path) -> dict[str, str]:
     """What a host says to each of its ways, about a checkpoint with a draft beside it.
 
     Parameters
     ----------
-    host : "vllm" or "sglang"
+    interpreter : of programs that have imported the host
+    asked : the host's `dspark_asked`
     folder : takes the checkpoint and the report
     """
-    checkpoint, report = folder / "m31", folder / "report.json"
+    checkpoint = folder / "m31"
     add_dspark(write_random_checkpoint(checkpoint, preset=M31_PRESETS["engine"]))
-    command = [sys.executable, "-m", f"tests.integrations.{host}.dspark_asked"]
-    done = subprocess.run(
-        [*command, str(checkpoint), str(report)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    said: dict[str, str] = json.loads(report.read_text())
+    said: dict[str, str] = interpreter.report(asked, checkpoint, folder=folder)
     return said
 
 

@@ -4,9 +4,8 @@ One process per engine keeps a host's process-wide state (distributed groups, co
 apart between configurations, and lets the plugin be found the way users get it: through its entry
 point, by the host's own loader.
 
-Importing a host takes most of an engine's start, so it is done once, in a server from which engines
-are forked: it has imported the host and nothing else, and no plugin is loaded there. Variables that
-an import reads need a process from nothing and get one.
+It is forked from one that has imported the host already (`forked.py`), but for engines with
+variables that an import reads.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
-from tests.integrations import starts
+from tests.integrations import forked, starts
 
 START_TIMEOUT_S = 300
 _TAIL = 6000
-_READ_BY_IMPORTS = ("PYTHONPATH", "TRITON_INTERPRET", "PROMETHEUS_MULTIPROC_DIR")
 
 
 class EnginePipe:
@@ -47,22 +45,16 @@ class EnginePipe:
         preload: Sequence[str] = (),
         log: Path | None = None,
     ) -> None:
-        fresh = any(name in environment for name in _READ_BY_IMPORTS)
-        context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
-        context.set_forkserver_preload(list(preload))
-        self._pipe, child = context.Pipe()
+        self._pipe, child = multiprocessing.Pipe()
         self._log = log
-        saved = dict(os.environ)
-        os.environ.update(environment)
-        try:
-            # not a daemon: engines have children of their own
-            self._process = context.Process(
-                target=_serve_in, args=(dict(os.environ), serve, child, *arguments)
-            )
-            self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(saved)
+        self._process = forked.start(
+            serve,
+            child,
+            *arguments,
+            environment={**os.environ, **environment},
+            preload=preload,
+            fresh=any(name in environment for name in forked.READ_BY_IMPORTS),
+        )
         child.close()
         starts.count("engine")
         try:
@@ -118,15 +110,6 @@ class EnginePipe:
 
     def _tail(self) -> str:
         return self.log_text()[-_TAIL:]
-
-
-def _serve_in(
-    environment: Mapping[str, str], serve: Callable[..., None], pipe: Connection, *arguments: Any
-) -> None:
-    # a forked process has the variables of the first engine
-    os.environ.clear()
-    os.environ.update(environment)
-    serve(pipe, *arguments)
 
 
 class EngineError(RuntimeError):

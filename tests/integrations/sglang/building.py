@@ -1,10 +1,10 @@
 """Build the released model as a rank of a GPU server would, on the meta device, and its caches.
 
-    python -m tests.integrations.sglang.building FOLDER_OF_A_CONFIG_JSON
+    python -m tests.integrations.sglang.building FOLDER_OF_A_CONFIG_JSON REPORT
 
 A process of its own, and one more for each server: SGLang's state is its process's. The platform is
 that of a chip (`rehearsal.chip`), the groups of ranks are real with a backend that moves nothing.
-No weight is allocated and nothing is computed. Prints JSON.
+No weight is allocated and nothing is computed. Writes JSON.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def in_a_child(work: Callable[[], Any]) -> Any:
     return json.loads(said) if said else {"error": "the process ended"}
 
 
-def main(folder: str) -> None:
+def main(folder: str, report: str) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
@@ -234,7 +234,7 @@ def main(folder: str) -> None:
         found[f"{name}: tp {tensor} {typed}".strip()] = made
     released = json.loads(Path(folder, "config.json").read_text())
     made = in_a_child(lambda: drafts(Path(folder), released))
-    json.dump({"servers": found, "drafts": made}, sys.stdout)
+    Path(report).write_text(json.dumps({"servers": found, "drafts": made}))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.integrations.engine_pipe import EngineDiedError, EngineError, EnginePipe, answer_requests
+from tests.integrations.forked import Interpreter
 
-__all__ = ["Completion", "EngineDiedError", "EngineError", "EngineProcess", "speculation"]
+__all__ = ["HOST", "Completion", "EngineDiedError", "EngineError", "EngineProcess", "speculation"]
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -34,6 +35,10 @@ PRELOAD = (
     "sglang.srt.managers.scheduler",
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.model_executor.model_runner",
+)
+# programs with this host imported, as engines have it
+HOST = Interpreter(
+    PRELOAD, {name: ENVIRONMENT[name] for name in ("HF_HUB_OFFLINE", "OMP_WAIT_POLICY")}
 )
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",

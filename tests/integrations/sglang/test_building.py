@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from m3_plugin.model.released import released_config
 from tests.integrations.sglang.building import SERVERS
 from tests.integrations.sglang.drafting import METHODS, STEPS
+from tests.integrations.sglang.engine import HOST
 
 GIB = 2**30
 PAGE = 128
@@ -26,14 +25,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Report of `building.py`."""
     folder = tmp_path_factory.mktemp("released")
     (folder / "config.json").write_text(json.dumps(released_config()))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.integrations.sglang.building", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = HOST.report("tests.integrations.sglang.building", folder, folder=folder)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from m3_sglang.compat import speculation_is_tested
+from tests.integrations.sglang.engine import HOST
 from tests.interpreters import run
 
 pytestmark = pytest.mark.skipif(not speculation_is_tested(), reason="refused on this SGLang")
@@ -120,7 +121,7 @@ print(before, after)
 
 def test_sampled_requests_are_sampled() -> None:
     """SGLang alone verifies greedily on a CPU, whatever a request says."""
-    result = run([sys.executable, "-c", SAMPLED_REQUESTS])
+    result = HOST.run("-c", SAMPLED_REQUESTS)
     assert result.stdout.strip().endswith("True [False, True]"), result.stdout + result.stderr
 
 

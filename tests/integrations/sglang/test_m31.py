@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from m3_plugin.testing.prompts import needle_prompt, picture_prompt
 from tests.integrations.constructed import answer, check
 from tests.integrations.m31 import CACHES, DECODED, M31Answers, M31Cases
 from tests.integrations.quantised import DEQUANTISE
-from tests.integrations.sglang.engine import EngineProcess
+from tests.integrations.sglang.engine import HOST, EngineProcess
 from tests.integrations.sglang.rehearsal import CHIPS
 from tests.integrations.sglang.test_multimodal import request
 
@@ -65,9 +62,8 @@ def test_sglang_s_own_layers_hold_what_the_checkpoint_stores(
     m31_random: Callable[[int], Path], tmp_path: Path
 ) -> None:
     """Every byte of values and scales, the experts in SGLang's own scheme; decoded as by SGLang."""
-    stored, report = m31_random(2) / "stored", tmp_path / "report.json"
-    run("host_layers_m31", stored, report)
-    found: dict[str, Any] = json.loads(report.read_text())
+    module = "tests.integrations.sglang.host_layers_m31"
+    found: dict[str, Any] = HOST.report(module, m31_random(2) / "stored", folder=tmp_path)
     experts = "model.layers.2.block_sparse_moe.experts"
     assert len(found["experts"]) == 2 * 2 * 4
     assert f"{experts}.w13_weight_packed" in found["experts"]
@@ -81,9 +77,8 @@ def test_each_chip_gets_kernels_that_it_has(
     m31_random: Callable[[int], Path], tmp_path: Path
 ) -> None:
     """Weight-only through Marlin; on SM100 SGLang's own model, which does without this plugin."""
-    report = tmp_path / "report.json"
-    run("rehearsal_m31", m31_random(2) / "stored", report)
-    found: dict[str, Any] = json.loads(report.read_text())
+    module = "tests.integrations.sglang.rehearsal_m31"
+    found: dict[str, Any] = HOST.report(module, m31_random(2) / "stored", folder=tmp_path)
     for name in CHIPS:
         for command, cache in (("plain", "auto"), ("fp8 cache", "fp8_e4m3")):
             facts = found[f"{name}, {command}"]
@@ -102,18 +97,6 @@ def test_each_chip_gets_kernels_that_it_has(
                 "page_size": 128,
                 "kv_cache_dtype": cache,
             }, name
-
-
-def run(module: str, stored: Path, report: Path) -> None:
-    """A module beside this one in a process of its own, without the plugin being required."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.integrations.sglang.{module}", str(stored), str(report)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.extended

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, sglang_command
 from m3_sglang.options import m3_defaults
-from tests.integrations.sglang.engine import ENVIRONMENT
+from tests.integrations.sglang.engine import ENVIRONMENT, HOST
 from tests.integrations.sglang.test_server import OPTIONS
 from tests.integrations.variables import (
     Load,
@@ -20,7 +19,7 @@ from tests.integrations.variables import (
     check_mistakes,
     check_service_links,
 )
-from tests.interpreters import Forking, forking, interpret, run
+from tests.interpreters import interpret, run
 
 LOAD = """
 from sglang.srt.plugins import load_plugins
@@ -37,19 +36,12 @@ if MODELS:
 """
 
 
-@pytest.fixture(scope="module")
-def loader() -> Iterator[Forking]:
-    """What SGLang has imported when it comes to plugins; nothing of ours."""
-    with forking("sglang.srt.plugins", "sglang.srt.server_args") as loader:
-        yield loader
-
-
 @pytest.fixture
-def load_plugins(loader: Forking) -> Load:
+def load_plugins() -> Load:
     """Run SGLang's plugin loader with these variables and print what it left behind."""
 
     def load(**environment: str) -> subprocess.CompletedProcess[str]:
-        return loader.run(LOAD.replace("MODELS", "False"), environment=environment)
+        return HOST.run("-c", LOAD.replace("MODELS", "False"), environment=environment)
 
     return load
 
@@ -77,7 +69,7 @@ def test_a_users_own_model_package_keeps_its_place(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("")
     (package / "one.py").write_text("class TheirModel: ...\nEntryClass = TheirModel\n")
     theirs = "print(ModelRegistry.resolve_model_cls('TheirModel')[0].__module__)"
-    result = interpret(
+    result = HOST.interpret(
         "-c",
         LOAD.replace("MODELS", "True") + theirs,
         environment={
@@ -89,9 +81,8 @@ def test_a_users_own_model_package_keeps_its_place(tmp_path: Path) -> None:
     assert "users_models.one" in result.stdout
 
 
-def test_the_loader_of_these_tests_brings_nothing_of_ours(loader: Forking) -> None:
-    script = "import sys; assert not [name for name in sys.modules if name.startswith('m3_')]"
-    assert loader.run(script).returncode == 0
+def test_the_imports_of_these_tests_bring_nothing_of_ours() -> None:
+    HOST.interpret("-c", "import sys; assert not [n for n in sys.modules if n.startswith('m3_')]")
 
 
 def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path, load_plugins: Load) -> None:
@@ -186,7 +177,6 @@ def test_a_server_that_is_half_ours_does_not_start(
     ids=["a plugin that is not allowed", "a page that is not a block"],
 )
 def test_options_that_cannot_be_served_end_the_start(
-    loader: Forking,
     constructed_checkpoint: Path,
     options: tuple[str, ...],
     environment: dict[str, str],
@@ -198,7 +188,7 @@ def test_options_that_cannot_be_served_end_the_start(
         f"import runpy, sys; sys.argv = {command[module:]!r}; "
         "runpy.run_module('sglang.launch_server', run_name='__main__')"
     )
-    done = loader.run(script, environment={**ENVIRONMENT, **environment})
+    done = HOST.run("-c", script, environment={**ENVIRONMENT, **environment})
     assert done.returncode != 0
     assert reason in done.stdout + done.stderr
 

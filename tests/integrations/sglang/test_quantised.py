@@ -23,11 +23,11 @@ from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.quantised import CACHE_SCALES, DEQUANTISE, QuantisedCheckpoints
 from tests.integrations.sglang.engine import (
     ENVIRONMENT,
+    HOST,
     EngineDiedError,
     EngineProcess,
     speculation,
 )
-from tests.interpreters import report
 from tests.plugin.model.test_config import hub
 
 
@@ -264,7 +264,7 @@ def test_sglang_s_loader_leaves_the_checkpoint_s_bytes_in_place(
     """Every projection and expert as stored, in as many bytes; cache scales where they are used."""
     stored = random_quantised.with_cache_scales("mxfp8")
     module = "tests.integrations.sglang.host_layers"
-    facts = report(module, stored, folder=tmp_path, environment=ENVIRONMENT)
+    facts = HOST.report(module, stored, folder=tmp_path, environment=ENVIRONMENT)
     attention, experts = "model.layers.1.self_attn", "model.layers.1.block_sparse_moe.experts"
     expected = {f"{attention}.qkv_proj", f"{attention}.index_qkv_proj", f"{attention}.o_proj"}
     assert expected | {f"{experts}.w13", f"{experts}.w2"} <= set(facts["layers"])

@@ -6,15 +6,13 @@ The rehearsal is one process for all of them (`rehearsal.py`).
 from __future__ import annotations
 
 import inspect
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from m3_plugin.testing.quantised import quantise_checkpoint
 from m3_plugin.testing.random_checkpoint import write_random_checkpoint
+from tests.integrations.sglang.engine import HOST
 from tests.integrations.sglang.rehearsal import CHIPS, COMMANDS
 
 SERVED = ("readme", "cookbook", "small chunks", "eagle3")
@@ -33,13 +31,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("rehearsal")
     write_random_checkpoint(folder / "plain", preset="engine")
     quantise_checkpoint(folder / "plain", folder / "mxfp8", "mxfp8")
-    report = folder / "report.json"
-    command = [sys.executable, "-m", "tests.integrations.sglang.rehearsal", str(folder)]
-    done = subprocess.run(
-        [*command, str(report)], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(report.read_text())
+    module = "tests.integrations.sglang.rehearsal"
+    found: dict[str, Any] = HOST.report(module, folder, folder=folder)
     return found
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from m3_plugin.model.released import released_config
 from tests.integrations.foreign import FOREIGN, changed, write
-from tests.integrations.sglang.engine import ENVIRONMENT
-from tests.interpreters import answered, interpret
+from tests.integrations.sglang.engine import ENVIRONMENT, HOST
+from tests.interpreters import answered
 
 ASK = """
 import json, os, sys
@@ -86,7 +86,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict], 
     files = [
         f"{required} {write(folder / name, config)}" for name, (required, config) in asked.items()
     ]
-    done = interpret("-c", ASK, *files, environment=ENVIRONMENT)
+    done = HOST.interpret("-c", ASK, *files, environment=ENVIRONMENT)
     return dict(zip(asked, answered(done), strict=True)), done.stdout + done.stderr
 
 

@@ -2,12 +2,13 @@
 
     python -m tests.integrations.vllm.building FOLDER_OF_A_CONFIG_JSON
 
-A process of its own: vLLM believes in GPUs (`rehearsal.become_a_gpu`), its groups of ranks are real
+In that process vLLM believes in GPUs (`rehearsal.become_a_gpu`), its groups of ranks are real
 with a backend that moves nothing. No weight is allocated and nothing is computed. Prints JSON.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -191,6 +192,7 @@ def server(folder: str, tensor: int, stages: int, typed: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def prepare() -> Any:
     """Make this process one in which models are built as on GPUs; returns the platform."""
     declare_missing_ops()

@@ -11,8 +11,9 @@ from typing import Any
 
 from m3_plugin.testing.prompts import NeedlePrompt
 from tests.integrations.engine_pipe import EngineDiedError, EngineError, EnginePipe, answer_requests
+from tests.integrations.forked import Interpreter
 
-__all__ = ["Completion", "EngineDiedError", "EngineError", "EngineProcess", "Speculation"]
+__all__ = ["HOST", "Completion", "EngineDiedError", "EngineError", "EngineProcess", "Speculation"]
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -26,6 +27,10 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 PRELOAD = ("vllm", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker")
+# programs with this host imported, as engines have it
+HOST = Interpreter(
+    PRELOAD, {name: ENVIRONMENT[name] for name in ("HF_HUB_OFFLINE", "OMP_WAIT_POLICY")}
+)
 
 
 @dataclass(frozen=True)

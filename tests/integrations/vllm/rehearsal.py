@@ -2,12 +2,13 @@
 
     python -m tests.integrations.vllm.rehearsal FOLDER_OF_A_CONFIG_JSON
 
-A process of its own: it is told before vLLM looks that its platform is CUDA. Extensions in C++ are
+A process that is told before vLLM looks that its platform is CUDA. Extensions in C++ are
 empty modules, nothing is computed. Prints a report as JSON.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from types import ModuleType
@@ -60,6 +61,7 @@ def _answer_no_to_questions_about_kernels() -> None:
     namespace.__getattr__ = ask
 
 
+@functools.cache
 def become_a_gpu() -> Any:
     """Make this process's vLLM believe in eight GPUs; returns the platform, whose `chip` is set."""
     _answer_no_to_questions_about_kernels()

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,23 +14,17 @@ from m3_plugin.model.released import released_config
 from tests.integrations.vllm.building import AUX_LAYERS, CACHE_BYTES, SERVERS
 from tests.integrations.vllm.drafting import METHODS, STEPS
 from tests.integrations.vllm.stages import DROPPED, LOADS, UNKNOWN
+from tests.interpreters import Forking
 
 GIB = 2**30
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def built(gpus: Forking, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Report of `building.py`."""
     folder = tmp_path_factory.mktemp("released")
     (folder / "config.json").write_text(json.dumps(released_config()))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integrations.vllm.building", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return gpus.report("tests.integrations.vllm.building", folder)
 
 
 @pytest.fixture(scope="module")

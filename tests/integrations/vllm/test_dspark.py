@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.integrations.dspark import NO_MTP, REFUSED, every_way
+from tests.integrations.vllm.engine import HOST
 
 OURS = (
     "the folder",
@@ -17,7 +18,7 @@ OURS = (
 
 def test_every_way_of_asking(tmp_path: Path) -> None:
     """Where vLLM refuses before it looks at a model, its own words stand."""
-    said = every_way("vllm", tmp_path)
+    said = every_way(HOST, "tests.integrations.vllm.dspark_asked", tmp_path)
     for name in OURS:
         assert REFUSED in said[name], (name, said[name])
         assert "leave --speculative-config out" in said[name]

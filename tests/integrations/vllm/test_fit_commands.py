@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from m3_plugin.cli import app
-from tests.interpreters import interpret
+from tests.integrations.vllm.engine import HOST
 from tests.plugin.cli.schemas import checked
 
 MODEL = "MiniMaxAI/MiniMax-M3-MXFP8"
@@ -98,7 +98,7 @@ def test_the_parser_takes_what_fit_prints(options: tuple[str, ...]) -> None:
 def test_our_class_does_what_these_options_say(random_checkpoint: Callable[[str], Path]) -> None:
     """Without a tower the text is loaded all the same, and images are not taken."""
     options = ("--language-model-only", "--skip-mm-profiling")
-    done = interpret("-P", "-c", BUILD, random_checkpoint("engine"), *options)
+    done = HOST.interpret("-c", BUILD, random_checkpoint("engine"), *options)
     found: dict[str, Any] = json.loads(done.stdout.partition("FOUND")[2].splitlines()[0])
     assert found == {
         "class": "m3_vllm.model",

@@ -8,7 +8,7 @@ import pytest
 
 from m3_plugin import __version__
 from m3_vllm import front_end
-from tests.interpreters import interpret
+from tests.integrations.vllm.engine import HOST
 
 # What the API server does before its first answer, without an engine: the configuration asks the
 # model class which inputs it takes, then the metrics are mounted.
@@ -38,7 +38,7 @@ def test_a_default_server_says_that_the_plugin_serves(
 ) -> None:
     """It does so even where no images are served."""
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    done = interpret("-c", SCRIPT, constructed_checkpoint, environment={"HF_HUB_OFFLINE": "1"})
+    done = HOST.interpret("-c", SCRIPT, constructed_checkpoint, environment={"HF_HUB_OFFLINE": "1"})
     assert "MEDIA False" in done.stdout
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("PLUGIN ")]
     assert 'device="cpu"' in line

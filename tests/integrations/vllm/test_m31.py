@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from m3_plugin.testing.prompts import needle_prompt, picture_prompt
 from tests.integrations.constructed import answer, check
 from tests.integrations.m31 import CACHES, DECODED, M31Answers, M31Cases
 from tests.integrations.quantised import DEQUANTISE
-from tests.integrations.vllm.engine import EngineProcess
+from tests.integrations.vllm.engine import HOST, EngineProcess
 from tests.integrations.vllm.test_constructed import picture_request
 
 
@@ -61,17 +58,10 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
     m31_random: Callable[[int], Path], tmp_path: Path
 ) -> None:
     """Every projection, expert and scale in its place, decoded by vLLM as by us."""
-    folder, report = m31_random(2), tmp_path / "report.json"
-    command = [sys.executable, "-m", "tests.integrations.vllm.host_layers_m31"]
-    result = subprocess.run(
-        [*command, str(folder / "stored"), str(folder / "reference"), str(report)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    module, folder = "tests.integrations.vllm.host_layers_m31", m31_random(2)
+    found: dict[str, Any] = HOST.report(
+        module, folder / "stored", folder / "reference", folder=tmp_path
     )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, Any] = json.loads(report.read_text())
     assert found["decoders"] == DECODED
     assert len(found["experts"]) == 2 * 2 * 4
     assert all(found["experts"].values()), found["experts"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -21,8 +20,8 @@ from tests.integrations.variables import (
     check_mistakes,
     check_service_links,
 )
-from tests.integrations.vllm.engine import ENVIRONMENT
-from tests.interpreters import Forking, forking, interpret, run
+from tests.integrations.vllm.engine import ENVIRONMENT, HOST
+from tests.interpreters import interpret, run
 
 LOAD = """
 from vllm.plugins import load_general_plugins
@@ -35,19 +34,12 @@ for name in ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGenerat
 """
 
 
-@pytest.fixture(scope="module")
-def loader() -> Iterator[Forking]:
-    """What vLLM has imported when it comes to plugins; nothing of ours."""
-    with forking("vllm.plugins", "vllm.model_executor.models") as loader:
-        yield loader
-
-
 @pytest.fixture
-def load_plugins(loader: Forking, tmp_path: Path) -> Load:
+def load_plugins(tmp_path: Path) -> Load:
     """Run vLLM's plugin loader with these variables and print what serves M3."""
 
     def load(**environment: str) -> subprocess.CompletedProcess[str]:
-        return loader.run(LOAD, environment={"VLLM_CACHE_ROOT": str(tmp_path), **environment})
+        return HOST.run("-c", LOAD, environment={"VLLM_CACHE_ROOT": str(tmp_path), **environment})
 
     return load
 
@@ -66,9 +58,8 @@ def test_entry_point_registers_both_architectures_once(tmp_path: Path) -> None:
     assert (result.stdout + result.stderr).count("m3-plugin 0.") == 1
 
 
-def test_the_loader_of_these_tests_brings_nothing_of_ours(loader: Forking) -> None:
-    script = "import sys; assert not [name for name in sys.modules if name.startswith('m3_')]"
-    assert loader.run(script).returncode == 0
+def test_the_imports_of_these_tests_bring_nothing_of_ours() -> None:
+    HOST.interpret("-c", "import sys; assert not [n for n in sys.modules if n.startswith('m3_')]")
 
 
 def test_disable_gives_the_host_alone_and_says_so(tmp_path: Path, load_plugins: Load) -> None:

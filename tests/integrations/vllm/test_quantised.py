@@ -17,8 +17,7 @@ from m3_vllm.quantization import PlainWeights, StoredWeights
 from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
 from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
-from tests.integrations.vllm.engine import EngineError, EngineProcess
-from tests.interpreters import interpret, report
+from tests.integrations.vllm.engine import HOST, EngineError, EngineProcess
 
 
 def test_logprobs_are_those_of_the_dequantised_weights(
@@ -122,7 +121,7 @@ def test_layers_on_a_cpu_hold_what_the_checkpoint_stores_in_as_many_bytes(
     stored = random_quantised.stored(quant)  # type: ignore[arg-type]
     reference = random_quantised.reference(quant)  # type: ignore[arg-type]
     module = "tests.integrations.vllm.stored_layers"
-    found: dict[str, Any] = report(module, stored, reference, folder=tmp_path)
+    found: dict[str, Any] = HOST.report(module, stored, reference, folder=tmp_path)
     attention = "model.layers.1.self_attn"
     expected = {f"{attention}.qkv_proj", f"{attention}.o_proj", "model.layers.0.mlp.down_proj"}
     assert expected | {"model.layers.1.block_sparse_moe.experts"} <= found["layers"].keys()
@@ -146,7 +145,7 @@ def test_vllm_s_own_layers_hold_what_the_checkpoint_stores(
     stored = random_quantised.with_cache_scales(quant)  # type: ignore[arg-type]
     reference = random_quantised.reference(quant)  # type: ignore[arg-type]
     module = "tests.integrations.vllm.host_layers"
-    compared: dict[str, Any] = report(module, stored, reference, folder=tmp_path)
+    compared: dict[str, Any] = HOST.report(module, stored, reference, folder=tmp_path)
     layers = {name: entry.get("format") for name, entry in compared.items()}
     attention = "model.layers.1.self_attn"
     if quant == "mxfp8":
@@ -200,7 +199,7 @@ def test_other_models_keep_their_quantisation() -> None:
         "    config = PretrainedConfig(**hub() | {'architectures': [name] if name else None})\n"
         "    print(method.override_quantization_method({}, None, hf_config=config))\n"
     )
-    result = interpret("-c", code, environment=DEQUANTISE)
+    result = HOST.interpret("-c", code, environment=DEQUANTISE)
     assert result.stdout.split()[-len(methods) :] == [str(method) for method in methods.values()]
 
 

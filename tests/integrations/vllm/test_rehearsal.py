@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from m3_plugin.model.released import released_config
+from tests.interpreters import Forking
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(gpus: Forking, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Report of `rehearsal.py`: chip and command -> what was resolved."""
     folder = tmp_path_factory.mktemp("released")
     (folder / "config.json").write_text(json.dumps(released_config()))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integrations.vllm.rehearsal", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    # vLLM logs to stdout as well
-    return json.loads(done.stdout.splitlines()[-1])
+    return gpus.report("tests.integrations.vllm.rehearsal", folder)
 
 
 def test_every_command_line_is_resolved(found: dict[str, Any]) -> None:

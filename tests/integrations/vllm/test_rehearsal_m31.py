@@ -7,15 +7,13 @@ are the description of the published tensors, worked out by hand.
 from __future__ import annotations
 
 import inspect
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.integrations.m31 import documented_options, write_published_config
 from tests.integrations.vllm.rehearsal import CHIPS
+from tests.interpreters import Forking
 
 # Three layers with a dense MLP, and one with experts.
 LAYERS = 4
@@ -74,19 +72,14 @@ WHOLE = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(gpus: Forking, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Report of `rehearsal_m31.py`."""
     folder = tmp_path_factory.mktemp("published")
     whole = write_published_config(folder / "whole")
     few = write_published_config(folder / "few", layers=LAYERS)
     options = " ".join(documented_options("vllm serve"))
-    command = [sys.executable, "-m", "tests.integrations.vllm.rehearsal_m31", options]
-    done = subprocess.run(
-        [*command, str(whole), str(few)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    # vLLM logs to stdout as well
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    module = "tests.integrations.vllm.rehearsal_m31"
+    report: dict[str, Any] = gpus.report(module, options, whole, few)
     assert {name: each["error"] for name, each in report.items() if "error" in each} == {}
     return report
 

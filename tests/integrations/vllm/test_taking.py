@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from m3_plugin.model.released import released_config
 from tests.integrations.foreign import FOREIGN, changed, write
-from tests.integrations.vllm.engine import ENVIRONMENT
-from tests.interpreters import answered, interpret, run
+from tests.integrations.vllm.engine import ENVIRONMENT, HOST
+from tests.interpreters import answered
 
 ASK = """
 import json, sys
@@ -53,7 +52,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], s
     asked |= {path: changed(path, value) for path, value in FOREIGN.items()}
     files = [write(folder / name, config) for name, config in asked.items()]
     environment = {**ENVIRONMENT, "M3_PLUGIN_REQUIRED": "0"}
-    done = interpret("-c", ASK, *files, environment=environment)
+    done = HOST.interpret("-c", ASK, *files, environment=environment)
     names = [*asked, "unknown to vLLM", "required"]
     return dict(zip(names, answered(done), strict=True)), done.stdout + done.stderr
 
@@ -105,8 +104,8 @@ def test_vllms_own_model_config_comes_to_the_same(tmp_path: Path, foreign: bool)
     """No stand-in for the config object, and classes imported."""
     path = "text_config.sparse_attention_config.sparse_selection_rule"
     config = changed(path, FOREIGN[path]) if foreign else released_config()
-    result = run(
-        [sys.executable, "-c", CONFIGURE, str(write(tmp_path / "model", config))],
+    result = HOST.run(
+        *("-c", CONFIGURE, write(tmp_path / "model", config)),
         environment={**ENVIRONMENT, "M3_PLUGIN_REQUIRED": "0"},
     )
     said = result.stdout + result.stderr
