@@ -4,8 +4,7 @@ One process per engine keeps a host's process-wide state (distributed groups, co
 apart between configurations, and lets the plugin be found the way users get it: through its entry
 point, by the host's own loader.
 
-It is forked from one that has imported the host already (`forked.py`), but for engines with
-variables that an import reads.
+It is forked from one that has imported the host already (`forked.py`).
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ class EnginePipe:
             *arguments,
             environment={**os.environ, **environment},
             preload=preload,
-            fresh=any(name in environment for name in forked.READ_BY_IMPORTS),
         )
         child.close()
         starts.count("engine")

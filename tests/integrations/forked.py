@@ -2,11 +2,12 @@
 
 Importing a host takes most of an engine's start and nearly all of a short program's time, so it is
 done once, in a server from which both are forked: it has imported the host and nothing else, and no
-plugin is loaded there. Variables that an import reads need a process from nothing.
+plugin is loaded there. PYTHONPATH and a `sitecustomize` are read as by a new interpreter.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,11 +18,14 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import popen_fork
+from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-READ_BY_IMPORTS = ("PYTHONPATH", "TRITON_INTERPRET", "PROMETHEUS_MULTIPROC_DIR")
+# read while a host is imported, so that its value needs a process from nothing
+READ_BY_IMPORTS = "TRITON_INTERPRET"
 
 
 def start(
@@ -29,7 +33,6 @@ def start(
     *arguments: Any,
     environment: Mapping[str, str],
     preload: Sequence[str],
-    fresh: bool = False,
 ) -> BaseProcess:
     """Start `target(*arguments)` in a process of its own.
 
@@ -37,8 +40,8 @@ def start(
     ----------
     environment : all variables of the new process
     preload : modules of the host that all processes share; those of the first call count
-    fresh : from nothing, not from the server that has imported them
     """
+    fresh = environment.get(READ_BY_IMPORTS) != os.environ.get(READ_BY_IMPORTS)
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     context.set_forkserver_preload(list(preload))
     saved = dict(os.environ)
@@ -62,7 +65,30 @@ def _in_environment(
     # a forked process has the variables with which the server was started
     os.environ.clear()
     os.environ.update(environment)
+    folders = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:0] = folders
+    customise(folders)
     target(*arguments)
+
+
+def customise(folders: Sequence[str]) -> None:
+    """Import the first `sitecustomize` of these folders, as an interpreter does when it starts."""
+    for file in (Path(folder, "sitecustomize.py") for folder in folders):
+        spec = importlib.util.spec_from_file_location("sitecustomize", file)
+        if file.exists() and spec is not None and spec.loader is not None:
+            sys.modules["sitecustomize"] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return
+
+
+def fork_children() -> None:
+    """Hosts spawn their workers; those of this process inherit what it has imported instead.
+
+    The servers of the tests are processes of the hosts' own, whose children import and register all
+    anew.
+    """
+    how: Any = SpawnProcess
+    how._Popen = staticmethod(popen_fork.Popen)
 
 
 @dataclass(frozen=True)
@@ -88,8 +114,7 @@ class Interpreter:
 
         Parameters
         ----------
-        environment : variables beside ours. Folders of PYTHONPATH come first on the path, but a
-            `sitecustomize` there is not run
+        environment : variables beside ours
         """
         words = [str(word) for word in arguments]
         with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +162,6 @@ def _program(words: list[str], files: tuple[str, str]) -> None:
     """What `python *words` does, its output in files."""
     for number, name in zip((1, 2), files, strict=True):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     kind, what, *rest = words
     sys.argv = [kind, *rest]
     try:

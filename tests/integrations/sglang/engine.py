@@ -11,14 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import popen_fork
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from tests.integrations.engine_pipe import EngineDiedError, EngineError, EnginePipe, answer_requests
-from tests.integrations.forked import Interpreter
+from tests.integrations.forked import Interpreter, fork_children
 
 __all__ = ["HOST", "Completion", "EngineDiedError", "EngineError", "EngineProcess", "speculation"]
 
@@ -217,28 +215,20 @@ def _serve(pipe: Connection, log: Path, arguments: dict[str, Any]) -> None:
     with log.open("wb") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
-    # a spawned process takes its parent's sys.path and forgets what PYTHONPATH gave it
-    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        # decides on import whether processes share their values; SGLang imports it for its metrics
+        for name in [name for name in sys.modules if name.partition(".")[0] == "prometheus_client"]:
+            del sys.modules[name]
 
     def start() -> _Engine:
         from sglang import Engine
 
-        _fork_children()
+        fork_children()
         return _Engine(Engine(**arguments))
 
     engine = answer_requests(pipe, start)
     if engine is not None:
         engine.host.shutdown()
-
-
-def _fork_children() -> None:
-    """SGLang spawns its scheduler and detokenizer; here they inherit what is imported already.
-
-    The servers of the tests are processes of SGLang's own, whose children import and register all
-    anew.
-    """
-    how: Any = SpawnProcess
-    how._Popen = staticmethod(popen_fork.Popen)
 
 
 def checkpoint_tensors(folder: str | Path) -> dict[str, Any]:

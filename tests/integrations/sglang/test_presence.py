@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from m3_plugin.host.serving import ServerFailed, ServerProcess, free_port, sglang_command
+from m3_plugin.host.serving import free_port, sglang_command
 from m3_sglang.options import m3_defaults
 from tests.integrations.sglang.engine import ENVIRONMENT, HOST
 from tests.integrations.sglang.test_server import OPTIONS
@@ -122,8 +121,8 @@ def test_untested_release_is_refused_with_the_way_to_override(tmp_path: Path) ->
         "version = metadata.version\n"
         "metadata.version = lambda name: '0.6.0' if name == 'sglang' else version(name)\n"
     )
-    refused = run(
-        [sys.executable, "-c", LOAD.replace("MODELS", "False")],
+    refused = HOST.run(
+        *("-c", LOAD.replace("MODELS", "False")),
         environment={"PYTHONPATH": str(tmp_path), "M3_PLUGIN_REQUIRED": "1"},
     )
     assert refused.returncode != 0
@@ -164,7 +163,9 @@ def test_a_server_that_is_half_ours_does_not_start(
         f"{sabotage}"
         "sys.meta_path.insert(0, Break())\n"
     )
-    refuse(constructed_checkpoint, tmp_path, reason, PYTHONPATH=str(tmp_path))
+    done = launch(constructed_checkpoint, PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert reason in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -182,38 +183,23 @@ def test_options_that_cannot_be_served_end_the_start(
     environment: dict[str, str],
     reason: str,
 ) -> None:
-    command = sglang_command(constructed_checkpoint, port=free_port(), options=(*OPTIONS, *options))
-    module = command.index("sglang.launch_server")
-    script = (
-        f"import runpy, sys; sys.argv = {command[module:]!r}; "
-        "runpy.run_module('sglang.launch_server', run_name='__main__')"
-    )
-    done = HOST.run("-c", script, environment={**ENVIRONMENT, **environment})
+    done = launch(constructed_checkpoint, *options, **environment)
     assert done.returncode != 0
     assert reason in done.stdout + done.stderr
 
 
-def refuse(
-    checkpoint: Path,
-    tmp_path: Path,
-    reason: str,
-    **environment: str,
-) -> None:
-    """Start a server that must end by itself and give the reason."""
-    port = free_port()
-    command = sglang_command(checkpoint, port=port, options=OPTIONS)
-    with (
-        ServerProcess(
-            command,
-            port=port,
-            log=tmp_path / "server.log",
-            environment={**ENVIRONMENT, **environment},
-        ) as server,
-        pytest.raises(ServerFailed, match="server ended"),
-    ):
-        server.wait_until_ready(timeout_s=600)
-    assert reason in server.log.read_text(errors="replace")
-    assert server.process.returncode != 0
+def launch(checkpoint: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Start a server that must end by itself."""
+    command = sglang_command(checkpoint, port=free_port(), options=(*OPTIONS, *options))
+    module = command.index("sglang.launch_server")
+    script = (
+        "import runpy, sys\n"
+        "from tests.integrations.forked import fork_children\n"
+        "fork_children()\n"
+        f"sys.argv = {command[module:]!r}\n"
+        "runpy.run_module('sglang.launch_server', run_name='__main__')\n"
+    )
+    return HOST.run("-c", script, environment={**ENVIRONMENT, **environment})
 
 
 @pytest.mark.extended

@@ -11,7 +11,7 @@ from typing import Any
 
 from m3_plugin.testing.prompts import NeedlePrompt
 from tests.integrations.engine_pipe import EngineDiedError, EngineError, EnginePipe, answer_requests
-from tests.integrations.forked import Interpreter
+from tests.integrations.forked import Interpreter, fork_children
 
 __all__ = ["HOST", "Completion", "EngineDiedError", "EngineError", "EngineProcess", "Speculation"]
 
@@ -189,6 +189,7 @@ def _serve(pipe: Connection, arguments: dict[str, Any]) -> None:
     def start() -> _Engine:
         from vllm import LLM
 
+        fork_children()
         return _Engine(LLM(**arguments, disable_log_stats=False))
 
     answer_requests(pipe, start)

@@ -45,8 +45,6 @@ def start(
             "kv_load_failure_policy": "recompute",
         },
         environment={
-            # a process of its own, with the wheel on the path that it gets from this one
-            "PYTHONPATH": str(NIXL),
             "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
             "UCX_TLS": "tcp,self",
