@@ -111,7 +111,10 @@ def stand_in(name: str, result: Callable[..., Any] = lambda *args, **kwargs: Non
 
 
 def shortened(released: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The released config with its first layers alone: three dense ones, then MSA with experts."""
+    """The released config with its first layers alone: three dense ones, then MSA with experts.
+
+    Of the tower's layers two are left.
+    """
     text: dict[str, Any] = dict(released["text_config"])
     whole = text["num_hidden_layers"]
 
@@ -122,7 +125,8 @@ def shortened(released: dict[str, Any], layers: int) -> dict[str, Any]:
     text["num_hidden_layers"] = layers
     sparse = text["sparse_attention_config"]
     text["sparse_attention_config"] = {key: cut(value) for key, value in sparse.items()}
-    return {**released, "text_config": text}
+    tower = {**released["vision_config"], "num_hidden_layers": 2}
+    return {**released, "text_config": text, "vision_config": tower}
 
 
 def untuned() -> AbstractContextManager[Any]:

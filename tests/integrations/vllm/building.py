@@ -9,6 +9,7 @@ with a backend that moves nothing. No weight is allocated and nothing is compute
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -97,6 +98,8 @@ def on_meta() -> None:
             made(self, *arguments, **options)
 
     mock.patch.object(ExpertMapManager, "__init__", made_of_numbers).start()
+    # what vLLM notes of every layer for a later reload takes half of the time, and none comes
+    mock.patch("vllm.model_executor.model_loader.utils.record_metadata_for_reloading").start()
 
 
 def with_operations(made: Callable[[str], Any] = lambda name: lambda *arguments: None) -> None:
@@ -213,6 +216,8 @@ def prepare() -> Any:
     with_operations()
     for name in ("Stream", "Event"):
         setattr(torch.cuda, name, SimpleNamespace)
+    # vLLM collects garbage behind every load: not through all that was imported
+    gc.freeze()
     return gpu
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+from tests.integrations.counted import shortened
 from tests.integrations.drafts import LARGE_HEAD
 from tests.integrations.vllm.building import build, layouts_of, rank, resolved, specs_of
 
@@ -23,19 +24,6 @@ METHODS = ("mtp", "eagle3")
 STEPS = (1, 2, 3, 4, 5)
 LAYERS = 8
 RANKS = 8
-
-
-def shortened(config: dict[str, Any]) -> dict[str, Any]:
-    """The released config with the first layers alone."""
-
-    def cut(fields: dict[str, Any]) -> dict[str, Any]:
-        lists = {k: v[:LAYERS] for k, v in fields.items() if isinstance(v, list) and len(v) > 8}
-        return fields | lists
-
-    text = cut(config["text_config"])
-    text["sparse_attention_config"] = cut(text["sparse_attention_config"])
-    text["num_hidden_layers"] = LAYERS
-    return {**config, "text_config": text}
 
 
 def command(method: str, steps: int, head: Path) -> str:
@@ -137,7 +125,7 @@ def drafts(folder: str, gpu: Any) -> dict[str, Any]:
 
     short = Path(folder) / "short"
     head = Path(folder) / "head"
-    for place, config in ((short, shortened(_read(folder))), (head, LARGE_HEAD)):
+    for place, config in ((short, shortened(_read(folder), LAYERS)), (head, LARGE_HEAD)):
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config))
     found: dict[str, Any] = {}

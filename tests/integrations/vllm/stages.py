@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from m3_plugin.checkpoint.names import tensor_shape, text_modules
+from tests.integrations.counted import shortened
 from tests.integrations.vllm.building import build, rank, resolved
-from tests.integrations.vllm.drafting import shortened
+from tests.integrations.vllm.drafting import LAYERS
 
 FILTERED = "--enable-expert-parallel --enable-ep-weight-filter"
 # tensor parallel ranks, pipeline stages, what else is typed, (stage, rank of it) that are loaded
@@ -110,7 +111,7 @@ def loads(folder: str) -> dict[str, Any]:
     short = Path(folder) / "loaded"
     short.mkdir()
     released = json.loads((Path(folder) / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(shortened(released)))
+    (short / "config.json").write_text(json.dumps(shortened(released, LAYERS)))
     found: dict[str, Any] = {}
     for tensor, stages, typed, places in LOADS:
         command = f"--tensor-parallel-size {tensor} --pipeline-parallel-size {stages} {typed}"
