@@ -2,7 +2,7 @@
 
 Angles are fp32(position) * fp32(frequency), as in training. They are formed once per step and
 shared by its MSA layers, rather than kept as a table: no memory that grows with the context, no
-position past a table's end, and fp32 whatever the dtype of activations.
+position past a table's end, and fp32 whatever the dtype of activations. Dense layers do so on CPUs.
 """
 
 from __future__ import annotations
@@ -37,3 +37,34 @@ class RowAngles(nn.Module):
         """Integer positions [T] -> fp32 [T, rotary_dim]: cosines, then sines."""
         angles = positions.float()[:, None] * self.frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class ComputedRope(nn.Module):
+    """NeoX RoPE on the first `rotary_dim` channels of each head, in fp32 and without a table.
+
+    For dense layers on CPUs, where hosts would make a table of the longest context at every start:
+    134 MB and seconds for a million positions.
+    """
+
+    def __init__(self, *, head_dim: int, rotary_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.rotary_dim = rotary_dim
+        self.angles = RowAngles(rotary_dim=rotary_dim, theta=theta)
+
+    @classmethod
+    def of(cls, config: M3Config) -> ComputedRope:
+        """That of a model's text part."""
+        return cls(head_dim=config.head_dim, rotary_dim=config.rotary_dim, theta=config.rope_theta)
+
+    def forward(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate query and key: [tokens, heads * head_dim] each, returned in the same shape."""
+        cos, sin = self.angles(positions)[:, None].chunk(2, dim=-1)
+        return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (-1, self.head_dim))
+        rotated = heads[..., : self.rotary_dim].float()
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return torch.cat((rotated.to(x.dtype), heads[..., self.rotary_dim :]), dim=-1).flatten(1)

@@ -63,12 +63,12 @@ from m3_plugin.checkpoint.names import is_mtp_tensor
 from m3_plugin.checkpoint.plan import WeightPlan
 from m3_plugin.host.presence import attestation
 from m3_plugin.model.config import M3Config, local_heads
-from m3_plugin.model.rope import RowAngles
+from m3_plugin.model.rope import ComputedRope, RowAngles
 from m3_plugin.model.vision import M3Vision, VisionConfig
 from m3_vllm.adapters import choose_adapted_layers, takes_adapters
 from m3_vllm.backend import dense_backend
 from m3_vllm.caches import M3SparseCacheLayer
-from m3_vllm.compat import vllm_version
+from m3_vllm.compat import device_type, vllm_version
 from m3_vllm.media import (
     M3DummyInputsBuilder,
     M3MultiModalMixin,
@@ -150,12 +150,14 @@ class _M3AttentionBase(nn.Module):
         self.k_norm = HiddenNorm(self.head_dim, eps=self.eps)
 
 
-def dense_rope(config: M3Config, *, max_model_len: int) -> nn.Module:
-    """vLLM's RoPE, with a table for every position that a request can have.
+def dense_rope(config: M3Config, *, max_model_len: int, device_type: str) -> nn.Module:
+    """vLLM's RoPE, with a table for every position that a request can have; on CPUs without one.
 
     `VLLM_ALLOW_LONG_MAX_MODEL_LEN` admits more of them than the config names; sparse layers compute
     their angles from positions and need no table.
     """
+    if device_type == "cpu":
+        return ComputedRope.of(config)
     return get_rope(
         config.head_dim,
         max_position=max(config.max_position_embeddings, max_model_len),
@@ -190,7 +192,11 @@ class M3DenseAttention(_M3AttentionBase):
             attn_backend=dense_backend(vllm_config, head_dim=self.head_dim),
             prefix=f"{prefix}.attn",
         )
-        self.rotary_emb = dense_rope(config, max_model_len=vllm_config.model_config.max_model_len)
+        self.rotary_emb = dense_rope(
+            config,
+            max_model_len=vllm_config.model_config.max_model_len,
+            device_type=device_type(),
+        )
 
     def forward(self, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor) -> Tensor:
         # called as MSA layers are; the host's RoPE has its own table and leaves cos_sin alone

@@ -11,19 +11,35 @@ from m3_plugin.testing.hub_layout import MARKER_TOKENS, SPECIAL_TOKENS, hub_conf
 from m3_plugin.testing.random_checkpoint import PRESETS
 
 
-def test_dense_layers_have_an_angle_for_every_position() -> None:
+def config_of(positions: int) -> M3Config:
+    ids = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *MARKER_TOKENS))}
+    written = hub_config(PRESETS["engine"], dtype=torch.float32, token_ids=ids)
+    return replace(M3Config.from_hf(written), max_position_embeddings=positions)
+
+
+def rotated(positions: int, *, device_type: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The rope of a model that names so many positions, and what it makes of four rows."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from m3_vllm.model import dense_rope
 
-    ids = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *MARKER_TOKENS))}
-    written = hub_config(PRESETS["engine"], dtype=torch.float32, token_ids=ids)
-    config = replace(M3Config.from_hf(written), max_position_embeddings=64)
-    positions = torch.tensor([3, 63, 64, 200])
-    query = torch.randn(4, config.head_dim, generator=torch.Generator().manual_seed(0))
+    config = config_of(positions)
+    rows = torch.tensor([3, 63, 64, 200])
+    heads = torch.randn(4, 2 * config.head_dim, generator=torch.Generator().manual_seed(0))
     with set_current_vllm_config(VllmConfig()):
-        rope = dense_rope(config, max_model_len=256)
-        whole = dense_rope(replace(config, max_position_embeddings=1024), max_model_len=256)
-        turned, expected = (r(positions, query.clone(), None)[0] for r in (rope, whole))
-    assert torch.equal(turned, expected)
+        rope = dense_rope(config, max_model_len=256, device_type=device_type)
+        return rope, torch.stack(rope(rows, heads.clone(), heads.flip(0)))
+
+
+def test_dense_layers_have_an_angle_for_every_position() -> None:
+    """Of vLLM's table, which GPUs use."""
+    rope, found = rotated(64, device_type="cuda")
+    assert torch.equal(found, rotated(1024, device_type="cuda")[1])
     assert rope.get_buffer("cos_sin_cache").shape[0] >= 256
+
+
+def test_on_a_cpu_angles_are_computed() -> None:
+    """The same numbers, and nothing that grows with the context."""
+    rope, found = rotated(64, device_type="cpu")
+    torch.testing.assert_close(found, rotated(64, device_type="cuda")[1], atol=1e-5, rtol=0)
+    assert sum(buffer.numel() for buffer in rope.buffers()) < config_of(64).head_dim
