@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Mapping
@@ -55,8 +56,12 @@ SGLANG_WINDOW = TestedWindow(
 )
 
 
+@functools.cache
 def sglang_version() -> str:
-    """Version of the installed SGLang, read without importing it."""
+    """Version of the installed SGLang, read without importing it.
+
+    Once: its metadata are parsed, which takes milliseconds, and each layer asks several times.
+    """
     return importlib.metadata.version("sglang")
 
 
