@@ -18,7 +18,7 @@ from tests.integrations.variables import (
     check_mistakes,
     check_service_links,
 )
-from tests.interpreters import interpret, run
+from tests.interpreters import run
 
 LOAD = """
 from sglang.srt.plugins import load_plugins
@@ -55,7 +55,7 @@ def broken_package(tmp_path: Path, name: str) -> str:
 
 @pytest.mark.every_release
 def test_entry_point_registers_everything_once() -> None:
-    result = interpret("-c", LOAD.replace("MODELS", "True"))
+    result = HOST.interpret("-c", LOAD.replace("MODELS", "True"))
     assert "CHOICE True True" in result.stdout
     assert "HOOK True" in result.stdout
     assert result.stdout.count("CLASS m3_sglang.models.minimax_m3") == 2

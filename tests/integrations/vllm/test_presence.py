@@ -21,7 +21,7 @@ from tests.integrations.variables import (
     check_service_links,
 )
 from tests.integrations.vllm.engine import ENVIRONMENT, HOST
-from tests.interpreters import interpret, run
+from tests.interpreters import run
 
 LOAD = """
 from vllm.plugins import load_general_plugins
@@ -53,7 +53,7 @@ def break_kernels(tmp_path: Path) -> str:
 
 
 def test_entry_point_registers_both_architectures_once(tmp_path: Path) -> None:
-    result = interpret("-c", LOAD, environment={"VLLM_CACHE_ROOT": str(tmp_path)})
+    result = HOST.interpret("-c", LOAD, environment={"VLLM_CACHE_ROOT": str(tmp_path)})
     assert result.stdout.count("CLASS m3_vllm.model") == 2
     assert (result.stdout + result.stderr).count("m3-plugin 0.") == 1
 
