@@ -121,6 +121,35 @@ def test_big_frames_are_shrunk_as_they_are_decoded(monkeypatch: pytest.MonkeyPat
     assert torch.equal(ours["pixel_values_videos"], expected["pixel_values_videos"])
 
 
+@pytest.mark.parametrize("held", [10, 10**9])
+def test_patches_take_the_memory_of_frames_of_a_file(
+    processor, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """And only of those; they are transformers' patches, in the order of the file."""
+    from m3_vllm import media
+
+    monkeypatch.setattr(media, "_MAX_HELD_PIXELS", held)
+    colours = [(40 * i, 255 - 40 * i, 9 * i) for i in range(5)]
+    data = media_files.mp4([media_files.jpeg(colour) for colour in colours])
+    prompt = processor.info.get_tokenizer().encode(VIDEO)
+
+    def patches(video: Any) -> torch.Tensor:
+        found = prepared(processor, prompt, {"video": video})
+        return found["mm_kwargs"]["video"][0]["pixel_bytes_videos"].data
+
+    frames, metadata = load(data)
+    given = np.array(frames)
+    before = given.copy()
+    expected = patches((given, metadata))
+    assert np.array_equal(given, before)
+    found = patches((frames, metadata))
+    assert torch.equal(found, expected)
+    assert found.data_ptr() == frames.ctypes.data
+    # they hold patches now
+    with pytest.raises(RuntimeError, match="serve one request"):
+        patches((frames, metadata))
+
+
 @pytest.mark.parametrize("recovery", [False, True])
 def test_a_broken_frame_is_left_out_or_replaced(recovery: bool) -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)]
@@ -317,14 +346,13 @@ def test_absurd_areas_are_refused(processor, value: object) -> None:
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize(("frames", "most"), media_memory.CASES)
+@pytest.mark.parametrize("case", media_memory.CASES, ids=str)
 def test_large_frames_of_a_small_file_fill_no_memory(
-    tmp_path: Path, frames: int, most: int
+    tmp_path: Path, case: media_memory.Case
 ) -> None:
     folder = write_random_checkpoint(tmp_path / "m3", preset="small")
-    grown = media_memory.grown_by(
-        media_memory.file_of_large_frames(tmp_path, frames),
-        frames=frames,
+    grown = case.grown_by(
+        tmp_path,
         prepare=f"""
 from tests.integrations.vllm.media_processor import build
 from m3_vllm.media import M3VideoLoader
@@ -336,4 +364,4 @@ def patches(data):
 """,
         load="patches",
     )
-    assert grown < most, grown
+    assert grown < case.most, grown

@@ -114,3 +114,45 @@ def test_linear_takes_our_product_where_the_library_has_none(
     products._is_own.cache_clear()
     wide = (x.float(), weight.float(), bias.float())
     assert torch.equal(products.linear(*wide), torch.nn.functional.linear(*wide))
+
+
+@needs_native
+def test_a_weight_that_ours_does_not_take_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of patches of 14x14: rows of 1,176 values."""
+    torch.manual_seed(3)
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((9, 1176), (8, 1176), (8,)))
+    assert not takes(weight)
+    wanted = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).bfloat16()
+    monkeypatch.setattr(products, "library_multiplies", lambda dtype: False)
+    products._is_own.cache_clear()
+    assert torch.equal(products.linear(x, weight, bias), wanted)
+    bare = torch.nn.functional.linear(x.float(), weight.float()).bfloat16()
+    assert torch.equal(products.linear(x, weight), bare)
+    products._is_own.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_is_fp32_where_the_library_has_no_products(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(4)
+    given = [torch.randn(2, 4, 37, 80).to(dtype) for _ in range(3)]
+    seen: list[torch.dtype] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        seen.append(query.dtype)
+        return plain(query, *others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    wanted = plain(*(tensor.float() for tensor in given))
+    for library in (False, True):
+        monkeypatch.setattr(products, "library_multiplies", lambda dtype, has=library: has)
+        products.lacks_products.cache_clear()
+        found = products.attention(*given)
+        assert found.dtype == dtype
+        if not library:
+            assert torch.equal(found, wanted.to(dtype))
+        assert torch.equal(products.attention(*(x.float() for x in given)), wanted)
+    products.lacks_products.cache_clear()
+    assert seen == [torch.float32, torch.float32, dtype, torch.float32]
