@@ -103,6 +103,22 @@ def frames_of_pairs(num_frames: int) -> int:
     return -(-num_frames // pair) * pair
 
 
+def frames_of_patches(patches: Tensor, *, height: int, width: int) -> Tensor:
+    """Frames [n, 3, height, width] of which these bytes are the patches, an odd last frame twice.
+
+    Parameters
+    ----------
+    patches : uint8 of any shape, as `VideosInPieces` cuts a single video
+    """
+    processor = MiniMaxM3VLVideoProcessor
+    pair, merge, side = processor.temporal_patch_size, processor.merge_size, processor.patch_size
+    square = merge * side
+    shape = (-1, height // square, width // square, merge, merge, 3, pair, side, side)
+    # pair, frame, channel, then rows and columns, each of squares, patches and pixels
+    ordered = patches.reshape(shape).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    return ordered.reshape(-1, 3, height, width)
+
+
 def _place_of_frames(video: Tensor, sample: Tensor, *, pairs: int, pair: int) -> Tensor | None:
     """The memory of a video's frames as that of its patches; None where these do not fit.
 

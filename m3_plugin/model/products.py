@@ -123,14 +123,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` by whoever has the product; for layers that are no host's.
 
-    A weight of a shape that ours does not take, as that of 14x14 patches, is widened to fp32.
+    Columns that ours does not take, as the 1,176 of a patch of 14x14, are filled up with zeros.
     """
     if not _is_own(weight.device.type, weight.dtype) or x.dtype != weight.dtype:
         return torch.nn.functional.linear(x, weight, bias)
-    if takes(weight):
-        return multiply(x, weight, bias)
-    wide = (tensor if tensor is None else tensor.float() for tensor in (x, weight, bias))
-    return torch.nn.functional.linear(*wide).to(x.dtype)
+    if not takes(weight):
+        missing = (0, -weight.shape[-1] % UNIT)
+        x, weight = (torch.nn.functional.pad(rows, missing) for rows in (x, weight))
+        weight = weight.contiguous()
+    return multiply(x, weight, bias)
 
 
 @cache

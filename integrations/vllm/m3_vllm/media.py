@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from m3_plugin.host.metrics import count_refused_request
 from m3_plugin.host.side_caps import as_served
-from m3_plugin.host.video_pieces import frames_of_pairs
+from m3_plugin.host.video_pieces import frames_of_pairs, frames_of_patches
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
@@ -357,14 +357,15 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
     ) -> BatchFeature:
         self._require_bounds(hf_kwargs)
         videos = hf_data.get("videos")
+        loaded: list[DecodedFrames] = []
         if isinstance(videos, Sequence):
             hf_kwargs = self._with_video_defaults(hf_kwargs)
-            in_place = all(isinstance(frames, DecodedFrames) for frames in videos)
-            videos = [_channels_first(frames) for frames in videos]
-            hf_data = {**hf_data, "videos": videos}
-        else:
-            in_place = False
+            loaded = [frames for frames in videos if DecodedFrames.owns(frames)]
+            hf_data = {**hf_data, "videos": [_channels_first(frames) for frames in videos]}
+        in_place = isinstance(videos, Sequence) and len(loaded) == len(videos)
         outputs = self._call_processor(hf_data, hf_kwargs, in_place=in_place)
+        for frames in loaded:
+            frames.note_patches(outputs["pixel_values_videos"])
         if isinstance(videos, Sequence):
             pairs = [self.info.video_geometry().pairs(len(frames)) for frames in videos]
             outputs["video_grid_thw"] = join_segments(outputs["video_grid_thw"], pairs)
@@ -496,13 +497,14 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
 
 
 class DecodedFrames(np.ndarray):
-    """Frames [n, height, width, 3] of a file that its loader made for one request.
+    """Frames [n, height, width, 3] of a long video, made by its loader for one request.
 
-    Nobody else reads them: their patches may take their memory, for which there is room.
+    Their patches take their memory, for which there is room. Whoever reads them once more gets
+    them back, in new memory.
     """
 
     room: np.ndarray | None = None
-    used = False
+    cut = False
 
     @classmethod
     def of(cls, room: np.ndarray, count: int) -> DecodedFrames:
@@ -511,27 +513,28 @@ class DecodedFrames(np.ndarray):
         frames.room = room
         return frames
 
+    @classmethod
+    def owns(cls, frames: Any) -> TypeGuard[DecodedFrames]:
+        """Whether these are such frames, all of them; a part of them is an array as any other."""
+        return isinstance(frames, cls) and frames.room is not None
+
     def channels_first(self) -> torch.Tensor:
-        """The frames [n, 3, height, width], once.
+        """The frames [n, 3, height, width]."""
+        assert self.room is not None
+        memory = torch.from_numpy(self.room)
+        if self.cut:
+            height, width = self.shape[1:3]
+            return frames_of_patches(memory, height=height, width=width)[: len(self)]
+        return memory[: len(self)].permute(0, 3, 1, 2)
 
-        Raises
-        ------
-        RuntimeError : their memory was taken already.
-        """
-        if self.used or self.room is None:
-            raise RuntimeError("frames that m3-plugin decoded serve one request; load the file again")
-        self.used = True
-        return torch.from_numpy(self.room)[: len(self)].permute(0, 3, 1, 2)
-
-
-def _room_for(num_frames: int, frame: tuple[int, ...]) -> np.ndarray:
-    """Memory [n, height, width, 3] of as many frames, cut in place or not; untouched, it is none."""
-    return np.empty((frames_of_pairs(num_frames), *frame), dtype=np.uint8)
+    def note_patches(self, patches: torch.Tensor) -> None:
+        """Whether these lie where the frames were."""
+        self.cut = self.cut or patches.data_ptr() == self.ctypes.data
 
 
 def _channels_first(frames: Any) -> Any:
     """Decoded frames [n, height, width, 3] as transformers wants them, without its copy."""
-    if isinstance(frames, DecodedFrames):
+    if DecodedFrames.owns(frames):
         return frames.channels_first()
     decoded = isinstance(frames, np.ndarray) and frames.ndim == 4 and frames.dtype == np.uint8
     # what has few rows or columns may be meant either way, as transformers decides
@@ -631,12 +634,13 @@ class M3VideoLoader(VideoBackend):
         size = fitted_size(height, width, **_FRAME_AREA)
         require_video_pixels(len(indices), *size)
         shrink = len(indices) * height * width > _MAX_HELD_PIXELS
-        room = _room_for(len(indices), (*(size if shrink else (height, width)), 3))
+        frame_shape = (*(size if shrink else (height, width)), 3)
+        room = np.empty((frames_of_pairs(len(indices)), *frame_shape), dtype=np.uint8)
         for place, index in enumerate(indices):
             (frame,) = animation.get_frames_at([index])
             room[place] = _resized(frame, size) if shrink else frame
         source = VideoSourceMetadata(total, rate, total / rate)
-        frames = DecodedFrames.of(room, len(indices))
+        frames = DecodedFrames.of(room, len(indices)) if shrink else room[: len(indices)]
         return frames, cls.create_hf_metadata(source, indices, "pillow")
 
     @classmethod
@@ -690,13 +694,16 @@ class M3VideoLoader(VideoBackend):
                     shown = cls._resized(frame, size) if shrink else frame
                     if not valid:
                         # a frame may be turned against what the header says
-                        room = _room_for(len(frame_idx), shown.shape)
+                        room = np.empty(
+                            (frames_of_pairs(len(frame_idx)), *shown.shape), dtype=np.uint8
+                        )
                     room[len(valid)] = cv2.cvtColor(shown, cv2.COLOR_BGR2RGB)
                     valid.append(index)
                 while (usable or not frame_recovery) and target is not None and target <= index:
                     target = next(wanted, None)
             index += 1
-        return DecodedFrames.of(room, len(valid)), valid
+        frames = DecodedFrames.of(room, len(valid)) if shrink else room[: len(valid)]
+        return frames, valid
 
     @classmethod
     def _frame_size(cls, height: int, width: int) -> tuple[int, int]:

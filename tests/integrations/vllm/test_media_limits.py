@@ -122,15 +122,15 @@ def test_big_frames_are_shrunk_as_they_are_decoded(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("held", [10, 10**9])
-def test_patches_take_the_memory_of_frames_of_a_file(
+def test_patches_take_the_memory_of_frames_of_a_long_file(
     processor, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
-    """And only of those; they are transformers' patches, in the order of the file."""
+    """And of no others; whoever reads the frames again gets the same patches again."""
     from m3_vllm import media
 
     monkeypatch.setattr(media, "_MAX_HELD_PIXELS", held)
-    colours = [(40 * i, 255 - 40 * i, 9 * i) for i in range(5)]
-    data = media_files.mp4([media_files.jpeg(colour) for colour in colours])
+    noise = np.random.default_rng(0).integers(0, 256, (5, 84, 112, 3), dtype=np.uint8)
+    data = media_files.mp4([media_files.encoded(Image.fromarray(n), "JPEG") for n in noise])
     prompt = processor.info.get_tokenizer().encode(VIDEO)
 
     def patches(video: Any) -> torch.Tensor:
@@ -144,10 +144,11 @@ def test_patches_take_the_memory_of_frames_of_a_file(
     assert np.array_equal(given, before)
     found = patches((frames, metadata))
     assert torch.equal(found, expected)
-    assert found.data_ptr() == frames.ctypes.data
-    # they hold patches now
-    with pytest.raises(RuntimeError, match="serve one request"):
-        patches((frames, metadata))
+    assert (found.data_ptr() == frames.ctypes.data) is (held == 10)
+    again = patches((frames, metadata))
+    assert torch.equal(again, expected)
+    assert torch.equal(found, expected)
+    assert again.data_ptr() != found.data_ptr()
 
 
 @pytest.mark.parametrize("recovery", [False, True])

@@ -117,17 +117,19 @@ def test_linear_takes_our_product_where_the_library_has_none(
 
 
 @needs_native
-def test_a_weight_that_ours_does_not_take_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of patches of 14x14: rows of 1,176 values."""
+def test_columns_that_ours_does_not_take_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of patches of 14x14: rows of 1,176 values."""
     torch.manual_seed(3)
-    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((9, 1176), (8, 1176), (8,)))
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((99, 1176), (8, 1176), (8,)))
     assert not takes(weight)
-    wanted = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).bfloat16()
     monkeypatch.setattr(products, "library_multiplies", lambda dtype: False)
     products._is_own.cache_clear()
-    assert torch.equal(products.linear(x, weight, bias), wanted)
-    bare = torch.nn.functional.linear(x.float(), weight.float()).bfloat16()
-    assert torch.equal(products.linear(x, weight), bare)
+    for weights in (weight, torch.randn(1176, 8).bfloat16().T, torch.randn(64, 8).bfloat16().T):
+        rows = x[:, : weights.shape[1]]
+        found = products.linear(rows, weights, bias)
+        exact = torch.nn.functional.linear(rows.double(), weights.double(), bias.double())
+        torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-6)
+        assert torch.equal(products.linear(rows[:1], weights, bias), found[:1])
     products._is_own.cache_clear()
 
 
