@@ -108,11 +108,36 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Bidirectional attention, all [..., heads, rows, head_dim]; for layers that are no host's.
+
+    torch's kernel for CPUs multiplies 16 bits as its library does, and without one in a loop. There
+    it gets fp32: the same numbers, of which only the result is rounded.
+    """
+    if lacks_products(query.device.type, query.dtype):
+        wide = (tensor.float() for tensor in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*wide).to(query.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` by whoever has the product; for layers that are no host's."""
-    if _is_own(weight.device.type, weight.dtype) and takes(weight) and x.dtype == weight.dtype:
-        return multiply(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    """`torch.nn.functional.linear` by whoever has the product; for layers that are no host's.
+
+    Columns that ours does not take, as the 1,176 of a patch of 14x14, are filled up with zeros.
+    """
+    if not _is_own(weight.device.type, weight.dtype) or x.dtype != weight.dtype:
+        return torch.nn.functional.linear(x, weight, bias)
+    if not takes(weight):
+        missing = (0, -weight.shape[-1] % UNIT)
+        x, weight = (torch.nn.functional.pad(rows, missing) for rows in (x, weight))
+        weight = weight.contiguous()
+    return multiply(x, weight, bias)
+
+
+@cache
+def lacks_products(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies these numbers in a loop here, for want of a library that does."""
+    return device_type == "cpu" and dtype in NARROW and not library_multiplies(dtype)
 
 
 @cache

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from m3_plugin.model.pixels import PixelScale
-from m3_plugin.model.products import linear
+from m3_plugin.model.products import attention, linear
 
 __all__ = ["CHECKPOINT_PREFIXES", "M3Vision", "VisionConfig", "split_segments"]
 
@@ -329,7 +329,7 @@ class _Attention(nn.Module):
                 .transpose(1, 2)
                 for x in (query, key, value)
             )
-            output = F.scaled_dot_product_attention(q, k, v)
+            output = attention(q, k, v)
             outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
         return self.out_proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 

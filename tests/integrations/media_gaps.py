@@ -1,6 +1,6 @@
 """How long other requests wait while a server prepares a long video or large pictures.
 
-    python -m tests.integrations.media_gaps --framework vllm
+    python -m tests.integrations.media_gaps --framework vllm [--chunk 512]
     python -m tests.integrations.media_gaps --url http://127.0.0.1:8000 --model m3
 
 asks a server of either host, its own or a running one, for a stream of text and for its health all
@@ -9,7 +9,8 @@ prints the largest gaps in seconds as JSON, one line per load and repeat, after 
 the machine at the start. The goal is below one second. Beside both stands the largest gap of a
 process that asks nobody: no server can do better there and then. A running server must admit four
 pictures; it may refuse the video's 123,745 tokens, as the own one does, for that is known after the
-work that this measures.
+work that this measures. As many tokens of text as the pictures have tell what the text model alone
+keeps a stream waiting for. A step embeds the pictures that it reaches: `--chunk` bounds its tokens.
 """
 
 from __future__ import annotations
@@ -43,15 +44,20 @@ _POLL = 0.05
 _TIMEOUT = 600
 # A server's first requests do what later ones need not: imports, templates, compiled products.
 _WARM_UP_S = 5
+# Those of four pictures of 12 megapixels.
+_TOKENS_OF_PICTURES = 4 * (567 + 2)
 
 
 def loads() -> dict[str, list[Part]]:
     """What is prepared meanwhile, by name, in no cache; every frame of the video is looked at."""
     frame = media_files.jpeg((9, 99, randrange(256)), size=(640, 480))
     noise = (Image.effect_noise((4000, 3000), 50).convert("RGB") for _ in range(4))
+    # of two tokens each, a blank and a digit, in no cache
+    numbers = " ".join(str(randrange(10)) for _ in range(_TOKENS_OF_PICTURES // 2))
     photos = [media_files.encoded(image, "JPEG") for image in noise]
     return {
         "nothing": [],
+        f"{_TOKENS_OF_PICTURES} tokens of text": [text(numbers)],
         "a video of 600 frames": [video(media_files.mp4([frame] * 600, size=(640, 480)))],
         "four pictures of 12 megapixels": [picture(photo) for photo in photos],
     }
@@ -148,19 +154,26 @@ def measure(url: str, model: str, parts: list[Part]) -> dict[str, Any]:
 
 
 @contextmanager
-def own_server(framework: str, *, log: Path | None) -> Iterator[str]:
-    """Address of a server of the constructed checkpoint that admits four pictures."""
+def own_server(framework: str, *, log: Path | None, chunk: int | None) -> Iterator[str]:
+    """Address of a server of the constructed checkpoint that admits four pictures.
+
+    Parameters
+    ----------
+    chunk : most tokens of a step; None for the usual ones
+    """
     pictures = {
         "vllm": ("--limit-mm-per-prompt", '{"image": 4, "video": 1}'),
         "sglang": ("--limit-mm-data-per-request", '{"image": 4, "video": 1}'),
     }
+    bound = {"vllm": "--max-num-batched-tokens", "sglang": "--chunked-prefill-size"}[framework]
+    chunked = () if chunk is None else (bound, str(chunk))
     host = host_to_start(framework)
     with tempfile.TemporaryDirectory(prefix="m3-plugin-gaps-") as folder:
         scratch = Path(folder)
         checkpoint = ConstructedCheckpoint().write(scratch / "checkpoint")
         port = free_port()
         with ServerProcess(
-            host.command(checkpoint, port, (*host.options, *pictures[framework])),
+            host.command(checkpoint, port, (*host.options, *pictures[framework], *chunked)),
             port=port,
             log=log or scratch / "server.log",
             environment=host.environment(scratch),
@@ -183,13 +196,14 @@ def main() -> None:
     asked.add_argument("--framework", choices=sorted(HOSTS), help="starts a server of its own")
     parser.add_argument("--model", help="served model name of a running server", default="m3")
     parser.add_argument("--log", type=Path, help="of an own server")
+    parser.add_argument("--chunk", type=int, help="most tokens of an own server's step")
     parser.add_argument("--repeats", type=int, default=3, help="of each load")
     given = parser.parse_args()
     print_line({"load of the machine": os.getloadavg()[0], "processors": os.cpu_count()})
     if given.url:
         print_gaps(given.url, given.model, repeats=given.repeats)
     else:
-        with own_server(given.framework, log=given.log) as url:
+        with own_server(given.framework, log=given.log, chunk=given.chunk) as url:
             print_gaps(url, MODEL_NAME, repeats=given.repeats)
 
 

@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from m3_plugin.host.metrics import count_refused_request
 from m3_plugin.host.side_caps import as_served
+from m3_plugin.host.video_pieces import frames_of_pairs, frames_of_patches
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
@@ -345,7 +346,7 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         hf_inputs = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
         videos = hf_inputs.hf_data.get("videos")
         if isinstance(videos, Sequence) and videos:
-            hf_inputs.hf_data["videos"] = [_channels_first(frames) for frames, _ in videos]
+            hf_inputs.hf_data["videos"] = [frames for frames, _ in videos]
             hf_inputs.hf_data["video_metadata"] = [
                 {"total_num_frames": len(frames), **_times(metadata)} for frames, metadata in videos
             ]
@@ -356,9 +357,15 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
     ) -> BatchFeature:
         self._require_bounds(hf_kwargs)
         videos = hf_data.get("videos")
+        loaded: list[DecodedFrames] = []
         if isinstance(videos, Sequence):
             hf_kwargs = self._with_video_defaults(hf_kwargs)
-        outputs = super()._call_hf_processor(hf_data, hf_kwargs)
+            loaded = [frames for frames in videos if DecodedFrames.owns(frames)]
+            hf_data = {**hf_data, "videos": [_channels_first(frames) for frames in videos]}
+        in_place = isinstance(videos, Sequence) and len(loaded) == len(videos)
+        outputs = self._call_processor(hf_data, hf_kwargs, in_place=in_place)
+        for frames in loaded:
+            frames.note_patches(outputs["pixel_values_videos"])
         if isinstance(videos, Sequence):
             pairs = [self.info.video_geometry().pairs(len(frames)) for frames in videos]
             outputs["video_grid_thw"] = join_segments(outputs["video_grid_thw"], pairs)
@@ -366,6 +373,17 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
             if pixels in outputs and outputs[pixels].dtype == torch.uint8:
                 outputs[as_bytes] = outputs.pop(pixels)
         return outputs
+
+    def _call_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object], *, in_place: bool
+    ) -> BatchFeature:
+        """As vLLM does it, but that `in_place`, which is no setting, makes no other processor."""
+        processor = self.info.get_hf_processor(**hf_kwargs)
+        if in_place:
+            configured = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
+            videos_kwargs = configured.get("videos_kwargs") or {}
+            hf_kwargs = {**hf_kwargs, "videos_kwargs": {**videos_kwargs, "in_place": True}}
+        return self.info.ctx.call_hf_processor(processor, hf_data, hf_kwargs)
 
     def _require_bounds(self, hf_kwargs: Mapping[str, object]) -> None:
         configured = self.info.ctx.get_merged_mm_kwargs(hf_kwargs)
@@ -478,8 +496,46 @@ class M3MultiModalProcessor(BaseMultiModalProcessor[M3ProcessingInfo]):
         return super()._apply_prompt_updates(prompt + list(token_ids[done:]), mm_prompt_updates)
 
 
+class DecodedFrames(np.ndarray):
+    """Frames [n, height, width, 3] of a long video, made by its loader for one request.
+
+    Their patches take their memory, for which there is room. Whoever reads them once more gets
+    them back, in new memory.
+    """
+
+    room: np.ndarray | None = None
+    cut = False
+
+    @classmethod
+    def of(cls, room: np.ndarray, count: int) -> DecodedFrames:
+        """The first `count` frames of `room`."""
+        frames = room[:count].view(cls)
+        frames.room = room
+        return frames
+
+    @classmethod
+    def owns(cls, frames: Any) -> TypeGuard[DecodedFrames]:
+        """Whether these are such frames, all of them; a part of them is an array as any other."""
+        return isinstance(frames, cls) and frames.room is not None
+
+    def channels_first(self) -> torch.Tensor:
+        """The frames [n, 3, height, width]."""
+        assert self.room is not None
+        memory = torch.from_numpy(self.room)
+        if self.cut:
+            height, width = self.shape[1:3]
+            return frames_of_patches(memory, height=height, width=width)[: len(self)]
+        return memory[: len(self)].permute(0, 3, 1, 2)
+
+    def note_patches(self, patches: torch.Tensor) -> None:
+        """Whether these lie where the frames were."""
+        self.cut = self.cut or patches.data_ptr() == self.ctypes.data
+
+
 def _channels_first(frames: Any) -> Any:
     """Decoded frames [n, height, width, 3] as transformers wants them, without its copy."""
+    if DecodedFrames.owns(frames):
+        return frames.channels_first()
     decoded = isinstance(frames, np.ndarray) and frames.ndim == 4 and frames.dtype == np.uint8
     # what has few rows or columns may be meant either way, as transformers decides
     if not decoded or frames.shape[-1] != 3 or frames.shape[1] in (1, 3):
@@ -578,11 +634,13 @@ class M3VideoLoader(VideoBackend):
         size = fitted_size(height, width, **_FRAME_AREA)
         require_video_pixels(len(indices), *size)
         shrink = len(indices) * height * width > _MAX_HELD_PIXELS
-        frames = np.empty((len(indices), *(size if shrink else (height, width)), 3), dtype=np.uint8)
+        frame_shape = (*(size if shrink else (height, width)), 3)
+        room = np.empty((frames_of_pairs(len(indices)), *frame_shape), dtype=np.uint8)
         for place, index in enumerate(indices):
             (frame,) = animation.get_frames_at([index])
-            frames[place] = _resized(frame, size) if shrink else frame
+            room[place] = _resized(frame, size) if shrink else frame
         source = VideoSourceMetadata(total, rate, total / rate)
+        frames = DecodedFrames.of(room, len(indices)) if shrink else room[: len(indices)]
         return frames, cls.create_hf_metadata(source, indices, "pillow")
 
     @classmethod
@@ -618,7 +676,8 @@ class M3VideoLoader(VideoBackend):
         size = cls._frame_size(height, width)
         require_video_pixels(len(frame_idx), *size)
         shrink = len(frame_idx) * height * width > _MAX_HELD_PIXELS
-        frames = np.empty((0, *size, 3), dtype=np.uint8)
+        room = np.empty((0, *size, 3), dtype=np.uint8)
+        frame = None
         valid: list[int] = []
         wanted = iter(frame_idx)
         target = next(wanted, None)
@@ -627,20 +686,24 @@ class M3VideoLoader(VideoBackend):
             grabbed = cap.grab()
             missed = 0 if grabbed else missed + 1
             if index >= target:
-                decoded, frame = cap.retrieve() if grabbed else (False, np.empty(0))
-                usable = decoded and frame.size > 0
+                # into the memory of the frame before, of which nothing is needed any more
+                decoded, frame = cap.retrieve(frame) if grabbed else (False, frame)
+                usable = decoded and frame is not None and frame.size > 0
                 if usable:
-                    frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-                    frame = cls._resized(frame, size) if shrink else frame
+                    # colours change their order where there are fewer pixels
+                    shown = cls._resized(frame, size) if shrink else frame
                     if not valid:
                         # a frame may be turned against what the header says
-                        frames = np.empty((len(frame_idx), *frame.shape), dtype=np.uint8)
-                    frames[len(valid)] = frame
+                        room = np.empty(
+                            (frames_of_pairs(len(frame_idx)), *shown.shape), dtype=np.uint8
+                        )
+                    room[len(valid)] = cv2.cvtColor(shown, cv2.COLOR_BGR2RGB)
                     valid.append(index)
                 while (usable or not frame_recovery) and target is not None and target <= index:
                     target = next(wanted, None)
             index += 1
-        return frames[: len(valid)], valid
+        frames = DecodedFrames.of(room, len(valid)) if shrink else room[: len(valid)]
+        return frames, valid
 
     @classmethod
     def _frame_size(cls, height: int, width: int) -> tuple[int, int]:
@@ -651,7 +714,10 @@ class M3VideoLoader(VideoBackend):
 
     @classmethod
     def _resized(cls, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """A frame [height, width, 3] of its other size, equal to the processor's to the bit."""
+        """A frame [height, width, 3] of its other size, equal to the processor's to the bit.
+
+        Each colour is resized for itself, in whatever order they come.
+        """
         return _resized(frame, size) if cls.caps is None else by_pillow(frame, size)
 
 

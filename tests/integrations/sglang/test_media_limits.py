@@ -101,6 +101,90 @@ def test_big_frames_are_shrunk_a_few_at_a_time(processor: Any) -> None:
     assert decoder.largest * 2160 * 3840 <= 32_000_000
 
 
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_frames_are_the_same_if_decord_stands_still(
+    processor: Any, monkeypatch: pytest.MonkeyPatch, kind: str, at_once: int
+) -> None:
+    from sglang.srt.managers.schedule_batch import Modality
+
+    from m3_sglang import reading_ahead
+    from m3_sglang.processors import minimax_m3
+
+    frames = [media_files.jpeg((20 * i, 255 - 20 * i, 7 * i)) for i in range(12)]
+    data = {
+        "mp4": media_files.mp4(frames),
+        "mkv": media_files.mkv(frames, range(12), duration=12.0),
+        "avi": media_files.avi(frames, claimed=12),
+    }[kind]
+
+    def read() -> torch.Tensor:
+        video = processor._load_single_item(data_url(data), Modality.VIDEO)
+        return minimax_m3.video_frames(video)[0]
+
+    expected = read()
+    still: list[int] = []
+    plain = reading_ahead.StillReader.get_frames_at
+    monkeypatch.setattr(reading_ahead, "_MAX_AHEAD", 0)
+    monkeypatch.setattr(minimax_m3, "_PIXELS_AT_ONCE", at_once * 112 * 84)
+    monkeypatch.setattr(
+        reading_ahead.StillReader,
+        "get_frames_at",
+        lambda self, indices: still.append(len(indices)) or plain(self, indices),
+    )
+    assert torch.equal(read(), expected)
+    assert sum(still) == len(expected) == 12
+    assert max(still) == at_once
+
+
+def test_sparse_frames_are_read_on(processor: Any) -> None:
+    """A seek after each of them would decode most frames of the file twice."""
+    from sglang.srt.managers.schedule_batch import Modality
+
+    from m3_sglang.reading_ahead import StillReader
+
+    frame = media_files.jpeg((0, 0, 0))
+    data = data_url(media_files.mp4([frame] * 60, fps=10))
+    video = processor._load_single_item(data, Modality.VIDEO)
+    sizes = {"height": 2160, "width": 3840}
+    # the last frame is looked at too, however near it is
+    assert StillReader.of(video, [0, 10, 20, 30, 40, 50, 59], **sizes) is None
+    assert StillReader.of(video, [59], **sizes) is None
+    assert StillReader.of(video, list(range(0, 60, 5)), **sizes) is not None
+    assert StillReader.of(video, list(range(60)), height=84, width=112) is None
+    assert StillReader.of(Decoder(600, 2160, 3840), list(range(600)), **sizes) is None
+
+
+def test_patches_take_the_memory_of_frames_of_a_file(processor: Any) -> None:
+    """And frames that a client sent stay as they are."""
+    colours = [(40 * i, 255 - 40 * i, 9 * i) for i in range(5)]
+    file = data_url(media_files.mp4([media_files.jpeg(colour) for colour in colours]))
+    seen: list[Any] = []
+    cut = processor.process_mm_data
+
+    def watched(*given: Any, **options: Any) -> Any:
+        (frames,) = options["videos"]
+        seen.append((frames.data_ptr(), options["in_place"]))
+        return cut(*given, **options)
+
+    processor.process_mm_data = watched
+    try:
+        (item,) = prepare(processor, VIDEO, video=[file]).mm_items
+        assert seen == [(item.feature.data_ptr(), True)]
+        sent = noise_frames(5)
+        before = sent.clone()
+        (item,) = prepare(processor, VIDEO, video=[sent]).mm_items
+        assert torch.equal(sent, before)
+        assert seen[1] == (sent.data_ptr(), False)
+        assert item.feature.data_ptr() != sent.data_ptr()
+    finally:
+        del processor.process_mm_data
+
+
+def noise_frames(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 56, 84), dtype=torch.uint8)
+
+
 def test_shrinking_first_is_transformers_resizing(processor: Any) -> None:
     from m3_sglang.processors.minimax_m3 import resized
 
@@ -416,17 +500,26 @@ def test_absurd_areas_of_a_server_are_refused(
 
 
 @pytest.mark.extended
-# Of more frames decord decodes some ahead of who reads them, as many as it has time for.
-@pytest.mark.parametrize(("frames", "most"), media_memory.CASES[:1])
+@pytest.mark.parametrize("pause", [0.0, 0.2], ids=["at once", "slowly"])
+@pytest.mark.parametrize("case", media_memory.CASES, ids=str)
 def test_large_frames_of_a_small_file_fill_no_memory(
-    tmp_path: Path, frames: int, most: int
+    tmp_path: Path, case: media_memory.Case, pause: float
 ) -> None:
+    """However slowly frames are shrunk: decord would decode others meanwhile."""
+    if pause and case.frames > 100:
+        pytest.skip("the short video shows it")
     folder = write_random_checkpoint(tmp_path / "m3", preset="engine")
-    grown = media_memory.grown_by(
-        media_memory.file_of_large_frames(tmp_path, frames),
-        frames=frames,
+    grown = case.grown_by(
+        tmp_path,
         prepare=f"""
+import time
+from m3_sglang.processors import minimax_m3
 from tests.integrations.sglang.media_processor import build, prepare
+resized = minimax_m3.resized
+def slowly(frames, size):
+    time.sleep({pause})
+    return resized(frames, size)
+minimax_m3.resized = slowly
 processor = build(Path({str(folder)!r}))
 def patches(data):
     (item,) = prepare(processor, "{VIDEO}", video=[data]).mm_items
@@ -434,4 +527,4 @@ def patches(data):
 """,
         load="patches",
     )
-    assert grown < most, grown
+    assert grown < case.most, grown

@@ -121,6 +121,36 @@ def test_big_frames_are_shrunk_as_they_are_decoded(monkeypatch: pytest.MonkeyPat
     assert torch.equal(ours["pixel_values_videos"], expected["pixel_values_videos"])
 
 
+@pytest.mark.parametrize("held", [10, 10**9])
+def test_patches_take_the_memory_of_frames_of_a_long_file(
+    processor, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """And of no others; whoever reads the frames again gets the same patches again."""
+    from m3_vllm import media
+
+    monkeypatch.setattr(media, "_MAX_HELD_PIXELS", held)
+    noise = np.random.default_rng(0).integers(0, 256, (5, 84, 112, 3), dtype=np.uint8)
+    data = media_files.mp4([media_files.encoded(Image.fromarray(n), "JPEG") for n in noise])
+    prompt = processor.info.get_tokenizer().encode(VIDEO)
+
+    def patches(video: Any) -> torch.Tensor:
+        found = prepared(processor, prompt, {"video": video})
+        return found["mm_kwargs"]["video"][0]["pixel_bytes_videos"].data
+
+    frames, metadata = load(data)
+    given = np.array(frames)
+    before = given.copy()
+    expected = patches((given, metadata))
+    assert np.array_equal(given, before)
+    found = patches((frames, metadata))
+    assert torch.equal(found, expected)
+    assert (found.data_ptr() == frames.ctypes.data) is (held == 10)
+    again = patches((frames, metadata))
+    assert torch.equal(again, expected)
+    assert torch.equal(found, expected)
+    assert again.data_ptr() != found.data_ptr()
+
+
 @pytest.mark.parametrize("recovery", [False, True])
 def test_a_broken_frame_is_left_out_or_replaced(recovery: bool) -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)]
@@ -317,14 +347,13 @@ def test_absurd_areas_are_refused(processor, value: object) -> None:
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize(("frames", "most"), media_memory.CASES)
+@pytest.mark.parametrize("case", media_memory.CASES, ids=str)
 def test_large_frames_of_a_small_file_fill_no_memory(
-    tmp_path: Path, frames: int, most: int
+    tmp_path: Path, case: media_memory.Case
 ) -> None:
     folder = write_random_checkpoint(tmp_path / "m3", preset="small")
-    grown = media_memory.grown_by(
-        media_memory.file_of_large_frames(tmp_path, frames),
-        frames=frames,
+    grown = case.grown_by(
+        tmp_path,
         prepare=f"""
 from tests.integrations.vllm.media_processor import build
 from m3_vllm.media import M3VideoLoader
@@ -336,4 +365,4 @@ def patches(data):
 """,
         load="patches",
     )
-    assert grown < most, grown
+    assert grown < case.most, grown

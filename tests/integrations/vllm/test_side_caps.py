@@ -108,7 +108,7 @@ def test_frames_shrunk_while_they_are_decoded_are_the_same(
         def grab(self) -> bool:
             return True
 
-        def retrieve(self) -> tuple[bool, np.ndarray]:
+        def retrieve(self, memory: np.ndarray | None) -> tuple[bool, np.ndarray]:
             return True, np.ascontiguousarray(frame[..., ::-1])
 
     monkeypatch.setattr(media, "_MAX_HELD_PIXELS", 1)

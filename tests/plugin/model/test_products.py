@@ -114,3 +114,49 @@ def test_linear_takes_our_product_where_the_library_has_none(
     products._is_own.cache_clear()
     wide = (x.float(), weight.float(), bias.float())
     assert torch.equal(products.linear(*wide), torch.nn.functional.linear(*wide))
+
+
+@needs_native
+def test_columns_that_ours_does_not_take_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of patches of 14x14: rows of 1,176 values."""
+    torch.manual_seed(3)
+    x, weight, bias = (torch.randn(*size).bfloat16() for size in ((99, 1176), (8, 1176), (8,)))
+    assert not takes(weight)
+    monkeypatch.setattr(products, "library_multiplies", lambda dtype: False)
+    products._is_own.cache_clear()
+    for weights in (weight, torch.randn(1176, 8).bfloat16().T, torch.randn(64, 8).bfloat16().T):
+        rows = x[:, : weights.shape[1]]
+        found = products.linear(rows, weights, bias)
+        exact = torch.nn.functional.linear(rows.double(), weights.double(), bias.double())
+        torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-6)
+        filled = (0, -rows.shape[1] % 16)
+        ours = [torch.nn.functional.pad(part, filled).contiguous() for part in (rows, weights)]
+        assert torch.equal(found, multiply(*ours, bias))
+    products._is_own.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_is_fp32_where_the_library_has_no_products(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(4)
+    given = [torch.randn(2, 4, 37, 80).to(dtype) for _ in range(3)]
+    seen: list[torch.dtype] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        seen.append(query.dtype)
+        return plain(query, *others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    wanted = plain(*(tensor.float() for tensor in given))
+    for library in (False, True):
+        monkeypatch.setattr(products, "library_multiplies", lambda dtype, has=library: has)
+        products.lacks_products.cache_clear()
+        found = products.attention(*given)
+        assert found.dtype == dtype
+        if not library:
+            assert torch.equal(found, wanted.to(dtype))
+        assert torch.equal(products.attention(*(x.float() for x in given)), wanted)
+    products.lacks_products.cache_clear()
+    assert seen == [torch.float32, torch.float32, dtype, torch.float32]

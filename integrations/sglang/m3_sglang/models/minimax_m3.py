@@ -99,9 +99,11 @@ class MiniMaxM3SparseForConditionalGeneration(nn.Module):
             # together they would become numbers of one kind
             pixels = [self.vision_tower.normalised(patches) for patches in pixels]
         grids = [row for item in items for row in getattr(item, grid).tolist()]
+        # of one video at the limit a copy is 0.9 GB
+        patches = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
         if self.vision_ranks is None:
-            return self.vision_tower(torch.cat(pixels), grids)
-        return shared_features(self.vision_tower, torch.cat(pixels), grids, ranks=self.vision_ranks)
+            return self.vision_tower(patches, grids)
+        return shared_features(self.vision_tower, patches, grids, ranks=self.vision_ranks)
 
     @torch.no_grad()
     def forward(

@@ -41,6 +41,7 @@ from transformers.models.minimax_m3_vl.processing_minimax_m3_vl import MiniMaxM3
 
 from m3_plugin.host.metrics import count_refused_request
 from m3_plugin.host.side_caps import as_served, resized_frames
+from m3_plugin.host.video_pieces import frames_of_pairs
 from m3_plugin.model.containers import Animation, with_times
 from m3_plugin.model.media import (
     MAX_FRAMES,
@@ -69,11 +70,12 @@ from m3_plugin.model.pixels import PixelScale
 from m3_plugin.model.resizing import SideCaps, require_no_area, resize_rule
 from m3_sglang.compat import preprocessor_file, read_config
 from m3_sglang.models.minimax_m3 import MiniMaxM3SparseForConditionalGeneration
+from m3_sglang.reading_ahead import StillReader
 
 # Requests whose media are prepared at the same time.
 _WORKERS = 2
-# Pixels that are decoded before they are shrunk, at least one frame: decord keeps as many again.
-_PIXELS_AT_ONCE = 8_000_000
+# Pixels that are decoded before they are shrunk, at least one frame: two of 3840x2160.
+_PIXELS_AT_ONCE = 17_000_000
 
 
 class M3Processor(BaseMultimodalProcessor):
@@ -213,11 +215,14 @@ class M3Processor(BaseMultimodalProcessor):
                 video_frames(video, wish=wish, resize=self._frame_size, by=self._resized)
                 for video, wish in zip(loaded.videos or (), wishes, strict=True)
             ]
+        # frames of files are ours, and nobody reads them after their patches
+        in_place = not any(is_frames(video) for video in loaded.videos or ())
         loaded.videos = [frames for frames, _ in videos]
         items, input_ids, _ = self.process_and_combine_mm_data(
             loaded,
             self.media_tokens,
             video_metadata=[metadata for _, metadata in videos],
+            in_place=in_place,
             prompt=prompt,
         )
         for item in items:
@@ -251,17 +256,26 @@ class M3Processor(BaseMultimodalProcessor):
         audios: list | None = None,
         *,
         video_metadata: Sequence[dict[str, Any]] = (),
+        in_place: bool = False,
         prompt: str | list[int],
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Called back by SGLang with the media it loaded; returns ids, pixel values and grids."""
+        """Called back by SGLang with the media it loaded; returns ids, pixel values and grids.
+
+        With `in_place`, patches of a video may take the memory of its frames.
+        """
         processor: Any = self._own_processor()
         media: dict[str, Any] = {}
         if images:
             media |= {"images": images, "images_kwargs": dict(self.image_config)}
         if videos:
             # transformers takes frame sizes that are multiples of 28 only, unless it resizes them
-            video_kwargs = {"do_resize": True, "do_sample_frames": False, **self.video_config}
+            video_kwargs = {
+                "do_resize": True,
+                "do_sample_frames": False,
+                **self.video_config,
+                "in_place": in_place,
+            }
             media |= {
                 "videos": videos,
                 "video_metadata": list(video_metadata),
@@ -545,6 +559,7 @@ def video_frames(
     height, width = getattr(decoder, "frame_shape", None) or decoder[0].shape[:2]
     require_frame_pixels(height, width)
     require_video_pixels(len(indices), *size(height, width))
+    decoder = StillReader.of(decoder, indices, height=height, width=width) or decoder
     at_once = max(_PIXELS_AT_ONCE // (height * width), 1)
     frames = None
     for first in range(0, len(indices), at_once):
@@ -554,12 +569,19 @@ def video_frames(
         # what is decoded may be turned against what the header says
         part = by(part, size(*part.shape[-2:]))
         if frames is None:
-            frames = part.new_empty(len(indices), *part.shape[1:])
+            # with room to be cut in place
+            frames = part.new_empty(frames_of_pairs(len(indices)), *part.shape[1:])
+            frames = frames[: len(indices)]
         if part.shape[1:] != frames.shape[1:]:
             raise ValueError("the frames of a video must be of one size")
         frames[first : first + at_once] = part
     assert frames is not None
     return frames, {"total_num_frames": total, "fps": rate, "frames_indices": indices}
+
+
+def is_frames(video: Any) -> bool:
+    """Whether a video came as frames, which are their sender's."""
+    return isinstance(video, (list, tuple, np.ndarray, torch.Tensor))
 
 
 def as_frames(video: Any) -> Tensor | None:
