@@ -214,14 +214,14 @@ NOTES: Mapping[str, Notes] = {
         summary="How fast are the CPU kernels, beside dense attention?",
         examples={
             "m3-plugin bench cpu": "8K to 128K tokens, beside dense attention; minutes",
-            "m3-plugin bench cpu --contexts '' --prefill-contexts '' --step-contexts 8192": (
-                "a server's decode step, with our dense layers and the host's"
+            "m3-plugin bench cpu --peers llama.cpp --llama-cpp ./llama.cpp/build": (
+                "llama.cpp's server beside ours, as whole engines"
             ),
         },
         variables={"OMP_NUM_THREADS": "threads, where --threads is 0"},
         right="measured",
-        wrong="two implementations disagree, so nothing was timed",
-        environment="a library is missing",
+        wrong="two implementations disagree, or a peer's answers are wrong, so nothing was timed",
+        environment="a library, a host or a peer is missing, or a server did not start",
     ),
     "demo": Notes(
         summary="See a tiny M3 served here and its answers checked.",
@@ -254,7 +254,9 @@ NOTES: Mapping[str, Notes] = {
     "tiny": Notes(
         summary="Write a tiny M3 checkpoint, for tests.",
         examples={
-            "m3-plugin tiny ./m3-tiny": "weights whose answers are known",
+            "m3-plugin tiny ./m3-tiny --gguf": (
+                "weights whose answers are known, as a GGUF file too"
+            ),
             "m3-plugin tiny ./m3-random --kind random --quant mxfp8 --force": (
                 "random weights in MXFP8, in place of an earlier checkpoint"
             ),

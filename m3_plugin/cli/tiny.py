@@ -97,6 +97,13 @@ def tiny(
     quant: Annotated[
         Quant | None, typer.Option(help="Quantised as published checkpoints of this kind are.")
     ] = None,
+    gguf: Annotated[
+        bool,
+        typer.Option(
+            "--gguf",
+            help="Also as model.gguf, for llama.cpp and other engines; needs the library gguf.",
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint that is in the folder.")
     ] = False,
@@ -105,6 +112,8 @@ def tiny(
 ) -> None:
     """Write a tiny MiniMax-M3 checkpoint, which loads wherever the published one does."""
     _refuse_foreign_options(kind, topk=topk, preset=preset, seed=seed)
+    if gguf:
+        _refuse_in_gguf(model=model, init=init, dense=dense, quant=quant)
     with (
         environment(LookupError, OSError),
         # what is in the way is named, and so is --force
@@ -112,6 +121,10 @@ def tiny(
     ):
         require_libraries("safetensors", "tokenizers", "transformers")
         from m3_plugin.testing.dspark import add_dspark
+        from m3_plugin.testing.gguf_file import require_gguf, write_gguf
+
+        if gguf:
+            require_gguf()
 
         with Console(stderr=True).status(Text(f"writing {folder}")):
             layout = _Layout(model, first_blocks=init or 0, dense=dense)
@@ -125,6 +138,8 @@ def tiny(
                 )
             if quant is not None:
                 summary |= _quantise(folder, quant)
+            if gguf:
+                write_gguf(folder)
             if model is Model.m3_1:
                 add_dspark(folder)
             files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -144,6 +159,22 @@ def _refuse_foreign_options(
     for option, value in foreign.items():
         if value is not None:
             raise typer.BadParameter(f"has no meaning with --kind {kind}", param_hint=option)
+
+
+def _refuse_in_gguf(*, model: Model, init: int | None, dense: bool, quant: Quant | None) -> None:
+    """llama.cpp's architecture has no key for these, so the file would be another model's."""
+    reasons = {
+        "--model": "layers that are sparse before the experts begin" if model is Model.m3_1 else "",
+        "--init": "first blocks that are always read" if init else "",
+        "--dense": "sparse layers that are switched off" if dense else "",
+        "--quant": f"weights in {quant}" if quant else "",
+    }
+    for option, what in reasons.items():
+        if what:
+            raise typer.BadParameter(
+                f"--gguf has no words for {what}; leave one of the two options out",
+                param_hint=option,
+            )
 
 
 @dataclass(frozen=True)
@@ -175,12 +206,14 @@ def _constructed(
     places = checkpoint.topk_blocks - checkpoint.num_init_blocks
     tokens = max(1536, min_needle_tokens(topk_blocks=places))
     prompt = needle_prompt(0, num_tokens=tokens, topk_blocks=places)
-    answer = prompt.dense_answer if layout.dense and prompt.dense_answer else prompt.expected_text
+    assert prompt.dense_answer is not None
+    answer = prompt.dense_answer if layout.dense else prompt.expected_text
     return _summary(folder, Kind.constructed, stored, checkpoint.shape, layout) | {
         "example": {
             "num_tokens": len(prompt.token_ids),
             "question": prompt.question.strip(),
             "answer": answer.strip(),
+            "dense_answer": prompt.dense_answer.strip(),
         }
     }
 
@@ -270,6 +303,7 @@ def _report(summary: dict[str, Any]) -> None:
             f"needle_prompt(0, num_tokens={example['num_tokens']}) asks "
             f"{example['question']!r}: {example['answer']!r}"
         )
+        rows["if dense"] = f"an engine that reads every block says {example['dense_answer']!r}"
     for name, value in rows.items():
         table.add_row(name, str(value))
     Console().print(table)

@@ -340,9 +340,12 @@ def is_float32_tensor(name: str) -> bool:
 
 # Says that a folder was made here; `_is_ours` says which files in it.
 MARKER = ".m3-plugin-checkpoint"
+# The same checkpoint once more (`m3_plugin.testing.gguf_file`).
+GGUF_FILE = "model.gguf"
 _WRITTEN = frozenset(
     {
         MARKER,
+        GGUF_FILE,
         "config.json",
         "generation_config.json",
         "model.safetensors.index.json",

@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from m3_plugin.cli.bench.engines import (
+    Engines,
+    Plan,
+    measure_engines,
+    panels_of,
+    print_engines,
+    usable_server,
+)
 from m3_plugin.cli.bench.report import (
     Curve,
     GateError,
@@ -26,7 +34,7 @@ from m3_plugin.cli.bench.report import (
     table_of,
 )
 from m3_plugin.cli.bench.serve import ClientFailed
-from m3_plugin.cli.bench.step import StepRow, measure_steps
+from m3_plugin.cli.bench.step import MODEL, StepRow, measure_steps
 from m3_plugin.cli.exits import Exit, environment, fail
 from m3_plugin.cli.hosts import host_to_start
 from m3_plugin.cli.options import FrameworkOption, JsonOption, OutputOption, PlotOption
@@ -39,6 +47,9 @@ if TYPE_CHECKING:
     from m3_kernels.index_pages import IndexViews
     from m3_kernels.testing.timing import Timing
 
+# of whole engines, where none are given
+ENGINE_CONTEXTS = "1024,8192,32768"
+PEERS = ("llama.cpp",)
 # MiniMax-M3's own geometry: one sparse layer on one device.
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, INDEX_DIM = 64, 4, 128, 128
 PAGE_SIZE, TOPK = 128, 16
@@ -83,6 +94,7 @@ class Report:
     geometry: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     steps: list[StepRow] = field(default_factory=list)
+    beside: Engines | None = None
 
     def median(self, phase: str, name: str, context: int) -> float | None:
         """Median milliseconds of one measurement, None if it was not made."""
@@ -119,9 +131,25 @@ def bench_cpu(
         str,
         typer.Option(
             help="Whole decode steps of a real server at these contexts, with our dense layers and "
-            "with the host's; starts two servers."
+            "with the host's; starts two servers. With --peers: of all engines."
         ),
     ] = "",
+    peers: Annotated[
+        str, typer.Option(help="Whole engines beside ours, with commas: llama.cpp.")
+    ] = "",
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            "--llama-cpp", help="Where you built llama.cpp: the folder, or its llama-server."
+        ),
+    ] = None,
+    prompt_minutes: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            help="With --peers: an engine that reads a prompt for longer gets no longer one.",
+        ),
+    ] = 20,
     framework: FrameworkOption = None,
     as_json: JsonOption = False,
     output: OutputOption = None,
@@ -137,12 +165,38 @@ def bench_cpu(
         torch.set_num_threads(threads)
     decode_at = numbers(contexts, "--contexts")
     prefill_at = numbers(prefill_contexts, "--prefill-contexts")
-    steps_at = numbers(step_contexts, "--step-contexts")
+    built = _built_peer(peers, llama_cpp)
+    steps_at = numbers(step_contexts or (ENGINE_CONTEXTS if built else ""), "--step-contexts")
+    if built and min(steps_at) <= prefill_rows:
+        raise typer.BadParameter(
+            f"with --peers each must exceed the {prefill_rows} tokens of --prefill-rows, which are "
+            f"read behind the rest; got {min(steps_at)}",
+            param_hint="--step-contexts",
+        )
     if any(context < prefill_rows for context in prefill_at):
         raise typer.BadParameter("a context is shorter than the chunk", param_hint="--prefill-rows")
+    with environment(LookupError):
+        llama_server = None if built is None else usable_server(built)
     report = Report(machine=_facts(), geometry=_geometry())
     prefill_rounds = max(3, rounds // 5)
     try:
+        if steps_at:
+            console = Console(stderr=True)
+            with environment(LookupError, ServerFailed, ClientFailed):
+                host = host_to_start(framework)
+                if llama_server is None:
+                    report.steps = measure_steps(steps_at, host=host, console=console)
+                else:
+                    plan = Plan(
+                        contexts=tuple(sorted(set(steps_at))),
+                        chunk=prefill_rows,
+                        rounds=prefill_rounds,
+                        limit_s=60 * prompt_minutes,
+                        threads=torch.get_num_threads(),
+                    )
+                    report.beside = measure_engines(
+                        plan, llama_server=llama_server, host=host, console=console
+                    )
         with progress_bar() as progress:
             work = [("decode", context, 1, rounds) for context in decode_at]
             work += [("prefill", context, prefill_rows, prefill_rounds) for context in prefill_at]
@@ -158,10 +212,6 @@ def bench_cpu(
                 )
     except GateError as error:
         fail(f"no numbers: {error}", Exit.WRONG_RESULT)
-    if steps_at:
-        with environment(LookupError, ServerFailed, ClientFailed):
-            host = host_to_start(framework)
-            report.steps = measure_steps(steps_at, host=host, console=Console(stderr=True))
     report.machine["load_average_after"] = load_average()
     if not as_json:
         _print(report, Console())
@@ -169,6 +219,28 @@ def bench_cpu(
     if plot is not None:
         _plot(report, plot)
         Console(stderr=True).print(f"picture: {plot}", markup=False)
+
+
+def _built_peer(peers: str, llama_cpp: Path | None) -> Path | None:
+    """Where the peer that was asked for was built; None without peers.
+
+    Raises
+    ------
+    typer.BadParameter : an unknown peer, or one of the two options without the other.
+    """
+    names = [name.strip() for name in peers.split(",") if name.strip()]
+    if unknown := sorted(set(names) - set(PEERS)):
+        raise typer.BadParameter(
+            f"unknown: {', '.join(unknown)}; known: {', '.join(PEERS)}", param_hint="--peers"
+        )
+    if names and llama_cpp is None:
+        raise typer.BadParameter(
+            "--peers llama.cpp needs the folder in which you built llama.cpp, or its llama-server",
+            param_hint="--llama-cpp",
+        )
+    if llama_cpp is not None and not names:
+        raise typer.BadParameter("is used with --peers llama.cpp only", param_hint="--llama-cpp")
+    return llama_cpp
 
 
 def measure(
@@ -544,11 +616,13 @@ def _print(report: Report, console: Console) -> None:
         console.print("speed-up: over the faster dense method of the same run", highlight=False)
     if report.steps:
         _print_steps(report.steps, console)
+    if report.beside is not None:
+        print_engines(report.beside, console)
 
 
 def _print_steps(steps: list[StepRow], console: Console) -> None:
     table = table_of(
-        "decode step of a server: 1 dense and 3 sparse layers, 64 heads, hidden size 1,024, bf16",
+        f"decode step of a server: {MODEL}",
         left=("context", "dense layer"),
         right=("first token", "step ms", "dense", "MSA", "rest", "share of dense"),
     )
@@ -597,14 +671,17 @@ def _plot(report: Report, path: Path) -> None:
                 (r.context, r.median_ms, r.first_quartile_ms, r.third_quartile_ms) for r in rows
             )
             curves.append(Curve(names.get(name, name), colour, points))
-        if phase == "decode":
+        if phase == "decode" and any(curve.points for curve in curves):
             curves.append(_reading(report))
-        title = "decode, one row" if phase == "decode" else "prefill chunk"
+        title = "layer: decode, one row" if phase == "decode" else "layer: prefill chunk"
         panels.append(Panel(title, tuple(curve for curve in curves if curve.points)))
+    if report.beside is not None:
+        panels += panels_of(report.beside)
     machine = report.machine
     plot_panels(
         [panel for panel in panels if panel.curves],
         path,
-        title=f"{machine['cpu']}, {machine['threads']} threads",
-        unit="ms per layer, median and quartiles",
+        title=f"{machine['cpu']}, {machine['threads']} threads, commit {machine['commit']}; "
+        "bands: quartiles of a layer, lowest and highest of engines",
+        unit="ms",
     )

@@ -21,6 +21,7 @@ OUTPUT_TOKENS = 32
 CACHE_BYTES_PER_TOKEN_AND_LAYER = 2560
 
 Kernel = Literal["ours", "host"]
+MODEL = "1 dense and 3 sparse layers, 64 heads, hidden size 1,024, bf16"
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ def measure_steps(contexts: list[int], *, host: Host, console: Console) -> list[
         tempfile.TemporaryDirectory(prefix="m3-plugin-bench-") as folder,
         console.status("writing a random checkpoint"),
     ):
-        checkpoint = _checkpoint(Path(folder) / "checkpoint")
+        checkpoint = write_step_checkpoint(Path(folder) / "checkpoint")
+        longest = max(load.context + load.output_tokens for load in loads)
+        kernels: tuple[Kernel, ...] = ("ours", "host")
         rows = {}
-        for dense in ("ours", "host"):
-            with _served(checkpoint, dense, loads, host=host) as server:
+        for dense in kernels:
+            with served(checkpoint, dense, longest=longest, host=host) as server:
                 rows[dense] = measure(server, loads, host=host)
     return [
         row
@@ -112,7 +115,8 @@ def _msa(row: ServeRow) -> float:
     return sum(part or 0.0 for part in (row.store_ms, row.select_ms, row.attend_ms))
 
 
-def _checkpoint(folder: Path) -> Path:
+def write_step_checkpoint(folder: Path) -> Path:
+    """A random checkpoint of `MODEL`; returns the folder."""
     import torch
 
     from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
@@ -130,9 +134,17 @@ def _checkpoint(folder: Path) -> Path:
 
 
 @contextmanager
-def _served(checkpoint: Path, dense: str, loads: list[Load], *, host: Host) -> Iterator[Server]:
-    """A server of the checkpoint, with room for one request at a time."""
-    longest = max(load.context + load.output_tokens for load in loads) + 64
+def served(
+    checkpoint: Path, dense: Kernel, *, longest: int, host: Host, threads: int | None = None
+) -> Iterator[Server]:
+    """A server of the checkpoint, with room for one request at a time.
+
+    Parameters
+    ----------
+    dense : whose kernel attends in the dense layer
+    longest : tokens of a request, answer included
+    threads : None for the host's own choice
+    """
     with tempfile.TemporaryDirectory(prefix="m3-plugin-bench-") as folder:
         scratch = Path(folder)
         port = free_port()
@@ -141,8 +153,10 @@ def _served(checkpoint: Path, dense: str, loads: list[Load], *, host: Host) -> I
             "M3_PLUGIN_TIMINGS": "1",
             "M3_PLUGIN_DENSE": "auto" if dense == "ours" else "host",
         }
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         with ServerProcess(
-            host.command(checkpoint, port, (*host.options, *_room(host, longest))),
+            host.command(checkpoint, port, (*host.options, *_room(host, longest + 64))),
             port=port,
             log=scratch / "server.log",
             environment=environment,

@@ -44,6 +44,7 @@ class Question:
     ----------
     exact : whether the answer must be all that is said; otherwise it must be said
     depth : where the fact really stands, 0 at the beginning and 1 at the question
+    dense : what a model says that reads every block, where that is something else
     """
 
     text: str
@@ -51,6 +52,7 @@ class Question:
     exact: bool
     depth: float
     max_tokens: int
+    dense: str | None = None
 
     def is_right(self, answer: str) -> bool:
         """Whether the model found the fact."""
@@ -84,6 +86,7 @@ class ConstructedHaystack:
             exact=True,
             depth=prompt.needle_positions[0] / context,
             max_tokens=prompt.max_tokens,
+            dense=prompt.dense_answer.strip() if prompt.dense_answer else None,
         )
 
 

@@ -57,7 +57,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What the server said in one cell. `depth` is the wanted one, `found_at` the real one."""
+    """What the server said in one cell. `depth` is the wanted one, `found_at` the real one.
+
+    `dense` says that it is the answer of a model that reads every block.
+    """
 
     context: int
     depth: float
@@ -68,6 +71,7 @@ class Result:
     received: str
     right: bool
     seconds: float
+    dense: bool = False
 
 
 class Grid:
@@ -299,6 +303,7 @@ class _Asker:
             received=received.strip(),
             right=question.is_right(received),
             seconds=round(seconds, 3),
+            dense=received.strip() == question.dense,
         )
 
     def count_tokens(self, text: str) -> int:
@@ -349,6 +354,12 @@ def _print(results: list[Result]) -> None:
             f"got {wrong.received[:80]!r}",
             style="red",
             markup=False,
+        )
+    if dense := sum(result.dense for result in results):
+        Console().print(
+            f"{dense} of {len(results)} answers are those of dense attention: the server reads "
+            "every block",
+            style="red",
         )
 
 

@@ -38,9 +38,9 @@ def disabled(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def without(*modules: str) -> Setup:
     def setup(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        for user in ("hosts", "options"):
+        for user in ("cli.hosts", "cli.options", "testing.gguf_file"):
             monkeypatch.setattr(
-                f"m3_plugin.cli.{user}.find_spec",
+                f"m3_plugin.{user}.find_spec",
                 lambda name: None if name in modules else find_spec(name),
             )
 
@@ -149,6 +149,8 @@ CASES: list[tuple[str, int, Setup, str]] = [
     ("bench kernels --peers me", 2, nothing, "unknown: me"),
     ("bench kernels --plot kernels.png", 3, without("matplotlib"), "pip install matplotlib"),
     ("bench cpu --contexts ten", 2, nothing, "not numbers"),
+    ("bench cpu --peers llama.cpp", 2, nothing, "needs the folder in which you built llama.cpp"),
+    ("bench cpu --peers llama.cpp --llama-cpp .", 3, nothing, "holds none, nor does its bin/"),
     ("bench cpu --plot cpu.png", 3, without("matplotlib"), "pip install matplotlib"),
     ("demo", 0, demonstrated(True), "all answers right"),
     ("demo", 1, demonstrated(False), "[/red] of [blue]"),
@@ -157,6 +159,8 @@ CASES: list[tuple[str, int, Setup, str]] = [
     ("blocks . --phase both", 2, nothing, "'both' is not one of"),
     ("blocks .", 3, nothing, "M3_PLUGIN_RECORD_BLOCKS"),
     ("tiny tiny --seed 1", 2, nothing, "has no meaning with --kind constructed"),
+    ("tiny tiny --gguf --quant mxfp8", 2, nothing, "--gguf has no words for weights in mxfp8"),
+    ("tiny tiny --gguf", 3, without("gguf"), "pip install gguf"),
     ("tiny /proc/m3 --kind random --preset small", 3, nothing, "/proc/m3"),
     ("uninstall-leftovers", 0, own_caches, "nothing is left"),
     ("uninstall-leftovers now", 2, nothing, "unexpected extra argument"),

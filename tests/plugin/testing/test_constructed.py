@@ -469,7 +469,7 @@ class TestCommand:
         assert summary["topk_blocks"] == 8
         assert summary["sparse_layers"] == 2
         assert summary["dtype"] == "bfloat16"
-        assert set(summary["example"]) == {"num_tokens", "question", "answer"}
+        assert set(summary["example"]) == {"num_tokens", "question", "answer", "dense_answer"}
         config = json.loads((tmp_path / "c" / "config.json").read_text())
         sparse = config["text_config"]["sparse_attention_config"]
         assert sparse["sparse_topk_blocks"] == 8
