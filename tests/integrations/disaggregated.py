@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -48,9 +46,13 @@ def said(reply: httpx.Response) -> str:
     return reply.json()["choices"][0]["message"]["content"]
 
 
-@contextmanager
-def streamed(server: ServerProcess, body: dict[str, Any]) -> Iterator[Iterator[str]]:
-    """Lines of a streamed answer, as they come."""
+def kill_while_it_answers(server: ServerProcess, body: dict[str, Any]) -> None:
+    """Ask for a stream, kill the server after a few words, and read on.
+
+    Raises
+    ------
+    httpx.TransportError : the connection broke.
+    """
     url = f"{server.url}/v1/chat/completions"
     asked = {**body, "stream": True}
     with (
@@ -58,7 +60,10 @@ def streamed(server: ServerProcess, body: dict[str, Any]) -> Iterator[Iterator[s
         client.stream("POST", url, json=asked) as reply,
     ):
         assert reply.status_code == 200
-        yield reply.iter_lines()
+        for number, line in enumerate(reply.iter_lines()):
+            assert "[DONE]" not in line
+            if number == 4:
+                kill(server)
 
 
 def kill(server: ServerProcess) -> None:

@@ -16,7 +16,15 @@ import pytest
 
 from m3_plugin.host.serving import ServerProcess, free_port, vllm_command
 from m3_plugin.testing.prompts import NeedlePrompt, needle_prompt
-from tests.integrations.disaggregated import TRANSPORT, chat, kill, metric, post, said, streamed
+from tests.integrations.disaggregated import (
+    TRANSPORT,
+    chat,
+    kill,
+    kill_while_it_answers,
+    metric,
+    post,
+    said,
+)
 from tests.integrations.server import MODEL
 from tests.integrations.vllm.test_server import SERVER_ENVIRONMENT
 from tests.integrations.vllm.test_transfer import NIXL, PAGE
@@ -115,11 +123,5 @@ def test_a_second_server_that_is_killed_is_an_error(servers: list[ServerProcess]
     """In the middle of its answer. The last test of these servers."""
     _, decode = servers
     prompt = needle_prompt(65, num_tokens=2900)
-    with (
-        pytest.raises(httpx.TransportError),
-        streamed(decode, chat(prompt, max_tokens=1000, ignore_eos=True)) as lines,
-    ):
-        for number, line in enumerate(lines):
-            assert "[DONE]" not in line
-            if number == 4:
-                kill(decode)
+    with pytest.raises(httpx.TransportError):
+        kill_while_it_answers(decode, chat(prompt, max_tokens=1000, ignore_eos=True))
