@@ -127,6 +127,11 @@ class M3MoE(nn.Module):
             or isinstance(self.experts.quant_method, (Mxfp8ExpertsMethod, StoredExpertsMethod))
             or getattr(self.experts, "scheme", None) is not None
         )
+        if elsewhere:
+            # made by SGLang itself it would be on a device that it finds on no plain CPU
+            dispatcher: Any = self.experts.dispatcher
+            own = self.cut.own(config.num_experts)
+            dispatcher.local_expert_mapping = numbers_here(config.num_experts, own)
         self.interleave = device_type == "cpu" and not ours
         self.is_interleaved = False
         self.topk = TopK(
@@ -195,6 +200,18 @@ class M3MoE(nn.Module):
         weight = self.experts.get_parameter("w13_weight")
         weight.data = interleave_gate_up(weight.data)
         self.is_interleaved = True
+
+
+def numbers_here(num_experts: int, own: range) -> Tensor:
+    """Each expert's number on this rank, -1 for those of other ranks: int32 [experts].
+
+    Parameters
+    ----------
+    own : the rank's experts
+    """
+    numbers = torch.full((num_experts,), -1, dtype=torch.int32)
+    numbers[own.start : own.stop] = torch.arange(len(own), dtype=torch.int32)
+    return numbers
 
 
 class ExpertProof(nn.Module):
