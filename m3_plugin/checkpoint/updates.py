@@ -17,6 +17,7 @@ from m3_plugin.checkpoint.finite import require_finite, require_finite_files
 from m3_plugin.checkpoint.headers import read_checkpoint, shard_files
 from m3_plugin.checkpoint.loading import ReopensLoading, WeightLoader, stored_as
 from m3_plugin.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, TensorLedger
+from m3_plugin.checkpoint.samples import sample
 from m3_plugin.model.config import M3Config
 from m3_plugin.model.vision import CHECKPOINT_PREFIXES
 from m3_plugin.untrusted import read_json
@@ -275,8 +276,6 @@ class LoadedForm:
     kernel's own order was made of does not. A few numbers of each are compared.
     """
 
-    SAMPLES = 256
-
     def __init__(self) -> None:
         self._loaded: dict[str, tuple[torch.Size, torch.dtype, Tensor]] = {}
 
@@ -295,15 +294,10 @@ class LoadedForm:
     def _is_as_loaded(self, name: str, parameter: Tensor) -> bool:
         if name not in self._loaded:
             return False
-        shape, dtype, sample = self._loaded[name]
+        shape, dtype, bits = self._loaded[name]
         if (parameter.shape, parameter.dtype) != (shape, dtype):
             return False
-        return torch.equal(self._form(parameter)[2], sample)
+        return torch.equal(sample(parameter), bits)
 
     def _form(self, parameter: Tensor) -> tuple[torch.Size, torch.dtype, Tensor]:
-        flat = parameter.detach().reshape(-1)
-        # at random places: packed layouts leave those at regular distances where they were
-        generator = torch.Generator().manual_seed(0)
-        places = torch.randint(max(1, flat.numel()), (self.SAMPLES,), generator=generator)
-        sample = flat[places.to(flat.device)] if flat.numel() else flat
-        return parameter.shape, parameter.dtype, sample.cpu().contiguous().view(torch.uint8)
+        return parameter.shape, parameter.dtype, sample(parameter)

@@ -143,6 +143,15 @@ def has_host_cache() -> bool:
     return bool(get_memory().enable_hierarchical_cache)
 
 
+def has_cache_files() -> bool:
+    """Whether pages go on to files just now (`--hicache-storage-backend`); that may change."""
+    if not has_host_cache():
+        return False
+    from sglang.srt.runtime_context import get_memory
+
+    return get_memory().hicache_storage_backend is not None
+
+
 def copy_layer_by_layer(server_args: Any) -> None:
     """Declare how HiCache copies on a CPU: by rows of layers, and not by kernels."""
     from sglang.srt.arg_groups.overrides import declare_resolution

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sglang.srt.layers.linear import (
@@ -118,21 +118,22 @@ class M3MoE(nn.Module):
             **expert_offset(FusedMoE, config.swiglu_beta),
             inplace=self.side_stream is None,
         )
+        self.cut = expert_cut()
+        elsewhere = device_type == "cpu" and self.cut.groups > 1
         # SGLang's plain torch experts know SwiGLU-OAI only with gate and up rows interleaved, and
         # say nothing when told that they are not: the rows are interleaved after loading.
         ours = (
-            use_own_experts(self.experts)
+            use_own_experts(self.experts, some_elsewhere=elsewhere)
             or isinstance(self.experts.quant_method, (Mxfp8ExpertsMethod, StoredExpertsMethod))
             or getattr(self.experts, "scheme", None) is not None
         )
+        if elsewhere:
+            # made by SGLang itself it would be on a device that it finds on no plain CPU
+            dispatcher: Any = self.experts.dispatcher
+            own = self.cut.own(config.num_experts)
+            dispatcher.local_expert_mapping = numbers_here(config.num_experts, own)
         self.interleave = device_type == "cpu" and not ours
         self.is_interleaved = False
-        self.cut = expert_cut()
-        # SGLang numbers the experts of other ranks -1, which its kernels of a CPU do not skip
-        self.asks_own_rows = device_type == "cpu" and self.cut.groups > 1
-        if self.asks_own_rows:
-            dispatcher: Any = self.experts.dispatcher
-            dispatcher.skip_local_expert_mapping = True
         self.topk = TopK(
             top_k=config.num_experts_per_token,
             renormalize=True,
@@ -166,20 +167,7 @@ class M3MoE(nn.Module):
 
     def _routed(self, hidden_states: Tensor) -> Tensor:
         router_logits, _ = self.gate(hidden_states)
-        return self.ask(hidden_states, self.topk(hidden_states, router_logits))
-
-    def ask(self, hidden_states: Tensor, chosen: Any) -> Tensor:
-        """What this rank's experts make of tokens; `chosen` has the checkpoint's numbers."""
-        if not self.asks_own_rows:
-            return self.experts(hidden_states, chosen)
-        rows = own_rows(chosen, self.cut.own(self.config.num_experts))
-        total = torch.zeros_like(hidden_states, dtype=torch.float32)
-        if len(rows.token):
-            logits = chosen.router_logits[rows.token]
-            asked = StandardTopKOutput(rows.weight[:, None], rows.expert[:, None], logits)
-            answers = self.experts(hidden_states[rows.token], asked)
-            total.index_add_(0, rows.token, answers.float())
-        return total.to(hidden_states.dtype)
+        return self.experts(hidden_states, self.topk(hidden_states, router_logits))
 
     def _side_by_side(
         self, hidden_states: Tensor, side_stream: torch.cuda.Stream
@@ -214,31 +202,16 @@ class M3MoE(nn.Module):
         self.is_interleaved = True
 
 
-class OwnRows(NamedTuple):
-    """What a rank's experts are asked, one row for each of them that a token has chosen.
-
-    Attributes
-    ----------
-    token, expert : integer [rows], the rank's own number of an expert
-    weight : [rows]
-    """
-
-    token: Tensor
-    expert: Tensor
-    weight: Tensor
-
-
-def own_rows(chosen: Any, own: range) -> OwnRows:
-    """The choices of a step that fall on a rank's experts.
+def numbers_here(num_experts: int, own: range) -> Tensor:
+    """Each expert's number on this rank, -1 for those of other ranks: int32 [experts].
 
     Parameters
     ----------
-    chosen : SGLang's, `topk_weights` and `topk_ids` of [tokens, experts per token]
     own : the rank's experts
     """
-    ids = chosen.topk_ids - own.start
-    token, place = torch.nonzero((ids >= 0) & (ids < len(own)), as_tuple=True)
-    return OwnRows(token, ids[token, place], chosen.topk_weights[token, place])
+    numbers = torch.full((num_experts,), -1, dtype=torch.int32)
+    numbers[own.start : own.stop] = torch.arange(len(own), dtype=torch.int32)
+    return numbers
 
 
 class ExpertProof(nn.Module):
@@ -294,7 +267,7 @@ class ExpertProof(nn.Module):
         weights = torch.full_like(ids, 1 / count, dtype=torch.float32)
         logits = torch.zeros(rows, moe.config.num_experts, device=device)
         with activations_as_is(device.type):
-            return moe.ask(tokens, StandardTopKOutput(weights, ids, logits))
+            return moe.experts(tokens, StandardTopKOutput(weights, ids, logits))
 
 
 def expert_layouts(experts: nn.Module) -> list[tuple[str, AbstractContextManager[Any]]]:

@@ -104,7 +104,15 @@ _SERVED: dict[str, tuple[tuple[object, ...], str]] = {
     "enable_two_batch_overlap": (_OFF, "two-batch overlap is not supported"),
     "enable_single_batch_overlap": (_OFF, "single-batch overlap is not supported"),
     "enable_hisparse": (_OFF, "HiSparse is not supported"),
-    "hicache_storage_backend": ((None,), "a third tier was never run with MSA layers"),
+    "hicache_storage_backend": (
+        (None, "file"),
+        "file keeps index keys beside K and V and puts whole pages in place; the others were never "
+        "run with MSA layers",
+    ),
+    "hicache_host_memory_mode": (
+        ("cache", None),
+        "main memory as a mere way to the store was never run with MSA layers",
+    ),
     "enable_lmcache": (_OFF, _POOL),
     "enable_flexkv": (_OFF, _POOL),
     "enable_unified_memory": (_OFF, _POOL),
@@ -227,6 +235,16 @@ def require_served(server_args: Any) -> None:
         require_interpreted_steps(server_args)
     if server_args.speculative_algorithm is not None:
         require_draft(server_args)
+
+
+def require_store(name: str) -> None:
+    """Refuse a store of HiCache that was never run, which may also come while a server runs.
+
+    Raises
+    ------
+    ValueError : names the argument, what it may be and what it is.
+    """
+    _require("hicache_storage_backend", name, *_SERVED["hicache_storage_backend"])
 
 
 def _require(name: str, value: object, served: tuple[object, ...], advice: str) -> None:

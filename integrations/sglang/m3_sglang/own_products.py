@@ -62,8 +62,15 @@ class OwnExpertProducts(UnquantizedFusedMoEMethod):
         return StandardCombineInput(hidden_states=total)
 
 
-def use_own_experts(experts: nn.Module) -> bool:
-    """Give SGLang's routed experts just built our products where torch's library has none.
+def use_own_experts(experts: nn.Module, *, some_elsewhere: bool = False) -> bool:
+    """Give SGLang's routed experts just built our products where SGLang's cannot serve them.
+
+    Where torch's library has none; and where other ranks have experts: SGLang numbers those -1,
+    which its kernels of a CPU do not skip, and ours do.
+
+    Parameters
+    ----------
+    some_elsewhere : whether other ranks have experts, on a CPU
 
     Returns
     -------
@@ -74,7 +81,7 @@ def use_own_experts(experts: nn.Module) -> bool:
     weights = [experts.get_parameter(name) for name in ("w13_weight", "w2_weight")]
     first = weights[0]
     choice = choose_products(first.device.type, first.dtype, settings=Settings.from_environment())
-    if not choice.own or not all(takes(weight) for weight in weights):
+    if not some_elsewhere and not (choice.own and all(takes(weight) for weight in weights)):
         return False
     experts.quant_method = OwnExpertProducts()
     return True

@@ -27,10 +27,17 @@ from m3_plugin.checkpoint.updates import (
     require_folder,
     update_in_place,
 )
+from m3_sglang.cache_files import name_pages_by
+from m3_sglang.compat import has_cache_files, has_host_cache
 from m3_sglang.hooks import apply_around
 
 logger = logging.getLogger(__name__)
 
+# what SGLang keeps in files is not emptied by an update
+_PAGES_IN_FILES = (
+    "weights cannot change while pages of the old ones go to files (--hicache-storage-backend): "
+    "detach the store before (DELETE /hicache/storage-backend) and attach it again, or start anew"
+)
 # forms of a bucket that come as tensors by the checkpoint's names
 _FORMS = (None, "flattened_bucket")
 
@@ -61,6 +68,8 @@ class ServedWeights(nn.Module):
     ) -> None:
         super().__init__()
         answer_refusals()
+        if has_host_cache() and not is_draft:
+            name_pages_by(root)
         self.is_draft = is_draft
         self.after_first = after_first
         # in tuples so that the model is no part of itself
@@ -180,6 +189,8 @@ def refuse_folder(original: Any, updater: Any, model_path: str, *args: Any, **kw
     """AROUND hook of an update from disk: a folder is looked at before anything is loaded."""
     served = getattr(_model_of(updater), "served", None)
     folder = Path(model_path)
+    if isinstance(served, ServedWeights) and has_cache_files():
+        return _refused(_PAGES_IN_FILES)
     if isinstance(served, ServedWeights) and folder.is_dir():
         try:
             if served.is_draft and not holds_any(folder, served.loaders()[0]):
@@ -214,6 +225,8 @@ def answer_refusal(original: Any, updater: Any, *args: Any, **kwargs: Any) -> An
     served = getattr(_model_of(updater), "served", None)
     if not isinstance(served, ServedWeights):
         return original(updater, *args, **kwargs)
+    if has_cache_files():
+        return _refused(_PAGES_IN_FILES)
     if (form := kwargs.get("load_format")) not in _FORMS:
         return _refused(
             f"load_format must be {_FORMS[1]} or left out for MiniMax-M3; got {form!r}: others "

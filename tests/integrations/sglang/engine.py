@@ -7,6 +7,7 @@ get it: through its entry point, by SGLang's own loader.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -198,6 +199,14 @@ class EngineProcess(EnginePipe):
         """The same over a gloo group in which the engine's parent is the trainer."""
         return self._call("update_from_group", str(folder), list(names))
 
+    def detach_files(self) -> bool:
+        """Whether SGLang has let go of HiCache's store; it refuses while pages are on their way."""
+        return self._call("detach_files")
+
+    def attach_files(self, backend: str, folder: Path) -> tuple[bool, str]:
+        """SGLang's answer to `PUT /hicache/storage-backend`."""
+        return self._call("attach_files", backend, str(folder))
+
     def load_adapter(self, name: str, folder: Path) -> tuple[bool, str]:
         """SGLang's answer to `/load_lora_adapter`."""
         return self._call("load_adapter", name, str(folder))
@@ -367,6 +376,19 @@ class _Engine:
             sent.result(60)
             self.host.end_weight_update()
         return success, message
+
+    def detach_files(self) -> bool:
+        reply = self._run(self.host.tokenizer_manager.detach_hicache_storage())
+        return reply.success
+
+    def attach_files(self, backend: str, folder: str) -> tuple[bool, str]:
+        extra = json.dumps({"file_storage_path": folder})
+        manager = self.host.tokenizer_manager
+        reply = self._run(manager.attach_hicache_storage(backend, extra))
+        return reply.success, reply.message
+
+    def _run(self, coroutine: Any) -> Any:
+        return self.host.loop.run_until_complete(coroutine)
 
     def metric(self, name: str) -> float:
         from prometheus_client import CollectorRegistry

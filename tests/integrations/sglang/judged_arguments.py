@@ -20,7 +20,8 @@ SERVED = _names(
     disable_prefill_cuda_graph disable_radix_cache disaggregation_bootstrap_port
     disaggregation_decode_enable_radix_cache disaggregation_decode_retraction_backup
     disaggregation_enable_kv_checksum dp_size dtype enable_dp_attention enable_lora
-    enable_hierarchical_cache enable_memory_saver ep_size
+    enable_hierarchical_cache enable_memory_saver ep_size hicache_ratio
+    hicache_storage_backend_extra_config hicache_storage_prefetch_policy
     enable_metrics lora_paths lora_target_modules max_lora_rank max_loras_per_batch
     enable_mixed_chunk enable_weights_cpu_backup json_model_override_args load_format
     max_prefill_tokens max_running_requests max_total_tokens mem_fraction_static
@@ -65,11 +66,7 @@ WITHOUT_EFFECT = _names(
     expert_balancedness_report_mode expert_distribution_recorder_buffer_size
     expert_distribution_recorder_mode flashinfer_a2a_dispatch_type
     flashinfer_mla_disable_ragged flashinfer_mxfp4_moe_precision flexkv_config_file fuseep_mode
-    gated_launch_port hicache_host_memory_fraction hicache_host_memory_mode hicache_io_backend
-    hicache_mem_layout hicache_ratio hicache_size
-    hicache_storage_backend_extra_config hicache_storage_prefetch_policy
-    hicache_storage_prefetch_retry_max_attempts hicache_storage_prefetch_retry_poll_interval
-    hicache_write_policy hisparse_config init_expert_location int8_mamba_ckpt_size kt_cpuinfer
+    gated_launch_port hisparse_config init_expert_location int8_mamba_ckpt_size kt_cpuinfer
     kt_max_deferred_experts_per_token kt_method kt_num_gpu_experts kt_threadpool_count
     language_model_only linear_attn_backend linear_attn_decode_backend
     linear_attn_prefill_backend linear_attn_verify_backend linear_replayssm_cache_len
@@ -136,7 +133,10 @@ HOSTS_OWN = _names(
     forward_hooks forward_pass_metrics_ipc_name forward_pass_metrics_worker_id
     fp4_gemm_runner_backend fp8_gemm_runner_backend gc_threshold gc_warning_threshold_secs
     generation_tokens_buckets gpu_id_step grammar_backend grpc_mode grpc_port
-    grpc_response_timeout_secs grpc_worker_threads hf_chat_template_name host
+    grpc_response_timeout_secs grpc_worker_threads hf_chat_template_name
+    hicache_host_memory_fraction hicache_io_backend hicache_mem_layout hicache_size
+    hicache_storage_prefetch_retry_max_attempts hicache_storage_prefetch_retry_poll_interval
+    hicache_write_policy host
     http2_initial_connection_window_size http2_max_concurrent_streams image_processor_backend
     incremental_streaming_output kv_canary kv_canary_real_data kv_canary_sweep_interval
     kv_events_config limit_mm_data_per_request load_balance_method load_publish_endpoint

@@ -52,7 +52,6 @@ def moe(monkeypatch: pytest.MonkeyPatch) -> Any:
     made: Any = object.__new__(M3MoE)
     nn.Module.__init__(made)
     made.config = SimpleNamespace(routed_scaling_factor=2.0)
-    made.asks_own_rows = False
     made.side_stream = Stream("side")
     made.shared_experts = Layer("shared", lambda x: x + 1)
     made.gate = Layer("gate", lambda x: (x, None))

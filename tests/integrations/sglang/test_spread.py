@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from m3_plugin.testing.prompts import needle_prompt
+from m3_plugin.testing.prompts import needle_prompt, picture_prompt
+from m3_plugin.testing.quantised import QuantName
 from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
 from m3_sglang.compat import fleets_are_tested
 from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
+from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
 from tests.integrations.sglang.engine import EngineProcess
+from tests.integrations.sglang.test_multimodal import request
 
 pytestmark = [
     pytest.mark.extended,
@@ -70,6 +73,20 @@ def test_stages_answer(constructed_checkpoint: Path, tmp_path: Path, partition: 
         assert f"serving MiniMax-M3 with {sparse} MSA and {dense} dense" in said
 
 
+def test_pictures_are_seen_through_stages(constructed_checkpoint: Path, tmp_path: Path) -> None:
+    """The first stage embeds them: alone, several, and beyond what MSA layers read."""
+    prompts = [
+        picture_prompt(("red",)),
+        picture_prompt(("green", "magenta", "yellow"), ask=1),
+        picture_prompt(("blue",), num_filler_tokens=2500),
+        picture_prompt(("cyan",), modality="video"),
+    ]
+    with start(constructed_checkpoint, tmp_path, pp_size=2) as engine:
+        for prompt in prompts:
+            (answer,) = engine.generate([request(prompt)], max_tokens=prompt.max_tokens)
+            assert tuple(answer.token_ids) == prompt.expected_ids
+
+
 def test_stages_compute_what_one_process_does(
     random_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -93,6 +110,21 @@ def test_experts_of_ranks_compute_what_one_process_does(tmp_path: Path, dtype: s
             require_equal_logprobs(engine, checkpoint)
         else:
             assert engine.generate([random_prompt(2500, seed=5)], max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("quant", "variables"), [("mxfp8", {}), ("nvfp4", {}), ("mxfp8", DEQUANTISE)]
+)
+def test_quantised_experts_of_ranks_answer(
+    constructed_quantised: QuantisedCheckpoints,
+    tmp_path: Path,
+    quant: QuantName,
+    variables: dict[str, str],
+) -> None:
+    """In the bytes of the files, and dequantised; only a word's expert answers with it."""
+    checkpoint = constructed_quantised.stored(quant)
+    with start(checkpoint, tmp_path, tp_size=2, ep_size=2, environment=variables) as engine:
+        require_right_answers(engine)
 
 
 def test_replicas_answer(constructed_checkpoint: Path, tmp_path: Path) -> None:
