@@ -1,0 +1,170 @@
+"""Our kernels as PTX, each compared with its op's reference: run in processes that compile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3_kernels.cache_store import cache_store
+from m3_kernels.mxfp8_linear import mxfp8_linear
+from m3_kernels.page_table import fill_page_table
+from m3_kernels.testing.cases import Case, Inputs, build, empty_caches, production_cases
+from m3_kernels.testing.compare import assert_accurate
+from m3_kernels.testing.ptx import Executed, executed
+from m3_kernels.work_plan import DECODE_ROWS, make_work_plan
+from m3_plugin.attention.backends import KernelChoice
+from m3_plugin.attention.self_test import verify_case
+from tests.kernels.mxfp8 import LinearCase, every_code, inputs
+
+CPU = torch.device("cpu")
+BF16, INT8 = torch.bfloat16, torch.int8
+E5M2, E4M3 = torch.float8_e5m2, torch.float8_e4m3fn
+# The chip's own conversions of e4m3 begin with sm_89.
+ARCHS = {"e5m2": (80, E5M2, INT8), "e4m3": (89, E4M3, E4M3)}
+M3 = dataclasses.replace(production_cases()[1], dtype=BF16)
+SMALL = Case("small", (), num_q_heads=4, head_dim=64, index_dim=64, page_size=32, dtype=BF16)
+
+
+def page_table(seed: int = 0) -> None:
+    """Requests of many lengths, in rows of a table that end with them."""
+    lengths = [1, 16, 17, 16 * 300 - 5, 0, 16 * 256, 16 * 256 + 1]
+    random = torch.Generator().manual_seed(seed)
+    pages = torch.randperm(len(lengths) * 300, generator=random).view(-1, 300)
+    slots = (pages[..., None] * 16 + torch.arange(16)).flatten(1).int()
+    rows = torch.randperm(len(lengths), generator=random)
+    given = {"slots": slots, "rows": rows, "seq_lens": torch.tensor(lengths).int()}
+    found, expected = (torch.full((len(lengths), 307), -7).int() for _ in range(2))
+    with executed(seed=seed) as run:
+        fill_page_table(found[:, :300], **given, page_size=16, backend="triton")
+    fill_page_table(expected[:, :300], **given, page_size=16, backend="reference")
+    assert torch.equal(found, expected)
+    assert run.instructions["ld.global"]
+
+
+def work_plan() -> None:
+    """All kinds of request, in more of them than one load of the kernel takes."""
+    rows = [0, 1, 7, DECODE_ROWS, DECODE_ROWS + 1] * 52
+    step: dict[str, Any] = {
+        "cu_seqlens_q": torch.tensor([0, *rows]).cumsum(0).int(),
+        "seq_lens": torch.tensor([120 + count for count in rows]).int(),
+        "num_rows": sum(rows) + 3,
+        "page_size": 16,
+    }
+    with executed() as run:
+        plan = make_work_plan(**step, backend="triton")
+    expected = make_work_plan(**step, backend="reference")
+    for field in ("cum_blocks", "cum_tiles", "range_start", "range_request", "row_request"):
+        assert torch.equal(getattr(plan, field), getattr(expected, field)), field
+    assert run.kernels == ["work_plan_kernel"]
+
+
+def caches_of(case: Case, pages: int) -> dict[str, Tensor]:
+    """Pools without a key, by the names of the op's arguments."""
+    k_pages, v_pages, index_k_pages, scales, _ = empty_caches(case, pages)
+    found = {"k_pages": k_pages, "v_pages": v_pages, "index_k_pages": index_k_pages}
+    return found if scales is None else found | {"index_k_scales": scales}
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def store(case: Case, *, arch: int = 80) -> None:
+    """Every byte of the pools as the reference leaves it; values of all sizes, NaN among them."""
+    given: Inputs = build(case)
+    given.k[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, 65504, torch.nan]).to(case.dtype)
+    given.k[1] *= 1e-3
+    given.v[2] *= 300
+    scales = {"k_scale": given.k_scale, "v_scale": given.v_scale}
+    pools = [caches_of(case, given.k_pages.shape[0]) for _ in range(2)]
+    rows = given.k, given.v, given.index_k
+    with executed(arch=arch) as run:
+        cache_store(
+            *rows, **pools[0], slot_mapping=given.slot_mapping, **scales, backend="triton"
+        )
+    cache_store(*rows, **pools[1], slot_mapping=given.slot_mapping, **scales, backend="reference")
+    for name, pool in pools[0].items():
+        assert same_bytes(pool, pools[1][name]), name
+    assert run.kernels == ["cache_store_kernel"]
+
+
+def layer(case: Case, *, arch: int = 80, seed: int = 0, needs: tuple[str, ...] = ()) -> Executed:
+    """A step of a session, all parts of it against the oracle, as a server's self-test does."""
+    with executed(arch=arch, seed=seed) as run:
+        findings = verify_case(case, kernels=KernelChoice("triton", "test"), device=CPU)
+    assert findings
+    assert all(finding.ok for finding in findings), findings
+    missing = [name for name in needs if not run.instructions[name]]
+    assert not missing, missing
+    return run
+
+
+def product(case: LinearCase, dtype: torch.dtype, *, arch: int = 80) -> None:
+    """Weights that stay in MXFP8."""
+    x, weight, scales, starts = inputs(case, dtype)
+    given = {"group_starts": starts}
+    exact = mxfp8_linear(x.float(), weight, scales, **given, backend="reference")
+    plain = mxfp8_linear(x, weight, scales, **given, backend="torch")
+    with executed(arch=arch) as run:
+        actual = mxfp8_linear(x, weight, scales, **given, backend="triton")
+    assert_accurate(actual, exact.double(), plain.double(), what=case.name)
+    assert run.instructions["mma.sync"]
+
+
+def every_code_of_mxfp8(arch: int) -> None:
+    """Every e4m3 number times every power of two that keeps it one of bf16, exactly."""
+    x, weight, scales = every_code()
+    some = torch.tensor([0, 1, 2, 110, 127, 140, 245, 246])
+    weight = weight.view(torch.uint8)[some].view(E4M3)
+    expected = weight.double() * 2.0 ** (scales[some].double()[:, :1] - 127)
+    with executed(arch=arch):
+        actual = mxfp8_linear(x.bfloat16(), weight, scales[some], backend="triton")
+    assert torch.equal(actual.T.double(), expected.float().bfloat16().double())
+
+
+def of(geometry: Case, name: str, *requests: tuple[int, int], **changes: Any) -> Case:
+    return dataclasses.replace(geometry, name=name, requests=requests, **changes)
+
+
+PIPELINED = ("cp.async", "mma.sync", "ldmatrix.sync", "bar.sync")
+# More than 16 blocks of 128 keys, of M3's geometry on one rank of four, and the rows that cross
+# from one block into the next.
+CHECKS: dict[str, Callable[[], object]] = {
+    "page table": page_table,
+    "work plan": work_plan,
+    "store bf16": lambda: store(of(SMALL, "store", (20, 5), (0, 3), padding_rows=1)),
+    "store e5m2 and int8": lambda: store(
+        of(SMALL, "store", (20, 5), (0, 3), kv_dtype=E5M2, index_dtype=INT8)
+    ),
+    "store e4m3": lambda: store(
+        of(SMALL, "store", (20, 5), (0, 3), kv_dtype=E4M3, index_dtype=E4M3), arch=89
+    ),
+    "decode": lambda: layer(of(M3, "decode", (2300, 1), (127, 1), (0, 1)), needs=PIPELINED),
+    "verify": lambda: layer(of(M3, "verify", (2174, 4), (128, 3))),
+    "prefill": lambda: layer(of(M3, "prefill", (2171, 12), (0, 9)), needs=PIPELINED),
+    "decode e5m2 and int8": lambda: layer(
+        of(M3, "decode", (2300, 1), (127, 1), (0, 1), kv_dtype=E5M2, index_dtype=INT8)
+    ),
+    "product of few tokens": lambda: product(LinearCase("few", 3, 150, 224), BF16),
+    "products of experts": lambda: product(
+        LinearCase("groups", 41, 40, 64, groups=(3, 0, 20, 0, 17, 1)), BF16
+    ),
+    "every code of mxfp8": lambda: every_code_of_mxfp8(80),
+}
+EXTENDED: dict[str, Callable[[], object]] = {
+    "mixed": lambda: layer(of(M3, "mixed", (2300, 1), (90, 4), (0, 10), (0, 0), (2100, 3))),
+    "prefill e5m2 and int8": lambda: layer(
+        of(M3, "prefill", (2171, 12), (0, 9), kv_dtype=E5M2, index_dtype=INT8)
+    ),
+    "decode e4m3": lambda: layer(
+        of(M3, "decode", (2300, 1), (127, 1), (0, 1), kv_dtype=E4M3, index_dtype=E4M3), arch=89
+    ),
+    "prefill e4m3": lambda: layer(
+        of(M3, "prefill", (2171, 12), (0, 9), kv_dtype=E4M3, index_dtype=E4M3), arch=89
+    ),
+    "every code of mxfp8 on sm_89": lambda: every_code_of_mxfp8(89),
+}
