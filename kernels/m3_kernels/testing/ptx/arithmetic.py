@@ -382,6 +382,23 @@ def _comparison(instruction: Instruction, name: str, type_: str) -> Compute:
     return found if type_ != "bf16" else lambda a, b: found(of_bf16(a), of_bf16(b))
 
 
+def _set(instruction: Instruction) -> Operation:
+    """1.0 in each half where a comparison of the halves holds, else 0."""
+    name, *rest, source = instruction.modifiers
+    if rest != ["f16x2"] or source != "f16x2":
+        raise unsupported(instruction)
+    compute = _comparison(instruction, name, "f16")
+
+    def halved(a: Array, b: Array) -> Array:
+        return compute(a.view(np.float16), b.view(np.float16)).astype(np.float16)
+
+    def both(a: Array, b: Array) -> Array:
+        (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
+        return joined(halved(a_high, b_high), halved(a_low, b_low))
+
+    return Operation((source, source), both)
+
+
 OPERATIONS: dict[str, Callable[[Instruction], Operation]] = {
     "add": _both(2, np.add, np.add),
     "sub": _both(2, np.subtract, np.subtract),
@@ -414,4 +431,5 @@ OPERATIONS: dict[str, Callable[[Instruction], Operation]] = {
     "prmt": _prmt,
     "selp": _selp,
     "setp": _setp,
+    "set": _set,
 }

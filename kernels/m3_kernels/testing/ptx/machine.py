@@ -51,8 +51,8 @@ class Piece:
 
     Attributes
     ----------
-    steps : all but the last one, if that one is a branch, an end or a barrier
-    counts : how often which instruction is among them, by name
+    steps : of all but the last one, if that one is a branch, an end or a barrier
+    counts : how often which instruction is among all of them, by name
     last : that one, or None; then the next piece follows
     guard : of the last one
     """
@@ -106,11 +106,11 @@ def prepare(kernel: Kernel) -> Code:
 def _piece(instructions: tuple[Instruction, ...], kernel: Kernel) -> Piece:
     last = instructions[-1] if instructions and _ends(instructions[-1]) else None
     body = instructions if last is None else instructions[:-1]
-    if last is not None and last.name == "bar":
-        _require_plain_barrier(last)
+    if last is not None and last.name == "bar" and (last.guard or last.operands != (Immediate(0),)):
+        raise unsupported(last)
     return Piece(
         steps=tuple(_step(one, kernel) for one in body),
-        counts=Counter(_counted(one) for one in body),
+        counts=Counter(_counted(one) for one in instructions),
         last=last,
         guard=guard_of(last.guard) if last is not None else None,
     )
@@ -119,11 +119,6 @@ def _piece(instructions: tuple[Instruction, ...], kernel: Kernel) -> Piece:
 def _counted(instruction: Instruction) -> str:
     """ "cp.async", "ld.shared", "mma.sync"."""
     return ".".join((instruction.name, *instruction.modifiers[:1]))
-
-
-def _require_plain_barrier(instruction: Instruction) -> None:
-    if instruction.guard or instruction.operands != (Immediate(0),):
-        raise unsupported(instruction)
 
 
 _BUILDERS: dict[str, Callable[[Instruction, Kernel], Step]] = {
