@@ -10,21 +10,30 @@ import torch
 from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
+from m3_kernels.index_topk import INDEX_TOPK
 from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_kernels.page_table import fill_page_table
-from m3_kernels.testing.cases import Case, Inputs, build, empty_caches, production_cases
-from m3_kernels.testing.compare import assert_accurate
-from m3_kernels.testing.ptx import Executed, executed
+from m3_kernels.sparse_attention import SPARSE_ATTENTION
+from m3_kernels.testing.calls import attention_call, chosen, index_call
+from m3_kernels.testing.cases import (
+    Case,
+    build,
+    empty_caches,
+    empty_pages,
+    production_cases,
+)
+from m3_kernels.testing.compare import assert_accurate, plain_attention, selection_faults
+from m3_kernels.testing.ptx import executed
 from m3_kernels.work_plan import DECODE_ROWS, make_work_plan
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.self_test import verify_case
 from tests.kernels.mxfp8 import LinearCase, every_code, inputs
+from tests.kernels.norm_rope import assert_close, step_of
+from tests.kernels.norm_rope import run as run_norm_rope
 
 CPU = torch.device("cpu")
 BF16, INT8 = torch.bfloat16, torch.int8
 E5M2, E4M3 = torch.float8_e5m2, torch.float8_e4m3fn
-# The chip's own conversions of e4m3 begin with sm_89.
-ARCHS = {"e5m2": (80, E5M2, INT8), "e4m3": (89, E4M3, E4M3)}
 M3 = dataclasses.replace(production_cases()[1], dtype=BF16)
 SMALL = Case("small", (), num_q_heads=4, head_dim=64, index_dim=64, page_size=32, dtype=BF16)
 
@@ -75,7 +84,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 def store(case: Case, *, arch: int = 80) -> None:
     """Every byte of the pools as the reference leaves it; values of all sizes, NaN among them."""
-    given: Inputs = build(case)
+    given = build(case)
     given.k[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, 65504, torch.nan]).to(case.dtype)
     given.k[1] *= 1e-3
     given.v[2] *= 300
@@ -92,15 +101,42 @@ def store(case: Case, *, arch: int = 80) -> None:
     assert run.kernels == ["cache_store_kernel"]
 
 
-def layer(case: Case, *, arch: int = 80, seed: int = 0, needs: tuple[str, ...] = ()) -> Executed:
+def layer(case: Case, *, arch: int = 80, seed: int = 0) -> None:
     """A step of a session, all parts of it against the oracle, as a server's self-test does."""
-    with executed(arch=arch, seed=seed) as run:
+    with executed(arch=arch, seed=seed):
         findings = verify_case(case, kernels=KernelChoice("triton", "test"), device=CPU)
     assert findings
     assert all(finding.ok for finding in findings), findings
+
+
+def choose_and_attend(case: Case, *, arch: int = 80, needs: tuple[str, ...] = ()) -> None:
+    """Both ops of a step, each once, the second on what the reference chooses."""
+    given = build(case)
+    ids = chosen(given)
+    choice, attention = index_call(given), attention_call(given, ids)
+    with executed(arch=arch) as run:
+        INDEX_TOPK.run(choice, backend="triton")
+        SPARSE_ATTENTION.run(attention, backend="triton")
+    assert selection_faults(choice.out, ids, given) == []
+    exact, exact_lse = plain_attention(given, ids, torch.float64)
+    plain, plain_lse = plain_attention(given, ids, case.dtype)
+    assert_accurate(attention.out, exact, plain, what="out")
+    assert attention.lse is not None
+    assert_accurate(attention.lse, exact_lse, plain_lse, what="lse")
     missing = [name for name in needs if not run.instructions[name]]
     assert not missing, missing
-    return run
+
+
+def norm_and_store(case: Case) -> None:
+    """Queries and keys as near to float64 as their dtype allows, and no other byte written."""
+    step = step_of(case)
+    pages = empty_pages(case, step.inputs.k_pages.shape[0])
+    with executed() as run:
+        q, index_q = run_norm_rope(step, pages, "triton")
+    names = ("k", "v", "index_k")
+    found = {"q": q, "index_q": index_q} | dict(zip(names, pages, strict=True))
+    assert_close(found, step)
+    assert run.kernels == ["norm_rope_store_kernel"]
 
 
 def product(case: LinearCase, dtype: torch.dtype, *, arch: int = 80) -> None:
@@ -130,24 +166,27 @@ def of(geometry: Case, name: str, *requests: tuple[int, int], **changes: Any) ->
     return dataclasses.replace(geometry, name=name, requests=requests, **changes)
 
 
-PIPELINED = ("cp.async", "mma.sync", "ldmatrix.sync", "bar.sync")
-# More than 16 blocks of 128 keys, of M3's geometry on one rank of four, and the rows that cross
-# from one block into the next.
+PIPELINED = ("cp.async", "mma.sync", "ldmatrix.sync", "bar.sync", "shfl.sync")
+EIGHT_BITS = {"kv_dtype": E5M2, "index_dtype": INT8}
+E4M3_ONLY = {"kv_dtype": E4M3, "index_dtype": E4M3}
+SHORT = ((20, 5), (0, 3))
+# In M3's geometry on one rank of four: more than 16 blocks of 128 keys, and rows that cross from
+# one block into the next.
+DECODE, VERIFY = ((2300, 1), (127, 1), (0, 1)), ((2174, 4), (128, 3))
+PREFILL = ((2171, 12), (0, 9))
+MIXED = ((2300, 1), (90, 3), (2171, 10))
+
+# Each in a process of its own: Triton 3.6 keeps conversions of the first chip it compiles for.
 CHECKS: dict[str, Callable[[], object]] = {
     "page table": page_table,
     "work plan": work_plan,
-    "store bf16": lambda: store(of(SMALL, "store", (20, 5), (0, 3), padding_rows=1)),
-    "store e5m2 and int8": lambda: store(
-        of(SMALL, "store", (20, 5), (0, 3), kv_dtype=E5M2, index_dtype=INT8)
-    ),
-    "store e4m3": lambda: store(
-        of(SMALL, "store", (20, 5), (0, 3), kv_dtype=E4M3, index_dtype=E4M3), arch=89
-    ),
-    "decode": lambda: layer(of(M3, "decode", (2300, 1), (127, 1), (0, 1)), needs=PIPELINED),
-    "verify": lambda: layer(of(M3, "verify", (2174, 4), (128, 3))),
-    "prefill": lambda: layer(of(M3, "prefill", (2171, 12), (0, 9)), needs=PIPELINED),
-    "decode e5m2 and int8": lambda: layer(
-        of(M3, "decode", (2300, 1), (127, 1), (0, 1), kv_dtype=E5M2, index_dtype=INT8)
+    "store bf16": lambda: store(of(SMALL, "store", *SHORT, padding_rows=1)),
+    "store e5m2 and int8": lambda: store(of(SMALL, "store", *SHORT, **EIGHT_BITS)),
+    "store e4m3": lambda: store(of(SMALL, "store", *SHORT, **E4M3_ONLY), arch=89),
+    "norm and store": lambda: norm_and_store(of(SMALL, "norm", *SHORT, padding_rows=1)),
+    "choice and attention": lambda: choose_and_attend(of(M3, "mixed", *MIXED), needs=PIPELINED),
+    "choice and attention of 8 bits": lambda: choose_and_attend(
+        of(M3, "decode", *DECODE[:2], **EIGHT_BITS)
     ),
     "product of few tokens": lambda: product(LinearCase("few", 3, 150, 224), BF16),
     "products of experts": lambda: product(
@@ -156,15 +195,13 @@ CHECKS: dict[str, Callable[[], object]] = {
     "every code of mxfp8": lambda: every_code_of_mxfp8(80),
 }
 EXTENDED: dict[str, Callable[[], object]] = {
-    "mixed": lambda: layer(of(M3, "mixed", (2300, 1), (90, 4), (0, 10), (0, 0), (2100, 3))),
-    "prefill e5m2 and int8": lambda: layer(
-        of(M3, "prefill", (2171, 12), (0, 9), kv_dtype=E5M2, index_dtype=INT8)
-    ),
-    "decode e4m3": lambda: layer(
-        of(M3, "decode", (2300, 1), (127, 1), (0, 1), kv_dtype=E4M3, index_dtype=E4M3), arch=89
-    ),
-    "prefill e4m3": lambda: layer(
-        of(M3, "prefill", (2171, 12), (0, 9), kv_dtype=E4M3, index_dtype=E4M3), arch=89
-    ),
+    "decode": lambda: layer(of(M3, "decode", *DECODE)),
+    "verify": lambda: layer(of(M3, "verify", *VERIFY)),
+    "prefill": lambda: layer(of(M3, "prefill", *PREFILL)),
+    "mixed, in another order": lambda: layer(of(M3, "mixed", *MIXED, (0, 0), (2100, 3)), seed=1),
+    "decode of 8 bits": lambda: layer(of(M3, "decode", *DECODE, **EIGHT_BITS)),
+    "prefill of 8 bits": lambda: layer(of(M3, "prefill", *PREFILL, **EIGHT_BITS)),
+    "decode of e4m3": lambda: layer(of(M3, "decode", *DECODE, **E4M3_ONLY), arch=89),
+    "prefill of e4m3": lambda: layer(of(M3, "prefill", *PREFILL, **E4M3_ONLY), arch=89),
     "every code of mxfp8 on sm_89": lambda: every_code_of_mxfp8(89),
 }

@@ -28,6 +28,8 @@ Read = Callable[["Lanes"], Any]
 Write = Callable[["Lanes", Array], None]
 Step = Callable[["Lanes"], None]
 
+# Threads of a warp.
+WARP = 32
 # What a register holds that was never written.
 UNWRITTEN = 0xA5
 
@@ -57,6 +59,8 @@ class Lanes:
     chance : for what has no order
     active : threads that run now
     changes : where registers may change; None everywhere, where nobody misses what others hold
+    running : the active ones by number
+    parted : a warp of which some are active and some not; None if there is none
     """
 
     kernel: Kernel
@@ -71,7 +75,20 @@ class Lanes:
     constants: dict[tuple[str, bytes], Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.everyone = np.arange(len(self.active))
+        self.everyone = self.running = np.arange(len(self.active))
+        self.parted: int | None = None
+
+    def run_only(self, active: Mask, done: Mask) -> None:
+        """Let these threads run from now on; those that have ended no longer need registers."""
+        self.active = active
+        if active.all():
+            self.changes, self.running, self.parted = None, self.everyone, None
+            return
+        self.changes = None if (active | done).all() else active
+        self.running = np.flatnonzero(active)
+        together = active.reshape(-1, WARP)
+        parted = together.any(axis=1) & ~together.all(axis=1)
+        self.parted = int(np.argmax(parted)) if parted.any() else None
 
     def spread(self, scalar: Any) -> Array:
         """A scalar for all threads; nobody changes registers in place, so it is made once."""
@@ -144,7 +161,7 @@ def chosen(lanes: Lanes, guard: Read | None) -> NDArray[np.int64]:
     """The threads that run an instruction, by number."""
     if guard is not None:
         return np.flatnonzero(lanes.active & guard(lanes))
-    return lanes.everyone if lanes.active.all() else np.flatnonzero(lanes.active)
+    return lanes.running
 
 
 def at(values: Any, threads: NDArray[np.int64]) -> Array:

@@ -21,6 +21,7 @@ from m3_kernels.testing.ptx.arithmetic import OPERATIONS, Operation, unsupported
 from m3_kernels.testing.ptx.conversion import conversion
 from m3_kernels.testing.ptx.faults import Fault
 from m3_kernels.testing.ptx.lanes import (
+    WARP,
     Lanes,
     Read,
     Registers,
@@ -264,8 +265,8 @@ def _lanes(
     registers |= {
         "%tid.x": thread,
         "%ntid.x": np.full(count, kernel.threads, np.uint32),
-        "%laneid": thread % np.uint32(warp.WARP),
-        "%warpid": thread // np.uint32(warp.WARP),
+        "%laneid": thread % np.uint32(WARP),
+        "%warpid": thread // np.uint32(WARP),
     }
     for axis, letter in enumerate("xyz"):
         column = programs[:, axis].astype(np.uint32)
@@ -292,11 +293,19 @@ def _lanes(
 
 
 class _Batch:
-    """Where the threads of some programs are."""
+    """Where the threads of some programs are.
+
+    Attributes
+    ----------
+    common : the piece that all threads are at, none of them waiting; None if they have parted
+    piece, waiting, done : of each thread; of no meaning while there is a common piece
+    """
 
     def __init__(self, code: Code, lanes: Lanes) -> None:
         self.code, self.lanes = code, lanes
         count = len(lanes.everyone)
+        self.everyone = np.ones(count, bool)
+        self.common: int | None = 0
         self.piece = np.zeros(count, np.int64)
         self.waiting = np.zeros(count, bool)
         self.done = np.zeros(count, bool)
@@ -305,16 +314,12 @@ class _Batch:
     def run(self) -> Counter[str]:
         """To the end; as `run`."""
         pieces, lanes = self.code.pieces, self.lanes
-        while (able := ~(self.waiting | self.done)).any():
-            place = int(self.piece[able].min())
-            active = able & (self.piece == place)
-            lanes.active = active
-            lanes.changes = None if (active | self.done).all() else active
-            self.counts[place] += int(active.reshape(-1, self.code.kernel.threads).any(1).sum())
-            piece = pieces[place]
-            for step in piece.steps:
+        while (place := self._next()) is not None:
+            self.counts[place] += self._programs()
+            for step in pieces[place].steps:
                 step(lanes)
-            self._go_on(piece, place, active)
+            if not self._go_on_together(pieces[place]):
+                self._go_on(pieces[place], place)
         if self.waiting.any():
             who = lanes.name(int(np.argmax(self.waiting)))
             raise Fault(f"{who} waits at a barrier that others of its program never reach")
@@ -323,9 +328,53 @@ class _Batch:
             counts.update({name: often * n for name, n in pieces[place].counts.items()})
         return counts
 
-    def _go_on(self, piece: Piece, place: int, active: NDArray[np.bool_]) -> None:
-        """To where a piece's last instruction sends its threads."""
-        last = piece.last
+    def _next(self) -> int | None:
+        """The piece that is run next, and which threads run it; None at the end."""
+        if self.common is not None:
+            self.lanes.run_only(self.everyone, self.done)
+            return self.common
+        able = ~(self.waiting | self.done)
+        if not able.any():
+            return None
+        place = int(self.piece[able].min())
+        active = able & (self.piece == place)
+        self.lanes.run_only(active, self.done)
+        if active.all():
+            self.common = place
+        return place
+
+    def _programs(self) -> int:
+        """How many programs have threads that run."""
+        if self.common is not None:
+            return len(self.lanes.programs)
+        return int(self.lanes.active.reshape(-1, self.code.kernel.threads).any(axis=1).sum())
+
+    def _go_on_together(self, piece: Piece) -> bool:
+        """To where a piece's last instruction sends all threads; False if they part or end."""
+        if self.common is None:
+            return False
+        last, place, self.common = piece.last, self.common, None
+        self.piece[:] = place
+        following = place + 1
+        if last is None or last.name == "bar":
+            if last is not None:
+                self.lanes.shared.barrier(np.ones(len(self.lanes.programs), bool))
+        elif last.name == "bra":
+            sent = self.everyone if piece.guard is None else piece.guard(self.lanes)
+            if sent.any():
+                if not sent.all():
+                    return False
+                following = self.code.starts[last.target]
+        elif piece.guard is None or piece.guard(self.lanes).any():
+            return False
+        if following == len(self.code.pieces):
+            return False
+        self.common = following
+        return True
+
+    def _go_on(self, piece: Piece, place: int) -> None:
+        """To where a piece's last instruction sends each thread that ran it."""
+        last, active = piece.last, self.lanes.active
         self.piece[active] = place + 1
         if last is None:
             if place + 1 == len(self.code.pieces):

@@ -16,11 +16,11 @@ import numpy as np
 
 from m3_kernels.testing.ptx.arithmetic import unsupported
 from m3_kernels.testing.ptx.faults import Fault
-from m3_kernels.testing.ptx.lanes import Lanes, Read, Step, reader, writer
+from m3_kernels.testing.ptx.lanes import WARP, Lanes, Read, Step, reader, writer
 from m3_kernels.testing.ptx.parse import Address, Instruction, Kernel, Vector
 from m3_kernels.testing.ptx.shared import Access, Conflict
 from m3_kernels.testing.ptx.values import Array, of_bf16, of_fp8
-from m3_kernels.testing.ptx.warp import WARP, by_warp, require_whole_warps
+from m3_kernels.testing.ptx.warp import by_warp, require_whole_warps
 
 _SIZES = {"f16": 2, "bf16": 2, "tf32": 4, "s8": 1, "u8": 1, "e4m3": 1, "e5m2": 1}
 

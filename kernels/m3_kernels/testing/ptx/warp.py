@@ -10,20 +10,18 @@ from numpy.typing import NDArray
 
 from m3_kernels.testing.ptx.arithmetic import unsupported
 from m3_kernels.testing.ptx.faults import Fault
-from m3_kernels.testing.ptx.lanes import Lanes, Step, reader, typed, writer
+from m3_kernels.testing.ptx.lanes import WARP, Lanes, Step, reader, typed, writer
 from m3_kernels.testing.ptx.parse import Immediate, Instruction, Kernel, Operand, Vector
 from m3_kernels.testing.ptx.values import Array
 
-WARP = 32
 _EVERYONE = 0xFFFFFFFF
 _LANE = np.arange(WARP, dtype=np.int64)
 
 
 def require_whole_warps(lanes: Lanes, instruction: Instruction) -> None:
     """Fault unless all threads of each warp run together, or none."""
-    running = lanes.active.reshape(-1, WARP)
-    if (broken := running.any(axis=1) & ~running.all(axis=1)).any():
-        who = lanes.name(int(np.argmax(broken)) * WARP)
+    if lanes.parted is not None:
+        who = lanes.name(lanes.parted * WARP)
         raise Fault(f"{instruction} in the warp of {who}: some of its threads are elsewhere")
 
 
@@ -32,6 +30,8 @@ def _everyone(instruction: Instruction, mask: Operand, kernel: Kernel) -> Step:
     if instruction.guard:
         raise unsupported(instruction)
     members = reader(mask, "b32", kernel)
+    if isinstance(mask, Immediate) and mask.bits & _EVERYONE == _EVERYONE:
+        return lambda lanes: require_whole_warps(lanes, instruction)
 
     def check(lanes: Lanes) -> None:
         require_whole_warps(lanes, instruction)
@@ -91,15 +91,16 @@ def shuffle(instruction: Instruction, kernel: Kernel) -> Step:
 
     def step(lanes: Lanes) -> None:
         check(lanes)
-        distance = np.asarray(amount(lanes)).astype(np.int64)
-        distance = distance.reshape(-1, WARP) if distance.ndim else distance[None, None]
-        sources, valid = shuffle_sources(mode, distance, limits.bits)
         values = by_warp(read(lanes), lanes)
-        sources = np.broadcast_to(sources, values.shape)
-        moved = np.take_along_axis(values, sources, axis=1).reshape(-1)
-        results = (moved, np.broadcast_to(valid, values.shape).reshape(-1))
+        distance = np.asarray(amount(lanes)).astype(np.int64)
+        if distance.ndim == 0:
+            sources, valid = shuffle_sources(mode, distance, limits.bits)
+            results = values[:, sources], np.broadcast_to(valid, values.shape)
+        else:
+            sources, valid = shuffle_sources(mode, distance.reshape(-1, WARP), limits.bits)
+            results = np.take_along_axis(values, sources, axis=1), valid
         for write, result in zip(writes, results, strict=False):
-            write(lanes, result)
+            write(lanes, result.reshape(-1))
 
     return step
 
