@@ -11,8 +11,12 @@ from torch import Tensor
 
 from m3_kernels.cache_store import cache_store
 from m3_kernels.index_topk import INDEX_TOPK
+from m3_kernels.index_topk.triton import launches as launches_of_choice
+from m3_kernels.index_topk.triton import with_memory
+from m3_kernels.launch import Launch
 from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_kernels.page_table import fill_page_table
+from m3_kernels.page_table.triton import launch_of as page_table_launch
 from m3_kernels.sparse_attention import SPARSE_ATTENTION
 from m3_kernels.testing.calls import attention_call, chosen, index_call
 from m3_kernels.testing.cases import (
@@ -23,7 +27,10 @@ from m3_kernels.testing.cases import (
     production_cases,
 )
 from m3_kernels.testing.compare import assert_accurate, plain_attention, selection_faults
-from m3_kernels.testing.ptx import executed
+from m3_kernels.testing.ptx import Fault, executed
+from m3_kernels.testing.ptx.launch import compile_launch, execute
+from m3_kernels.testing.ptx.machine import prepare
+from m3_kernels.testing.ptx.parse import parse
 from m3_kernels.work_plan import DECODE_ROWS, make_work_plan
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.self_test import verify_case
@@ -92,9 +99,7 @@ def store(case: Case, *, arch: int = 80) -> None:
     pools = [caches_of(case, given.k_pages.shape[0]) for _ in range(2)]
     rows = given.k, given.v, given.index_k
     with executed(arch=arch) as run:
-        cache_store(
-            *rows, **pools[0], slot_mapping=given.slot_mapping, **scales, backend="triton"
-        )
+        cache_store(*rows, **pools[0], slot_mapping=given.slot_mapping, **scales, backend="triton")
     cache_store(*rows, **pools[1], slot_mapping=given.slot_mapping, **scales, backend="reference")
     for name, pool in pools[0].items():
         assert same_bytes(pool, pools[1][name]), name
@@ -204,4 +209,75 @@ EXTENDED: dict[str, Callable[[], object]] = {
     "decode of e4m3": lambda: layer(of(M3, "decode", *DECODE, **E4M3_ONLY), arch=89),
     "prefill of e4m3": lambda: layer(of(M3, "prefill", *PREFILL, **E4M3_ONLY), arch=89),
     "every code of mxfp8 on sm_89": lambda: every_code_of_mxfp8(89),
+}
+
+
+def fault_of(launch: Launch, ptx: str, shared: int) -> str:
+    """What a run of a launch as other PTX ends with; "" if with nothing."""
+    try:
+        execute(launch, prepare(parse(ptx)), arch=80, shared=shared)
+    except Fault as fault:
+        return str(fault)
+    return ""
+
+
+def faults_without(launch: Launch, instruction: str) -> list[str]:
+    """What it ends with when one of these instructions is left out, for each of them in turn."""
+    made = compile_launch(launch, 80)
+    assert not fault_of(launch, made.ptx, made.shared)
+    lines = made.ptx.split("\n")
+    places = [place for place, line in enumerate(lines) if instruction in line]
+    without = ("\n".join(lines[:place] + lines[place + 1 :]) for place in places)
+    return [fault_of(launch, text, made.shared) for text in without]
+
+
+def choice_launches() -> list[Launch]:
+    """Of a step of decoding beyond 16 blocks."""
+    call = index_call(build(of(M3, "decode", (2300, 1), (127, 2))))
+    return list(launches_of_choice(with_memory(call), arch=80))
+
+
+def missing_barriers() -> None:
+    """All but the first keep something apart."""
+    _, choice = choice_launches()
+    first, *others = faults_without(choice, "bar.sync")
+    assert not first
+    assert len(others) >= 8
+    for fault in others:
+        assert "without a barrier between it was" in fault, fault
+        assert fault.count("standard.py:") + fault.count("triton_select.py:") == 2, fault
+
+
+def missing_waits() -> None:
+    """Keys are multiplied, and their memory used again, while they are still on their way."""
+    scores, _ = choice_launches()
+    faults = faults_without(scores, "cp.async.wait_group")
+    assert faults
+    for fault in faults:
+        assert "while a copy to it is in flight, started by `cp.async.cg" in fault, fault
+
+
+def slots_beyond_a_table() -> None:
+    """A row that the table of slots has not."""
+    numbers = torch.zeros(2, 64, dtype=torch.int32)
+    launch = page_table_launch(
+        torch.zeros(1, 4, dtype=torch.int32),
+        slots=numbers,
+        rows=torch.tensor([2]),
+        seq_lens=torch.tensor([40]).int(),
+        page_size=16,
+        arch=80,
+    )
+    made = compile_launch(launch, 80)
+    fault = fault_of(launch, made.ptx, made.shared)
+    address = numbers.data_ptr() + numbers.nbytes
+    assert f"thread 0 of program (0, 0, 0): address {address:#x}, which is in no tensor" in fault
+    assert "ld.global.b32" in fault
+    assert "(triton.py:" in fault
+
+
+PLANTED: dict[str, Callable[[], object]] = {
+    "missing barriers": missing_barriers,
+    "missing waits": missing_waits,
+    "slots beyond a table": slots_beyond_a_table,
 }

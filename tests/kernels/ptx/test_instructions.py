@@ -286,9 +286,7 @@ def test_bf16_rounds_ties_to_even() -> None:
 
 def test_pairs_of_bf16() -> None:
     values = half_ways()
-    pairs = computed(
-        "cvt.rn.bf16x2.f32 {d}, {a}, {b};", values, values.flip(0), result=torch.int32
-    )
+    pairs = computed("cvt.rn.bf16x2.f32 {d}, {a}, {b};", values, values.flip(0), result=torch.int32)
     low, high = pairs.view(torch.bfloat16).view(-1, 2).unbind(1)
     torch.testing.assert_close(high, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(low, values.flip(0).bfloat16(), rtol=0, atol=0, equal_nan=True)

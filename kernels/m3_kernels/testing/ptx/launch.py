@@ -191,6 +191,8 @@ def _parameters(kernel: Kernel, bound: list[tuple[str, Any]]) -> Mapping[str, An
             size = int(type_[1:]) // 8
             found[parameter.name] = np.array(value).astype(f"u{size}")[()]
     if len(kernel.parameters) < len(bound):
-        raise ValueError(f"{kernel.name} takes {len(kernel.parameters)} arguments, not {len(bound)}")
+        raise ValueError(
+            f"{kernel.name} takes {len(kernel.parameters)} arguments, not {len(bound)}"
+        )
     rest = kernel.parameters[len(bound) :]
     return found | {parameter.name: np.uint64(0) for parameter in rest}
