@@ -31,7 +31,7 @@ def test_bytes_between_the_numbers_of_a_view_are_no_tensor_s() -> None:
     every_second = "mad.wide.u32 %rd20, %r0, 8, %rd0; st.global.b32 [%rd20], %r0;"
     launch(every_second, whole[:, 0])
     assert torch.equal(whole[:, 0], numbers(32))
-    with pytest.raises(Fault, match="thread 0 .*in no tensor of the launch"):
+    with pytest.raises(Fault, match=r"thread 0 .*in no tensor of the launch"):
         launch(every_second.replace("[%rd20]", "[%rd20+4]"), whole[:, 0])
     with pytest.raises(Fault, match=r"st\.global\.v2.*in no tensor of the launch"):
         launch(
@@ -94,7 +94,7 @@ def test_two_warps_that_write_the_same_byte() -> None:
     # the same number, as layouts have it that hold it twice
     launch(both.format("", "%r9"), threads=64, shared=256)
     apart = "st.shared.b32 [{}], %r0;"
-    with pytest.raises(Fault, match="writes it, and without a barrier.*was written by warp"):
+    with pytest.raises(Fault, match=r"writes it, and without a barrier.*was written by warp"):
         launch(
             "xor.b32 %r8, %r0, 32; shl.b32 %r10, %r0, 2; shl.b32 %r11, %r8, 2;"
             + apart.format("%r10")
@@ -118,7 +118,7 @@ def test_bytes_of_one_word_are_no_race() -> None:
 
 
 def test_beyond_shared_memory() -> None:
-    with pytest.raises(Fault, match="thread 16 .*shared byte 64, is beyond the 64 bytes"):
+    with pytest.raises(Fault, match=r"thread 16 .*shared byte 64, is beyond the 64 bytes"):
         launch("shl.b32 %r10, %r0, 2; st.shared.b32 [%r10], %r0;", shared=64)
 
 
@@ -184,7 +184,7 @@ def test_what_a_thread_waited_for_others_see_behind_a_barrier() -> None:
         return COPY.format(between=other, size=16)
 
     given, out = numbers(256), torch.zeros(256, dtype=torch.int32)
-    with pytest.raises(Fault, match="was written by warp 1 with `cp.async"):
+    with pytest.raises(Fault, match=r"was written by warp 1 with `cp\.async"):
         launch(body(""), given, out, threads=64, shared=1024)
     launch(body("bar.sync 0;"), given, out, threads=64, shared=1024)
     assert torch.equal(out.view(2, 128), given.view(2, 128).flip(0))

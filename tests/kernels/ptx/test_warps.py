@@ -293,7 +293,7 @@ def test_a_warp_that_has_parted_cannot_exchange() -> None:
 
 
 def test_a_barrier_that_some_never_reach() -> None:
-    with pytest.raises(Fault, match="thread 0 of program .* waits at a barrier"):
+    with pytest.raises(Fault, match=r"thread 0 of program .* waits at a barrier"):
         launch(
             """
             setp.lt.u32 %p1, %r0, 32;

@@ -29,6 +29,9 @@ DTYPES = {
 }
 
 
+NAN_16 = np.array(0x7FFF, np.uint16).view(np.float16)[()]
+
+
 def seen_as(values: Array, dtype: np.dtype[Any]) -> Array:
     """The same bits as another dtype; the low ones of values that are wider.
 
@@ -79,12 +82,12 @@ def of_bf16(bits: Array) -> Floats:
 
 
 def f16_of(values: Floats, *, towards_zero: bool = False) -> Array:
-    """float32 numbers as float16, to nearest with ties to even unless told."""
+    """float32 numbers as float16, to nearest with ties to even unless told; every NaN is 0x7FFF."""
     rounded = values.astype(np.float16)
-    if not towards_zero:
-        return rounded
-    too_far = np.abs(rounded.astype(np.float32)) > np.abs(values)
-    return np.where(too_far, np.nextafter(rounded, np.float16(0)), rounded)
+    if towards_zero:
+        too_far = np.abs(rounded.astype(np.float32)) > np.abs(values)
+        rounded = np.where(too_far, np.nextafter(rounded, np.float16(0)), rounded)
+    return np.where(np.isnan(values), NAN_16, rounded)
 
 
 @functools.cache
