@@ -90,7 +90,7 @@ def on_grid(values, FRACTION: tl.constexpr, NORMAL: tl.constexpr, SUM: tl.conste
 
 
 @triton.jit
-def stored(values, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+def stored(values, LARGEST: tl.constexpr, kind: tl.constexpr):
     """fp32 values as a cache holds them: nearest numbers, ties to even, NaN as NaN; fp8 saturates.
 
     Triton's own cast to fp8 is left with numbers that are exact. On chips before 8.9 its releases
@@ -98,14 +98,14 @@ def stored(values, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
     and so loses what lies just above a tie.
     """
     values = saturate(values, LARGEST)
-    if DTYPE == tl.float8e5:
+    if kind == tl.float8e5:
         # the upper byte of fp16
         half = on_grid(values, 2, 2.0**-14, 192.0).to(tl.float16).to(tl.int16, bitcast=True)
-        found = (half >> 8).to(tl.int8).to(DTYPE, bitcast=True)
-    elif DTYPE == tl.float8e4nv:
-        found = on_grid(values, 3, 2.0**-6, 24576.0).to(DTYPE)
+        found = (half >> 8).to(tl.int8).to(kind, bitcast=True)
+    elif kind == tl.float8e4nv:
+        found = on_grid(values, 3, 2.0**-6, 24576.0).to(kind)
     else:
-        found = values.to(DTYPE)
+        found = values.to(kind)
     return found
 
 

@@ -79,7 +79,7 @@ def _floating(instruction: Instruction, compute: Compute, *, known: tuple[str, .
 
 
 def _of_16_bits(compute: Compute, type_: str) -> Compute:
-    """16-bit floats by way of float32, where sums and products of two of them are as good as exact."""
+    """16-bit floats by way of float32, which rounds sums and products of two of them harmlessly."""
     if type_ == "bf16":
         return lambda *sources: bf16_of(np.asarray(compute(*map(of_bf16, sources))))
     return lambda *sources: compute(
@@ -235,7 +235,7 @@ def _shift_right(instruction: Instruction) -> Operation:
 
 
 def _bfe(instruction: Instruction) -> Operation:
-    """A field of bits; of a signed type its top bit is its sign, and what is missing the number's."""
+    """A field of bits; of a signed type its top bit is its sign, or the number's past its end."""
     type_ = instruction.modifiers[-1]
     dtype = DTYPES[type_]
     if dtype.itemsize != 4:
@@ -310,7 +310,7 @@ def _lop3(instruction: Instruction) -> Operation:
 
 
 def _prmt(instruction: Instruction) -> Operation:
-    """Each nibble of the selector names one of eight bytes, or with its top bit that byte's sign."""
+    """Each nibble of the selector names one of eight bytes, or by its top bit that byte's sign."""
     if instruction.modifiers != ("b32",):
         raise unsupported(instruction)
 

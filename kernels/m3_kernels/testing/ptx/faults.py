@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class Fault(Exception):
-    """A kernel did what a GPU need not answer for: the message names instruction, thread, address."""
+    """A kernel did what it must not; the message names instruction, thread and address."""

@@ -1,4 +1,4 @@
-"""Launches of our kernels, compiled for a chip that is not here and run as PTX on tensors of the CPU."""
+"""Launches of our kernels, compiled for a chip that is not here and run on tensors of the CPU."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,7 @@ def prepare(kernel: Kernel) -> Code:
     cuts = {0, len(instructions), *kernel.labels.values()}
     cuts |= {one.number + 1 for one in instructions if _ends(one)}
     edges = sorted(cuts)
-    pieces = tuple(
-        _piece(instructions[first:last], kernel)
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
-    )
+    pieces = tuple(_piece(instructions[first:last], kernel) for first, last in pairwise(edges))
     sizes = [transfers.access_bytes(one) for one in instructions]
     return Code(
         kernel=kernel,

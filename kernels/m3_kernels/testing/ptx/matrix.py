@@ -116,7 +116,7 @@ def product(instruction: Instruction, kernel: Kernel) -> Step:
 
 
 def load_matrices(instruction: Instruction, kernel: Kernel) -> Step:
-    """`ldmatrix`: 8 x 8 matrices of 16-bit numbers; lanes 8 i to 8 i + 7 point to the rows of one."""
+    """`ldmatrix`: 8 x 8 matrices of 16-bit numbers; lanes 8 i to 8 i + 7 point to rows of one."""
     modifiers = instruction.modifiers
     count = {"x1": 1, "x2": 2, "x4": 4}.get(modifiers[3] if len(modifiers) > 3 else "", 0)
     transposed = "trans" in modifiers
