@@ -78,10 +78,10 @@ def work_plan() -> None:
     assert run.kernels == ["work_plan_kernel"]
 
 
-def caches_of(case: Case, pages: int) -> dict[str, Tensor]:
+def caches_of(case: Case, pages: int) -> dict[str, Any]:
     """Pools without a key, by the names of the op's arguments."""
     k_pages, v_pages, index_k_pages, scales, _ = empty_caches(case, pages)
-    found = {"k_pages": k_pages, "v_pages": v_pages, "index_k_pages": index_k_pages}
+    found: dict[str, Any] = {"k_pages": k_pages, "v_pages": v_pages, "index_k_pages": index_k_pages}
     return found if scales is None else found | {"index_k_scales": scales}
 
 
@@ -98,7 +98,7 @@ def store(case: Case, *, arch: int = 80) -> None:
     given.k[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, 65504, torch.nan]).to(case.dtype)
     given.k[1] *= 1e-3
     given.v[2] *= 300
-    scales = {"k_scale": given.k_scale, "v_scale": given.v_scale}
+    scales: dict[str, Any] = {"k_scale": given.k_scale, "v_scale": given.v_scale}
     pools = [caches_of(case, given.k_pages.shape[0]) for _ in range(2)]
     rows = given.k, given.v, given.index_k
     with executed(arch=arch) as run:

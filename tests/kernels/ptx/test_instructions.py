@@ -178,7 +178,8 @@ def floats() -> tuple[Tensor, Tensor]:
     """Every pair of special ones, and random ones."""
     pairs = torch.cartesian_prod(SPECIAL, SPECIAL)
     random = torch.randn(112, 2, generator=RANDOM) * 100
-    return torch.cat([pairs, random]).unbind(1)
+    a, b = torch.cat([pairs, random]).unbind(1)
+    return a, b
 
 
 @pytest.mark.parametrize(
