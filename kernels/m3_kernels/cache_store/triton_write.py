@@ -72,6 +72,44 @@ def saturate(values, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def on_grid(values, FRACTION: tl.constexpr, NORMAL: tl.constexpr, SUM: tl.constexpr):
+    """fp32 values as the nearest numbers, also fp32, of a narrower type; ties to even.
+
+    FRACTION is its bits of fraction, NORMAL its smallest number that has all of them. What is added
+    to SUM, a number of fp32 so large, loses all bits below the type's smallest number.
+    """
+    bits = values.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    DROPPED: tl.constexpr = 23 - FRACTION
+    to_even = ((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)
+    normal = (magnitude + to_even) >> DROPPED << DROPPED
+    small = (tl.abs(values) + SUM) - SUM
+    found = tl.where(tl.abs(values) < NORMAL, small.to(tl.int32, bitcast=True), normal)
+    found = (found | (bits - magnitude)).to(tl.float32, bitcast=True)
+    return tl.where(values == values, found, values)
+
+
+@triton.jit
+def stored(values, LARGEST: tl.constexpr, kind: tl.constexpr):
+    """fp32 values as a cache holds them: nearest numbers, ties to even, NaN as NaN; fp8 saturates.
+
+    Triton's own cast to fp8 is left with numbers that are exact. On chips before 8.9 its releases
+    before 3.9 round ties away from zero and make -0 of NaN; on others it cuts fp32 to fp16 first,
+    and so loses what lies just above a tie.
+    """
+    values = saturate(values, LARGEST)
+    if kind == tl.float8e5:
+        # the upper byte of fp16
+        half = on_grid(values, 2, 2.0**-14, 192.0).to(tl.float16).to(tl.int16, bitcast=True)
+        found = (half >> 8).to(tl.int8).to(kind, bitcast=True)
+    elif kind == tl.float8e4nv:
+        found = on_grid(values, 3, 2.0**-6, 24576.0).to(kind)
+    else:
+        found = values.to(kind)
+    return found
+
+
+@triton.jit
 def put_heads(
     values,
     pool,
@@ -88,11 +126,10 @@ def put_heads(
     if pool.scale is not None:
         scale = tl.load(pool.scale + head * pool.scale_stride, mask=head < HEADS, other=1.0)
         values = values * tl.div_rn(1.0, scale)[:, None]
-    values = saturate(values, LARGEST)
     places = pool.pages + page * pool.stride_page + head.to(tl.int64) * pool.stride_head
     places = (places + slot * pool.stride_slot)[:, None] + dim[None, :]
     inside = (head < HEADS)[:, None] & (dim < DIM)[None, :]
-    tl.store(places, values.to(pool.pages.dtype.element_ty), mask=inside)
+    tl.store(places, stored(values, LARGEST, pool.pages.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -110,8 +147,7 @@ def put_index_key(key, pool, page, slot, dim, DIM: tl.constexpr, LARGEST: tl.con
         # The nearest integer, ties to even, by the precision of a large number.
         key = (key + 12582912.0) - 12582912.0
         key = tl.minimum(tl.maximum(key, -127.0), 127.0)
-    key = saturate(key, LARGEST)
-    tl.store(place + dim, key.to(pool.pages.dtype.element_ty), mask=dim < DIM)
+    tl.store(place + dim, stored(key, LARGEST, pool.pages.dtype.element_ty), mask=dim < DIM)
 
 
 def require_writable(op: str, caches: MSACaches, arch: int) -> None:

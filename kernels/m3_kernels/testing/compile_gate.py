@@ -165,7 +165,7 @@ def fingerprint(variant: Variant, arch: int) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
-    source, given = _source(variant, arch)
+    source, given = source_of(variant.launch, arch)
     target = GPUTarget("cuda", arch, 32)
     backend: Any = make_backend(target)
     options = backend.parse_options(given | source.parse_options())
@@ -190,7 +190,7 @@ def sources(variant: Variant, arch: int) -> str:
     front end is given it. Far more launches differ in this than in code, and so do those hashed by
     another release of Python.
     """
-    source, given = _source(variant, arch)
+    source, given = source_of(variant.launch, arch)
     decisive = (
         _modules(),
         source.fn.__module__ + source.fn.__qualname__,
@@ -239,7 +239,7 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    source, options = _source(variant, arch)
+    source, options = source_of(variant.launch, arch)
     built: Any = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     read = _read_cubin(
         built.asm["cubin"], shared=built.metadata.shared, warps=built.metadata.num_warps
@@ -253,15 +253,21 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     )
 
 
-def _source(variant: Variant, arch: int) -> tuple[Any, dict[str, Any]]:
-    """What Triton itself makes of the launch: the kernel with types and constants, and options."""
+def source_of(launch: Launch, arch: int) -> tuple[Any, dict[str, Any]]:
+    """What Triton itself makes of a launch: the kernel with types and constants, and options.
+
+    Raises
+    ------
+    RuntimeError, TypeError : as `compile_variant`
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime import jit
 
+    kernel, given = launch.kernel, dict(launch.arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError(f"{variant.name}: nothing compiles with TRITON_INTERPRET=1; unset it")
-    kernel, given = variant.launch.kernel, dict(variant.launch.arguments)
+        name = kernel.__name__
+        raise RuntimeError(f"{name}: nothing compiles with TRITON_INTERPRET=1; unset it")
     backend: Any = make_backend(GPUTarget("cuda", arch, 32))
     bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, options = bind(**given)

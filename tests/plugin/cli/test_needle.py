@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from m3_plugin.cli import app
 from m3_plugin.cli.evaluate.haystack import ConstructedHaystack, TextHaystack
-from m3_plugin.cli.evaluate.needle import Cell, Grid, Result, _plot, shares
+from m3_plugin.cli.evaluate.needle import Cell, Grid, Result, _plot, _print, shares
 from m3_plugin.testing.prompts import needle_prompt
 from tests.console import in_one_line
 from tests.plugin.cli.schemas import checked
@@ -37,6 +38,20 @@ def test_a_constructed_needle_stands_at_its_depth(context: int, depth: float) ->
         assert question.depth == pytest.approx(depth, abs=0.05 + 350 / context)
         assert question.is_right(f" {question.expected}")
         assert not question.is_right(f"{question.expected} nowhere")
+        prompt = needle_prompt(seed, num_tokens=context, hops=1, depth=depth)
+        assert f" {question.dense}" == prompt.dense_answer
+        assert not question.is_right(f" {question.dense}")
+
+
+def test_answers_of_dense_attention_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = result(right=False)
+    _print(
+        [result(), wrong, replace(wrong, seed=1, dense=True), replace(wrong, seed=2, dense=True)]
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 of 4 answers are those of dense attention" in told
+    _print([result(), wrong])
+    assert "dense" not in capsys.readouterr().out
 
 
 def test_depth_is_a_share() -> None:
