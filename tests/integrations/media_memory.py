@@ -60,7 +60,7 @@ class Case:
         prepare : statements before the measurement, imports above all
         load : name of a function of a file's bytes that returns patches [patches, values]
         """
-        # a file of one colour is small, as the title of this says
+        # as few bytes as one colour needs
         image = Image.new("RGB", self.size, (9, 99, 200))
         frame = media_files.encoded(image, "JPEG", optimize=True)
         path = folder / "large.mp4"
