@@ -115,8 +115,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     it gets fp32: the same numbers, of which only the result is rounded.
     """
     if lacks_products(query.device.type, query.dtype):
-        wide = (tensor.float() for tensor in (query, key, value))
-        return torch.nn.functional.scaled_dot_product_attention(*wide).to(query.dtype)
+        wide = torch.nn.functional.scaled_dot_product_attention(
+            query.float(), key.float(), value.float()
+        )
+        return wide.to(query.dtype)
     return torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
 

@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from tests.integrations import media_files
 
 __all__ = ["CASES", "Case"]
@@ -58,7 +60,9 @@ class Case:
         prepare : statements before the measurement, imports above all
         load : name of a function of a file's bytes that returns patches [patches, values]
         """
-        frame = media_files.jpeg((9, 99, 200), size=self.size)
+        # as few bytes as one colour needs
+        image = Image.new("RGB", self.size, (9, 99, 200))
+        frame = media_files.encoded(image, "JPEG", optimize=True)
         path = folder / "large.mp4"
         path.write_bytes(media_files.mp4([frame] * self.frames, size=self.size))
         small = media_files.mp4([media_files.jpeg((0, 0, 0))] * 3)

@@ -677,7 +677,7 @@ class M3VideoLoader(VideoBackend):
         require_video_pixels(len(frame_idx), *size)
         shrink = len(frame_idx) * height * width > _MAX_HELD_PIXELS
         room = np.empty((0, *size, 3), dtype=np.uint8)
-        frame = None
+        memory: Any = None
         valid: list[int] = []
         wanted = iter(frame_idx)
         target = next(wanted, None)
@@ -687,9 +687,10 @@ class M3VideoLoader(VideoBackend):
             missed = 0 if grabbed else missed + 1
             if index >= target:
                 # into the memory of the frame before, of which nothing is needed any more
-                decoded, frame = cap.retrieve(frame) if grabbed else (False, frame)
-                usable = decoded and frame is not None and frame.size > 0
+                decoded, frame = cap.retrieve(memory) if grabbed else (False, np.empty(0))
+                usable = decoded and frame.size > 0
                 if usable:
+                    memory = frame
                     # colours change their order where there are fewer pixels
                     shown = cls._resized(frame, size) if shrink else frame
                     if not valid:

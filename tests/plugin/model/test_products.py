@@ -131,7 +131,7 @@ def test_columns_that_ours_does_not_take_are_filled_up(monkeypatch: pytest.Monke
         torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-6)
         filled = (0, -rows.shape[1] % 16)
         ours = [torch.nn.functional.pad(part, filled).contiguous() for part in (rows, weights)]
-        assert torch.equal(found, multiply(*ours, bias))
+        assert torch.equal(found, multiply(ours[0], ours[1], bias))
     products._is_own.cache_clear()
 
 
@@ -142,7 +142,7 @@ def test_attention_is_fp32_where_the_library_has_no_products(
     torch.manual_seed(4)
     given = [torch.randn(2, 4, 37, 80).to(dtype) for _ in range(3)]
     seen: list[torch.dtype] = []
-    plain = torch.nn.functional.scaled_dot_product_attention
+    plain: Any = torch.nn.functional.scaled_dot_product_attention
 
     def watched(query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         seen.append(query.dtype)

@@ -74,8 +74,8 @@ from m3_sglang.reading_ahead import StillReader
 
 # Requests whose media are prepared at the same time.
 _WORKERS = 2
-# Pixels that are decoded before they are shrunk, at least one frame: two of 3840x2160.
-_PIXELS_AT_ONCE = 17_000_000
+# Pixels that are decoded before they are shrunk, at least one frame.
+_PIXELS_AT_ONCE = 8_000_000
 
 
 class M3Processor(BaseMultimodalProcessor):
