@@ -17,7 +17,7 @@ from m3_plugin.testing.random_checkpoint import PRESETS, write_random_checkpoint
 from m3_sglang.compat import fleets_are_tested
 from tests.integrations import golden
 from tests.integrations.cases import LOGPROB_ATOL, random_prompt
-from tests.integrations.quantised import DEQUANTISE, QuantisedCheckpoints
+from tests.integrations.quantised import QuantisedCheckpoints
 from tests.integrations.sglang.engine import EngineProcess
 from tests.integrations.sglang.test_multimodal import request
 
@@ -112,18 +112,13 @@ def test_experts_of_ranks_compute_what_one_process_does(tmp_path: Path, dtype: s
             assert engine.generate([random_prompt(2500, seed=5)], max_tokens=2)
 
 
-@pytest.mark.parametrize(
-    ("quant", "variables"), [("mxfp8", {}), ("nvfp4", {}), ("mxfp8", DEQUANTISE)]
-)
+@pytest.mark.parametrize("quant", ["mxfp8", "nvfp4"])
 def test_quantised_experts_of_ranks_answer(
-    constructed_quantised: QuantisedCheckpoints,
-    tmp_path: Path,
-    quant: QuantName,
-    variables: dict[str, str],
+    constructed_quantised: QuantisedCheckpoints, tmp_path: Path, quant: QuantName
 ) -> None:
-    """In the bytes of the files, and dequantised; only a word's expert answers with it."""
+    """In the bytes of the files; only a word's expert answers with it."""
     checkpoint = constructed_quantised.stored(quant)
-    with start(checkpoint, tmp_path, tp_size=2, ep_size=2, environment=variables) as engine:
+    with start(checkpoint, tmp_path, tp_size=2, ep_size=2) as engine:
         require_right_answers(engine)
 
 
