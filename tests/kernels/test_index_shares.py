@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -330,7 +331,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"share.end must be"):
         BlockShare(number(0), number(0).long())
     ids, scores = candidates(inputs, even_shares(inputs, 1)[0], "native")
-    arguments = {
+    arguments: dict[str, Any] = {
         "cu_seqlens_q": inputs.cu_seqlens_q,
         "seq_lens": inputs.seq_lens,
         "page_size": inputs.case.page_size,
