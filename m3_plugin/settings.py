@@ -12,6 +12,8 @@
 | `M3_PLUGIN_RECORD_BLOCKS` | folder | sample the chosen blocks into it, for `m3-plugin blocks` |
 | `M3_PLUGIN_VERIFY_TRANSFER` | folder | look up rows of caches that came from another server |
 | `M3_PLUGIN_INDEX_KEYS` | auto, int8, planes | int8: half the bytes; planes: half are read (CPU) |
+| `M3_PLUGIN_INDEX_SHARING` | off, scan | scan: ranks share out the scan of long contexts (CPU) |
+| `M3_PLUGIN_INDEX_SHARING_FROM` | tokens | of a step whose scan is shared, 200000 at least |
 | `M3_PLUGIN_CACHE_VALUES` | auto, nvfp4 | nvfp4: MSA's caches hold numbers of NVFP4 |
 | `M3_PLUGIN_DENSE` | auto, host | host: dense layers on a CPU stay on the host's own kernels |
 | `M3_PLUGIN_PRODUCTS` | auto, host, own | who multiplies plain weights of 16 bits on a CPU |
@@ -39,6 +41,7 @@ PREFIX = "M3_PLUGIN_"
 
 KernelFamily = Literal["auto", "flashinfer", "triton", "native", "torch", "reference"]
 IndexKeys = Literal["auto", "int8", "planes"]
+IndexSharing = Literal["off", "scan"]
 CacheValues = Literal["auto", "nvfp4"]
 DenseLayers = Literal["auto", "host"]
 Products = Literal["auto", "host", "own"]
@@ -65,6 +68,8 @@ class Settings:
     verify_transfer: Path | None = None
     dequantize: bool = False
     index_keys: IndexKeys = "auto"
+    index_sharing: IndexSharing = "off"
+    index_sharing_from: int = 200_000
     cache_values: CacheValues = "auto"
     dense: DenseLayers = "auto"
     products: Products = "auto"
@@ -123,6 +128,10 @@ class Settings:
             verify_transfer=_shared_folder(given, "VERIFY_TRANSFER", mistakes),
             dequantize=_flag(given, "DEQUANTIZE", mistakes),
             index_keys=cast(IndexKeys, _choice(given, "INDEX_KEYS", get_args(IndexKeys), mistakes)),
+            index_sharing=cast(
+                IndexSharing, _choice(given, "INDEX_SHARING", get_args(IndexSharing), mistakes)
+            ),
+            index_sharing_from=_tokens(given, "INDEX_SHARING_FROM", mistakes),
             cache_values=cast(
                 CacheValues, _choice(given, "CACHE_VALUES", get_args(CacheValues), mistakes)
             ),
@@ -177,6 +186,15 @@ def _steps(given: Mapping[str, str], name: str, mistakes: list[str]) -> int:
         return int(value)
     mistakes.append(f"{PREFIX}{name} must be 0, or n for every n-th step; got {given[name]!r}")
     return 0
+
+
+def _tokens(given: Mapping[str, str], name: str, mistakes: list[str]) -> int:
+    default: int = getattr(Settings, name.lower())
+    value = given.get(name, "").strip() or str(default)
+    if value.isascii() and value.isdigit():
+        return int(value)
+    mistakes.append(f"{PREFIX}{name} must be a number of tokens; got {given[name]!r}")
+    return default
 
 
 def _shared_folder(given: Mapping[str, str], name: str, mistakes: list[str]) -> Path | None:

@@ -47,6 +47,7 @@ SOURCES = tuple(
     PACKAGE / op / "native.cpp"
     for op in (
         "index_topk",
+        "index_merge",
         "sparse_attention",
         "dense_attention",
         "cache_store",
@@ -57,6 +58,7 @@ SOURCES = tuple(
 )
 FUNCTIONS = (
     "m3_index_topk",
+    "m3_index_merge",
     "m3_sparse_attention",
     "m3_dense_attention",
     "m3_cache_store",

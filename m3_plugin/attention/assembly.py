@@ -19,6 +19,7 @@ from m3_plugin.attention.checks import StepChecker
 from m3_plugin.attention.observers import ExportedStatistics, TimedSession
 from m3_plugin.attention.recorder import SelectionRecorder
 from m3_plugin.attention.session import MSASession
+from m3_plugin.attention.sharing import Gather, make_sharing
 from m3_plugin.attention.transfers import TransferVerifier
 from m3_plugin.attention.workspace import LayerShape, allocate_workspace
 from m3_plugin.host.metrics import export_presence
@@ -38,6 +39,7 @@ def make_session(
     tensor_parallel_size: int,
     capacity: StepCapacity,
     tensor_parallel_rank: int = 0,
+    gather: Gather | None = None,
     pages: tuple[PageLayout, ...] = ("planes",),
     beside: MSASession | None = None,
 ) -> MSASession | None:
@@ -53,7 +55,8 @@ def make_session(
     dtype : of activations
     cache_dtype, index_dtype : of the pages of K and V, and of index keys
     capacity : the largest step of the host
-    tensor_parallel_rank : whose heads' rows `M3_PLUGIN_VERIFY_TRANSFER` looks up
+    tensor_parallel_rank : whose heads these are
+    gather : the host's exchange among the ranks that share attention heads
     pages : how the host lays out K and V, one way or another (`m3_kernels.testing.cases.Case`)
     beside : the session of a target whose draft this one is for; they share their scratch
 
@@ -82,6 +85,20 @@ def make_session(
             "m3-plugin: index keys are kept in two planes of bytes with a scale each; one of them "
             "is read whole, both where it matters"
         )
+    sharing = make_sharing(
+        config.msa,
+        settings,
+        rank=tensor_parallel_rank,
+        ranks=tensor_parallel_size,
+        gather=gather,
+    )
+    if sharing is not None:
+        if kernels.family == "triton":
+            raise ValueError(
+                "M3_PLUGIN_INDEX_SHARING=scan: no kernel on a GPU scans a share of the blocks yet; "
+                "unset it, and each rank scans all of them"
+            )
+        logger.info("m3-plugin: %s", sharing.describe())
     shape = LayerShape(
         num_q_heads=local_heads(config.num_attention_heads, tensor_parallel_size),
         num_kv_heads=local_heads(config.num_key_value_heads, tensor_parallel_size),
@@ -134,6 +151,7 @@ def make_session(
         scale=config.head_dim**-0.5,
         workspace=workspace,
         nvfp4=nvfp4,
+        sharing=sharing,
     )
     if settings.statistics:
         session.statistics = ExportedStatistics()

@@ -163,6 +163,24 @@ def selection_fault(
     )
 
 
+def sharing_fault(block_ids: Tensor, alone: Tensor, rows: Rows) -> Fault | None:
+    """The first row for which ranks that share a scan choose otherwise than one that does not.
+
+    Parameters
+    ----------
+    block_ids, alone : int32 [groups, rows, topk]
+    """
+    bad = torch.nonzero((block_ids != alone)[:, : len(rows.request)].any(-1)).tolist()
+    if not bad:
+        return None
+    group, row = bad[0]
+    return int(rows.request[row]), (
+        f"group {group} at position {int(rows.position[row])} chose blocks "
+        f"{block_ids[group, row].tolist()} together with other ranks, and "
+        f"{alone[group, row].tolist()} alone"
+    )
+
+
 def output_fault(
     out: Tensor, q: Tensor, block_ids: Tensor, rows: Rows, *, batch: MSABatch, caches: MSACaches
 ) -> Fault | None:
@@ -275,6 +293,17 @@ class StepChecker:
         self._refuse(
             output_fault(out, q, block_ids, self._rows, batch=plan.batch, caches=caches), plan
         )
+
+    def together(self, plan: MSAPlan, block_ids: Tensor, alone: Callable[[], Tensor]) -> None:
+        """Ranks have shared out a scan: in a step that is looked at, scan all blocks here as well.
+
+        Raises
+        ------
+        StepCheckError : the choice is another.
+        """
+        if self._rows is None or self._is_captured(block_ids):
+            return
+        self._refuse(sharing_fault(block_ids, alone(), self._rows), plan)
 
     def end(self, hidden: Tensor) -> None:
         """The model has run; nothing is looked at where no layer of ours had a part in that.

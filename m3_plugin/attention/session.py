@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from m3_kernels.cache_store import CACHE_STORE, CacheStore
 from m3_kernels.cache_store.nvfp4 import nvfp4_index_keys, nvfp4_values
-from m3_kernels.index_topk import INDEX_TOPK, IndexTopk
+from m3_kernels.index_merge import INDEX_MERGE, IndexMerge
+from m3_kernels.index_topk import INDEX_CANDIDATES, INDEX_TOPK, BlockShare, IndexTopk
 from m3_kernels.norm_rope_store import NORM_ROPE_STORE, HeadNorms, NormRopeStore
 from m3_kernels.paged import MSACaches, Step
 from m3_kernels.sparse_attention import (
@@ -33,6 +35,7 @@ from m3_kernels.sparse_attention import (
 from m3_kernels.work_plan import WorkPlan
 from m3_plugin.attention.backends import KernelChoice
 from m3_plugin.attention.batch import MSABatch
+from m3_plugin.attention.sharing import Candidates, IndexSharing
 from m3_plugin.attention.workspace import Workspace
 from m3_plugin.model.config import MSAConfig
 
@@ -52,11 +55,13 @@ class MSAPlan:
     ----------
     step : the batch's lengths and page table, as the ops take them
     work : how the Triton kernels divide the step; None for the families that need no plan
+    share : the blocks that this rank scans; None where each rank scans all for its own heads
     """
 
     batch: MSABatch
     step: Step
     work: WorkPlan | None = None
+    share: BlockShare | None = None
 
 
 @dataclass
@@ -132,6 +137,10 @@ class LayerChecker(Protocol):
         """A layer has run; raises where its result must not be used."""
         ...
 
+    def together(self, plan: MSAPlan, block_ids: Tensor, alone: Callable[[], Tensor]) -> None:
+        """Ranks have chosen together; raises where this one would choose otherwise `alone`."""
+        ...
+
     def end(self, hidden: Tensor) -> None:
         """The model has run; raises where what it gave, [rows, hidden size], must not be used."""
         ...
@@ -155,6 +164,8 @@ class MSASession:
     scale : softmax scale of the main branch, head_dim ** -0.5 for M3
     workspace : memory of the "triton" family, which needs one; None for all others
     nvfp4 : whether K, V and index keys are rounded to NVFP4 before they are stored
+    sharing : how scans are shared out over ranks, each of which is then given the index queries of
+        all heads; None where it has those of its own
 
     Raises
     ------
@@ -169,6 +180,7 @@ class MSASession:
         scale: float,
         workspace: Workspace | None = None,
         nvfp4: bool = False,
+        sharing: IndexSharing | None = None,
     ) -> None:
         if (kernels.family == "triton") != (workspace is not None):
             raise ValueError(
@@ -180,9 +192,13 @@ class MSASession:
         self.scale = scale
         self.workspace = workspace
         self.nvfp4 = nvfp4
+        self.sharing = sharing
         self._store = NORM_ROPE_STORE.bound(kernels.family)
         self._put = CACHE_STORE.bound(kernels.family)
         self._select = INDEX_TOPK.bound(kernels.family)
+        if sharing is not None:
+            self._scan = INDEX_CANDIDATES.bound(kernels.family)
+            self._merge = INDEX_MERGE.bound(kernels.family)
         self._attend = SPARSE_ATTENTION.bound(kernels.family)
         # layouts of pages on which every kernel was run (`m3_plugin.attention.warm_up`)
         self.warmed: set[tuple[object, ...]] = set()
@@ -204,7 +220,10 @@ class MSASession:
         """
         work = None if self.workspace is None else self.workspace.plan(batch)
         step = Step(batch.page_table, batch.cu_seqlens_q, batch.seq_lens)
-        return MSAPlan(batch=batch, step=step, work=work)
+        share = None
+        if self.sharing is not None and self.sharing.takes(batch):
+            share = self.sharing.share(batch, page_size=self.msa.block_size)
+        return MSAPlan(batch=batch, step=step, work=work, share=share)
 
     def replan(self, plan: MSAPlan) -> None:
         """Plan a step again after its lengths have changed in place, as they do while drafting.
@@ -213,6 +232,8 @@ class MSASession:
         """
         if self.workspace is not None:
             self.workspace.plan(plan.batch)
+        if self.sharing is not None and plan.share is not None:
+            plan.share.become(self.sharing.share(plan.batch, page_size=self.msa.block_size))
         if self.checker is not None:
             self.checker.replanned()
 
@@ -247,6 +268,12 @@ class MSASession:
             self.transfers.look(plan, caches=caches)
         with self.timed("select", plan):
             block_ids = self.select(plan, index_q, caches=caches)
+        # plain torch rounds scores by the shape of a call, so that near ties may fall otherwise
+        compared = plan.share is not None and self.kernels.family != "torch"
+        if self.checker is not None and compared:
+            own = replace(plan, share=None)
+            alone = partial(self.select, own, index_q, caches=caches)
+            self.checker.together(plan, block_ids, alone)
         with self.timed("attend", plan):
             self.attend(plan, q, block_ids, caches=caches, out=out)
         if self.checker is not None:
@@ -279,7 +306,7 @@ class MSASession:
         ----------
         q : [rows, num_q_heads, head_dim], as projected; rows may be parts of a wider tensor
         k, v : [rows, num_kv_heads, head_dim]
-        index_q : [rows, num_index_heads, index_dim]
+        index_q : [rows, num_index_heads, index_dim]; of all ranks' heads where scans are shared
         index_k : [rows, index_dim]
         norms : the layer's
         cos_sin : floating [rows, rotary_dim], cosines and then sines of the rows' angles
@@ -314,6 +341,10 @@ class MSASession:
         ----------
         index_q : as `store` returns it
         """
+        if self.sharing is not None:
+            if plan.share is not None:
+                return self._select_together(plan, plan.share, index_q, caches=caches)
+            index_q = index_q[:, self.sharing.own_heads]
         rows, heads, _ = index_q.shape
         shape = (heads, rows, self.msa.topk_blocks)
         call = IndexTopk(
@@ -332,6 +363,41 @@ class MSASession:
             workspace=self.workspace.scratch.scores if self.workspace else None,
         )
         self._select(call)
+        return call.out
+
+    def _select_together(
+        self, plan: MSAPlan, share: BlockShare, index_q: Tensor, *, caches: MSACaches
+    ) -> Tensor:
+        """As `select`, each rank scanning its share of the blocks for the index heads of all."""
+        assert self.sharing is not None
+        rows, heads, _ = index_q.shape
+        topk = self.msa.topk_blocks
+        own = Candidates.empty(index_q, num_index_heads=heads, rows=rows, topk=topk)
+        self._scan(
+            IndexTopk(
+                index_q,
+                caches.index,
+                plan.step,
+                topk=topk,
+                num_local_blocks=self.msa.num_local_blocks,
+                num_init_blocks=self.msa.num_init_blocks,
+                out=own.ids,
+                share=share,
+                scores=own.scores,
+            )
+        )
+        found = self.sharing.exchange(own)
+        call = IndexMerge(
+            found.ids,
+            found.scores,
+            plan.step.cu_seqlens_q,
+            plan.step.seq_lens,
+            page_size=self.msa.block_size,
+            num_local_blocks=self.msa.num_local_blocks,
+            num_init_blocks=self.msa.num_init_blocks,
+            out=index_q.new_empty(found.ids.shape[1:], dtype=torch.int32),
+        )
+        self._merge(call)
         return call.out
 
     def attend(

@@ -24,6 +24,7 @@ TESTS = (
     "test_sparse_attention.py",
     "test_index_topk.py",
     "test_index_planes.py",
+    "test_index_shares.py",
     "test_cache_store.py",
     "test_norm_rope_store.py",
 )

@@ -11,6 +11,7 @@ import pytest
 import m3_kernels
 from m3_kernels.cache_store import cache_store
 from m3_kernels.dense_attention import dense_attention
+from m3_kernels.index_merge import index_merge
 from m3_kernels.index_topk import index_topk
 from m3_kernels.mxfp8_linear import mxfp8_linear
 from m3_kernels.norm_rope_store import norm_rope_store
@@ -24,6 +25,7 @@ PACKAGE = Path(m3_kernels.__file__).parent
 OPS = {
     "cache_store": cache_store,
     "dense_attention": dense_attention,
+    "index_merge": index_merge,
     "index_topk": index_topk,
     "mxfp8_linear": mxfp8_linear,
     "norm_rope_store": norm_rope_store,

@@ -29,6 +29,8 @@ class Fault:
 KERNELS = "kernels/m3_kernels"
 INDEX = ("tests/kernels/test_index_topk.py",)
 PLANES = ("tests/kernels/test_index_planes.py",)
+SHARES = ("tests/kernels/test_index_shares.py",)
+SHARING = ("tests/plugin/attention/test_sharing.py",)
 ATTENTION = ("tests/kernels/test_sparse_attention.py", "tests/kernels/test_invariance.py")
 DENSE = ("tests/kernels/test_dense_attention.py",)
 STORE = ("tests/kernels/test_cache_store.py",)
@@ -78,21 +80,21 @@ FAULTS = (
     Fault(
         "index native: init blocks are not forced",
         f"{KERNELS}/index_topk/native.cpp",
-        "const int64_t init_end = std::min(num_init_, visible);",
-        "const int64_t init_end = 0 * std::min(num_init_, visible);",
+        "const int64_t init_end = scanned(std::min(num_init_, visible));",
+        "const int64_t init_end = 0 * scanned(std::min(num_init_, visible));",
         INDEX,
     ),
     Fault(
         "index native: one local block too few",
         f"{KERNELS}/index_topk/native.cpp",
-        "visible - std::min(num_local_, visible))};",
-        "visible - std::min(std::max<int64_t>(0, num_local_ - 1), visible))};",
+        "scanned(visible - std::min(num_local_, visible));",
+        "scanned(visible - std::min(std::max<int64_t>(0, num_local_ - 1), visible));",
         INDEX,
     ),
     Fault(
         "index native: ids stay in order of score",
         f"{KERNELS}/index_topk/native.cpp",
-        "        std::sort(begin, end);\n",
+        "    std::sort(begin, end);\n",
         "",
         INDEX,
     ),
@@ -102,6 +104,56 @@ FAULTS = (
         "page * scales_->stride[0] + key, present);",
         "page * scales_->stride[0] + key + (key + present < page_size_), present);",
         INDEX,
+    ),
+    # shares of a scan
+    Fault(
+        "shares native: candidates keep ids counted from the share",
+        f"{KERNELS}/index_topk/native.cpp",
+        "      *id += static_cast<int32_t>(tile.begin);\n",
+        "",
+        SHARES,
+    ),
+    Fault(
+        "shares native: scores of the next candidate",
+        f"{KERNELS}/index_topk/native.cpp",
+        "scores[id - begin] = score_of(*id);",
+        "scores[id - begin] = score_of(*begin);",
+        SHARES,
+    ),
+    Fault(
+        "shares planes: a bound is taken for a score",
+        f"{KERNELS}/index_topk/native.cpp",
+        "return whole ? bounds(tile, lane)[b] : score_of_block(tile, lane, b, memory);",
+        "return whole || b >= 0 ? bounds(tile, lane)[b] : score_of_block(tile, lane, b, memory);",
+        SHARES,
+    ),
+    Fault(
+        "shares: the last block of a boundary is nobody's",
+        f"{KERNELS}/index_topk/share.py",
+        "return BlockShare(cut(rank), cut(rank + 1))",
+        "return BlockShare(cut(rank), cut(rank + 1) - 1)",
+        SHARES,
+    ),
+    Fault(
+        "merge native: equal scores go to the higher id",
+        f"{KERNELS}/index_merge/native.cpp",
+        "(a.score == b.score && a.id < b.id)",
+        "(a.score == b.score && a.id > b.id)",
+        SHARES,
+    ),
+    Fault(
+        "sharing: a rank merges for the heads of the first",
+        "m3_plugin/attention/sharing.py",
+        "found = found[:, :, self.own_heads]",
+        "found = found[:, :, : self.own_heads.stop - self.own_heads.start]",
+        SHARING,
+    ),
+    Fault(
+        "sharing: lengths that change in place keep the old share",
+        "m3_plugin/attention/session.py",
+        "            plan.share.become(",
+        "            (lambda share: None)(",
+        SHARING,
     ),
     # index keys in two planes
     Fault(

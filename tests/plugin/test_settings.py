@@ -20,6 +20,11 @@ def test_values() -> None:
     )
     assert settings.required
     assert settings.kernels == "torch"
+    assert settings.index_sharing_from == 200_000
+    shared = Settings.from_environment(
+        {"M3_PLUGIN_INDEX_SHARING": "scan", "M3_PLUGIN_INDEX_SHARING_FROM": "4096"}
+    )
+    assert (shared.index_sharing, shared.index_sharing_from) == ("scan", 4096)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +36,14 @@ def test_values() -> None:
         (
             {"M3_PLUGIN_INDEX_KEYS": "int4"},
             "M3_PLUGIN_INDEX_KEYS must be one of auto, int8, planes; got",
+        ),
+        (
+            {"M3_PLUGIN_INDEX_SHARING": "cache"},
+            "M3_PLUGIN_INDEX_SHARING must be one of off, scan; got 'cache'",
+        ),
+        (
+            {"M3_PLUGIN_INDEX_SHARING_FROM": "200k"},
+            "M3_PLUGIN_INDEX_SHARING_FROM must be a number of tokens; got '200k'",
         ),
     ],
 )

@@ -14,8 +14,10 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from torch import Tensor, nn
 
 from m3_kernels.norm_rope_store import HeadNorms
+from m3_plugin.attention.sharing import shares_scans
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.model.config import M3Config, local_heads
+from m3_plugin.settings import Settings
 from m3_sglang.compat import (
     attention_parallel_rank,
     attention_parallel_size,
@@ -190,8 +192,11 @@ class M3SparseAttention(_M3AttentionBase):
                 f"head_dim={config.head_dim} (RoPE is shared); got {msa.index_dim}"
             )
         tp_size = attention_parallel_size()
-        # Index query heads follow the KV heads, also when ranks exceed them and share a head;
-        # the single index key is on every rank.
+        # Index query heads follow the KV heads, also when ranks exceed them and share a head; ranks
+        # that share scans have all of them. The single index key is on every rank.
+        together = shares_scans(Settings.from_environment(), tp_size)
+        sharing = tp_size if together else max(1, tp_size // msa.num_index_heads)
+        self.num_index_heads = local_heads(msa.num_index_heads, tp_size // sharing)
         self.index_qkv_proj = QKVParallelLinear(
             config.hidden_size,
             msa.index_dim,
@@ -201,11 +206,11 @@ class M3SparseAttention(_M3AttentionBase):
             quant_config=quant_config,
             v_head_size=0,
             prefix=f"{prefix}.index_qkv_proj",
-            **partition_shared_by(max(1, tp_size // msa.num_index_heads)),
+            **partition_shared_by(sharing),
         )
         self.index_q_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
         self.index_k_norm = GemmaRMSNorm(msa.index_dim, eps=self.eps)
-        self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
+        self.index_split_sizes = [self.num_index_heads * msa.index_dim, msa.index_dim]
         # an adapter reads and adds to each projection by itself
         projections = (self.qkv_proj, self.index_qkv_proj)
         joins = can_be_joined(*projections) and not takes_adapters()
@@ -274,7 +279,7 @@ class M3SparseAttention(_M3AttentionBase):
         forward_batch: ForwardBatch,
     ) -> Tensor:
         q, k, v, index_q, index_k = self.project_with_index(hidden_states)
-        index_q = index_q.unflatten(-1, (self.num_kv_heads, -1))
+        index_q = index_q.unflatten(-1, (self.num_index_heads, -1))
         _, attended = self.attn(
             q, k, v, forward_batch, idx_q=index_q, idx_k=index_k, cos_sin=cos_sin
         )

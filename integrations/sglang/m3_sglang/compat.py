@@ -376,6 +376,14 @@ def attention_partition() -> dict[str, Any]:
     return {"parallel_group": "attn_tp"} if attends_apart() else {}
 
 
+def gather_of_attention(part: Any) -> Any:
+    """[n, ...] of this rank -> [ranks * n, ...] of those that share attention heads, in order."""
+    from sglang.srt.distributed import parallel_state
+
+    name = "get_attn_tp_group" if attends_apart() else "get_tp_group"
+    return getattr(parallel_state, name)().all_gather(part, dim=0)
+
+
 class SharedRows(NamedTuple):
     """Rows of all groups of ranks that attend apart, for layers that all of them share.
 

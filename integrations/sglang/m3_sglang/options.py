@@ -285,8 +285,8 @@ def require_adapters(found: Any) -> None:
 
     Raises
     ------
-    ValueError : an SGLang too old, speculation beside it, kernels for a GPU on a CPU, or
-        `--lora-target-modules` of other layers.
+    ValueError : an SGLang too old, speculation or shared scans beside it, kernels for a GPU on a
+        CPU, or `--lora-target-modules` of other layers.
     """
     if not adapters_are_tested():
         raise ValueError(
@@ -297,6 +297,11 @@ def require_adapters(found: Any) -> None:
         raise ValueError(
             f"m3-plugin: --enable-lora beside --speculative-algorithm {found.speculative_algorithm}"
             ": adapters were never run with drafts; leave one of them out"
+        )
+    if (sharing := Settings.from_environment().index_sharing) != "off":
+        raise ValueError(
+            f"m3-plugin: --enable-lora beside M3_PLUGIN_INDEX_SHARING={sharing}: adapters of index "
+            "projections were never run where ranks share scans; leave one of them out"
         )
     backend = getattr(found, "lora_backend", None)
     if found.device == "cpu" and backend == "triton":

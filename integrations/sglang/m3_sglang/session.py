@@ -20,6 +20,7 @@ from m3_plugin.settings import Settings
 from m3_sglang.compat import (
     attention_parallel_rank,
     attention_parallel_size,
+    gather_of_attention,
     read_config,
     resolved,
 )
@@ -62,6 +63,7 @@ def worker_session(config: M3Config, runner: Any) -> MSASession | None:
         index_dtype=index_dtype(runner),
         tensor_parallel_size=size,
         tensor_parallel_rank=attention_parallel_rank(),
+        gather=gather_of_attention,
         capacity=step_capacity(runner),
     )
     assert session is not None

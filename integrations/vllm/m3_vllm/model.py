@@ -52,6 +52,7 @@ from vllm.sequence import IntermediateTensors
 
 from m3_kernels.norm_rope_store import HeadNorms
 from m3_plugin.attention.session import MSASession
+from m3_plugin.attention.sharing import index_heads_of_rank
 from m3_plugin.checkpoint.cache_scales import CacheScales
 from m3_plugin.checkpoint.loading import (
     WeightLoader,
@@ -238,6 +239,7 @@ class M3SparseAttention(_M3AttentionBase):
     A checkpoint that stores the index branch otherwise than q, k and v (usually unquantised beside
     quantised) gets two projections: one fused layer has one quantisation method. So does a server
     that takes LoRA adapters: vLLM adapts q, k and v together, but not with an index branch.
+    Ranks that share scans take all index heads of the second, others their own.
     """
 
     def __init__(
@@ -290,11 +292,17 @@ class M3SparseAttention(_M3AttentionBase):
             )
         self.index_q_norm = HiddenNorm(msa.index_dim, eps=self.eps)
         self.index_k_norm = HiddenNorm(msa.index_dim, eps=self.eps)
-        tp_size = get_tensor_model_parallel_world_size()
-        first_head = get_tensor_model_parallel_rank() * msa.num_index_heads // tp_size
-        self.first_index_channel = first_head * msa.index_dim
+        heads = index_heads_of_rank(
+            msa.num_index_heads,
+            rank=get_tensor_model_parallel_rank(),
+            ranks=get_tensor_model_parallel_world_size(),
+        )
+        if session.sharing is not None:
+            heads = slice(0, msa.num_index_heads)
+        self.num_index_heads = heads.stop - heads.start
+        self.first_index_channel = heads.start * msa.index_dim
         self.main_split_sizes = [self.q_size, self.kv_size, self.kv_size]
-        self.index_split_sizes = [self.num_kv_heads * msa.index_dim, msa.index_dim]
+        self.index_split_sizes = [self.num_index_heads * msa.index_dim, msa.index_dim]
         self.has_scales = False
         self.attn = M3SparseCacheLayer(
             session=session,
@@ -341,7 +349,7 @@ class M3SparseAttention(_M3AttentionBase):
             q.unflatten(-1, (-1, self.head_dim)),
             k.unflatten(-1, (-1, self.head_dim)),
             v.unflatten(-1, (-1, self.head_dim)),
-            index_q.unflatten(-1, (self.num_kv_heads, -1)),
+            index_q.unflatten(-1, (self.num_index_heads, -1)),
             index_k,
             norms=self.head_norms(),
             cos_sin=cos_sin,

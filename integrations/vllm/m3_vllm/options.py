@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from m3_plugin.model.config import M3Config
+from m3_plugin.settings import Settings
 
 logger = init_logger("vllm.m3_plugin.options")
 
@@ -58,6 +59,12 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "of them out",
     ),
     (
+        lambda c: c.lora_config is not None and Settings.from_environment().index_sharing != "off",
+        "--enable-lora with M3_PLUGIN_INDEX_SHARING=scan",
+        "adapters of index projections were never run where ranks share scans; leave one of them "
+        "out",
+    ),
+    (
         lambda c: c.lora_config is not None and c.lora_config.enable_tower_connector_lora,
         "enable_tower_connector_lora",
         "adapters of the vision tower are not taken; leave it out, and merge such an adapter into "
@@ -98,7 +105,7 @@ _UNHEARD: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
         lambda c: getattr(c.attention_config, "minimax_m3_indexer_cp", False),
         "minimax_m3_indexer_cp in --attention-config shares out the index scan of vLLM's own MSA "
-        "layers; every rank scans all index keys here",
+        "layers; M3_PLUGIN_INDEX_SHARING=scan that of ours, on a CPU",
     ),
     (
         lambda c: getattr(c.attention_config, "indexer_sparse_logits", False),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    get_tp_group,
 )
 
 from m3_kernels.work_plan import DECODE_ROWS
@@ -52,6 +54,7 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
         index_dtype=index_dtype(vllm_config),
         tensor_parallel_size=get_tensor_model_parallel_world_size(),
         tensor_parallel_rank=get_tensor_model_parallel_rank(),
+        gather=gather_of_ranks,
         capacity=step_capacity(vllm_config),
         # K beside V; the layout decides whether heads or slots lie side by side
         pages=("packed-slots", "packed-heads"),
@@ -60,6 +63,11 @@ def worker_session(config: M3Config, vllm_config: VllmConfig) -> MSASession | No
     if session is not None and session.checker is not None:
         session.checker.names = requests_of_step
     return session
+
+
+def gather_of_ranks(part: Tensor) -> Tensor:
+    """[n, ...] of this rank -> [ranks * n, ...] of all tensor-parallel ranks, in order."""
+    return get_tp_group().all_gather(part, dim=0)
 
 
 def _earlier_session(vllm_config: VllmConfig) -> MSASession | None:

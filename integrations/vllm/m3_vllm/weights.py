@@ -34,7 +34,7 @@ FUSED: dict[str, tuple[str, Shard]] = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
-# Index projections stored otherwise than q, k and v: a layer of their own, whole on every rank.
+# Index projections that are not fused with q, k and v: a layer of their own, whole on every rank.
 _INDEX_APART: dict[str, tuple[str, Shard]] = {
     "index_q_proj": ("index_proj", 0),
     "index_k_proj": ("index_proj", 1),
@@ -49,15 +49,18 @@ def fused_projections(
 ) -> dict[str, tuple[str, Shard]]:
     """Projection of the checkpoint -> our fused layer, and its part of it.
 
+    Index projections are apart where ranks share scans, too: each then needs all of them.
+
     Parameters
     ----------
     config : the target, or the draft as a model of its own (`m3_plugin.model.mtp.mtp_config`)
     draft : whether it is the draft, which may be stored otherwise
     adapted : whether vLLM puts LoRA layers around them; it has none for q, k, v and index in one
     """
-    dequantise = Settings.from_environment().dequantize
-    alike = not adapted and index_is_alike(config, dequantise=dequantise, draft=draft)
-    return FUSED if alike else FUSED | _INDEX_APART
+    settings = Settings.from_environment()
+    alike = index_is_alike(config, dequantise=settings.dequantize, draft=draft)
+    whole = adapted or settings.index_sharing != "off"
+    return FUSED if alike and not whole else FUSED | _INDEX_APART
 
 
 def text_weight_loader(

@@ -1,4 +1,4 @@
-"""One call of `index_topk`, checked."""
+"""One call of `index_topk` or `index_candidates`, checked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from m3_kernels import validation
+from m3_kernels.index_topk.share import BlockShare
 from m3_kernels.paged import IndexPages, Step
 from m3_kernels.work_plan import WorkPlan
 
@@ -24,6 +25,8 @@ class IndexTopk:
     topk : number of ids per row and head, at least 1
     num_local_blocks, num_init_blocks : newest and first blocks that are always chosen
     out : int32 [num_index_heads, T, topk], filled
+    share : the blocks that are scanned, of a call of `index_candidates`; None for all
+    scores : fp32, as `out`, filled; with a share and only then
     plan : the step's, for "triton"; None makes one, which waits for the device and allocates
     workspace : fp32 [N] of `allocate_index_topk_workspace`, for "triton"; None allocates
 
@@ -42,6 +45,8 @@ class IndexTopk:
     out: Tensor
     plan: WorkPlan | None = None
     workspace: Tensor | None = None
+    share: BlockShare | None = None
+    scores: Tensor | None = None
 
     def __post_init__(self) -> None:
         device = self.device
@@ -65,6 +70,7 @@ class IndexTopk:
         validation.require_shape("out", self.out, (heads, rows, self.topk), words)
         validation.require_dense_rows("out", self.out)
         validation.require_device("out", self.out, device)
+        self._require_share()
         if self.plan is not None:
             self.plan.require_step(self.step.num_reqs, rows, pages.shape[1])
         if self.workspace is not None:
@@ -72,6 +78,20 @@ class IndexTopk:
             validation.require_shape("workspace", self.workspace, (None,), "[N]")
             validation.require_dense_rows("workspace", self.workspace)
             validation.require_device("workspace", self.workspace, device)
+
+    def _require_share(self) -> None:
+        if (self.share is None) != (self.scores is None):
+            raise ValueError("share and scores must be given together; got one of them")
+        if self.share is None or self.scores is None:
+            return
+        requests = (self.step.num_reqs,)
+        validation.require_shape("share.first", self.share.first, requests, "[R]")
+        validation.require_device("share.first", self.share.first, self.device)
+        validation.require_dtype("scores", self.scores, torch.float32)
+        words = "[num_index_heads, T, topk]"
+        validation.require_shape("scores", self.scores, tuple(self.out.shape), words)
+        validation.require_dense_rows("scores", self.scores)
+        validation.require_device("scores", self.scores, self.device)
 
     @property
     def device(self) -> torch.device:

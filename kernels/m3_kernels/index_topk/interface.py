@@ -1,4 +1,4 @@
-"""Contract and implementations of `index_topk`."""
+"""Contract and implementations of `index_topk`, and of `index_candidates` over a share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from m3_kernels.capability import Backend
 from m3_kernels.implementations import Op, Runs
 from m3_kernels.index_topk.call import IndexTopk
+from m3_kernels.index_topk.share import BlockShare
 from m3_kernels.paged import NO_FP8, NO_PLANES, IndexPages, Step
 from m3_kernels.work_plan import WorkPlan
 
@@ -17,6 +18,15 @@ INDEX_TOPK = Op[IndexTopk](
         "native": Runs("native:index_topk_native", NO_FP8),
         "torch": Runs("torch_cpu:index_topk_torch", NO_FP8),
         "triton": Runs("triton:index_topk_triton", NO_PLANES),
+        "reference": Runs("reference:index_topk_reference"),
+    },
+)
+# The same for a share of the blocks, with scores beside the ids.
+INDEX_CANDIDATES = Op[IndexTopk](
+    "index_topk",
+    {
+        "native": Runs("native:index_topk_native", NO_FP8),
+        "torch": Runs("torch_cpu:index_topk_torch", NO_FP8),
         "reference": Runs("reference:index_topk_reference"),
     },
 )
@@ -98,3 +108,61 @@ def index_topk(
     )
     INDEX_TOPK.run(call, backend=backend)
     return out
+
+
+def index_candidates(
+    index_q: Tensor,
+    index_k_pages: Tensor,
+    *,
+    share: BlockShare,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    topk: int,
+    num_local_blocks: int = 1,
+    num_init_blocks: int = 0,
+    index_k_scales: Tensor | None = None,
+    index_k_low: Tensor | None = None,
+    out: Tensor | None = None,
+    scores: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The best blocks of a share, with their scores: what one rank brings to `index_merge`.
+
+    The order is that of `index_topk`, restricted to the blocks of the share; a block's score has
+    the same bits as there, where the backend promises bits.
+
+    Parameters
+    ----------
+    share : the blocks that are scanned (`share_of_rank`)
+    scores : fp32 [num_index_heads, T, topk], filled when given
+    others : as of `index_topk`
+
+    Returns
+    -------
+    ids : int32 [num_index_heads, T, topk], ascending, then -1
+    scores : fp32, as `ids`; -inf behind the last id, and in rows that see no more than `topk`
+        blocks, which need no scores
+
+    Raises
+    ------
+    As `index_topk`.
+    """
+    shape = (*index_q.shape[1:2], *index_q.shape[:1], max(topk, 0))
+    if out is None:
+        out = index_q.new_empty(shape, dtype=torch.int32)
+    if scores is None:
+        scores = index_q.new_empty(shape, dtype=torch.float32)
+    call = IndexTopk(
+        index_q,
+        IndexPages(index_k_pages, index_k_scales, index_k_low),
+        Step(page_table, cu_seqlens_q, seq_lens),
+        topk=topk,
+        num_local_blocks=num_local_blocks,
+        num_init_blocks=num_init_blocks,
+        out=out,
+        share=share,
+        scores=scores,
+    )
+    INDEX_CANDIDATES.run(call, backend=backend)
+    return out, scores

@@ -1,5 +1,5 @@
 // index_topk: one pass over the index keys for all heads and all rows of a tile, then top-k per
-// row.
+// row. A share of each request's blocks gives the best of these, with their scores.
 //
 // Work is cut into (tile of query rows, range of blocks). A block's keys are converted and turned
 // once per item, so with one query row the pass runs at memory speed and with a full tile at the
@@ -30,8 +30,25 @@ constexpr int64_t kManyLanes = 24;  // of a tile, from which on keys are turned 
 
 struct Tile {
   int64_t request, row, rows, position;
-  int64_t blocks;  // visible to the last row
-  float* scores;   // [rows * heads, blocks]; null when every visible block is chosen anyway
+  int64_t visible;  // blocks visible to the last row
+  int64_t begin;    // the first of them that is scanned; all blocks below are counted from it
+  int64_t blocks;   // scanned
+  float* scores;    // [rows * heads, blocks]; null when every visible block is chosen anyway
+};
+
+// What of each request is scanned, and where the scores of what is chosen go; null for all blocks.
+struct Share {
+  const Array* first;
+  const Array* end;
+  const Array* scores;
+
+  bool given() const { return first != nullptr; }
+  static int64_t at(const Array& array, int64_t request) {
+    return static_cast<const int32_t*>(array.data)[request * array.stride[0]];
+  }
+  float* row(int64_t head, int64_t row) const {
+    return static_cast<float*>(scores->data) + head * scores->stride[0] + row * scores->stride[1];
+  }
 };
 
 struct Item {
@@ -77,8 +94,9 @@ void select(const float* scores, int64_t first, int64_t last, int64_t count, Can
 class TiledStep {
  public:
   TiledStep(const Array& q, const Array& pages, const Batch& batch, const Array& out,
-            int64_t num_local, int64_t num_init, const Team& team, int64_t floats_per_score)
-      : q_(q), pages_(pages), batch_(batch), out_(out), num_local_(num_local),
+            const Share& share, int64_t num_local, int64_t num_init, const Team& team,
+            int64_t floats_per_score)
+      : q_(q), pages_(pages), batch_(batch), out_(out), share_(share), num_local_(num_local),
         num_init_(num_init), team_(team), threads_(team.threads), heads_(q.size[1]),
         dim_(q.size[2]),
         page_size_(pages.size[1]), topk_(out.size[2]),
@@ -120,16 +138,22 @@ class TiledStep {
   virtual void start() = 0;
   virtual void run_wave(Tile* tiles, int64_t num_tiles, const std::vector<Item>& items) = 0;
 
-  bool scored(const Tile& tile) const { return tile.blocks > topk_; }
+  bool scored(const Tile& tile) const { return tile.visible > topk_ && tile.blocks > 0; }
 
-  // Blocks that a row of a tile sees, the forced ones from 0 to `init_end` and from `local_begin`.
+  // Scanned blocks that a row of a tile sees, the forced ones from 0 to `init_end` and from
+  // `local_begin`; whether it sees no more blocks, scanned or not, than are chosen.
   struct Visible {
     int64_t blocks, init_end, local_begin;
+    bool all;
   };
   Visible visible_to(const Tile& tile, int64_t row) const {
     const int64_t visible = (tile.position + row) / page_size_ + 1;
-    const int64_t init_end = std::min(num_init_, visible);
-    return {visible, init_end, std::max(init_end, visible - std::min(num_local_, visible))};
+    const auto scanned = [&](int64_t block) {
+      return std::min(std::max<int64_t>(block - tile.begin, 0), tile.blocks);
+    };
+    const int64_t init_end = scanned(std::min(num_init_, visible));
+    const int64_t local_begin = scanned(visible - std::min(num_local_, visible));
+    return {scanned(visible), init_end, std::max(init_end, local_begin), visible <= topk_};
   }
   int64_t floats_of(const Tile& tile) const {
     return tile.rows * heads_ * tile.blocks * floats_per_score_;
@@ -139,10 +163,25 @@ class TiledStep {
     return static_cast<int32_t*>(out_.data) + head * out_.stride[0] + row * out_.stride[1];
   }
 
+  // The blocks chosen for a row and head, counted from the first that is scanned, become ids; with a
+  // share their scores are told as well.
+  template <typename ScoreOf>
+  void finish(const Tile& tile, int64_t row, int64_t head, int32_t* begin, int32_t* end,
+              const ScoreOf& score_of) const {
+    std::sort(begin, end);
+    if (!share_.given()) return;
+    float* const scores = share_.row(head, tile.row + row);
+    for (int32_t* id = begin; id != end; ++id) {
+      scores[id - begin] = score_of(*id);
+      *id += static_cast<int32_t>(tile.begin);
+    }
+  }
+
   void clear() const {
     for (int64_t head = 0; head < out_.size[0]; ++head) {
       for (int64_t row = 0; row < out_.size[1]; ++row) {
         std::fill_n(ids(head, row), topk_, -1);
+        if (share_.given()) std::fill_n(share_.row(head, row), topk_, kMinusInfinity);
       }
     }
   }
@@ -154,9 +193,14 @@ class TiledStep {
       for (int64_t row = rows.first; row < rows.last; row += tile_rows_) {
         const int64_t count = std::min(tile_rows_, rows.last - row);
         const int64_t position = rows.position + row - rows.first;
-        const int64_t blocks = (position + count - 1) / page_size_ + 1;
-        if (blocks > batch_.max_pages()) failure_.set(kPageTableTooNarrow, blocks);
-        tiles.push_back({r, row, count, position, blocks, nullptr});
+        const int64_t visible = (position + count - 1) / page_size_ + 1;
+        if (visible > batch_.max_pages()) failure_.set(kPageTableTooNarrow, visible);
+        int64_t begin = 0, end = visible;
+        if (share_.given()) {
+          begin = std::min(std::max<int64_t>(Share::at(*share_.first, r), 0), visible);
+          end = std::min(std::max(Share::at(*share_.end, r), begin), visible);
+        }
+        tiles.push_back({r, row, count, position, visible, begin, end - begin, nullptr});
       }
     }
     return tiles;
@@ -182,6 +226,7 @@ class TiledStep {
   const Array &q_, &pages_;
   const Batch& batch_;
   const Array& out_;
+  const Share& share_;
   const int64_t num_local_, num_init_;
   const Team team_;
   int64_t threads_;
@@ -192,8 +237,9 @@ class TiledStep {
 class IndexTopk : public TiledStep {
  public:
   IndexTopk(const Array& q, const Array& pages, const Array* scales, const Batch& batch,
-            const Array& out, int64_t num_local, int64_t num_init, const Team& team)
-      : TiledStep(q, pages, batch, out, num_local, num_init, team, 1), scales_(scales) {}
+            const Array& out, const Share& share, int64_t num_local, int64_t num_init,
+            const Team& team)
+      : TiledStep(q, pages, batch, out, share, num_local, num_init, team, 1), scales_(scales) {}
 
  private:
   void start() override {
@@ -250,7 +296,8 @@ class IndexTopk : public TiledStep {
       }
     }
     const int64_t last_position = tile.position + tile.rows - 1;
-    for (int64_t block = item.first_block; block < item.last_block; ++block) {
+    for (int64_t scanned = item.first_block; scanned < item.last_block; ++scanned) {
+      const int64_t block = tile.begin + scanned;
       const int64_t page = batch_.page(tile.request, block);
       if (page < 0 || page >= pages_.size[0]) {
         failure_.set(kPageOutsidePool, page);
@@ -284,7 +331,8 @@ class IndexTopk : public TiledStep {
         }
       }
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        tile.scores[lane * tile.blocks + block] = reduce_max(load<Floats>(maxima + lane * kLanes));
+        tile.scores[lane * tile.blocks + scanned] =
+            reduce_max(load<Floats>(maxima + lane * kLanes));
       }
     }
   }
@@ -303,19 +351,19 @@ class IndexTopk : public TiledStep {
 
   void choose(const Tile& tile, Candidate* heap) const {
     for (int64_t row = 0; row < tile.rows; ++row) {
-      const auto [visible, init_end, local_begin] = visible_to(tile, row);
+      const auto [visible, init_end, local_begin, all] = visible_to(tile, row);
       for (int64_t head = 0; head < heads_; ++head) {
         int32_t* const begin = ids(head, tile.row + row);
         int32_t* end = begin;
-        if (visible <= topk_) {
-          for (int64_t b = 0; b < visible; ++b) *end++ = static_cast<int32_t>(b);
+        if (all) {
+          for (int64_t b = 0; b < visible; ++b) *end++ = static_cast<int32_t>(tile.begin + b);
           continue;
         }
         const float* scores = tile.scores + (row * heads_ + head) * tile.blocks;
         select(scores, 0, init_end, topk_, heap, end);
         select(scores, local_begin, visible, topk_ - (end - begin), heap, end);
         select(scores, init_end, local_begin, topk_ - (end - begin), heap, end);
-        std::sort(begin, end);
+        finish(tile, row, head, begin, end, [&](int64_t b) { return scores[b]; });
       }
     }
   }
@@ -334,10 +382,10 @@ class IndexTopk : public TiledStep {
 class PlanesTopk : public TiledStep {
  public:
   PlanesTopk(const Array& q, const Array& high, const Array& low, const Array& scales,
-             const Batch& batch, const Array& out, int64_t num_local, int64_t num_init,
-             const Team& team)
-      : TiledStep(q, high, batch, out, num_local, num_init, team, 3), low_(low), scales_(scales),
-        padded_(round_up(dim_, kChannels)) {}
+             const Batch& batch, const Array& out, const Share& share, int64_t num_local,
+             int64_t num_init, const Team& team)
+      : TiledStep(q, high, batch, out, share, num_local, num_init, team, 3), low_(low),
+        scales_(scales), padded_(round_up(dim_, kChannels)) {}
 
  private:
   // In place of a token: the block's bound is its score.
@@ -459,7 +507,7 @@ class PlanesTopk : public TiledStep {
   }
 
   int64_t page_of(const Tile& tile, int64_t block) {
-    const int64_t page = batch_.page(tile.request, block);
+    const int64_t page = batch_.page(tile.request, tile.begin + block);
     if (page >= 0 && page < pages_.size[0]) return page;
     failure_.set(kPageOutsidePool, page);
     return -1;
@@ -489,7 +537,8 @@ class PlanesTopk : public TiledStep {
 
   // Tokens of a block that a lane's row sees.
   int64_t seen_by(const Tile& tile, int64_t lane, int64_t block) const {
-    return std::min(page_size_, tile.position + lane / heads_ - block * page_size_ + 1);
+    const int64_t first = (tile.begin + block) * page_size_;
+    return std::min(page_size_, tile.position + lane / heads_ - first + 1);
   }
 
   // Upper bounds of the blocks of an item, from the high plane; where too many would be in doubt,
@@ -751,11 +800,12 @@ class PlanesTopk : public TiledStep {
 
   // False if so many blocks are in question that all should be scored at once.
   bool choose(const Tile& tile, int64_t lane, Memory& memory, bool exact) {
-    const auto [visible, init_end, local_begin] = visible_to(tile, lane / heads_);
-    int32_t* const begin = ids(lane % heads_, tile.row + lane / heads_);
+    const int64_t row = lane / heads_, head = lane % heads_;
+    const auto [visible, init_end, local_begin, all] = visible_to(tile, row);
+    int32_t* const begin = ids(head, tile.row + row);
     int32_t* end = begin;
-    if (visible <= topk_) {
-      for (int64_t b = 0; b < visible; ++b) *end++ = static_cast<int32_t>(b);
+    if (all) {
+      for (int64_t b = 0; b < visible; ++b) *end++ = static_cast<int32_t>(tile.begin + b);
       return true;
     }
     load_queries(tile, memory);
@@ -768,7 +818,10 @@ class PlanesTopk : public TiledStep {
         return false;
       }
     }
-    std::sort(begin, end);
+    finish(tile, row, head, begin, end, [&](int64_t b) {
+      const bool whole = tokens(tile, lane)[b] == kWhole;
+      return whole ? bounds(tile, lane)[b] : score_of_block(tile, lane, b, memory);
+    });
     return true;
   }
 
@@ -888,19 +941,24 @@ class PlanesTopk : public TiledStep {
 }  // namespace m3
 
 extern "C" int64_t m3_index_topk(const m3::Array* q, const m3::Array* pages,
-                                 const m3::Array* scales, const m3::Array* low,
+                                 const m3::Array* scales_of_keys, const m3::Array* low,
                                  const m3::Array* page_table,
                                  const m3::Array* cu_seqlens_q, const m3::Array* seq_lens,
-                                 const m3::Array* out, int64_t num_local, int64_t num_init,
-                                 int64_t threads, int64_t work_per_thread, int64_t* bad) {
+                                 const m3::Array* out, const m3::Array* share_first,
+                                 const m3::Array* share_end, const m3::Array* scores,
+                                 int64_t num_local, int64_t num_init, int64_t threads,
+                                 int64_t work_per_thread, int64_t* bad) {
   try {
     const m3::Batch batch{*page_table, *cu_seqlens_q, *seq_lens};
     const m3::Team team{threads, work_per_thread};
+    const m3::Share share{share_first, share_end, scores};
     if (low != nullptr) {
-      return m3::PlanesTopk(*q, *pages, *low, *scales, batch, *out, num_local, num_init, team)
+      return m3::PlanesTopk(*q, *pages, *low, *scales_of_keys, batch, *out, share, num_local,
+                            num_init, team)
           .run(bad);
     }
-    return m3::IndexTopk(*q, *pages, scales, batch, *out, num_local, num_init, team).run(bad);
+    return m3::IndexTopk(*q, *pages, scales_of_keys, batch, *out, share, num_local, num_init, team)
+        .run(bad);
   } catch (const std::bad_alloc&) {
     return m3::kOutOfMemory;
   }

@@ -1,4 +1,4 @@
-"""`index_topk` through the C++ kernels."""
+"""`index_topk` and `index_candidates` through the C++ kernels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from m3_kernels.native_build import call as run
 
 
 def index_topk_native(call: IndexTopk) -> None:
-    """Fill `call.out`."""
+    """Fill `call.out`, and `call.scores` of a share."""
     step, scales, low = call.step, call.keys.index_k_scales, call.keys.index_k_low
+    share, scores = call.share, call.scores
     run(
         "m3_index_topk",
         array(call.index_q),
@@ -20,6 +21,9 @@ def index_topk_native(call: IndexTopk) -> None:
         array(step.cu_seqlens_q),
         array(step.seq_lens),
         array(call.out),
+        None if share is None else array(share.first),
+        None if share is None else array(share.end),
+        None if scores is None else array(scores),
         call.num_local_blocks,
         call.num_init_blocks,
     )

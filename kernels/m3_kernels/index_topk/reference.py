@@ -11,10 +11,12 @@ from m3_kernels.index_topk.call import IndexTopk
 
 
 def index_topk_reference(call: IndexTopk) -> None:
-    """Fill `call.out`."""
+    """Fill `call.out`, and `call.scores` of a share."""
     index_q, step = call.index_q, call.step
     pages, scales = call.keys.index_k_pages, call.keys.index_k_scales
     call.out.fill_(-1)
+    if call.scores is not None:
+        call.scores.fill_(-math.inf)
     if call.keys.index_k_low is not None:
         assert scales is not None
         # integers below 2^15, which fp32 holds
@@ -38,8 +40,17 @@ def index_topk_reference(call: IndexTopk) -> None:
                     steps = scales[used].float().flatten()[: position + 1]
                     dots = fixed_point_scores(query, keys[: position + 1], steps)
                 scores = block_scores(dots, pages.shape[1])
-                ids = choose(scores, call.topk, call.num_local_blocks, call.num_init_blocks)
+                scanned = range(len(scores))
+                if call.share is not None:
+                    first, end = int(call.share.first[request]), int(call.share.end[request])
+                    scanned = range(len(scores))[first:end]
+                ids = choose(
+                    scores, scanned, call.topk, call.num_local_blocks, call.num_init_blocks
+                )
                 call.out[head, row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+                if call.scores is not None and len(scores) > call.topk:
+                    found = torch.tensor([scores[block] for block in ids])
+                    call.scores[head, row, : len(ids)] = found
 
 
 def sequence_keys(pages: Tensor, page_ids: Tensor, seq_len: int) -> Tensor:
@@ -74,9 +85,9 @@ def block_scores(scores: Tensor, block_size: int) -> list[float]:
 
 
 def choose(
-    scores: list[float], topk: int, num_local_blocks: int, num_init_blocks: int
+    scores: list[float], blocks: range, topk: int, num_local_blocks: int, num_init_blocks: int
 ) -> list[int]:
-    """The ids of the best blocks, ascending: forced tiers first, then score, then lower id."""
+    """The ids of the best of some blocks, ascending: forced tiers first, then score, then id."""
     own = len(scores) - 1
 
     def rank(block: int) -> tuple[int, float, int]:
@@ -88,4 +99,4 @@ def choose(
             tier = 2
         return tier, -scores[block], block
 
-    return sorted(sorted(range(own + 1), key=rank)[:topk])
+    return sorted(sorted(blocks, key=rank)[:topk])

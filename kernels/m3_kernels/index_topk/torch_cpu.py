@@ -1,4 +1,4 @@
-"""`index_topk` in chunked plain torch: any CPU, no compiler, bounded workspace.
+"""`index_topk` and `index_candidates` in chunked plain torch: no compiler, bounded workspace.
 
 Scores go through the BLAS library, whose order of summation depends on the shape of the call. Two
 blocks whose scores differ by less than fp32 rounding can therefore swap when a row is computed in
@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from m3_kernels.index_topk.call import IndexTopk
 from m3_kernels.paged import IndexPages
@@ -22,11 +23,13 @@ LARGEST_QUERY_CODE = 32767
 
 
 def index_topk_torch(call: IndexTopk) -> None:
-    """Fill `call.out`."""
+    """Fill `call.out`, and `call.scores` of a share."""
     step, topk, out = call.step, call.topk, call.out
     heads = out.shape[0]
     page_size, dim = call.keys.index_k_pages.shape[1:]
     out.fill_(-1)
+    if call.scores is not None:
+        call.scores.fill_(-math.inf)
     bounds = step.cu_seqlens_q.tolist()
     for request, seq_len in enumerate(step.seq_lens.tolist()):
         first, last = bounds[request : request + 2]
@@ -40,20 +43,33 @@ def index_topk_torch(call: IndexTopk) -> None:
             positions = torch.arange(rows, dtype=torch.int64) + (seq_len - (last - row))
             visible = int(positions[-1]) // page_size + 1
             own = positions // page_size
+            begin, end = 0, visible
+            if call.share is not None:
+                begin = min(max(int(call.share.first[request]), 0), visible)
+                end = min(max(int(call.share.end[request]), begin), visible)
             if visible <= topk:
-                ids = torch.arange(visible, dtype=torch.int32).expand(rows, visible)
+                ids = torch.arange(begin, end, dtype=torch.int32).expand(rows, -1)
                 ids = torch.where(ids <= own[:, None], ids, -1)
-                out[:, row : row + rows, :visible] = ids
-            else:
+                out[:, row : row + rows, : end - begin] = ids
+            elif end > begin:
                 scores = _block_scores(
                     call.index_q[row : row + rows],
                     call.keys,
-                    step.page_table[request, :visible],
+                    step.page_table[request, begin:end],
                     positions,
                     key_blocks,
+                    first_block=begin,
                 )
-                chosen = _choose(scores, own, topk, call.num_local_blocks, call.num_init_blocks)
-                out[:, row : row + rows] = _ascending_ids(chosen, topk).transpose(0, 1)
+                chosen = _choose(
+                    scores, own, begin, topk, call.num_local_blocks, call.num_init_blocks
+                )
+                ids = _ascending_ids(chosen, topk)
+                out[:, row : row + rows] = torch.where(ids < 0, -1, ids + begin).transpose(0, 1)
+                if call.scores is not None:
+                    found = scores.gather(-1, ids.long().clamp_min(0))
+                    said = (ids >= 0) & (own >= topk)[:, None, None]
+                    found = torch.where(said, found, -math.inf)
+                    call.scores[:, row : row + rows] = found.transpose(0, 1)
             row += rows
 
 
@@ -63,8 +79,13 @@ def _block_scores(
     page_ids: Tensor,
     positions: Tensor,
     chunk: int,
+    *,
+    first_block: int,
 ) -> Tensor:
-    """Block maxima [rows, heads, blocks], -inf where a block has no visible key."""
+    """Maxima [rows, heads, blocks] of the blocks from `first_block` on that lie in `page_ids`.
+
+    -inf where a block has no visible key.
+    """
     rows, heads, dim = queries.shape
     pages, low = keys_in_pages.index_k_pages, keys_in_pages.index_k_low
     scales = keys_in_pages.index_k_scales
@@ -84,8 +105,9 @@ def _block_scores(
         if scales is not None:
             dots *= scales[ids].float().flatten()
         dots.masked_fill_(dots.isnan(), -math.inf)
-        if (start + len(ids)) * page_size - 1 > int(positions[0]):
-            key_positions = torch.arange(dots.shape[2]) + start * page_size
+        first_key = (first_block + start) * page_size
+        if first_key + dots.shape[2] - 1 > int(positions[0]):
+            key_positions = torch.arange(dots.shape[2]) + first_key
             dots.masked_fill_((key_positions > positions[:, None])[:, None], -math.inf)
         torch.amax(
             dots.view(rows, heads, len(ids), page_size),
@@ -107,10 +129,15 @@ def in_fixed_point(queries: Tensor) -> Tensor:
 
 
 def _choose(
-    scores: Tensor, own: Tensor, topk: int, num_local_blocks: int, num_init_blocks: int
+    scores: Tensor,
+    own: Tensor,
+    first_block: int,
+    topk: int,
+    num_local_blocks: int,
+    num_init_blocks: int,
 ) -> Tensor:
-    """Mask [rows, heads, blocks] of the chosen blocks, tier by tier."""
-    ids = torch.arange(scores.shape[2])
+    """Mask [rows, heads, blocks] of the chosen blocks from `first_block` on, tier by tier."""
+    ids = torch.arange(scores.shape[2]) + first_block
     own = own[:, None, None]
     visible = ids <= own
     init = visible & (ids < num_init_blocks)
@@ -142,5 +169,6 @@ def _ascending_ids(chosen: Tensor, topk: int) -> Tensor:
     """Ids [rows, heads, topk] of a mask with at most `topk` true values per row, tail -1."""
     blocks = chosen.shape[2]
     ids = torch.where(chosen, torch.arange(blocks, dtype=torch.int32), blocks)
+    ids = pad(ids, (0, max(0, topk - blocks)), value=blocks)
     ids = ids.topk(topk, dim=-1, largest=False, sorted=True).values
     return torch.where(ids < blocks, ids, -1)

@@ -1,7 +1,11 @@
-"""Bytes and launches of `index_topk`'s Triton kernels, from a host description of the step."""
+"""Bytes and launches of `index_topk`'s Triton kernels, and what sharing a scan saves.
+
+From a host description of the step alone.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,3 +91,81 @@ def _tile_ends(
         row = min(tile_end, start + pass_rows, first_row + query_len, rows)
         ends.append(row)
     return ends
+
+
+@dataclass(frozen=True)
+class SharedScan:
+    """What changes for a rank in one layer of a step whose scan ranks share, in bytes.
+
+    Attributes
+    ----------
+    saved : index keys that other ranks read in its place
+    received : candidates of other ranks, by the layer's one all-gather
+    projected : weights of other ranks' index heads, whose queries it needs as well
+    """
+
+    saved: int
+    received: int
+    projected: int
+
+
+def shared_scan_traffic(
+    tokens: int,
+    *,
+    rows: int,
+    ranks: int,
+    num_index_heads: int,
+    index_dim: int,
+    hidden_size: int,
+    topk: int,
+    token_bytes: int,
+    weight_bytes: int = 2,
+) -> SharedScan:
+    """Traffic of a step of decoding that sees so many tokens, those of all requests together.
+
+    Parameters
+    ----------
+    rows : query rows, of which each sends its candidates
+    token_bytes : that a scan reads of an index key and its scale
+    weight_bytes : of one number of a projection
+    """
+    other_heads = num_index_heads - max(1, num_index_heads // ranks)
+    return SharedScan(
+        saved=tokens * token_bytes * (ranks - 1) // ranks,
+        received=8 * topk * num_index_heads * rows * (ranks - 1),
+        projected=other_heads * index_dim * hidden_size * weight_bytes,
+    )
+
+
+def break_even_tokens(
+    *,
+    ranks: int,
+    num_index_heads: int,
+    index_dim: int,
+    hidden_size: int,
+    token_bytes: int,
+    bytes_per_second: float,
+    exchange_seconds: float,
+    weight_bytes: int = 2,
+) -> int:
+    """Tokens of a step from which a shared scan is faster: a model, of bytes and one exchange.
+
+    Parameters
+    ----------
+    bytes_per_second : of a rank's memory
+    exchange_seconds : that an all-gather of a few KB takes
+    others : as of `shared_scan_traffic`
+    """
+    cost = shared_scan_traffic(
+        0,
+        rows=0,
+        ranks=ranks,
+        num_index_heads=num_index_heads,
+        index_dim=index_dim,
+        hidden_size=hidden_size,
+        topk=0,
+        token_bytes=token_bytes,
+        weight_bytes=weight_bytes,
+    )
+    spent = exchange_seconds * bytes_per_second + cost.projected
+    return math.ceil(spent * ranks / (token_bytes * (ranks - 1)))
