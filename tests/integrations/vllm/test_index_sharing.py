@@ -42,7 +42,7 @@ def test_two_ranks_answer(constructed_checkpoint: Path) -> None:
         require_right_answers(engine)
         first, second = engine.rpc("scans")
     assert first == second
-    # the batch decodes above the bound, what is asked again below it; chunks are mixed in as it comes
+    # the batch decodes above the bound; prompts, and what is asked again, are not shared
     assert first["shared"] > 0
     assert first["alone"] > 0
 
