@@ -18,7 +18,7 @@ ALWAYS = {
     # each layer of each step is compared with a scan of all blocks
     "M3_PLUGIN_CHECK": "1",
 }
-SOMETIMES = ALWAYS | {"M3_PLUGIN_INDEX_SHARING_FROM": "14000"}
+SOMETIMES = ALWAYS | {"M3_PLUGIN_INDEX_SHARING_FROM": "6000"}
 SAID = "scans of index keys are shared by {} ranks"
 # far beyond the budget, and one request of so few blocks that a rank owns none of them
 LENGTHS = (1400, 2300, 4000, 5000, 150)
