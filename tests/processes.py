@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 # A loaded machine is no fault.
@@ -32,23 +31,3 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return fields[0] not in "ZX"
-
-
-def descendants(pid: int, name: str) -> list[int]:
-    """Processes below another whose command line begins so, oldest first."""
-    parents: dict[int, int] = {}
-    lines: dict[int, bytes] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        # processes end while they are looked at
-        with suppress(OSError, IndexError, ValueError):
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            parents[int(folder.name)] = int(fields[1])
-            lines[int(folder.name)] = (folder / "cmdline").read_bytes()
-    found = []
-    for process, line in sorted(lines.items()):
-        ancestor = process
-        while ancestor in parents and ancestor != pid:
-            ancestor = parents[ancestor]
-        if ancestor == pid and line.startswith(name.encode()):
-            found.append(process)
-    return found

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -19,10 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.integrations import forked, starts
-from tests.processes import descendants
 
-# engines of two ranks on a busy machine
-START_TIMEOUT_S = 600
+START_TIMEOUT_S = 300
 _TAIL = 6000
 
 
@@ -80,10 +77,6 @@ class EnginePipe:
         """End the process at once, as a machine that fails does."""
         self._process.kill()
         self._process.join()
-
-    def kill_part(self, name: str, number: int) -> None:
-        """End one of the processes below this one whose names begin so, as a machine does."""
-        os.kill(descendants(self._process.pid, name)[number], signal.SIGKILL)
 
     def __enter__(self) -> Self:
         return self

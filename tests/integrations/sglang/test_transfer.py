@@ -226,23 +226,3 @@ def test_ranks_send_to_ranks(constructed_checkpoint: Path, tmp_path: Path) -> No
         prompts = [needle_prompt(seed, num_tokens=2900) for seed in (70, 71)]
         _, answered = pair.answers(*prompts)
         assert tokens(answered) == [prompt.expected_ids for prompt in prompts]
-
-
-@pytest.mark.extended
-@pytest.mark.timeout(2400)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_of_a_peer_that_died_is_an_error_and_no_answer(
-    constructed_checkpoint: Path, tmp_path: Path, rank: int
-) -> None:
-    """SGLang ends what is left of the first engine, and the second says so."""
-    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    with started(constructed_checkpoint, tmp_path, variables=variables, tp_size=2) as pair:
-        before, prompt = (needle_prompt(seed, num_tokens=2900) for seed in (72, 73))
-        _, answered = pair.answers(before)
-        assert tokens(answered) == [before.expected_ids]
-        (asked,) = pair.asked([prompt])
-        with ThreadPoolExecutor(1) as beside:
-            waiting = beside.submit(pair.decode.generate, [asked], max_tokens=prompt.max_tokens)
-            pair.prefill.kill_part("sglang::scheduler", rank)
-            with pytest.raises(EngineError, match="Lost connection with prefill"):
-                waiting.result(120)

@@ -156,27 +156,3 @@ def test_rows_that_arrive_are_looked_up(
         prefill.rpc("forget_index_keys")
         with pytest.raises(EngineError, match="the index key is not the one that was stored"):
             answer_here(decode, other, params)
-
-
-@pytest.mark.extended
-@pytest.mark.timeout(2400)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_of_a_peer_that_died_costs_a_prompt_and_no_answer(
-    constructed_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rank: int
-) -> None:
-    """Each rank fetches the heads of its own peer; one of two finds nobody."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(NIXL)])
-    cores = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    two: dict[str, Any] = {"tensor_parallel_size": 2, "variables": cores}
-    with (
-        start(constructed_checkpoint, "kv_producer", **two) as prefill,
-        start(constructed_checkpoint, "kv_consumer", **two) as decode,
-    ):
-        before, prompt = (needle_prompt(seed, num_tokens=2900) for seed in (67, 68))
-        answer = answer_here(decode, before, read_there(prefill, before))
-        assert tuple(answer.token_ids) == before.expected_ids
-        assert fetched(decode) >= 2900 - PAGE
-        params = read_there(prefill, prompt)
-        prefill.kill_part("VLLM::Worker", rank)
-        answer = answer_here(decode, prompt, params)
-        assert tuple(answer.token_ids) == prompt.expected_ids
