@@ -341,12 +341,13 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="scores must be"):
         index_merge(ids[None], scores[None, :1], **arguments)
     with pytest.raises(ValueError, match="page_size must be at least 1; got 0"):
-        index_merge(ids[None], scores[None], **(arguments | {"page_size": 0}))
+        index_merge(ids[None], scores[None], **{**arguments, "page_size": 0})
+    rows_beyond = torch.tensor([0, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens_q must rise"):
         index_merge(
             ids[None],
             scores[None],
-            **(arguments | {"cu_seqlens_q": torch.tensor([0, 2], dtype=torch.int32)}),
+            **{**arguments, "cu_seqlens_q": rows_beyond},
             backend="native",
         )
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from m3_plugin.host.presence import PluginRefusal
+from m3_plugin.model.rope import ComputedRope
 from m3_sglang.hooks import apply_around
-from m3_sglang.rope import PlainRotaryEmbedding
 
 
 def build_chain(
@@ -243,7 +243,7 @@ def plain_rope(original: Any, head_size: int, rotary_dim: int, *args: Any, **kwa
     if args or kind != "default" or not kwargs.get("is_neox_style", True):
         return original(head_size, rotary_dim, *args, **kwargs)
     rotary_dim = int(rotary_dim * kwargs.get("partial_rotary_factor", 1.0))
-    return PlainRotaryEmbedding(head_dim=head_size, rotary_dim=rotary_dim, theta=kwargs["base"])
+    return ComputedRope(head_dim=head_size, rotary_dim=rotary_dim, theta=kwargs["base"])
 
 
 def keep_top_k(probs: Tensor, top_ks: Tensor) -> Tensor:
