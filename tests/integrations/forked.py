@@ -24,8 +24,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# read while a host is imported, so that its value needs a process from nothing
-READ_BY_IMPORTS = "TRITON_INTERPRET"
+# read while a host is imported, so that their values need a process from nothing
+READ_BY_IMPORTS = ("TRITON_INTERPRET", "PROMETHEUS_MULTIPROC_DIR")
 
 
 def start(
@@ -41,7 +41,7 @@ def start(
     environment : all variables of the new process
     preload : modules of the host that all processes share; those of the first call count
     """
-    fresh = environment.get(READ_BY_IMPORTS) != os.environ.get(READ_BY_IMPORTS)
+    fresh = any(environment.get(name) != os.environ.get(name) for name in READ_BY_IMPORTS)
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     context.set_forkserver_preload(list(preload))
     saved = dict(os.environ)

@@ -224,10 +224,6 @@ def _serve(pipe: Connection, log: Path, arguments: dict[str, Any]) -> None:
     with log.open("wb") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        # decides on import whether processes share their values; SGLang imports it for its metrics
-        for name in [name for name in sys.modules if name.partition(".")[0] == "prometheus_client"]:
-            del sys.modules[name]
 
     def start() -> _Engine:
         from sglang import Engine
