@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import popen_fork
+from multiprocessing import forkserver, popen_fork
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,19 +45,30 @@ def start(
     fresh = any(environment.get(name) != os.environ.get(name) for name in READ_BY_IMPORTS)
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     context.set_forkserver_preload(list(preload))
-    saved = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environment)
-    try:
+    if not fresh:
+        # what one of its children is given, `sitecustomize` above all, is not for all others
+        with only_variables({n: v for n, v in environment.items() if n != "PYTHONPATH"}):
+            forkserver.ensure_running()
+    with only_variables(environment):
         # not a daemon: engines have children of their own
         process: BaseProcess = context.Process(
             target=_in_environment, args=(dict(environment), target, *arguments)
         )
         process.start()
+    return process
+
+
+@contextmanager
+def only_variables(environment: Mapping[str, str]) -> Iterator[None]:
+    """These variables and no others, while the context lasts."""
+    saved = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        yield
     finally:
         os.environ.clear()
         os.environ.update(saved)
-    return process
 
 
 def _in_environment(
