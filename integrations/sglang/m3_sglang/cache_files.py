@@ -91,13 +91,12 @@ def form(entries: Iterable[Any]) -> str:
         (
             str(entry.name),
             str(entry.device_pool.dtype),
-            str(pool.dtype),
-            pool.layout,
-            pool.page_size,
-            pool.size_per_token,
+            str(entry.host_pool.dtype),
+            entry.host_pool.layout,
+            entry.host_pool.page_size,
+            entry.host_pool.size_per_token,
         )
         for entry in entries
-        for pool in [entry.host_pool]
     ]
     said = repr((pools, settings.index_keys, settings.cache_values))
     return hashlib.sha256(said.encode()).hexdigest()[:8]

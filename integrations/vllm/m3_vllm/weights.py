@@ -49,7 +49,7 @@ def fused_projections(
 ) -> dict[str, tuple[str, Shard]]:
     """Projection of the checkpoint -> our fused layer, and its part of it.
 
-    Index projections are apart where ranks share scans, too: each then needs all of them.
+    Index projections are apart with `M3_PLUGIN_INDEX_SHARING`, too: ranks then need all of them.
 
     Parameters
     ----------
