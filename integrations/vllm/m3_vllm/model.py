@@ -200,7 +200,7 @@ class M3DenseAttention(_M3AttentionBase):
         )
 
     def forward(self, positions: Tensor, cos_sin: Tensor, hidden_states: Tensor) -> Tensor:
-        # called as MSA layers are; the RoPE of dense layers takes positions and leaves cos_sin alone
+        # called as MSA layers are; RoPE of dense layers takes positions and leaves cos_sin alone
         qkv, _ = self.qkv_proj(hidden_states)
         done = norm_and_rotate(
             qkv,
